@@ -1,0 +1,288 @@
+// The numerics contract in code: storage types <-> compute type C, rounding, Philox, one functor per operation.
+//
+//   C is float, or double when any operand or the output is f64. Every arithmetic step is one IEEE-754 operation in C,
+//   round to nearest even, never contracted; the result is rounded once more, into the storage type. See docs/numerics.md.
+//
+// Host and device share this file. Host code must be compiled with -ffp-contract=off; device code uses the _rn
+// intrinsics, which are never contracted. All conversions are branch-free so that host compilers vectorise them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define IRES_HD __host__ __device__ __forceinline__
+#else
+#define IRES_HD inline __attribute__((always_inline))
+#endif
+
+namespace ires {
+
+// The order is part of the Python binding (backends/native.py).
+enum class DType : int { f64, f32, f16, bf16, e4m3, e5m2 };
+enum class OpCode : int { subtract, add, scale, add_difference };
+constexpr int kDTypes = 6;
+
+// Storage types with no C++ arithmetic of their own.
+struct f16_t { uint16_t bits; };
+struct bf16_t { uint16_t bits; };
+struct e4m3_t { uint8_t bits; };   // f8_e4m3fn: no infinity, S.1111.111 is NaN
+struct e5m2_t { uint8_t bits; };
+
+template <class To, class From>
+IRES_HD To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From), "same size");
+    To to;
+    memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Storage formats. kSig: stored significand bits. kMinExp: exponent of the smallest normal. kMax: bits of the largest
+// finite magnitude. kInf: bits an infinity is stored as. kNaN: bits of our NaN. kOverflow: the least f32 magnitude
+// that rounding to nearest does not keep finite (as bits; e4m3fn saturates there).
+template <class T> struct Format;
+template <> struct Format<float> {
+    using Bits = uint32_t;
+    static constexpr int kSig = 23, kMinExp = -126;
+    static constexpr uint32_t kMax = 0x7f7fffff, kInf = 0x7f800000, kNaN = 0x7fc00000;
+};
+template <> struct Format<bf16_t> {
+    using Bits = uint16_t;
+    static constexpr int kSig = 7, kMinExp = -126;
+    static constexpr uint32_t kMax = 0x7f7f, kInf = 0x7f80, kNaN = 0x7fc0, kOverflow = 0x7f7f8000;
+};
+template <> struct Format<f16_t> {
+    using Bits = uint16_t;
+    static constexpr int kSig = 10, kMinExp = -14;
+    static constexpr uint32_t kMax = 0x7bff, kInf = 0x7c00, kNaN = 0x7e00, kOverflow = 0x477ff000;   // 65520
+};
+template <> struct Format<e5m2_t> {
+    using Bits = uint8_t;
+    static constexpr int kSig = 2, kMinExp = -14;
+    static constexpr uint32_t kMax = 0x7b, kInf = 0x7c, kNaN = 0x7f, kOverflow = 0x47700000;          // 61440
+};
+template <> struct Format<e4m3_t> {
+    using Bits = uint8_t;
+    static constexpr int kSig = 3, kMinExp = -6;
+    static constexpr uint32_t kMax = 0x7e, kInf = 0x7e, kNaN = 0x7f, kOverflow = 0x43e80001;          // above 464
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Widening: exact. Lanes hold storage bits in the low end of a u32; U is uint32_t or, on the host, a compiler vector of
+// them, and F the float type beside it. Subnormals go through an addition at a fixed exponent rather than a
+// multiplication of an f32 subnormal, which costs an assist on many CPUs.
+template <class U> struct FloatOf;
+template <> struct FloatOf<uint32_t> { using type = float; };
+template <class F> struct BitsOf;
+template <> struct BitsOf<float> { using type = uint32_t; };
+
+template <class T, class U>
+IRES_HD typename FloatOf<U>::type widen_bits(U bits) {
+    using F = typename FloatOf<U>::type;
+    if constexpr (Format<T>::kSig == 7) {  // bf16
+        return bit_cast<F>(U(bits << 16));
+    } else {
+        constexpr int kBits = 8 * sizeof(typename Format<T>::Bits), kSig = Format<T>::kSig, kMinExp = Format<T>::kMinExp;
+        constexpr uint32_t kFirstSpecial = Format<T>::kMax + 1;
+        constexpr uint32_t kOne = uint32_t(127 + kMinExp) << 23;  // 2^kMinExp
+        const U sign = (bits >> (kBits - 1)) << 31, magnitude = bits & ((1u << (kBits - 1)) - 1u);
+        const U shifted = magnitude << (23 - kSig);
+        const U normal = shifted + (uint32_t(126 + kMinExp) << 23);
+        const U subnormal = bit_cast<U>(F(bit_cast<F>(U(shifted + kOne)) - bit_cast<float>(kOne)));
+        U out = magnitude < (1u << kSig) ? subnormal : normal;
+        out = magnitude >= kFirstSpecial ? (shifted | 0x7f800000u) : out;
+        return bit_cast<F>(U(out | sign));
+    }
+}
+
+IRES_HD float widen(float x) { return x; }
+IRES_HD double widen(double x) { return x; }
+IRES_HD float widen(bf16_t x) { return widen_bits<bf16_t>(uint32_t(x.bits)); }
+IRES_HD float widen(f16_t x) { return widen_bits<f16_t>(uint32_t(x.bits)); }
+IRES_HD float widen(e5m2_t x) { return widen_bits<e5m2_t>(uint32_t(x.bits)); }
+IRES_HD float widen(e4m3_t x) { return widen_bits<e4m3_t>(uint32_t(x.bits)); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The store, nearest: one rounding, ties to even.
+
+// The bits of x rounded to bf16, left in the high half; the low half is not cleared.
+template <class F>
+IRES_HD typename BitsOf<F>::type nearest_bf16_high(F x) {
+    using U = typename BitsOf<F>::type;
+    const U b = bit_cast<U>(x);
+    const U rounded = b + 0x7fffu + ((b >> 16) & 1u);
+    return (b & 0x7fffffffu) > 0x7f800000u ? U(b | 0x400000u) : rounded;
+}
+
+// Storage bits of x in the low end of a u32. f16, e5m2, e4m3fn: below the smallest normal, the rounding is done by one
+// f32 addition whose ulp is the target's smallest subnormal.
+template <class T, class F>
+IRES_HD typename BitsOf<F>::type nearest_bits(F x) {
+    using U = typename BitsOf<F>::type;
+    if constexpr (Format<T>::kSig == 7) {  // bf16
+        return nearest_bf16_high(x) >> 16;
+    } else {
+        constexpr int kSig = Format<T>::kSig, kMinExp = Format<T>::kMinExp, kDrop = 23 - kSig;
+        constexpr uint32_t kSignShift = 32 - 8 * sizeof(typename Format<T>::Bits);
+        constexpr uint32_t kMagic = uint32_t(127 + kMinExp - kSig + 23) << 23;
+        const U b = bit_cast<U>(x), m = b & 0x7fffffffu;
+        const U half_less_one_ulp = ((m >> kDrop) & 1u) + ((1u << (kDrop - 1)) - 1u);
+        const U normal = ((m + half_less_one_ulp) >> kDrop) - (uint32_t(126 + kMinExp) << kSig);
+        const U subnormal = bit_cast<U>(F(bit_cast<F>(m) + bit_cast<float>(kMagic))) - kMagic;
+        U out = m < (uint32_t(127 + kMinExp) << 23) ? subnormal : normal;
+        out = m >= Format<T>::kOverflow ? (out & 0u) + Format<T>::kInf : out;
+        out = m > 0x7f800000u ? (out & 0u) + Format<T>::kNaN : out;
+        return out | ((b & 0x80000000u) >> kSignShift);
+    }
+}
+
+// f64 -> f32, rounded to odd: a later rounding of the result to 22 bits or fewer is then the one rounding of x.
+// (Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums: proved algorithms using rounding to odd", 2008.)
+IRES_HD float narrow_to_odd(double x) {
+    const float y = float(x);
+    uint32_t b = bit_cast<uint32_t>(y);
+    const double back = double(y), ax = x < 0 ? -x : x, ab = back < 0 ? -back : back;
+    b = ab > ax ? b - 1 : b;             // truncate: also inf -> the largest finite f32
+    b = back != x && x == x ? b | 1u : b;
+    return bit_cast<float>(b);
+}
+
+template <class T> IRES_HD T store_nearest(float x) {
+    return T{typename Format<T>::Bits(nearest_bits<T>(x))};
+}
+template <> IRES_HD float store_nearest<float>(float x) { return x; }
+template <class T> IRES_HD T store_nearest(double x) { return store_nearest<T>(narrow_to_odd(x)); }
+template <> IRES_HD float store_nearest<float>(double x) { return float(x); }
+template <> IRES_HD double store_nearest<double>(double x) { return x; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The store, stochastic. The significand is aligned so that the bits the store drops form a 32-bit fraction; the
+// element's random word is added to it and the carry, if any, goes into the kept bits. A finite value never becomes
+// infinite: it stays at the largest finite one.
+template <class U> IRES_HD U shift_right(U x, int by) {
+    constexpr int kBits = int(8 * sizeof(U));
+    return by < kBits ? U(x >> (by & (kBits - 1))) : U(0);
+}
+
+template <class T, int kSigC, class Wide>
+IRES_HD uint32_t round_significand(Wide significand, int exponent, uint32_t word) {
+    using F = Format<T>;
+    const int below = F::kMinExp - exponent;
+    int drop = kSigC - F::kSig + (below > 0 ? below : 0);
+    drop = drop > 95 ? 95 : drop;
+    const uint32_t fraction = drop > 32 ? uint32_t(shift_right(significand, drop - 32))
+                                        : uint32_t(significand) << ((32 - drop) & 31);
+    const uint32_t carry = uint32_t(fraction + word) < fraction ? 1u : 0u;
+    // A normal's implicit bit sits in `kept` and adds the last one to the exponent.
+    const uint32_t exponent_bits = below < 0 ? uint32_t(-below) << F::kSig : 0u;
+    const uint32_t out = exponent_bits + uint32_t(shift_right(significand, drop)) + carry;
+    return out > F::kMax ? F::kMax : out;
+}
+
+template <class T> IRES_HD T store_stochastic(float x, uint32_t word) {
+    using F = Format<T>;
+    constexpr uint32_t kSignShift = 32 - 8 * sizeof(typename F::Bits);
+    const uint32_t b = bit_cast<uint32_t>(x), m = b & 0x7fffffffu;
+    const uint32_t field = m >> 23;
+    const uint32_t significand = (m & 0x7fffffu) | (field ? 0x800000u : 0u);
+    const int exponent = field ? int(field) - 127 : -126;
+    uint32_t out = round_significand<T, 23, uint32_t>(significand, exponent, word);
+    out = m == 0x7f800000u ? F::kInf : out;
+    out = m > 0x7f800000u ? F::kNaN : out;
+    return T{typename F::Bits(out | ((b & 0x80000000u) >> kSignShift))};
+}
+template <> IRES_HD float store_stochastic<float>(float x, uint32_t) { return x; }
+template <> IRES_HD bf16_t store_stochastic<bf16_t>(float x, uint32_t word) {  // same exponents: the bits as they are
+    const uint32_t b = bit_cast<uint32_t>(x), m = b & 0x7fffffffu;
+    uint32_t out = (m + (word >> 16)) >> 16;
+    out = out > 0x7f7fu ? 0x7f7fu : out;
+    out = m == 0x7f800000u ? 0x7f80u : out;
+    out = m > 0x7f800000u ? 0x7fc0u : out;
+    return bf16_t{uint16_t(out | ((b >> 16) & 0x8000u))};
+}
+
+template <class T> IRES_HD T store_stochastic(double x, uint32_t word) {
+    using F = Format<T>;
+    using Bits = typename F::Bits;
+    const uint64_t b = bit_cast<uint64_t>(x), m = b & 0x7fffffffffffffffull;
+    const int field = int(m >> 52);
+    const uint64_t significand = (m & 0xfffffffffffffull) | (field ? 0x10000000000000ull : 0ull);
+    int exponent = field ? field - 1023 : -1022;
+    exponent = exponent > 128 ? 128 : exponent;  // beyond every target; keeps the biased exponent inside 32 bits
+    uint32_t out = round_significand<T, 52, uint64_t>(significand, exponent, word);
+    out = m == 0x7ff0000000000000ull ? F::kInf : out;
+    out = m > 0x7ff0000000000000ull ? F::kNaN : out;
+    return bit_cast<T>(Bits(out | uint32_t(b >> 63) << (8 * sizeof(Bits) - 1)));
+}
+template <> IRES_HD double store_stochastic<double>(double x, uint32_t) { return x; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC'11.
+constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;  // multipliers
+constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;  // key increments
+
+struct Words { uint32_t w[4]; };
+
+IRES_HD Words philox(uint64_t seed, uint64_t stream, uint64_t block) {
+    uint32_t c0 = uint32_t(block), c1 = uint32_t(block >> 32), c2 = uint32_t(stream), c3 = uint32_t(stream >> 32);
+    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+    for (int round = 0; round < 10; ++round) {
+        const uint64_t p0 = uint64_t(kPhiloxM0) * c0, p1 = uint64_t(kPhiloxM1) * c2;
+        const uint32_t n0 = uint32_t(p1 >> 32) ^ c1 ^ k0, n2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
+        c1 = uint32_t(p1);
+        c3 = uint32_t(p0);
+        c0 = n0;
+        c2 = n2;
+        k0 += kPhiloxW0;
+        k1 += kPhiloxW1;
+    }
+    return Words{{c0, c1, c2, c3}};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// One IEEE operation each. On the host V may be a scalar or a compiler vector.
+#if defined(__CUDA_ARCH__)
+IRES_HD float sub(float a, float b) { return __fsub_rn(a, b); }
+IRES_HD float add(float a, float b) { return __fadd_rn(a, b); }
+IRES_HD float mul(float a, float b) { return __fmul_rn(a, b); }
+IRES_HD double sub(double a, double b) { return __dsub_rn(a, b); }
+IRES_HD double add(double a, double b) { return __dadd_rn(a, b); }
+IRES_HD double mul(double a, double b) { return __dmul_rn(a, b); }
+#else
+template <class V> IRES_HD V sub(V a, V b) { return a - b; }
+template <class V> IRES_HD V add(V a, V b) { return a + b; }
+template <class V> IRES_HD V mul(V a, V b) { return a * b; }
+#endif
+
+// The operations. `update` is D of the report: what the operation adds to its first operand. Adding several residuals
+// is AddOne applied to each in turn.
+struct Subtract {  // a - b
+    static constexpr OpCode kCode = OpCode::subtract;
+    static constexpr int kInputs = 2;
+    template <class V> IRES_HD static V update(V, const V* in) { return sub(in[0], in[1]); }
+    template <class V> IRES_HD static V result(const V*, V update) { return update; }
+};
+struct AddOne {  // t + alpha * r
+    static constexpr OpCode kCode = OpCode::add;
+    static constexpr int kInputs = 2;
+    template <class V> IRES_HD static V update(V alpha, const V* in) { return mul(alpha, in[1]); }
+    template <class V> IRES_HD static V result(const V* in, V update) { return add(in[0], update); }
+};
+struct Scale {  // s * t
+    static constexpr OpCode kCode = OpCode::scale;
+    static constexpr int kInputs = 1;
+    template <class V> IRES_HD static V update(V s, const V* in) { return mul(s, in[0]); }
+    template <class V> IRES_HD static V result(const V*, V update) { return update; }
+};
+struct AddDifference {  // t + alpha * (x - y)
+    static constexpr OpCode kCode = OpCode::add_difference;
+    static constexpr int kInputs = 3;
+    template <class V> IRES_HD static V update(V alpha, const V* in) { return mul(alpha, sub(in[1], in[2])); }
+    template <class V> IRES_HD static V result(const V* in, V update) { return add(in[0], update); }
+};
+
+}  // namespace ires

@@ -1,0 +1,243 @@
+// The CPU driver: splits tensors into chunks, hands them to threads, walks strides. Knows no arithmetic.
+#include "cpu.h"
+
+#include <algorithm>
+#include <atomic>
+#include <functional>
+#include <stdexcept>
+#include <system_error>
+#include <thread>
+
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
+namespace ires {
+namespace {
+
+// Chunks are claimed one by one, so that a slow or busy core does not hold up the rest.
+constexpr int64_t kChunk = int64_t(1) << 17;           // elements
+constexpr int64_t kBytesPerThread = int64_t(1) << 18;  // below this a thread costs more than it brings
+constexpr int64_t kGather = 1024;                      // elements copied together where strides are not 1
+
+// Subnormals are kept and rounding is to nearest even, whatever the caller's thread (torch.set_flush_denormal, a library
+// built with -ffast-math) has set.
+class IeeeMode {
+public:
+#if defined(__SSE__)
+    IeeeMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+    ~IeeeMode() { _mm_setcsr(saved_); }
+private:
+    unsigned saved_;
+#elif defined(__aarch64__)
+    IeeeMode() {
+        asm volatile("mrs %0, fpcr" : "=r"(saved_));
+        asm volatile("msr fpcr, %0" ::"r"(uint64_t(0)));
+    }
+    ~IeeeMode() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
+private:
+    uint64_t saved_;
+#else
+public:
+    IeeeMode() {}
+#endif
+};
+
+#if defined(__x86_64__)
+bool v3_here() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2") &&
+           __builtin_cpu_supports("fma");
+}
+#endif
+
+template <class T>
+void copy_elements(char* to, int64_t to_stride, const char* from, int64_t from_stride, int64_t n) {
+    constexpr int64_t kSize = sizeof(T);
+    for (int64_t i = 0; i < n; ++i) memcpy(to + i * to_stride * kSize, from + i * from_stride * kSize, kSize);
+}
+
+void copy_strided(char* to, int64_t to_stride, const char* from, int64_t from_stride, int64_t n, int size) {
+    switch (size) {
+        case 1: return copy_elements<uint8_t>(to, to_stride, from, from_stride, n);
+        case 2: return copy_elements<uint16_t>(to, to_stride, from, from_stride, n);
+        case 4: return copy_elements<uint32_t>(to, to_stride, from, from_stride, n);
+        default: return copy_elements<uint64_t>(to, to_stride, from, from_stride, n);
+    }
+}
+
+// Elements [first, first + n) of a strided item, in row-major order: by inner rows where these are contiguous in every
+// operand, else by small gathered copies.
+void run_strided(const Loops& loops, const Operation& op, const Item& item, uint64_t offset, int64_t first, int64_t n,
+                 Tally* tally) {
+    const size_t inputs = size_t(op.inputs), operands = inputs + 1, dims = item.sizes.size();
+    const auto size_of = [&](size_t k) { return item_size(k == 0 ? item.out_type : item.in_types[k - 1]); };
+    const auto inner = [&](size_t k) { return item.strides[k * dims + dims - 1]; };
+    bool rows = true;
+    for (size_t k = 0; k < operands; ++k) rows &= inner(k) == 1;
+
+    std::vector<int64_t> at(dims);
+    int64_t rest = first;
+    for (size_t d = dims; d-- > 0; rest /= item.sizes[d]) at[d] = rest % item.sizes[d];
+    const auto address = [&](size_t k) {
+        int64_t elements = 0;
+        for (size_t d = 0; d < dims; ++d) elements += at[d] * item.strides[k * dims + d];
+        char* p = static_cast<char*>(k == 0 ? item.out : const_cast<void*>(item.in[k - 1]));
+        return p + elements * size_of(k);
+    };
+
+    std::vector<char> gathered(rows ? 0 : operands * kGather * 8);
+    const auto buffer = [&](size_t k) { return gathered.data() + k * kGather * 8; };
+    std::vector<const void*> in(inputs);
+    for (int64_t done = 0; done < n;) {
+        int64_t m = std::min(item.sizes[dims - 1] - at[dims - 1], n - done);
+        if (!rows) m = std::min(m, kGather);
+        for (size_t k = 1; k < operands; ++k) {
+            in[k - 1] = rows ? address(k) : buffer(k);
+            if (!rows) copy_strided(buffer(k), 1, address(k), inner(k), m, size_of(k));
+        }
+        void* out = rows ? address(0) : buffer(0);
+        const Run run{m, offset + uint64_t(first + done), item.stream, item.out_type, item.in_types.data(), out, in.data()};
+        loops.run(op, run, tally);
+        if (!rows) copy_strided(address(0), inner(0), buffer(0), 1, m, size_of(0));
+        done += m;
+        at[dims - 1] += m;
+        for (size_t d = dims - 1; d > 0 && at[d] == item.sizes[d]; --d) {
+            at[d] = 0;
+            ++at[d - 1];
+        }
+    }
+}
+
+// Merges dimensions that are contiguous in every operand; an item that is contiguous altogether loses its strides.
+void coalesce(Item& item) {
+    if (item.sizes.empty()) return;
+    const size_t dims = item.sizes.size(), operands = item.in.size() + 1;
+    std::vector<int64_t> sizes;
+    std::vector<std::vector<int64_t>> strides(operands);
+    for (size_t d = 0; d < dims; ++d) {
+        if (item.sizes[d] == 1) continue;
+        bool joins = !sizes.empty();
+        for (size_t k = 0; joins && k < operands; ++k)
+            joins = strides[k].back() == item.strides[k * dims + d] * item.sizes[d];
+        if (joins) sizes.back() *= item.sizes[d];
+        else sizes.push_back(item.sizes[d]);
+        for (size_t k = 0; k < operands; ++k) {
+            if (joins) strides[k].back() = item.strides[k * dims + d];
+            else strides[k].push_back(item.strides[k * dims + d]);
+        }
+    }
+    bool contiguous = sizes.size() <= 1;
+    for (size_t k = 0; contiguous && k < operands; ++k) contiguous = sizes.empty() || strides[k][0] == 1;
+    item.sizes.clear();
+    item.strides.clear();
+    if (contiguous) return;
+    item.sizes = sizes;
+    for (const auto& of_operand : strides) item.strides.insert(item.strides.end(), of_operand.begin(), of_operand.end());
+}
+
+struct Isa {
+    const char* name;
+    const Loops* loops;
+    bool (*here)();
+};
+
+const Isa kIsas[] = {
+#if defined(__x86_64__)
+    {"v4", &v4::loops, [] {
+         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && v3_here();
+     }},
+    {"v3", &v3::loops, v3_here},
+    {"v2", &v2::loops, [] { return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt"); }},
+#else
+    {"portable", &portable::loops, [] { return true; }},
+#endif
+};
+
+const Loops& find_loops(const std::string& name) {
+    for (const Isa& isa : kIsas)
+        if (isa.here() && (name.empty() || name == isa.name)) return *isa.loops;
+    throw std::invalid_argument("instruction set '" + name + "' is not available on this CPU");
+}
+
+// Runs `work` on up to `threads` threads, the caller's among them. Fewer if the system will not start more: chunks are
+// claimed, so nothing is left undone.
+void on_threads(int threads, const std::function<void(int)>& work) {
+    const auto guarded = [&work](int id) {
+        const IeeeMode mode;
+        work(id);
+    };
+    std::vector<std::thread> team;
+    team.reserve(size_t(threads));
+    try {
+        for (int id = 1; id < threads; ++id) team.emplace_back(guarded, id);
+    } catch (const std::system_error&) {
+    }
+    guarded(0);
+    for (std::thread& t : team) t.join();
+}
+
+// Calls part(item, first, n, thread) for every chunk of every item.
+template <class Part>
+void for_chunks(const std::vector<Item>& items, int threads, const Part& part) {
+    std::vector<int64_t> ends;  // running count of chunks
+    int64_t chunks = 0, bytes = 0;
+    for (const Item& item : items) {
+        chunks += (item.n + kChunk - 1) / kChunk;
+        bytes += item.n * item_size(item.out_type);
+        for (DType type : item.in_types) bytes += item.n * item_size(type);
+        ends.push_back(chunks);
+    }
+    threads = int(std::max<int64_t>(1, std::min({int64_t(threads), chunks, bytes / kBytesPerThread})));
+    std::atomic<int64_t> next{0};
+    on_threads(threads, [&](int id) {
+        for (int64_t c; (c = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
+            const size_t i = size_t(std::upper_bound(ends.begin(), ends.end(), c) - ends.begin());
+            const int64_t first = (c - (i ? ends[i - 1] : 0)) * kChunk;
+            part(items[i], first, std::min(kChunk, items[i].n - first), id);
+        }
+    });
+}
+
+void* at(void* p, DType type, int64_t elements) { return static_cast<char*>(p) + elements * item_size(type); }
+const void* at(const void* p, DType type, int64_t elements) { return static_cast<const char*>(p) + elements * item_size(type); }
+
+}  // namespace
+
+std::vector<std::string> isas() {
+    std::vector<std::string> names;
+    for (const Isa& isa : kIsas)
+        if (isa.here()) names.push_back(isa.name);
+    return names;
+}
+
+void run(const Operation& op, std::vector<Item>& items, uint64_t offset, int threads, const std::string& isa, Tally* tally) {
+    const Loops& loops = find_loops(isa);
+    for (Item& item : items) coalesce(item);
+    std::vector<Tally> tallies(tally ? size_t(std::max(1, threads)) : 0);
+    for_chunks(items, threads, [&](const Item& item, int64_t first, int64_t n, int thread) {
+        Tally* mine = tally ? &tallies[size_t(thread)] : nullptr;
+        if (!item.sizes.empty()) return run_strided(loops, op, item, offset, first, n, mine);
+        std::vector<const void*> in;
+        for (size_t k = 0; k < item.in.size(); ++k) in.push_back(at(item.in[k], item.in_types[k], first));
+        void* out = at(item.out, item.out_type, first);
+        const Run run{n, offset + uint64_t(first), item.stream, item.out_type, item.in_types.data(), out, in.data()};
+        loops.run(op, run, mine);
+    });
+    for (const Tally& t : tallies) *tally += t;
+}
+
+void run_memory(const Item& item, int threads, const std::string& isa) {
+    const Loops& loops = find_loops(isa);
+    std::atomic<bool> known{true};
+    for_chunks({item}, threads, [&](const Item& item, int64_t first, int64_t n, int) {
+        const void* in[3] = {};
+        for (size_t k = 0; k < item.in.size(); ++k) in[k] = at(item.in[k], item.in_types[k], first);
+        void* out = at(item.out, item.out_type, first);
+        const Run run{n, 0, 0, item.out_type, item.in_types.data(), out, in};
+        if (!loops.memory(run, int(item.in.size()))) known = false;
+    });
+    if (!known) throw std::invalid_argument("no memory loop for these element sizes");
+}
+
+}  // namespace ires

@@ -1,0 +1,92 @@
+// The CPU side: loops.cpp, compiled once per instruction set, and the driver cpu.cpp, which chooses one of them, splits
+// tensors into chunks and hands these to threads.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "arith.h"
+
+namespace ires {
+
+// Sums of the report over one call. Field meanings: docs/numerics.md, "What is counted".
+struct Tally {
+    uint64_t updates = 0, lost = 0, nan_in = 0, inf_in = 0, nan_out = 0, overflow = 0;
+    double dot = 0, norm2 = 0;
+    void operator+=(const Tally& o) {
+        updates += o.updates;
+        lost += o.lost;
+        nan_in += o.nan_in;
+        inf_in += o.inf_in;
+        nan_out += o.nan_out;
+        overflow += o.overflow;
+        dot += o.dot;
+        norm2 += o.norm2;
+    }
+};
+
+// What is done: the same for every tensor of a call.
+struct Operation {
+    OpCode code;
+    int inputs;             // subtract 2, add 1 + residuals, scale 1, add_difference 3
+    const double* factors;  // already rounded to C; add: one per residual, scale and add_difference: one, subtract: none
+    bool stochastic;
+    uint64_t seed;
+};
+
+// A run of consecutive elements. Pointers need no alignment. `out` may equal an input exactly.
+struct Run {
+    int64_t n;
+    uint64_t index;   // flat index of the first element in its whole tensor
+    uint64_t stream;
+    DType out_type;
+    const DType* in_types;
+    void* out;
+    const void* const* in;
+};
+
+struct Loops {
+    // Computes one run on the calling thread. `tally` may be null; if it is not, `out` must not alias an input.
+    void (*run)(const Operation&, const Run&, Tally* tally);
+    // Touches the same bytes as `run` would, with no arithmetic worth the name: the ceiling the benchmarks divide by.
+    // False: no such loop for these element sizes.
+    bool (*memory)(const Run&, int inputs);
+};
+
+#if defined(__x86_64__)
+namespace v2 { extern const Loops loops; }
+namespace v3 { extern const Loops loops; }
+namespace v4 { extern const Loops loops; }
+#else
+namespace portable { extern const Loops loops; }
+#endif
+
+inline int item_size(DType t) {
+    switch (t) {
+        case DType::f64: return 8;
+        case DType::f32: return 4;
+        case DType::f16: case DType::bf16: return 2;
+        default: return 1;
+    }
+}
+
+// One output tensor of a call. Strides are in elements, operand-major (the output first), and empty where all operands
+// are contiguous.
+struct Item {
+    int64_t n;
+    uint64_t stream;
+    void* out;
+    DType out_type;
+    std::vector<const void*> in;
+    std::vector<DType> in_types;
+    std::vector<int64_t> sizes, strides;
+};
+
+// Names of the instruction sets that were compiled in and that this CPU runs, best first.
+std::vector<std::string> isas();
+
+// `offset` is the flat index of each item's first element. Throws std::invalid_argument for an unknown `isa`.
+void run(const Operation& op, std::vector<Item>& items, uint64_t offset, int threads, const std::string& isa, Tally* tally);
+void run_memory(const Item& item, int threads, const std::string& isa);
+
+}  // namespace ires

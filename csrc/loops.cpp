@@ -1,0 +1,618 @@
+// The CPU loops, compiled once per instruction set (setup.py passes IRES_ISA and the matching -march).
+//
+// Two ways through, the same arithmetic (arith.h). Hot mixes of types run fused: registers from load to store. Every
+// other mix, several residuals, f64 and stochastic rounding go by blocks of f32 (or f64) that stay in L1.
+//
+// Vectors are the compiler's own (`vector_size`), so one source serves AVX-512, AVX2, SSE and NEON; only the f16
+// conversions need intrinsics. A pair of vectors holds 2W consecutive elements in one of two orders:
+//   halves:   0 .. W-1 | W .. 2W-1
+//   even_odd: 0, 2, .. | 1, 3, ..    two bf16 in one u32 lane widen by a shift and a mask: no shuffle, no pack
+#include "cpu.h"
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#ifndef IRES_ISA
+#define IRES_ISA portable
+#endif
+
+namespace ires {
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#define IRES_LANES 16
+#elif defined(__AVX2__)
+#define IRES_LANES 8
+#else
+#define IRES_LANES 4
+#endif
+
+namespace IRES_ISA {
+namespace {
+
+constexpr int W = IRES_LANES;  // f32 lanes of a vector
+typedef float F __attribute__((vector_size(4 * W)));
+typedef uint32_t U __attribute__((vector_size(4 * W)));
+typedef int32_t I __attribute__((vector_size(4 * W)));
+typedef uint16_t U16 __attribute__((vector_size(2 * W)));
+typedef uint16_t U16x2 __attribute__((vector_size(4 * W)));
+typedef uint8_t U8 __attribute__((vector_size(W)));
+typedef uint8_t U8x2 __attribute__((vector_size(2 * W)));
+
+enum class Order { halves, even_odd };
+
+constexpr int64_t kPrefetch = 1024;  // bytes ahead: worth 10-20 % where memory is the bound
+constexpr int64_t kBlock = 1024;     // elements of an L1 block
+constexpr int64_t kTallyBlock = 4096;  // elements summed in f32 lanes before the sums go on in f64
+
+}  // namespace
+}  // namespace IRES_ISA
+
+template <> struct FloatOf<IRES_ISA::U> { using type = IRES_ISA::F; };
+template <> struct BitsOf<IRES_ISA::F> { using type = IRES_ISA::U; };
+
+namespace IRES_ISA {
+namespace {
+
+template <class V> IRES_HD V load_raw(const void* p) {
+    V v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// W elements <-> one vector of f32.
+template <class T> IRES_HD F load(const T* p) {
+    using Narrow = std::conditional_t<sizeof(T) == 2, U16, U8>;
+    return widen_bits<T>(__builtin_convertvector(load_raw<Narrow>(p), U));
+}
+template <class T> IRES_HD void store(T* p, F x) {
+    using Narrow = std::conditional_t<sizeof(T) == 2, U16, U8>;
+    const Narrow bits = __builtin_convertvector(nearest_bits<T>(x), Narrow);
+    memcpy(static_cast<void*>(p), &bits, sizeof bits);
+}
+// The value a store of x leaves behind, widened again.
+template <class T> IRES_HD F rounded(F x) { return widen_bits<T>(nearest_bits<T>(x)); }
+
+template <> IRES_HD F load<float>(const float* p) { return load_raw<F>(p); }
+template <> IRES_HD void store<float>(float* p, F x) { memcpy(p, &x, sizeof x); }
+template <> IRES_HD F rounded<float>(F x) { return x; }
+
+#if IRES_LANES == 16
+#define IRES_F16_LOAD(p) bit_cast<F>(_mm512_cvtph_ps(load_raw<__m256i>(p)))
+#define IRES_F16_BITS(x) _mm512_cvtps_ph(bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+#elif defined(__F16C__)
+#define IRES_F16_LOAD(p) bit_cast<F>(_mm256_cvtph_ps(load_raw<__m128i>(p)))
+#define IRES_F16_BITS(x) _mm256_cvtps_ph(bit_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+#elif defined(__aarch64__)
+#define IRES_F16_LOAD(p) bit_cast<F>(vcvt_f32_f16(load_raw<float16x4_t>(p)))
+#define IRES_F16_BITS(x) vcvt_f16_f32(bit_cast<float32x4_t>(x))
+#endif
+#if defined(IRES_F16_LOAD)
+template <> IRES_HD F load<f16_t>(const f16_t* p) { return IRES_F16_LOAD(p); }
+template <> IRES_HD void store<f16_t>(f16_t* p, F x) {
+    const auto bits = IRES_F16_BITS(x);
+    memcpy(p, &bits, sizeof bits);
+}
+template <> IRES_HD F rounded<f16_t>(F x) {
+    const auto bits = IRES_F16_BITS(x);
+    return IRES_F16_LOAD(&bits);
+}
+#endif
+
+// 2W elements <-> a pair of vectors.
+struct Pair { F a, b; };
+
+template <Order order, class T> IRES_HD Pair load_pair(const T* p) {
+    if constexpr (order == Order::halves) {
+        return {load(p), load(p + W)};
+    } else if constexpr (sizeof(T) == 2) {
+        static_assert(Format<T>::kSig == 7, "even_odd is for bf16 and f8");
+        const U w = load_raw<U>(p);
+        return {bit_cast<F>(U(w << 16)), bit_cast<F>(U(w & 0xffff0000u))};
+    } else {
+        const U w = bit_cast<U>(__builtin_convertvector(load_raw<U8x2>(p), U16x2));
+        return {widen_bits<T>(U(w & 0xffu)), widen_bits<T>(U(w >> 16))};
+    }
+}
+
+// Returns what was stored, widened, for the tally; the compiler drops it where nobody looks.
+template <Order order, class T> IRES_HD Pair store_pair(T* p, Pair x) {
+    if constexpr (order == Order::halves) {
+        store(p, x.a);
+        store(p + W, x.b);
+        return {rounded<T>(x.a), rounded<T>(x.b)};
+    } else {
+        static_assert(sizeof(T) == 2 && Format<T>::kSig == 7, "only bf16 is stored even_odd");
+        const U a = nearest_bf16_high(x.a), b = nearest_bf16_high(x.b) & 0xffff0000u;
+        const U w = (a >> 16) | b;
+        memcpy(p, &w, sizeof w);
+        return {bit_cast<F>(U(a & 0xffff0000u)), bit_cast<F>(b)};
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The tally of a block: f32 lanes, then f64. A block whose sums are not finite holds something worth a slow look, and
+// so does one whose squares may have underflowed.
+struct Sums {
+    F dot{}, norm2{};
+    I updates{}, lost{};
+
+    IRES_HD void add(F target, F out, F update) {
+        const F moved = out - target;
+        dot += moved * update;
+        norm2 += update * update;
+        const I is_update = update != 0.0f;  // all ones where true
+        updates -= is_update;
+        lost -= is_update & (out == target);
+    }
+    // False: the block must be counted by `tally_slowly` instead.
+    bool flush(Tally* tally) const {
+        double d = 0, n = 0;
+        int64_t u = 0, l = 0;
+        for (int i = 0; i < W; ++i) {
+            d += dot[i];
+            n += norm2[i];
+            u += updates[i];
+            l += lost[i];
+        }
+        if (!std::isfinite(d) || !std::isfinite(n) || (u > 0 && n < 1e-25)) return false;
+        tally->dot += d;
+        tally->norm2 += n;
+        tally->updates += uint64_t(u);
+        tally->lost += uint64_t(l);
+        return true;
+    }
+};
+
+void tally_slowly(const Operation& op, const Run& run, Tally* tally);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Fused loops.
+template <class T> struct TypeOf;
+template <> struct TypeOf<double> { static constexpr DType value = DType::f64; };
+template <> struct TypeOf<float> { static constexpr DType value = DType::f32; };
+template <> struct TypeOf<f16_t> { static constexpr DType value = DType::f16; };
+template <> struct TypeOf<bf16_t> { static constexpr DType value = DType::bf16; };
+template <> struct TypeOf<e4m3_t> { static constexpr DType value = DType::e4m3; };
+template <> struct TypeOf<e5m2_t> { static constexpr DType value = DType::e5m2; };
+
+template <class T> IRES_HD void prefetch(const T* p, int64_t elements) {
+    const char* bytes = reinterpret_cast<const char*>(p) + kPrefetch;
+    for (int64_t b = 0; b < elements * int64_t(sizeof(T)); b += 64) __builtin_prefetch(bytes + b);
+}
+
+template <class Op, Order order, class Out, class T0, class T1 = void, class T2 = void> struct Fused {
+    static constexpr int kInputs = Op::kInputs;
+
+    static bool matches(const Operation& op, const Run& run) {
+        if (op.code != Op::kCode || op.inputs != kInputs || run.out_type != TypeOf<Out>::value) return false;
+        if (run.in_types[0] != TypeOf<T0>::value) return false;
+        if constexpr (kInputs > 1)
+            if (run.in_types[1] != TypeOf<T1>::value) return false;
+        if constexpr (kInputs > 2)
+            if (run.in_types[2] != TypeOf<T2>::value) return false;
+        return true;
+    }
+
+    template <class P0, class P1, class P2>
+    IRES_HD static void step(Out* out, P0 p0, P1 p1, P2 p2, F factor, Sums* sums) {
+        F a[kInputs], b[kInputs];
+        const auto put = [&](int i, Pair x) {
+            a[i] = x.a;
+            b[i] = x.b;
+        };
+        put(0, load_pair<order>(p0));
+        if constexpr (kInputs > 1) put(1, load_pair<order>(p1));
+        if constexpr (kInputs > 2) put(2, load_pair<order>(p2));
+        const F ua = Op::update(factor, a), ub = Op::update(factor, b);
+        const Pair stored = store_pair<order>(out, {Op::result(a, ua), Op::result(b, ub)});
+        if (sums) {
+            constexpr bool from_zero = Op::kCode == OpCode::subtract;
+            sums->add(from_zero ? F{} : a[0], stored.a, ua);
+            sums->add(from_zero ? F{} : b[0], stored.b, ub);
+        }
+    }
+
+    template <bool kTally>
+    static void loop(int64_t n, Out* out, const T0* p0, const T1* p1, const T2* p2, F factor, Sums* sums) {
+        constexpr int64_t kStep = 2 * W;
+        int64_t i = 0;
+        const auto at = [&](int64_t k) {
+            if constexpr (kInputs == 3) step(out + k, p0 + k, p1 + k, p2 + k, factor, kTally ? sums : nullptr);
+            if constexpr (kInputs == 2) step(out + k, p0 + k, p1 + k, p2, factor, kTally ? sums : nullptr);
+            if constexpr (kInputs == 1) step(out + k, p0 + k, p1, p2, factor, kTally ? sums : nullptr);
+        };
+        for (; i + 2 * kStep <= n; i += 2 * kStep) {
+            prefetch(p0 + i, 2 * kStep);
+            if constexpr (kInputs > 1) prefetch(p1 + i, 2 * kStep);
+            if constexpr (kInputs > 2) prefetch(p2 + i, 2 * kStep);
+            at(i);
+            at(i + kStep);
+        }
+        for (; i + kStep <= n; i += kStep) at(i);
+        if (i == n) return;
+        // The last few: the same step on padded copies, so that there is one arithmetic and no scalar twin.
+        const size_t rest = size_t(n - i);
+        Out out_pad[kStep] = {};
+        T0 pad0[kStep] = {};
+        memcpy(static_cast<void*>(pad0), p0 + i, rest * sizeof(T0));
+        if constexpr (kInputs == 1) {
+            step(out_pad, pad0, p1, p2, factor, kTally ? sums : nullptr);
+        } else {
+            T1 pad1[kStep] = {};
+            memcpy(static_cast<void*>(pad1), p1 + i, rest * sizeof(T1));
+            if constexpr (kInputs == 2) {
+                step(out_pad, pad0, pad1, p2, factor, kTally ? sums : nullptr);
+            } else {
+                T2 pad2[kStep] = {};
+                memcpy(static_cast<void*>(pad2), p2 + i, rest * sizeof(T2));
+                step(out_pad, pad0, pad1, pad2, factor, kTally ? sums : nullptr);
+            }
+        }
+        memcpy(static_cast<void*>(out + i), out_pad, rest * sizeof(Out));
+    }
+
+    static void run(const Operation& op, const Run& run, Tally* tally) {
+        const F factor = F{} + (op.code == OpCode::subtract ? 1.0f : float(op.factors[0]));
+        Out* out = static_cast<Out*>(run.out);
+        const T0* p0 = static_cast<const T0*>(run.in[0]);
+        const T1* p1 = kInputs > 1 ? static_cast<const T1*>(run.in[kInputs > 1 ? 1 : 0]) : nullptr;
+        const T2* p2 = kInputs > 2 ? static_cast<const T2*>(run.in[kInputs > 2 ? 2 : 0]) : nullptr;
+        if (!tally) return loop<false>(run.n, out, p0, p1, p2, factor, nullptr);
+        for (int64_t i = 0; i < run.n; i += kTallyBlock) {
+            const int64_t n = std::min(kTallyBlock, run.n - i);
+            const T1* q1 = p1;
+            const T2* q2 = p2;
+            if constexpr (kInputs > 1) q1 = p1 + i;
+            if constexpr (kInputs > 2) q2 = p2 + i;
+            Sums sums;
+            loop<true>(n, out + i, p0 + i, q1, q2, factor, &sums);
+            if (sums.flush(tally)) continue;
+            const void* in[3] = {p0 + i, q1, q2};
+            tally_slowly(op, Run{n, run.index, run.stream, run.out_type, run.in_types, out + i, in}, tally);
+        }
+    }
+};
+
+using FusedFn = void (*)(const Operation&, const Run&, Tally*);
+
+template <class... Kernels> FusedFn find(const Operation& op, const Run& run) {
+    FusedFn found = nullptr;
+    ((Kernels::matches(op, run) && (found = &Kernels::run)) || ...);
+    return found;
+}
+
+FusedFn find_fused(const Operation& op, const Run& run) {
+    constexpr Order halves = Order::halves, even_odd = Order::even_odd;
+    switch (op.code) {
+        case OpCode::subtract:
+            return find<Fused<Subtract, even_odd, bf16_t, bf16_t, bf16_t>, Fused<Subtract, halves, float, bf16_t, bf16_t>,
+                        Fused<Subtract, halves, f16_t, f16_t, f16_t>, Fused<Subtract, halves, float, f16_t, f16_t>,
+                        Fused<Subtract, halves, float, float, float>>(op, run);
+        case OpCode::add:
+            return find<Fused<AddOne, even_odd, bf16_t, bf16_t, bf16_t>, Fused<AddOne, halves, bf16_t, bf16_t, float>,
+                        Fused<AddOne, even_odd, bf16_t, bf16_t, e4m3_t>, Fused<AddOne, halves, f16_t, f16_t, f16_t>,
+                        Fused<AddOne, halves, f16_t, f16_t, float>, Fused<AddOne, halves, f16_t, f16_t, e4m3_t>,
+                        Fused<AddOne, halves, float, float, float>>(op, run);
+        case OpCode::scale:
+            return find<Fused<Scale, even_odd, bf16_t, bf16_t>, Fused<Scale, halves, f16_t, f16_t>,
+                        Fused<Scale, halves, float, float>>(op, run);
+        case OpCode::add_difference:
+            return find<Fused<AddDifference, even_odd, bf16_t, bf16_t, bf16_t, bf16_t>,
+                        Fused<AddDifference, halves, f16_t, f16_t, f16_t, f16_t>,
+                        Fused<AddDifference, halves, float, float, float, float>>(op, run);
+    }
+    return nullptr;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Blocks of C in L1.
+template <class C, class T> void widen_block(const void* from, C* to, int64_t n) {
+    const T* p = static_cast<const T*>(from);
+    int64_t i = 0;
+    if constexpr (std::is_same_v<C, float> && !std::is_same_v<T, double>) {
+        for (; i + W <= n; i += W) {
+            const F x = load(p + i);
+            memcpy(to + i, &x, sizeof x);
+        }
+    }
+    for (; i < n; ++i) {
+        T x;
+        memcpy(static_cast<void*>(&x), p + i, sizeof x);
+        to[i] = C(widen(x));
+    }
+}
+
+template <class C, class T> void nearest_block(const C* from, void* to, int64_t n) {
+    T* p = static_cast<T*>(to);
+    int64_t i = 0;
+    if constexpr (std::is_same_v<C, float>) {
+        for (; i + W <= n; i += W) store(p + i, load_raw<F>(from + i));
+    }
+    for (; i < n; ++i) {
+        const T x = store_nearest<T>(from[i]);
+        memcpy(static_cast<void*>(p + i), &x, sizeof x);
+    }
+}
+
+template <class C, class T> void stochastic_block(const C* from, const uint32_t* words, void* to, int64_t n) {
+    T* p = static_cast<T*>(to);
+    for (int64_t i = 0; i < n; ++i) {
+        const T x = store_stochastic<T>(from[i], words[i]);
+        memcpy(static_cast<void*>(p + i), &x, sizeof x);
+    }
+}
+
+template <class C> struct Blocks {
+    using Widen = void (*)(const void*, C*, int64_t);
+    using Nearest = void (*)(const C*, void*, int64_t);
+    using Stochastic = void (*)(const C*, const uint32_t*, void*, int64_t);
+    // Indexed by DType. With C = float there is no f64 operand.
+    static constexpr Widen widen[kDTypes] = {
+        &widen_block<C, std::conditional_t<std::is_same_v<C, double>, double, float>>,
+        &widen_block<C, float>, &widen_block<C, f16_t>, &widen_block<C, bf16_t>, &widen_block<C, e4m3_t>, &widen_block<C, e5m2_t>};
+    static constexpr Nearest nearest[kDTypes] = {
+        &nearest_block<C, std::conditional_t<std::is_same_v<C, double>, double, float>>,
+        &nearest_block<C, float>, &nearest_block<C, f16_t>, &nearest_block<C, bf16_t>, &nearest_block<C, e4m3_t>, &nearest_block<C, e5m2_t>};
+    static constexpr Stochastic stochastic[kDTypes] = {
+        &stochastic_block<C, std::conditional_t<std::is_same_v<C, double>, double, float>>,
+        &stochastic_block<C, float>, &stochastic_block<C, f16_t>, &stochastic_block<C, bf16_t>, &stochastic_block<C, e4m3_t>, &stochastic_block<C, e5m2_t>};
+};
+
+// a * m, low and high halves.
+IRES_HD void multiply(U a, uint32_t m, U* low, U* high) {
+#if IRES_LANES == 16
+    const __m512i x = bit_cast<__m512i>(a), y = _mm512_set1_epi32(int(m));
+    const __m512i even = _mm512_mul_epu32(x, y), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), y);
+    *low = bit_cast<U>(_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32)));
+    *high = bit_cast<U>(_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd));
+#elif IRES_LANES == 8
+    const __m256i x = bit_cast<__m256i>(a), y = _mm256_set1_epi32(int(m));
+    const __m256i even = _mm256_mul_epu32(x, y), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y);
+    *low = bit_cast<U>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa));
+    *high = bit_cast<U>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa));
+#else
+    for (int j = 0; j < W; ++j) {
+        const uint64_t p = uint64_t(a[j]) * m;
+        (*low)[j] = uint32_t(p);
+        (*high)[j] = uint32_t(p >> 32);
+    }
+#endif
+}
+
+// words[i] becomes the random word of element index + i, for i in [0, n): Philox (arith.h), W counters at a time.
+// Returns words past the lanes in front of `index`; the array has room for kBlock + 4 * W + 4.
+const uint32_t* random_words(uint64_t seed, uint64_t stream, uint64_t index, int64_t n, uint32_t* words) {
+    const uint64_t skip = index & 3;
+    const int64_t blocks = (int64_t(skip) + n + 3) >> 2;
+    for (int64_t b = 0; b < blocks; b += W) {
+        U c0, c1, c2 = U{} + uint32_t(stream), c3 = U{} + uint32_t(stream >> 32);
+        for (int j = 0; j < W; ++j) {
+            const uint64_t counter = ((index >> 2) + uint64_t(b + j)) & (~uint64_t(0) >> 2);
+            c0[j] = uint32_t(counter);
+            c1[j] = uint32_t(counter >> 32);
+        }
+        uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+        for (int round = 0; round < 10; ++round) {
+            U low0, high0, low2, high2;
+            multiply(c0, kPhiloxM0, &low0, &high0);
+            multiply(c2, kPhiloxM1, &low2, &high2);
+            c0 = high2 ^ c1 ^ k0;
+            c2 = high0 ^ c3 ^ k1;
+            c1 = low2;
+            c3 = low0;
+            k0 += kPhiloxW0;
+            k1 += kPhiloxW1;
+        }
+        for (int j = 0; j < W; ++j) {
+            uint32_t* w = words + 4 * (b + j);
+            w[0] = c0[j];
+            w[1] = c1[j];
+            w[2] = c2[j];
+            w[3] = c3[j];
+        }
+    }
+    return words + skip;
+}
+
+// v: the C value before the store; update: D of the report (only where a tally wants it).
+template <class C>
+void compute_block(const Operation& op, const Run& run, int64_t i, int64_t n, C* v, C* update, C* scratch) {
+    const auto get = [&](int k, C* to) {
+        const DType type = run.in_types[k];
+        Blocks<C>::widen[int(type)](static_cast<const char*>(run.in[k]) + i * item_size(type), to, n);
+    };
+    get(0, v);
+    switch (op.code) {
+        case OpCode::scale: {
+            const C s = C(op.factors[0]);
+            for (int64_t j = 0; j < n; ++j) v[j] = mul(s, v[j]);
+            return;
+        }
+        case OpCode::subtract:
+            get(1, scratch);
+            for (int64_t j = 0; j < n; ++j) v[j] = update[j] = sub(v[j], scratch[j]);
+            return;
+        case OpCode::add_difference: {
+            const C alpha = C(op.factors[0]);
+            get(1, update);
+            get(2, scratch);
+            for (int64_t j = 0; j < n; ++j) {
+                update[j] = mul(alpha, sub(update[j], scratch[j]));
+                v[j] = add(v[j], update[j]);
+            }
+            return;
+        }
+        case OpCode::add:
+            for (int k = 1; k < op.inputs; ++k) {
+                const C alpha = C(op.factors[k - 1]);
+                get(k, scratch);
+                for (int64_t j = 0; j < n; ++j) {
+                    const C one = mul(alpha, scratch[j]);
+                    update[j] = k == 1 ? one : add(update[j], one);
+                    v[j] = add(v[j], one);
+                }
+            }
+            return;
+    }
+}
+
+// The least f32 magnitude, as bits, that the output type does not keep finite.
+uint32_t overflow_bits(DType out) {
+    switch (out) {
+        case DType::f16: return Format<f16_t>::kOverflow;
+        case DType::bf16: return Format<bf16_t>::kOverflow;
+        case DType::e4m3: return Format<e4m3_t>::kOverflow;
+        case DType::e5m2: return Format<e5m2_t>::kOverflow;
+        default: return 0x7f800000u;
+    }
+}
+
+template <class C> bool overflows(C v, DType out) {
+    if (out == DType::f64) return std::isinf(v);
+    if constexpr (std::is_same_v<C, double>) {
+        const float f = out == DType::f32 ? float(v) : narrow_to_odd(v);
+        return (bit_cast<uint32_t>(f) & 0x7fffffffu) >= overflow_bits(out);
+    } else {
+        return (bit_cast<uint32_t>(v) & 0x7fffffffu) >= overflow_bits(out);
+    }
+}
+
+// Counts one element at a time, in f64: for blocks that hold NaN, inf, an overflow, or squares that underflow.
+template <class C> void tally_block(const Operation& op, const Run& run, int64_t i, int64_t n, Tally* tally) {
+    alignas(64) C v[kBlock], update[kBlock], scratch[kBlock], target[kBlock], out[kBlock];
+    bool nan_in[kBlock] = {}, inf_in[kBlock] = {};
+    for (int k = 0; k < op.inputs; ++k) {
+        const DType type = run.in_types[k];
+        Blocks<C>::widen[int(type)](static_cast<const char*>(run.in[k]) + i * item_size(type), scratch, n);
+        for (int64_t j = 0; j < n; ++j) {
+            nan_in[j] |= std::isnan(scratch[j]);
+            inf_in[j] |= std::isinf(scratch[j]);
+            if (k == 0) target[j] = op.code == OpCode::subtract ? C(0) : scratch[j];
+        }
+    }
+    compute_block<C>(op, run, i, n, v, update, scratch);
+    Blocks<C>::widen[int(run.out_type)](static_cast<const char*>(run.out) + i * item_size(run.out_type), out, n);
+    for (int64_t j = 0; j < n; ++j) {
+        tally->nan_in += nan_in[j];
+        tally->inf_in += inf_in[j] && !nan_in[j];
+        tally->nan_out += std::isnan(out[j]);
+        tally->overflow += !nan_in[j] && !inf_in[j] && overflows(v[j], run.out_type);
+        const bool is_update = update[j] != C(0) && !std::isnan(update[j]);
+        tally->updates += is_update;
+        tally->lost += is_update && out[j] == target[j];
+        const double moved = double(out[j]) - double(target[j]), d = double(update[j]);
+        if (std::isfinite(moved) && std::isfinite(d)) {
+            tally->dot += moved * d;
+            tally->norm2 += d * d;
+        }
+    }
+}
+
+// The sums of a block whose v and update are at hand; false if it must be counted slowly. Arrays have kBlock elements.
+bool tally_fast(const Operation& op, const Run& run, int64_t i, int64_t n, float* v, float* update, Tally* tally) {
+    alignas(64) float target[kBlock], out[kBlock];
+    const auto get = [&](DType type, const void* from, float* to) {
+        Blocks<float>::widen[int(type)](static_cast<const char*>(from) + i * item_size(type), to, n);
+        std::fill(to + n, to + (n + W - 1) / W * W, 0.0f);
+    };
+    get(run.out_type, run.out, out);
+    get(run.in_types[0], run.in[0], target);
+    std::fill(v + n, v + (n + W - 1) / W * W, 0.0f);
+    std::fill(update + n, update + (n + W - 1) / W * W, 0.0f);
+    const uint32_t limit = overflow_bits(run.out_type);
+    Sums sums;
+    I beyond{};
+    for (int64_t j = 0; j < n; j += W) {
+        beyond |= (load_raw<U>(v + j) & 0x7fffffffu) >= limit;
+        sums.add(op.code == OpCode::subtract ? F{} : load_raw<F>(target + j), load_raw<F>(out + j), load_raw<F>(update + j));
+    }
+    for (int k = 0; k < W; ++k)
+        if (beyond[k]) return false;
+    return sums.flush(tally);
+}
+
+bool in_double(const Operation& op, const Run& run) {
+    bool any = run.out_type == DType::f64;
+    for (int k = 0; k < op.inputs; ++k) any |= run.in_types[k] == DType::f64;
+    return any;
+}
+
+void tally_slowly(const Operation& op, const Run& run, Tally* tally) {
+    for (int64_t i = 0; i < run.n; i += kBlock) {
+        const int64_t n = std::min(kBlock, run.n - i);
+        in_double(op, run) ? tally_block<double>(op, run, i, n, tally) : tally_block<float>(op, run, i, n, tally);
+    }
+}
+
+template <class C> void run_blocks(const Operation& op, const Run& run, Tally* tally) {
+    alignas(64) C v[kBlock], update[kBlock], scratch[kBlock];
+    alignas(64) uint32_t words[kBlock + 4 * W + 4];
+    const bool narrows = item_size(run.out_type) < int(sizeof(C));
+    for (int64_t i = 0; i < run.n; i += kBlock) {
+        const int64_t n = std::min(kBlock, run.n - i);
+        compute_block<C>(op, run, i, n, v, update, scratch);
+        void* out = static_cast<char*>(run.out) + i * item_size(run.out_type);
+        if (op.stochastic && narrows) {
+            const uint32_t* w = random_words(op.seed, run.stream, run.index + uint64_t(i), n, words);
+            Blocks<C>::stochastic[int(run.out_type)](v, w, out, n);
+        } else {
+            Blocks<C>::nearest[int(run.out_type)](v, out, n);
+        }
+        if (!tally) continue;
+        if constexpr (std::is_same_v<C, float>)
+            if (tally_fast(op, run, i, n, v, update, tally)) continue;
+        tally_block<C>(op, run, i, n, tally);
+    }
+}
+
+void run(const Operation& op, const Run& run, Tally* tally) {
+    if (FusedFn fused = op.stochastic ? nullptr : find_fused(op, run)) return fused(op, run, tally);
+    in_double(op, run) ? run_blocks<double>(op, run, tally) : run_blocks<float>(op, run, tally);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The bytes that a run touches, with xor for arithmetic. 64 elements a step; sizes in bytes an element.
+template <int kOut, int... kIn> struct Memory {
+    static bool run(const Run& run, int inputs) {
+        constexpr int sizes[] = {kIn...};
+        if (inputs != int(sizeof...(kIn)) || item_size(run.out_type) != kOut) return false;
+        for (int k = 0; k < inputs; ++k)
+            if (item_size(run.in_types[k]) != sizes[k]) return false;
+        constexpr int kVectors = 16 / W;  // per 64 bytes
+        for (int64_t i = 0; i + 64 <= run.n; i += 64) {
+            U x[kOut * kVectors] = {};
+            int k = 0;
+            const auto read = [&](auto size) {
+                const char* p = static_cast<const char*>(run.in[k++]) + i * size();
+                for (int l = 0; l < size(); ++l) __builtin_prefetch(p + kPrefetch + 64 * l);
+                for (int v = 0; v < size() * kVectors; ++v) x[v % (kOut * kVectors)] ^= load_raw<U>(p + v * 4 * W);
+            };
+            (read(std::integral_constant<int, kIn>{}), ...);
+            memcpy(static_cast<char*>(run.out) + i * kOut, x, sizeof x);
+        }
+        return true;
+    }
+};
+
+bool memory(const Run& run, int inputs) {
+    return Memory<2, 2, 2, 2>::run(run, inputs) || Memory<4, 4, 4, 4>::run(run, inputs) ||
+           Memory<2, 2, 2>::run(run, inputs) || Memory<4, 4, 4>::run(run, inputs) || Memory<4, 2, 2>::run(run, inputs) ||
+           Memory<2, 2, 4>::run(run, inputs) || Memory<2, 2, 1>::run(run, inputs) || Memory<2, 2>::run(run, inputs) ||
+           Memory<4, 4>::run(run, inputs);
+}
+
+}  // namespace
+
+extern const Loops loops;
+const Loops loops = {&run, &memory};
+
+}  // namespace IRES_ISA
+}  // namespace ires

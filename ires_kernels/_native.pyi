@@ -1,0 +1,13 @@
+def run(
+    op: int,
+    items: list[tuple[object, ...]],
+    factors: tuple[float, ...],
+    stochastic: bool,
+    seed: int,
+    offset: int,
+    threads: int,
+    isa: str,
+    tally: bool,
+) -> tuple[int, int, int, int, int, int, float, float]: ...
+def memory_loop(item: tuple[object, ...], threads: int, isa: str) -> None: ...
+def isas() -> list[str]: ...

@@ -1,0 +1,183 @@
+"""The operations in plain torch: the definition that the other backends are held to, and the fallback without them.
+
+Operands are widened to the compute type C, which is exact; every operation is then one IEEE-754 operation in C; and
+the result is rounded to the stored type once. That last step is done on integers, where what happens to each bit can
+be read off, and not with ``Tensor.to``, which rounds float64 twice and has changed its float8 overflow over the years.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ires_kernels.backends import BackendStatus, Call, Tally
+
+PIECE = 1 << 18  # elements computed at a time, so that temporaries stay at a few MB
+
+_F64_FRACTION = (1 << 52) - 1
+_U32 = 0xFFFFFFFF
+
+
+class Format(NamedTuple):
+    """A storage type as bit patterns without the sign bit."""
+
+    bits: int  # width of the type
+    fraction: int  # stored significand bits
+    bias: int  # of the exponent
+    largest: int  # code of the largest finite value
+    infinity: int  # code that overflow and infinity get
+    nan: int
+    integer: torch.dtype  # to view the codes as
+
+
+FORMATS = {
+    torch.float32: Format(32, 23, 127, 0x7F7FFFFF, 0x7F800000, 0x7FC00000, torch.int32),
+    torch.float16: Format(16, 10, 15, 0x7BFF, 0x7C00, 0x7E00, torch.int16),
+    torch.bfloat16: Format(16, 7, 127, 0x7F7F, 0x7F80, 0x7FC0, torch.int16),
+    torch.float8_e5m2: Format(8, 2, 15, 0x7B, 0x7C, 0x7E, torch.uint8),
+    torch.float8_e4m3fn: Format(8, 3, 7, 0x7E, 0x7E, 0x7F, torch.uint8),  # has no infinity: saturates
+}
+
+
+def status() -> BackendStatus:
+    return BackendStatus(True, f"torch {torch.__version__}")
+
+
+def run(call: Call) -> None:
+    for out, operands, stream in zip(call.outs, call.inputs, call.streams, strict=True):
+        compute = torch.float64 if torch.float64 in {out.dtype, *(x.dtype for x in operands)} else torch.float32
+        factors = [torch.tensor(factor, dtype=compute) for factor in call.factors]
+        for start, (target, *sources) in _pieces([out, *operands], call.offset):
+            values = [x.to(compute) for x in sources]
+            result = _result(call.op, values, factors)
+            words = random_words(call.seed, stream, start, target.numel()) if call.stochastic else None
+            stored = round_to(result, target.dtype, words)
+            if call.tally is not None:
+                _count(call.tally, call.op, values, factors, result, stored)
+            target.copy_(stored)
+
+
+def _pieces(tensors: list[Tensor], start: int) -> Iterator[tuple[int, list[Tensor]]]:
+    """The same small part of every tensor, with the flat index of its first element, in row-major order."""
+    first = tensors[0]
+    if first.numel() <= PIECE:
+        yield start, tensors
+    elif len(first) == 1:
+        yield from _pieces([t[0] for t in tensors], start)
+    else:
+        half = len(first) // 2
+        yield from _pieces([t[:half] for t in tensors], start)
+        yield from _pieces([t[half:] for t in tensors], start + first[:half].numel())
+
+
+def _update(op: str, values: list[Tensor], factors: list[Tensor]) -> Tensor:
+    """What is added to the target."""
+    if op == "subtract":
+        a, b = values
+        return a - b
+    if op == "add_difference":
+        _, x, y = values
+        return factors[0] * (x - y)
+    update = factors[0] * values[1]
+    for factor, residual in zip(factors[1:], values[2:], strict=True):
+        update = update + factor * residual
+    return update
+
+
+def _result(op: str, values: list[Tensor], factors: list[Tensor]) -> Tensor:
+    """The value before it is stored. `+` and `*` stay apart: torch's own ``alpha=`` may fuse them."""
+    if op == "scale":
+        return factors[0] * values[0]
+    if op == "add":
+        total = values[0]
+        for factor, residual in zip(factors, values[1:], strict=True):
+            total = total + factor * residual
+        return total
+    if op == "add_difference":
+        return values[0] + _update(op, values, factors)
+    return _update(op, values, factors)
+
+
+def round_to(value: Tensor, dtype: torch.dtype, words: Tensor | None = None) -> Tensor:
+    """Round float32 or float64 to a storage type once: to nearest, ties to even, or by 32 random bits per element.
+
+    With |value| = significand * 2^e, the significand a 53-bit integer, the type drops the lowest `drop` bits of it:
+    more of them the further the value lies below the type's normal range. To nearest adds half of what is dropped,
+    less one unless the kept part is odd, then truncates. Stochastic rounding adds a random number instead, uniform
+    below 2^drop in steps of 2^(drop-32). Either way a carry out of the significand is a step of the exponent, because
+    the codes of a type count its values in order.
+    """
+    if value.dtype == dtype or dtype == torch.float64:
+        return value.to(dtype)
+    form = FORMATS[dtype]
+    bits = value.to(torch.float64).view(torch.int64)
+    field = (bits >> 52) & 0x7FF
+    significand = torch.where(field == 0, 0, 1 << 52) | (bits & _F64_FRACTION)
+    exponent = field.clamp(min=1) - 1023 + form.bias  # as the stored type would write it; < 1 is below its normal range
+    drop = 52 - form.fraction + (1 - exponent).clamp(min=0)
+    if words is None:
+        drop = drop.clamp(max=54)  # 54 or more: less than half of the smallest value, so 0
+        odd = (significand >> drop) & 1
+        kept = (significand + (torch.ones_like(drop) << (drop - 1)) - 1 + odd) >> drop
+    else:
+        # (significand + random) >> drop with random = words << (drop - 32), shifted so that it fits in 64 bits
+        words = words.view(value.shape)
+        below = (drop - 32).clamp(0, 63)
+        kept = ((significand >> below) + (words >> (32 - drop).clamp(min=0))) >> drop.clamp(max=32)
+    code = ((exponent.clamp(min=1) - 1) << form.fraction) + kept
+    # A finite value is never made infinite by chance: only rounding to nearest overflows.
+    code = torch.where(code > form.largest, form.infinity if words is None else form.largest, code)
+    code = torch.where(value.isinf(), form.infinity, code)
+    code = torch.where(value.isnan(), form.nan, code)
+    code = code | (bits < 0).to(torch.int64) << (form.bits - 1)
+    return code.to(form.integer).view(dtype)
+
+
+def random_words(seed: int, stream: int, start: int, count: int) -> Tensor:
+    """32 random bits each, as int64, for `count` elements from flat index `start` on (modulo 2^64).
+
+    Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11, section 3.3): the key is the
+    seed; the counter is index >> 2 and the stream, 64 bits each; index & 3 picks one of the four words.
+    """
+    start %= 1 << 64
+    skip = start & 3
+    index = ((start >> 2) + torch.arange((skip + count + 3) // 4)) & ((1 << 62) - 1)
+    c0, c1 = index & _U32, index >> 32
+    c2, c3 = torch.full_like(index, stream & _U32), torch.full_like(index, stream >> 32)
+    k0, k1 = seed & _U32, seed >> 32
+    for _ in range(10):
+        # int64 products wrap, which leaves all 64 bits right; the sign is masked away
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (p1 >> 32 & _U32) ^ c1 ^ k0, p1 & _U32, (p0 >> 32 & _U32) ^ c3 ^ k1, p0 & _U32
+        k0, k1 = (k0 + 0x9E3779B9) & _U32, (k1 + 0xBB67AE85) & _U32
+    return torch.stack((c0, c1, c2, c3), dim=1).view(-1)[skip : skip + count]
+
+
+def _count(tally: Tally, op: str, values: list[Tensor], factors: list[Tensor], result: Tensor, stored: Tensor) -> None:
+    update = _update(op, values, factors)
+    target = torch.zeros_like(result) if op == "subtract" else values[0]
+    after = stored.to(result.dtype)
+    nan_in = torch.stack([x.isnan() for x in values]).any(0)
+    finite_in = torch.stack([x.isfinite() for x in values]).all(0)
+    updated = (update != 0) & ~update.isnan()
+    measured = finite_in & update.isfinite() & after.isfinite()
+    moved, asked = (after.double() - target.double())[measured], update.double()[measured]
+    tally.elements += result.numel()
+    tally.updates += int(updated.sum())
+    tally.lost += int((updated & (after == target)).sum())
+    tally.nan_in += int(nan_in.sum())
+    tally.inf_in += int((~nan_in & ~finite_in).sum())
+    tally.nan_out += int(after.isnan().sum())
+    tally.overflow += int((finite_in & overflows(result, stored.dtype)).sum())
+    tally.dot += float(moved @ asked)
+    tally.norm2 += float(asked @ asked)
+
+
+def overflows(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where rounding `value` to nearest gives no finite number, or for float8_e4m3fn another than the next one."""
+    if dtype == torch.float8_e4m3fn:
+        return value.abs() > 464  # half a step above 448, and that tie goes to 448
+    return ~value.isnan() & round_to(value, dtype).to(torch.float32 if dtype != torch.float64 else dtype).isinf()
