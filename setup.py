@@ -12,7 +12,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 # Rounding is part of the contract: no contraction to fma. Without trapping math the conversions vectorise.
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-fvisibility=hidden", "-pthread", "-g0"]
+FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-fvisibility=hidden"]
+FLAGS += ["-pthread", "-g0", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # the last two: immintrin.h
 # loops.cpp is compiled once per entry: name (csrc/cpu.cpp lists the same) -> flags.
 ISAS = {"v4": ["-march=x86-64-v4"], "v3": ["-march=x86-64-v3"], "v2": ["-march=x86-64-v2"]}
 if platform.machine().lower() not in ("x86_64", "amd64"):

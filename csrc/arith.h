@@ -72,14 +72,22 @@ template <> struct Format<e4m3_t> {
 // Widening: exact. Lanes hold storage bits in the low end of a u32; U is uint32_t or, on the host, a compiler vector of
 // them, and F the float type beside it. Subnormals go through an addition at a fixed exponent rather than a
 // multiplication of an f32 subnormal, which costs an assist on many CPUs.
-template <class U> struct FloatOf;
-template <> struct FloatOf<uint32_t> { using type = float; };
+// Lanes<U> says which float type lies beside U and how to compare: a mask is all ones or zero. `less` is for lanes below
+// 2^31, compared as signed, because older instruction sets compare no other way.
+template <class U> struct Lanes;
+template <> struct Lanes<uint32_t> {
+    using Float = float;
+    IRES_HD static uint32_t less(uint32_t x, uint32_t y) { return int32_t(x) < int32_t(y) ? ~0u : 0u; }
+    IRES_HD static uint32_t is_nan(float x) { return x != x ? ~0u : 0u; }
+    IRES_HD static uint32_t select(uint32_t mask, uint32_t yes, uint32_t no) { return mask ? yes : no; }
+};
 template <class F> struct BitsOf;
 template <> struct BitsOf<float> { using type = uint32_t; };
+template <class U> IRES_HD U splat(uint32_t x) { return U{} + x; }
 
 template <class T, class U>
-IRES_HD typename FloatOf<U>::type widen_bits(U bits) {
-    using F = typename FloatOf<U>::type;
+IRES_HD typename Lanes<U>::Float widen_bits(U bits) {
+    using F = typename Lanes<U>::Float;
     if constexpr (Format<T>::kSig == 7) {  // bf16
         return bit_cast<F>(U(bits << 16));
     } else {
@@ -90,9 +98,9 @@ IRES_HD typename FloatOf<U>::type widen_bits(U bits) {
         const U shifted = magnitude << (23 - kSig);
         const U normal = shifted + (uint32_t(126 + kMinExp) << 23);
         const U subnormal = bit_cast<U>(F(bit_cast<F>(U(shifted + kOne)) - bit_cast<float>(kOne)));
-        U out = magnitude < (1u << kSig) ? subnormal : normal;
-        out = magnitude >= kFirstSpecial ? (shifted | 0x7f800000u) : out;
-        return bit_cast<F>(U(out | sign));
+        const U finite = Lanes<U>::select(Lanes<U>::less(magnitude, splat<U>(1u << kSig)), subnormal, normal);
+        const U special = ~Lanes<U>::less(magnitude, splat<U>(kFirstSpecial)) & 0x7f800000u;
+        return bit_cast<F>(U(finite | special | sign));
     }
 }
 
@@ -112,7 +120,7 @@ IRES_HD typename BitsOf<F>::type nearest_bf16_high(F x) {
     using U = typename BitsOf<F>::type;
     const U b = bit_cast<U>(x);
     const U rounded = b + 0x7fffu + ((b >> 16) & 1u);
-    return (b & 0x7fffffffu) > 0x7f800000u ? U(b | 0x400000u) : rounded;
+    return rounded | (Lanes<U>::is_nan(x) & 0x7fc00000u);
 }
 
 // Storage bits of x in the low end of a u32. f16, e5m2, e4m3fn: below the smallest normal, the rounding is done by one
@@ -130,9 +138,9 @@ IRES_HD typename BitsOf<F>::type nearest_bits(F x) {
         const U half_less_one_ulp = ((m >> kDrop) & 1u) + ((1u << (kDrop - 1)) - 1u);
         const U normal = ((m + half_less_one_ulp) >> kDrop) - (uint32_t(126 + kMinExp) << kSig);
         const U subnormal = bit_cast<U>(F(bit_cast<F>(m) + bit_cast<float>(kMagic))) - kMagic;
-        U out = m < (uint32_t(127 + kMinExp) << 23) ? subnormal : normal;
-        out = m >= Format<T>::kOverflow ? (out & 0u) + Format<T>::kInf : out;
-        out = m > 0x7f800000u ? (out & 0u) + Format<T>::kNaN : out;
+        U out = Lanes<U>::select(Lanes<U>::less(m, splat<U>(uint32_t(127 + kMinExp) << 23)), subnormal, normal);
+        out = Lanes<U>::select(Lanes<U>::less(m, splat<U>(Format<T>::kOverflow)), out, splat<U>(Format<T>::kInf));
+        out |= Lanes<U>::is_nan(x) & Format<T>::kNaN;
         return out | ((b & 0x80000000u) >> kSignShift);
     }
 }
@@ -160,59 +168,66 @@ template <> IRES_HD double store_nearest<double>(double x) { return x; }
 // The store, stochastic. The significand is aligned so that the bits the store drops form a 32-bit fraction; the
 // element's random word is added to it and the carry, if any, goes into the kept bits. A finite value never becomes
 // infinite: it stays at the largest finite one.
-template <class U> IRES_HD U shift_right(U x, int by) {
-    constexpr int kBits = int(8 * sizeof(U));
-    return by < kBits ? U(x >> (by & (kBits - 1))) : U(0);
+//
+// Lanes as above; Wide is what holds the significand: U itself for f32, uint64_t for f64. `under` and `over` say how far
+// the exponent lies below or above that of the target's smallest normal.
+template <class Wide, class U> IRES_HD Wide shift_right(Wide x, U by, uint32_t bits) {
+    return by < bits ? Wide(x >> (by & (bits - 1u))) : Wide(x & 0u);
 }
 
-template <class T, int kSigC, class Wide>
-IRES_HD uint32_t round_significand(Wide significand, int exponent, uint32_t word) {
+template <class T, int kSigC, class Wide, class U>
+IRES_HD U round_significand(Wide significand, U under, U over, U word) {
     using F = Format<T>;
-    const int below = F::kMinExp - exponent;
-    int drop = kSigC - F::kSig + (below > 0 ? below : 0);
-    drop = drop > 95 ? 95 : drop;
-    const uint32_t fraction = drop > 32 ? uint32_t(shift_right(significand, drop - 32))
-                                        : uint32_t(significand) << ((32 - drop) & 31);
-    const uint32_t carry = uint32_t(fraction + word) < fraction ? 1u : 0u;
-    // A normal's implicit bit sits in `kept` and adds the last one to the exponent.
-    const uint32_t exponent_bits = below < 0 ? uint32_t(-below) << F::kSig : 0u;
-    const uint32_t out = exponent_bits + uint32_t(shift_right(significand, drop)) + carry;
-    return out > F::kMax ? F::kMax : out;
+    constexpr uint32_t kBits = kSigC > 32 ? 64 : 32;
+    const U drop = under + uint32_t(kSigC - F::kSig);
+    const U fraction = drop > 32u ? U(shift_right(significand, U(drop - 32u), kBits)) : U(U(significand) << ((32u - drop) & 31u));
+    const U carry = U(fraction + word) < fraction ? (word & 0u) + 1u : word & 0u;
+    // A normal's implicit bit sits in the kept part and adds the last one to the exponent.
+    const U out = (over << F::kSig) + U(shift_right(significand, drop, kBits)) + carry;
+    return out > F::kMax ? (out & 0u) + F::kMax : out;
+}
+
+// Storage bits of x in the low end of a u32.
+template <class T, class F>
+IRES_HD typename BitsOf<F>::type stochastic_bits(F x, typename BitsOf<F>::type word) {
+    using U = typename BitsOf<F>::type;
+    constexpr uint32_t kSignShift = 32 - 8 * sizeof(typename Format<T>::Bits);
+    const U b = bit_cast<U>(x), m = b & 0x7fffffffu;
+    U out;
+    if constexpr (Format<T>::kSig == 7) {  // bf16 has f32's exponents: the bits as they are
+        out = (m + (word >> 16)) >> 16;
+        out = out > 0x7f7fu ? (out & 0u) + 0x7f7fu : out;
+    } else {
+        constexpr uint32_t kMinField = uint32_t(127 + Format<T>::kMinExp);
+        const U field = m >> 23, zero = m & 0u;
+        const U significand = (m & 0x7fffffu) | (field != 0u ? zero + 0x800000u : zero);
+        const U f = field != 0u ? field : zero + 1u;
+        const U under = f < kMinField ? U(kMinField - f) : zero, over = f > kMinField ? U(f - kMinField) : zero;
+        out = round_significand<T, 23>(significand, under, over, word);
+    }
+    out = m == 0x7f800000u ? (out & 0u) + Format<T>::kInf : out;
+    out = m > 0x7f800000u ? (out & 0u) + Format<T>::kNaN : out;
+    return out | ((b & 0x80000000u) >> kSignShift);
 }
 
 template <class T> IRES_HD T store_stochastic(float x, uint32_t word) {
-    using F = Format<T>;
-    constexpr uint32_t kSignShift = 32 - 8 * sizeof(typename F::Bits);
-    const uint32_t b = bit_cast<uint32_t>(x), m = b & 0x7fffffffu;
-    const uint32_t field = m >> 23;
-    const uint32_t significand = (m & 0x7fffffu) | (field ? 0x800000u : 0u);
-    const int exponent = field ? int(field) - 127 : -126;
-    uint32_t out = round_significand<T, 23, uint32_t>(significand, exponent, word);
-    out = m == 0x7f800000u ? F::kInf : out;
-    out = m > 0x7f800000u ? F::kNaN : out;
-    return T{typename F::Bits(out | ((b & 0x80000000u) >> kSignShift))};
+    return T{typename Format<T>::Bits(stochastic_bits<T>(x, word))};
 }
 template <> IRES_HD float store_stochastic<float>(float x, uint32_t) { return x; }
-template <> IRES_HD bf16_t store_stochastic<bf16_t>(float x, uint32_t word) {  // same exponents: the bits as they are
-    const uint32_t b = bit_cast<uint32_t>(x), m = b & 0x7fffffffu;
-    uint32_t out = (m + (word >> 16)) >> 16;
-    out = out > 0x7f7fu ? 0x7f7fu : out;
-    out = m == 0x7f800000u ? 0x7f80u : out;
-    out = m > 0x7f800000u ? 0x7fc0u : out;
-    return bf16_t{uint16_t(out | ((b >> 16) & 0x8000u))};
-}
 
 template <class T> IRES_HD T store_stochastic(double x, uint32_t word) {
-    using F = Format<T>;
-    using Bits = typename F::Bits;
+    using Bits = typename Format<T>::Bits;
+    constexpr int kMinExp = Format<T>::kMinExp;
     const uint64_t b = bit_cast<uint64_t>(x), m = b & 0x7fffffffffffffffull;
     const int field = int(m >> 52);
     const uint64_t significand = (m & 0xfffffffffffffull) | (field ? 0x10000000000000ull : 0ull);
     int exponent = field ? field - 1023 : -1022;
-    exponent = exponent > 128 ? 128 : exponent;  // beyond every target; keeps the biased exponent inside 32 bits
-    uint32_t out = round_significand<T, 52, uint64_t>(significand, exponent, word);
-    out = m == 0x7ff0000000000000ull ? F::kInf : out;
-    out = m > 0x7ff0000000000000ull ? F::kNaN : out;
+    exponent = exponent > 128 ? 128 : exponent;  // beyond every target; keeps `over` inside its bits
+    const uint32_t under = exponent < kMinExp ? uint32_t(kMinExp - exponent) : 0u;
+    const uint32_t over = exponent > kMinExp ? uint32_t(exponent - kMinExp) : 0u;
+    uint32_t out = round_significand<T, 52>(significand, under, over, word);
+    out = m == 0x7ff0000000000000ull ? Format<T>::kInf : out;
+    out = m > 0x7ff0000000000000ull ? Format<T>::kNaN : out;
     return bit_cast<T>(Bits(out | uint32_t(b >> 63) << (8 * sizeof(Bits) - 1)));
 }
 template <> IRES_HD double store_stochastic<double>(double x, uint32_t) { return x; }

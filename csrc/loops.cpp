@@ -12,8 +12,9 @@
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
+#include <utility>
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -40,10 +41,12 @@ constexpr int W = IRES_LANES;  // f32 lanes of a vector
 typedef float F __attribute__((vector_size(4 * W)));
 typedef uint32_t U __attribute__((vector_size(4 * W)));
 typedef int32_t I __attribute__((vector_size(4 * W)));
+typedef uint64_t U64 __attribute__((vector_size(4 * W)));
 typedef uint16_t U16 __attribute__((vector_size(2 * W)));
 typedef uint16_t U16x2 __attribute__((vector_size(4 * W)));
+typedef int16_t S16x2 __attribute__((vector_size(4 * W)));
 typedef uint8_t U8 __attribute__((vector_size(W)));
-typedef uint8_t U8x2 __attribute__((vector_size(2 * W)));
+typedef int8_t S8x2 __attribute__((vector_size(2 * W)));
 
 enum class Order { halves, even_odd };
 
@@ -54,8 +57,19 @@ constexpr int64_t kTallyBlock = 4096;  // elements summed in f32 lanes before th
 }  // namespace
 }  // namespace IRES_ISA
 
-template <> struct FloatOf<IRES_ISA::U> { using type = IRES_ISA::F; };
 template <> struct BitsOf<IRES_ISA::F> { using type = IRES_ISA::U; };
+template <> struct Lanes<IRES_ISA::U> {
+    using Float = IRES_ISA::F;
+    using U = IRES_ISA::U;
+    using I = IRES_ISA::I;
+    IRES_HD static U less(U x, U y) { return bit_cast<U>(bit_cast<I>(x) < bit_cast<I>(y)); }
+    IRES_HD static U is_nan(Float x) { return bit_cast<U>(x != x); }
+#if IRES_LANES == 16
+    IRES_HD static U select(U mask, U yes, U no) { return bit_cast<I>(mask) != 0 ? yes : no; }
+#else
+    IRES_HD static U select(U mask, U yes, U no) { return (mask & yes) | (~mask & no); }
+#endif
+};
 
 namespace IRES_ISA {
 namespace {
@@ -67,16 +81,23 @@ template <class V> IRES_HD V load_raw(const void* p) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// W elements <-> one vector of f32.
-template <class T> IRES_HD F load(const T* p) {
+// W elements <-> one vector of f32. gcc takes vectors narrower than 16 bytes apart, so SSE widens by intrinsics.
+#if IRES_LANES == 4 && defined(__SSE4_1__)
+IRES_HD U extend16(const void* p) { return bit_cast<U>(_mm_cvtepu16_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)))); }
+IRES_HD S16x2 extend8(S8x2 v) { return bit_cast<S16x2>(_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&v)))); }
+#else
+IRES_HD U extend16(const void* p) { return __builtin_convertvector(load_raw<U16>(p), U); }
+IRES_HD S16x2 extend8(S8x2 v) { return __builtin_convertvector(v, S16x2); }
+#endif
+
+template <class T> IRES_HD F load(const T* p) { return widen_bits<T>(extend16(p)); }
+// The low bits of each lane.
+template <class T> IRES_HD void store_low(T* p, U lanes) {
     using Narrow = std::conditional_t<sizeof(T) == 2, U16, U8>;
-    return widen_bits<T>(__builtin_convertvector(load_raw<Narrow>(p), U));
-}
-template <class T> IRES_HD void store(T* p, F x) {
-    using Narrow = std::conditional_t<sizeof(T) == 2, U16, U8>;
-    const Narrow bits = __builtin_convertvector(nearest_bits<T>(x), Narrow);
+    const Narrow bits = __builtin_convertvector(lanes, Narrow);
     memcpy(static_cast<void*>(p), &bits, sizeof bits);
 }
+template <class T> IRES_HD void store(T* p, F x) { store_low(p, nearest_bits<T>(x)); }
 // The value a store of x leaves behind, widened again.
 template <class T> IRES_HD F rounded(F x) { return widen_bits<T>(nearest_bits<T>(x)); }
 
@@ -85,40 +106,60 @@ template <> IRES_HD void store<float>(float* p, F x) { memcpy(p, &x, sizeof x); 
 template <> IRES_HD F rounded<float>(F x) { return x; }
 
 #if IRES_LANES == 16
-#define IRES_F16_LOAD(p) bit_cast<F>(_mm512_cvtph_ps(load_raw<__m256i>(p)))
+#define IRES_F16_WIDEN(p) bit_cast<F>(_mm512_cvtph_ps(load_raw<__m256i>(p)))
 #define IRES_F16_BITS(x) _mm512_cvtps_ph(bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
-#elif defined(__F16C__)
-#define IRES_F16_LOAD(p) bit_cast<F>(_mm256_cvtph_ps(load_raw<__m128i>(p)))
+#elif IRES_LANES == 8 && defined(__F16C__)
+#define IRES_F16_WIDEN(p) bit_cast<F>(_mm256_cvtph_ps(load_raw<__m128i>(p)))
 #define IRES_F16_BITS(x) _mm256_cvtps_ph(bit_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
 #elif defined(__aarch64__)
-#define IRES_F16_LOAD(p) bit_cast<F>(vcvt_f32_f16(load_raw<float16x4_t>(p)))
+#define IRES_F16_WIDEN(p) bit_cast<F>(vcvt_f32_f16(load_raw<float16x4_t>(p)))
 #define IRES_F16_BITS(x) vcvt_f16_f32(bit_cast<float32x4_t>(x))
 #endif
-#if defined(IRES_F16_LOAD)
-template <> IRES_HD F load<f16_t>(const f16_t* p) { return IRES_F16_LOAD(p); }
+#if defined(IRES_F16_WIDEN)
+template <> IRES_HD F load<f16_t>(const f16_t* p) { return IRES_F16_WIDEN(p); }
 template <> IRES_HD void store<f16_t>(f16_t* p, F x) {
     const auto bits = IRES_F16_BITS(x);
-    memcpy(p, &bits, sizeof bits);
+    memcpy(static_cast<void*>(p), &bits, sizeof bits);
 }
 template <> IRES_HD F rounded<f16_t>(F x) {
     const auto bits = IRES_F16_BITS(x);
-    return IRES_F16_LOAD(&bits);
+    return IRES_F16_WIDEN(&bits);
 }
 #endif
 
 // 2W elements <-> a pair of vectors.
 struct Pair { F a, b; };
 
+template <int... I> IRES_HD S8x2 evens_first(S8x2 v, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(v, v, (2 * I % (2 * W) + I / W)...);
+#else
+    return __builtin_shuffle(v, S8x2{int8_t(2 * I % (2 * W) + I / W)...});
+#endif
+}
+
+// An f8 is the head of an f16: e5m2 exactly, e4m3fn but for a factor of 2^8 in the exponent's bias and for its NaN, whose
+// exponent is not all ones there. The f16 conversion then takes the subnormals in its stride.
+template <Order order, class T> IRES_HD Pair load_f8(const T* p) {
+    S8x2 bytes = load_raw<S8x2>(p);
+    if constexpr (order == Order::even_odd) bytes = evens_first(bytes, std::make_integer_sequence<int, 2 * W>{});
+    const S16x2 w = extend8(bytes);
+    S16x2 h = w << 8;
+    if constexpr (Format<T>::kSig == 3) h = ((w << 7) & int16_t(0xbfff)) | (((w & 0x7f) == 0x7f) & 0x7c00);
+    const f16_t* halves = reinterpret_cast<const f16_t*>(&h);
+    const float scale = Format<T>::kSig == 3 ? 256.0f : 1.0f;
+    return {load(halves) * scale, load(halves + W) * scale};
+}
+
 template <Order order, class T> IRES_HD Pair load_pair(const T* p) {
-    if constexpr (order == Order::halves) {
+    if constexpr (sizeof(T) == 1) {
+        return load_f8<order>(p);
+    } else if constexpr (order == Order::halves) {
         return {load(p), load(p + W)};
-    } else if constexpr (sizeof(T) == 2) {
-        static_assert(Format<T>::kSig == 7, "even_odd is for bf16 and f8");
+    } else {
+        static_assert(sizeof(T) == 2 && Format<T>::kSig == 7, "even_odd is for bf16");
         const U w = load_raw<U>(p);
         return {bit_cast<F>(U(w << 16)), bit_cast<F>(U(w & 0xffff0000u))};
-    } else {
-        const U w = bit_cast<U>(__builtin_convertvector(load_raw<U8x2>(p), U16x2));
-        return {widen_bits<T>(U(w & 0xffu)), widen_bits<T>(U(w >> 16))};
     }
 }
 
@@ -317,9 +358,9 @@ FusedFn find_fused(const Operation& op, const Run& run) {
 template <class C, class T> void widen_block(const void* from, C* to, int64_t n) {
     const T* p = static_cast<const T*>(from);
     int64_t i = 0;
-    if constexpr (std::is_same_v<C, float> && !std::is_same_v<T, double>) {
-        for (; i + W <= n; i += W) {
-            const F x = load(p + i);
+    if constexpr (std::is_same_v<C, float>) {
+        for (; i + 2 * W <= n; i += 2 * W) {
+            const Pair x = load_pair<Order::halves>(p + i);
             memcpy(to + i, &x, sizeof x);
         }
     }
@@ -344,7 +385,11 @@ template <class C, class T> void nearest_block(const C* from, void* to, int64_t 
 
 template <class C, class T> void stochastic_block(const C* from, const uint32_t* words, void* to, int64_t n) {
     T* p = static_cast<T*>(to);
-    for (int64_t i = 0; i < n; ++i) {
+    int64_t i = 0;
+    if constexpr (std::is_same_v<C, float> && sizeof(T) < sizeof(C)) {
+        for (; i + W <= n; i += W) store_low<T>(p + i, stochastic_bits<T>(load_raw<F>(from + i), load_raw<U>(words + i)));
+    }
+    for (; i < n; ++i) {
         const T x = store_stochastic<T>(from[i], words[i]);
         memcpy(static_cast<void*>(p + i), &x, sizeof x);
     }
@@ -366,58 +411,47 @@ template <class C> struct Blocks {
         &stochastic_block<C, float>, &stochastic_block<C, f16_t>, &stochastic_block<C, bf16_t>, &stochastic_block<C, e4m3_t>, &stochastic_block<C, e5m2_t>};
 };
 
-// a * m, low and high halves.
-IRES_HD void multiply(U a, uint32_t m, U* low, U* high) {
+// The low halves of the 64-bit lanes times m.
+IRES_HD U64 multiply(U64 a, uint32_t m) {
 #if IRES_LANES == 16
-    const __m512i x = bit_cast<__m512i>(a), y = _mm512_set1_epi32(int(m));
-    const __m512i even = _mm512_mul_epu32(x, y), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), y);
-    *low = bit_cast<U>(_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32)));
-    *high = bit_cast<U>(_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd));
+    return bit_cast<U64>(_mm512_mul_epu32(bit_cast<__m512i>(a), _mm512_set1_epi64(m)));
 #elif IRES_LANES == 8
-    const __m256i x = bit_cast<__m256i>(a), y = _mm256_set1_epi32(int(m));
-    const __m256i even = _mm256_mul_epu32(x, y), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y);
-    *low = bit_cast<U>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa));
-    *high = bit_cast<U>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa));
+    return bit_cast<U64>(_mm256_mul_epu32(bit_cast<__m256i>(a), _mm256_set1_epi64x(m)));
+#elif defined(__SSE2__)
+    return bit_cast<U64>(_mm_mul_epu32(bit_cast<__m128i>(a), _mm_set1_epi64x(m)));
 #else
-    for (int j = 0; j < W; ++j) {
-        const uint64_t p = uint64_t(a[j]) * m;
-        (*low)[j] = uint32_t(p);
-        (*high)[j] = uint32_t(p >> 32);
-    }
+    return (a & 0xffffffffu) * uint64_t(m);
 #endif
 }
 
-// words[i] becomes the random word of element index + i, for i in [0, n): Philox (arith.h), W counters at a time.
-// Returns words past the lanes in front of `index`; the array has room for kBlock + 4 * W + 4.
+// words[i] becomes the random word of element index + i, for i in [0, n): Philox (arith.h) on one counter a 64-bit lane,
+// whose high half may hold anything. Returns words past those in front of `index`: the array has room for kBlock + 4 W.
 const uint32_t* random_words(uint64_t seed, uint64_t stream, uint64_t index, int64_t n, uint32_t* words) {
+    constexpr int kLanes = W / 2;
     const uint64_t skip = index & 3;
-    const int64_t blocks = (int64_t(skip) + n + 3) >> 2;
-    for (int64_t b = 0; b < blocks; b += W) {
-        U c0, c1, c2 = U{} + uint32_t(stream), c3 = U{} + uint32_t(stream >> 32);
-        for (int j = 0; j < W; ++j) {
-            const uint64_t counter = ((index >> 2) + uint64_t(b + j)) & (~uint64_t(0) >> 2);
-            c0[j] = uint32_t(counter);
-            c1[j] = uint32_t(counter >> 32);
-        }
+    const int64_t counters = (int64_t(skip) + n + 3) >> 2;
+    U64 lane;
+    for (int j = 0; j < kLanes; ++j) lane[j] = uint64_t(j);
+    for (int64_t i = 0; i < counters; i += kLanes) {
+        const U64 counter = (lane + ((index >> 2) + uint64_t(i))) & (~uint64_t(0) >> 2);
+        U64 c0 = counter, c1 = counter >> 32, c2 = U64{} + stream, c3 = U64{} + (stream >> 32);
         uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
         for (int round = 0; round < 10; ++round) {
-            U low0, high0, low2, high2;
-            multiply(c0, kPhiloxM0, &low0, &high0);
-            multiply(c2, kPhiloxM1, &low2, &high2);
-            c0 = high2 ^ c1 ^ k0;
-            c2 = high0 ^ c3 ^ k1;
-            c1 = low2;
-            c3 = low0;
+            const U64 p0 = multiply(c0, kPhiloxM0), p1 = multiply(c2, kPhiloxM1);
+            c0 = (p1 >> 32) ^ c1 ^ uint64_t(k0);
+            c2 = (p0 >> 32) ^ c3 ^ uint64_t(k1);
+            c1 = p1;
+            c3 = p0;
             k0 += kPhiloxW0;
             k1 += kPhiloxW1;
         }
-        for (int j = 0; j < W; ++j) {
-            uint32_t* w = words + 4 * (b + j);
-            w[0] = c0[j];
-            w[1] = c1[j];
-            w[2] = c2[j];
-            w[3] = c3[j];
+        const U64 w01 = (c0 & 0xffffffffu) | (c1 << 32), w23 = (c2 & 0xffffffffu) | (c3 << 32);
+        alignas(64) uint64_t pairs[2 * kLanes];
+        for (int j = 0; j < kLanes; ++j) {
+            pairs[2 * j] = w01[j];
+            pairs[2 * j + 1] = w23[j];
         }
+        memcpy(words + 4 * i, pairs, sizeof pairs);
     }
     return words + skip;
 }
@@ -554,7 +588,7 @@ void tally_slowly(const Operation& op, const Run& run, Tally* tally) {
 
 template <class C> void run_blocks(const Operation& op, const Run& run, Tally* tally) {
     alignas(64) C v[kBlock], update[kBlock], scratch[kBlock];
-    alignas(64) uint32_t words[kBlock + 4 * W + 4];
+    alignas(64) uint32_t words[kBlock + 4 * W];
     const bool narrows = item_size(run.out_type) < int(sizeof(C));
     for (int64_t i = 0; i < run.n; i += kBlock) {
         const int64_t n = std::min(kBlock, run.n - i);
