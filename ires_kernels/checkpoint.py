@@ -1,0 +1,319 @@
+"""Checkpoints on disk: a .safetensors file or a folder becomes tensor names with dtype, shape, file and offset.
+
+Nothing but headers and small JSON files is read here. Every file that an index names lies in the checkpoint's own
+folder, and index and shards agree in both directions, or the checkpoint is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from ires_kernels.header import CheckpointError, Header, brief, parse_json, read_header, sniff
+
+Kind = Literal["model", "residual"]
+
+_INDEX = ".safetensors.index.json"
+_BARE_NAME = re.compile(r"[^/\\\x00-\x1f\x7f]+\.safetensors")
+_SHARD_NAME = re.compile(r".*-\d+-of-\d+\.safetensors")
+_RESIDUAL_NAME = re.compile(r"residual(-\d+-of-\d+)?\.safetensors")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class FileId(NamedTuple):
+    """What tells that a file is still the one that was looked at."""
+
+    dev: int
+    ino: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileId:
+        """The identity of `path` now, links followed. Raises OSError."""
+        status = os.stat(path)
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file of a checkpoint."""
+
+    path: Path
+    header: Header
+    file_id: FileId
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """Where one tensor lies: `nbytes` bytes from the absolute `offset` in the file `path`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements; 1 for a scalar."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A validated checkpoint; see `open_checkpoint`."""
+
+    path: Path
+    """The folder, or the single file."""
+    kind: Kind
+    shards: tuple[Shard, ...]
+    """By file name."""
+    tensors: dict[str, TensorRef]
+    """By name, in the order of shards and data."""
+    index_name: str | None
+    """Name of the index file, None for a single file."""
+    index_metadata: dict[str, Any]
+    """``metadata`` of the index as it stands; its total_size is wrong in many published models and not checked."""
+    config: dict[str, Any] | None
+    """config.json of the folder."""
+    manifest: dict[str, Any] | None
+    """residual.json of a residual, ires.json of a merged model."""
+
+    def changed(self) -> list[Path]:
+        """The shards that are no longer the files that were validated."""
+        return [shard.path for shard in self.shards if _file_id(shard.path) != shard.file_id]
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open a model or residual: a folder, or one .safetensors file on its own.
+
+    A folder holds `model.safetensors` or an index and its shards; with no such name, the only index or the only
+    .safetensors file that it has. A residual folder has `residual` in place of `model`, and `residual.json`.
+    Raises CheckpointError, which says what was found and what is wanted.
+    """
+    path = Path(path)
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {_unreachable(path, error)}") from None
+    if stat.S_ISDIR(mode):
+        return _open_folder(path)
+    shard = _open_shard(path)
+    is_residual = _RESIDUAL_NAME.fullmatch(path.name) is not None
+    manifest = _read_json(path.with_name("residual.json")) if is_residual else None
+    return _assemble(path, "residual" if is_residual else "model", [shard], None, {}, None, manifest)
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    try:
+        names = {name for name in os.listdir(folder) if not name.startswith(".")}
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {_unreachable(folder, error)}") from None
+    residual = {"residual.json", "residual.safetensors", f"residual{_INDEX}"} & names
+    model = {"model.safetensors", f"model{_INDEX}"} & names
+    if residual and model:
+        raise CheckpointError(
+            f"{folder}: holds a model ({_list(model)}) and a residual ({_list(residual)}). Move one of them elsewhere."
+        )
+    kind: Kind = "residual" if residual else "model"
+    manifest = _read_json(folder / ("residual.json" if residual else "ires.json"))
+    if residual and manifest is None:
+        raise CheckpointError(
+            f"{folder}: residual.json is missing beside {_list(residual)}. Copy it there, or extract again."
+        )
+    config = _read_config(folder / "config.json")
+    index_name, weight_map, metadata = _read_index(folder, kind, names)
+    if index_name is None:
+        shards = [_open_shard(folder / _only_file(folder, kind, names))]
+        return _assemble(folder, kind, shards, None, {}, config, manifest)
+    files = sorted(set(weight_map.values()))
+    absent = [name for name in files if not os.path.exists(folder / name)]
+    if absent:
+        raise CheckpointError(
+            f"{folder}: {len(absent)} of the {len(files)} files that {index_name} names are missing: {_list(absent)}. "
+            "Download or copy them into the folder."
+        )
+    shards = [_open_shard(folder / name) for name in files]
+    checkpoint = _assemble(folder, kind, shards, index_name, metadata, config, manifest)
+    _check_agreement(folder / index_name, weight_map, checkpoint)
+    return checkpoint
+
+
+def _read_index(folder: Path, kind: Kind, names: set[str]) -> tuple[str | None, dict[str, str], dict[str, Any]]:
+    """Name, weight_map and metadata of the folder's index; (None, {}, {}) when the weights are a single file."""
+    index_name, single = f"{kind}{_INDEX}", f"{kind}.safetensors"
+    if index_name not in names:
+        others = [name for name in names if name.endswith(_INDEX)]
+        if single in names or not others:
+            return None, {}, {}
+        if len(others) > 1:
+            raise CheckpointError(
+                f"{folder}: found the indexes {_list(others)}, wanted one. Give a folder with a single checkpoint."
+            )
+        index_name = others[0]
+    where = f"{folder / index_name}"
+    table = _read_json(folder / index_name) or {}
+    weight_map, metadata = table.get("weight_map"), table.get("metadata", {})
+    if type(weight_map) is not dict or not weight_map:
+        raise CheckpointError(
+            f"{where}: weight_map is {brief(weight_map)}, wanted file names by tensor name. Download it again."
+        )
+    for name, file in weight_map.items():
+        if type(file) is not str or not _BARE_NAME.fullmatch(file):
+            raise CheckpointError(
+                f"{where}: tensor {brief(name)} is in {brief(file)}, wanted the bare name of a .safetensors file of "
+                "this folder. Download the index again, and not from a source that you do not trust."
+            )
+    if type(metadata) is not dict:
+        raise CheckpointError(f"{where}: metadata is {brief(metadata)}, wanted an object. Download it again.")
+    if single in names and single not in weight_map.values():
+        raise CheckpointError(
+            f"{folder}: {single} and {index_name} are both there, but the index does not name the file; some loaders "
+            "take the one, some the other. Delete the one that is out of date."
+        )
+    return index_name, weight_map, metadata
+
+
+def _only_file(folder: Path, kind: Kind, names: set[str]) -> str:
+    """The file with the weights of a folder without index."""
+    if f"{kind}.safetensors" in names:
+        return f"{kind}.safetensors"
+    files = [name for name in names if name.endswith(".safetensors")]
+    if len(files) == 1 and kind == "model" and not _SHARD_NAME.fullmatch(files[0]):
+        return files[0]
+    wanted = f"wanted {kind}.safetensors, or {kind}{_INDEX} and its shards"
+    if files:
+        raise CheckpointError(
+            f"{folder}: found {_list(files)} and no index; {wanted}. "
+            "Download the index as well, or give one .safetensors file."
+        )
+    if "snapshots" in names:
+        snapshots = [f"{path}" for path in folder.glob("snapshots/*")]
+        raise CheckpointError(f"{folder}: is a Hub cache folder; {wanted}. Give a snapshot: {_list(snapshots)}.")
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    if pickles:
+        advice = "Load the model with transformers and save it with save_pretrained(folder, safe_serialization=True)."
+    elif ggufs:
+        advice = "GGUF files are not read: take the safetensors files of the same model."
+    else:
+        advice = "Give the folder of a model, or one .safetensors file."
+    found = _list(pickles or ggufs or names) if names else "nothing"
+    raise CheckpointError(f"{folder}: found {found}; {wanted}. {advice}")
+
+
+def _open_shard(path: Path) -> Shard:
+    before = _file_id(path)
+    header = read_header(path)
+    if before is None or _file_id(path) != before or header.file_size != before.size:
+        raise CheckpointError(f"{path}: changed while its header was read. Wait for its writer to finish.")
+    return Shard(path, header, before)
+
+
+def _assemble(
+    path: Path,
+    kind: Kind,
+    shards: list[Shard],
+    index_name: str | None,
+    index_metadata: dict[str, Any],
+    config: dict[str, Any] | None,
+    manifest: dict[str, Any] | None,
+) -> Checkpoint:
+    tensors: dict[str, TensorRef] = {}
+    for shard in shards:
+        start = shard.header.data_start
+        for name, info in shard.header.tensors.items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"{path}: tensor {brief(name)} is both in {tensors[name].path.name} and in {shard.path.name}. "
+                    "Delete the file that does not belong to this checkpoint, or save the model again."
+                )
+            tensors[name] = TensorRef(name, info.dtype, info.shape, shard.path, start + info.begin, info.nbytes)
+    return Checkpoint(path, kind, tuple(shards), tensors, index_name, index_metadata, config, manifest)
+
+
+def _check_agreement(index: Path, weight_map: dict[str, str], checkpoint: Checkpoint) -> None:
+    problems = []
+    for name, file in weight_map.items():
+        ref = checkpoint.tensors.get(name)
+        if ref is None:
+            problems.append(f"{brief(name)} is not in {file}")
+        elif ref.path.name != file:
+            problems.append(f"{brief(name)} is in {ref.path.name}, not in {file}")
+    for name, ref in checkpoint.tensors.items():
+        if name not in weight_map:
+            problems.append(f"{brief(name)} of {ref.path.name} is not in the index")
+    if problems:
+        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise CheckpointError(
+            f"{index}: index and shards disagree: {'; '.join(problems[:10])}{more}. "
+            "The files come from different versions of the model: download or save all of them again."
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, parsed strictly; None when there is no such file."""
+    raw = _read_bytes(path)
+    return None if raw is None else parse_json(raw, f"{path}")
+
+
+def _read_config(path: Path) -> dict[str, Any] | None:
+    """config.json as loaders read it: some models have Infinity in theirs, which strict JSON does not know."""
+    raw = _read_bytes(path)
+    if raw is None:
+        return None
+    try:
+        config = json.loads(raw.decode())
+    except (ValueError, RecursionError) as error:
+        kind = sniff(raw)
+        reason = f"not JSON but {kind}" if kind else f"not valid JSON: {error}. Correct it or download it again."
+        raise CheckpointError(f"{path}: {reason}") from None
+    if type(config) is not dict:
+        raise CheckpointError(f"{path}: got JSON {brief(config)}, wanted an object. Download it again.")
+    return config
+
+
+def _read_bytes(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        if not path.is_symlink():
+            return None
+        raise CheckpointError(f"{path}: is a link to a file that is gone. Copy or download it again.") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {_unreachable(path, error)}") from None
+
+
+def _file_id(path: Path) -> FileId | None:
+    try:
+        return FileId.of(path)
+    except OSError:
+        return None
+
+
+def _unreachable(path: Path, error: Exception) -> str:
+    if not isinstance(error, FileNotFoundError):
+        return f"cannot read: {getattr(error, 'strerror', error)}. Check the path and its permissions."
+    if path.is_symlink():
+        return "is a link to something that is gone. Copy or download it again."
+    if _HUB_NAME.fullmatch(f"{path}") and not path.parent.exists():
+        return (
+            "no such file or folder. If it is a model on the Hugging Face Hub, download it first: "
+            f"`hf download {path} --local-dir {path.name}`, then give that folder."
+        )
+    return "no such file or folder. Check the path."
+
+
+def _list(names: Iterable[str]) -> str:
+    """Up to ten names, sorted."""
+    items = sorted(names)
+    return ", ".join(items[:10]) + (f" and {len(items) - 10} more" if len(items) > 10 else "")
