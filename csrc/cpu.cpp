@@ -17,7 +17,7 @@ namespace {
 
 // Chunks are claimed one by one, so that a slow or busy core does not hold up the rest.
 constexpr int64_t kChunk = int64_t(1) << 17;           // elements
-constexpr int64_t kBytesPerThread = int64_t(1) << 18;  // below this a thread costs more than it brings
+constexpr int64_t kBytesPerThread = int64_t(1) << 21;  // below this a thread costs more than it brings
 constexpr int64_t kGather = 1024;                      // elements copied together where strides are not 1
 
 // Subnormals are kept and rounding is to nearest even, whatever the caller's thread (torch.set_flush_denormal, a library

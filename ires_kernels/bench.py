@@ -1,0 +1,257 @@
+"""``python -m ires_kernels.bench``: how fast the kernels and whole merges are here, beside what limits them.
+
+Everything is checked against the reference arithmetic before the clock starts, contenders take turns in one run, and
+what is reported are medians and quartiles of the rounds' ratios. The cases are in bench_kernels and bench_merges.
+Exit codes: 0 measured, whatever the numbers; 1 a result was wrong, nothing was timed; 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ires_kernels import bench_kernels, bench_merges
+from ires_kernels.backends import backends, choose
+from ires_kernels.bench_kernels import CASES, TORCH, VerificationError
+from ires_kernels.measure import Quartiles, machine
+from ires_kernels.synthetic import SHAPES, Shape, count_of, shape_of, write_triple
+
+ELEMENTS = 1 << 27  # of each tensor: far beyond any cache
+MODEL = "llama-1b"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Verify, measure, print; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    console = Console(stderr=arguments.json == "-", highlight=False)
+    try:
+        choose(torch.device(arguments.device))
+    except RuntimeError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    record: dict[str, Any] = {"machine": machine(), "backends": {k: v._asdict() for k, v in backends().items()}}
+    record |= {"verified": [], "kernels": [], "merges": [], "gates": []}
+    console.print(_machine_line(record["machine"]))
+    try:
+        if arguments.what in ("kernels", "all"):
+            _kernels(arguments, record, console)
+        if arguments.what in ("merge", "all"):
+            _merges(arguments, record, console)
+    except VerificationError as error:
+        print(f"bench: wrong result: {error}", file=sys.stderr)
+        return 1
+    _print_gates(console, record["gates"])
+    if arguments.json:
+        text = json.dumps(record, indent=1) + "\n"
+        if arguments.json == "-":
+            sys.stdout.write(text)
+        else:
+            Path(arguments.json).write_text(text)
+    if arguments.plot:
+        from ires_kernels.bench_plot import draw
+
+        draw(record, arguments.plot)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+        def parsed(text: str) -> Any:
+            try:
+                return parse(text)
+            except (ValueError, re.error) as error:
+                raise argparse.ArgumentTypeError(f"{error}") from None
+
+        return parsed
+
+    def sizes(text: str) -> list[Shape]:
+        return [shape_of(part) for part in text.split(",")]
+
+    def threads(text: str) -> list[int]:
+        return [_at_least_one(part) for part in text.split(",")]
+
+    parser = argparse.ArgumentParser(prog="python -m ires_kernels.bench", description=__doc__.partition("\n")[0])
+    parser.add_argument("what", nargs="?", choices=["kernels", "merge", "all"], default="all")
+    parser.add_argument(
+        "--size",
+        metavar="N",
+        type=argument(_size),
+        help=f"elements of a tensor, or parameters of a model: 250M, 500MB (16 bits each), or one of {', '.join(SHAPES)} "
+        f"(default: {ELEMENTS >> 20} Mi elements and {MODEL})",
+    )
+    parser.add_argument(
+        "--sizes", metavar="N,N,…", type=argument(sizes), default=[], help="merges of more sizes, for the cost per byte"
+    )
+    parser.add_argument(
+        "--threads", metavar="N,N,…", type=argument(threads), help="default: 1, 2, 4, … for kernels, all CPUs for merges"
+    )
+    parser.add_argument("--rounds", metavar="N", type=argument(_at_least_one), default=7)
+    parser.add_argument("--cases", metavar="REGEX", type=argument(re.compile), default="", help="only these kernels")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes a while")
+    parser.add_argument("--cold", action="store_true", help="merges with the inputs dropped from the page cache each time")
+    parser.add_argument("--dir", metavar="FOLDER", help="where models are written and removed (default: $TMPDIR)")
+    parser.add_argument("--json", metavar="FILE", help="write everything as JSON; - for stdout, and tables to stderr")
+    parser.add_argument("--plot", metavar="FILE", help="draw it: .png, .svg or .pdf; needs matplotlib")
+    parser.add_argument("--device", default="cpu", help="where the tensors are (default: cpu)")
+    return parser
+
+
+def _at_least_one(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError(f"got {text}, wanted 1 or more")
+    return int(text)
+
+
+def _size(text: str) -> tuple[int, Shape]:
+    """Elements for kernels, shape for merges."""
+    if text in SHAPES:
+        return SHAPES[text].parameters, SHAPES[text]
+    return count_of(text), shape_of(text)
+
+
+def _kernels(arguments: argparse.Namespace, record: dict[str, Any], console: Console) -> None:
+    cases = [case for case in CASES if re.search(arguments.cases, case.name)]
+    threads = arguments.threads or _powers_of_two(len(os.sched_getaffinity(0)))
+    elements = arguments.size[0] if arguments.size else ELEMENTS
+    compared = sum(bench_kernels.verify(case, threads) for case in cases)
+    names = ", ".join(bench_kernels.ours())
+    line = f"{compared} results of {len(cases)} kernels ({names}; threads {threads}) equal the reference bit for bit"
+    _verified(record, console, line)
+    results = []
+    for case in cases:
+        for count in threads:
+            with console.status(f"{case.name}, {count} threads"):
+                result = bench_kernels.measure(
+                    case, elements, count, arguments.rounds, compiled=not arguments.no_compile
+                )
+            results.append(result)
+            record["kernels"].append(result.to_dict())
+            record["gates"] += result.gates()
+    _print_kernels(console, results, elements)
+
+
+def _merges(arguments: argparse.Namespace, record: dict[str, Any], console: Console) -> None:
+    threads = max(arguments.threads) if arguments.threads else None
+    shapes = [arguments.size[1] if arguments.size else SHAPES[MODEL], *arguments.sizes]
+    results = []
+    for i, shape in enumerate(shapes):
+        with tempfile.TemporaryDirectory(prefix="ires-bench-", dir=arguments.dir) as name:
+            folder = Path(name)
+            with console.status(f"writing models of {shape.parameters / 1e6:,.0f} M parameters"):
+                triple = write_triple(folder, shape)
+            compared = bench_merges.verify(triple, folder, threads)
+            line = f"merge of {triple.nbytes / 1e9:.2f} GB models: {compared:,} elements equal the reference bit for bit"
+            _verified(record, console, line)
+            with console.status(f"merging models of {triple.nbytes / 1e9:.2f} GB"):
+                result = bench_merges.measure(
+                    triple, folder, arguments.rounds, threads=threads, cold=arguments.cold, only_one_pass=i > 0
+                )
+        results.append(result)
+        record["merges"].append(result.to_dict())
+        record["gates"] += result.gates()
+    record["gates"] += bench_merges.cost_per_byte(results)
+    _print_merges(console, results)
+
+
+def _powers_of_two(limit: int) -> list[int]:
+    """1, 2, 4, … and the limit itself."""
+    return sorted({1 << i for i in range(limit.bit_length())} | {limit})
+
+
+def _verified(record: dict[str, Any], console: Console, line: str) -> None:
+    record["verified"].append(line)
+    console.print(f"verified: {line}", soft_wrap=True)
+
+
+def _machine_line(facts: dict[str, Any]) -> str:
+    memory = f"{facts['memory_bytes'] / 2**30:.0f} GiB" if facts["memory_bytes"] else "memory unknown"
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return f"{facts['cpu']}, {facts['cores']} cores, {memory}, {facts['kernel']}\n{versions}, commit {facts['commit']}"
+
+
+def _shown(quartiles: Quartiles | None, suffix: str = "") -> str:
+    """Median and, below it, the quartiles."""
+    if quartiles is None:
+        return "–"
+    return f"{quartiles.median:.2f}{suffix}\n[dim]{quartiles.low:.2f}–{quartiles.high:.2f}[/dim]"
+
+
+def _print_kernels(console: Console, results: list[bench_kernels.Result], elements: int) -> None:
+    title = (
+        f"Kernels, {elements:,} elements: speed as a fraction of the memory loop's, and how many times as fast as torch's"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("operation")
+    for name in ("threads", "memory\nGB/s", *bench_kernels.ours(), *(f"× {name}" for name in TORCH)):
+        table.add_column(name, justify="right")
+    for result in results:
+        size = result.case.bytes_per_element * result.elements
+        seconds = result.times.get(bench_kernels.MEMORY)
+        table.add_row(
+            result.case.name,
+            f"{result.threads}",
+            f"{size / Quartiles.of(seconds).median / 1e9:.1f}" if seconds else "–",
+            *(_shown(result.of_memory(name)) for name in bench_kernels.ours()),
+            *(_shown(result.faster_than(name), _mark(result, name)) for name in TORCH),
+        )
+    console.print(table)
+    if any(result.differs.get(name) for result in results for name in TORCH):
+        console.print("* other bits than the definition's in some elements: more than one rounding, or fused operations")
+    for line in dict.fromkeys(f"{name}: {why}" for result in results for name, why in result.unavailable.items()):
+        console.print(f"not measured: {line}", soft_wrap=True, markup=False)
+
+
+def _mark(result: bench_kernels.Result, name: str) -> str:
+    return "*" if result.differs.get(name) else " "
+
+
+def _print_merges(console: Console, results: list[bench_merges.Result]) -> None:
+    cache = "inputs dropped from the page cache" if results[0].cold else "page cache warm where the models fit"
+    title = f"Whole merges to a new folder, {cache}: time as a multiple of cat + cp"
+    table = Table(title=title, title_justify="left")
+    table.add_column("model GB", justify="right")
+    table.add_column("job")
+    for name in ("seconds", "GB/s", "/ cat + cp", "ns/byte", "private MB"):
+        table.add_column(name, justify="right")
+    for result in results:
+        for name, seconds in result.times.items():
+            median = Quartiles.of(seconds).median
+            one_pass = name == bench_merges.ONE_PASS
+            table.add_row(
+                f"{result.triple.nbytes / 1e9:.2f}",
+                name,
+                f"{median:.2f}",
+                f"{result.traffic[name] / median / 1e9:.2f}",
+                _shown(result.of_copy(name)),
+                f"{median * 1e9 / result.traffic[name]:.3f}",
+                f"{result.memory / 1e6:.0f}" if one_pass else "",
+            )
+    console.print(table)
+
+
+def _print_gates(console: Console, gates: Iterable[dict[str, Any]]) -> None:
+    table = Table(title="Wanted, hoped for, measured (information only)", title_justify="left")
+    table.add_column("what")
+    for name in ("wanted", "reach for", "measured"):
+        table.add_column(name, justify="right")
+    for gate in gates:
+        sign = "≤" if gate["at_most"] else "≥"
+        numbers = f"{sign} {gate['gate']:g}", f"{sign} {gate['reach']:g}", f"{gate['measured']:.3g}"
+        table.add_row(gate["what"], *numbers)
+    if table.rows:
+        console.print(table)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

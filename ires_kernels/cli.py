@@ -1,0 +1,269 @@
+"""The command line: ``ires``, or ``python -m ires_kernels``.
+
+Exit codes: 0 done; 1 verify found a difference; 2 wrong usage or refused input; 3 the disk failed; 130 interrupted.
+Results go to stdout, with --json as one JSON document; progress and errors go to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as Bar
+
+from ires_kernels import merge
+from ires_kernels.header import CheckpointError
+from ires_kernels.inputs import open_inputs
+from ires_kernels.plan import VERSION, size
+from ires_kernels.rules import DTYPES, ArgumentError
+from ires_kernels.store import StoreError, is_unfinished, partial_path
+from ires_kernels.stream import Progress
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; argparse exits by itself with 2 for wrong usage."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except (CheckpointError, StoreError, ArgumentError) as error:
+        return _fail(2, f"{error}")
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return _fail(3, f"{place}{error.strerror or error}.", _state(arguments))
+    except KeyboardInterrupt:
+        return _fail(130, "interrupted.", _state(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ires", description="Exact arithmetic on checkpoints of language models.")
+    parser.add_argument("--version", action="version", version=f"ires_kernels {VERSION}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    extract = commands.add_parser("extract", help="write instruct - base as a residual folder")
+    extract.add_argument("base", metavar="BASE", help="folder or .safetensors file of the base model")
+    extract.add_argument("instruct", metavar="INSTRUCT", help="the instruct model made from it")
+    _merge_options(extract, dtype="f32", kept="of the residual (default: f32)")
+    extract.set_defaults(run=_extract)
+
+    apply = commands.add_parser("apply", help="write target + alpha * residual as a model folder")
+    apply.add_argument("target", metavar="TARGET", help="folder or .safetensors file of the model to add to")
+    apply.add_argument(
+        "residuals", metavar="RESIDUAL[:ALPHA]", nargs="*", help="residual folders, each with a factor if not --alpha"
+    )
+    apply.add_argument("--instruct", metavar="PATH", help="in place of residuals: add instruct - base in one pass")
+    apply.add_argument("--base", metavar="PATH", help="the base model that goes with --instruct")
+    apply.add_argument("--alpha", type=float, default=1.0, metavar="A", help="factor of the residuals (default: 1)")
+    apply.add_argument(
+        "--alpha-for",
+        type=_alpha_for,
+        action="append",
+        default=[],
+        metavar="REGEX=A[,A…]",
+        help="other factors for tensors in whose name REGEX is found; the first that is found decides",
+    )
+    _merge_options(apply, dtype=None, kept="of all float tensors (default: as in the target)")
+    apply.set_defaults(run=_apply, parser=apply)
+
+    inspect = commands.add_parser("inspect", help="describe a model, a residual or a .safetensors file")
+    inspect.add_argument("path", metavar="PATH")
+    inspect.add_argument("--tensors", action="store_true", help="list every tensor")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(run=_inspect)
+
+    verify = commands.add_parser("verify", help="compute a finished merge again and compare every bit")
+    verify.add_argument("out", metavar="OUT", help="the output folder of extract or apply")
+    verify.add_argument("--hashes-only", action="store_true", help="compare with recorded hashes; needs no inputs")
+    for role in ("target", "instruct", "base"):
+        verify.add_argument(f"--{role}", metavar="PATH", help=f"where the {role} model is now, if it was moved")
+    verify.add_argument("--residual", metavar="PATH", action="append", default=[], help="as above; all, in order")
+    _common_options(verify)
+    verify.set_defaults(run=_verify)
+    return parser
+
+
+def _merge_options(parser: argparse.ArgumentParser, *, dtype: str | None, kept: str) -> None:
+    parser.add_argument("-o", "--out", required=True, metavar="OUT", help="the new folder to write")
+    parser.add_argument("--dtype", choices=list(DTYPES), default=dtype, help=f"dtype {kept}")
+    parser.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="REGEX",
+        help="leave out tensors in whose name REGEX is found (apply copies them from the target); repeatable",
+    )
+    parser.add_argument("--allow-missing", action="store_true", help="accept tensors that only some of the models have")
+    parser.add_argument("--rounding", choices=["nearest", "stochastic"], default="nearest")
+    parser.add_argument("--seed", type=int, default=0, help="of stochastic rounding (default: 0)")
+    parser.add_argument("--no-sync", action="store_true", help="do not wait for the disk: a power cut may lose OUT")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done and write nothing")
+    _common_options(parser)
+
+
+def _common_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=int, metavar="N", help="default: one per CPU, 16 at most")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors, and JSON if asked for")
+
+
+def _alpha_for(text: str) -> tuple[str, tuple[float, ...] | float]:
+    pattern, _, values = text.rpartition("=")
+    try:
+        factors = tuple(float(value) for value in values.split(","))
+    except ValueError:
+        factors = ()
+    if not pattern or not factors:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted REGEX=ALPHA, or =ALPHA,ALPHA,… for several residuals")
+    return pattern, factors if len(factors) > 1 else factors[0]
+
+
+def _residual(text: str, default: float) -> tuple[str, float]:
+    """Path and factor of PATH or PATH:ALPHA; a path that exists is one, colons and all."""
+    path, colon, factor = text.rpartition(":")
+    if not os.path.exists(text) and colon and path:
+        try:
+            return path, float(factor)
+        except ValueError:
+            pass
+    return text, default
+
+
+def _extract(arguments: argparse.Namespace) -> int:
+    with _progress(arguments, "extract") as progress:
+        result = merge.extract(
+            arguments.base, arguments.instruct, arguments.out, dtype=arguments.dtype, **_options(arguments, progress)
+        )
+    return _print_result(arguments, result)
+
+
+def _apply(arguments: argparse.Namespace) -> int:
+    pair = arguments.instruct is not None and arguments.base is not None
+    if pair == bool(arguments.residuals) or (arguments.instruct is None) != (arguments.base is None):
+        arguments.parser.error("give one or more residuals, or --instruct and --base")
+    alpha: float | list[float] = arguments.alpha
+    residuals: tuple[str, ...] | list[str]
+    if pair:
+        residuals = (arguments.instruct, arguments.base)
+        open_inputs({"instruct": arguments.instruct, "base": arguments.base})  # models, or two residuals would pass
+    else:
+        specs = [_residual(text, arguments.alpha) for text in arguments.residuals]
+        residuals, alpha = [path for path, _ in specs], [factor for _, factor in specs]
+    with _progress(arguments, "apply") as progress:
+        result = merge.apply(
+            arguments.target,
+            residuals,
+            out=arguments.out,
+            alpha=alpha,
+            alphas=arguments.alpha_for,
+            dtype=arguments.dtype,
+            **_options(arguments, progress),
+        )
+    return _print_result(arguments, result)
+
+
+def _options(arguments: argparse.Namespace, progress: Progress | None) -> dict[str, Any]:
+    return {
+        "skip": arguments.skip,
+        "allow_missing": arguments.allow_missing,
+        "rounding": arguments.rounding,
+        "seed": arguments.seed,
+        "sync": not arguments.no_sync,
+        "threads": arguments.threads,
+        "dry_run": arguments.dry_run,
+        "progress": progress,
+    }
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    given = {role: getattr(arguments, role) for role in ("target", "instruct", "base")}
+    residuals = arguments.residual
+    if len(residuals) == 1:
+        given["residual"] = residuals[0]
+    else:
+        given |= {f"residual-{number}": path for number, path in enumerate(residuals, 1)}
+    with _progress(arguments, "verify") as progress:
+        report = merge.verify(
+            arguments.out,
+            inputs={role: path for role, path in given.items() if path is not None},
+            hashes_only=arguments.hashes_only,
+            threads=arguments.threads,
+            progress=progress,
+        )
+    _print_result(arguments, report)
+    return 0 if report.ok else 1
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    table = merge.inspect(arguments.path)
+    tensors = table["all_tensors"] if arguments.tensors else table.pop("all_tensors")
+    if arguments.json:
+        print(json.dumps(table, indent=2))
+        return 0
+    dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in table["parameters_by_dtype"].items())
+    rows = [
+        (table["kind"], table["path"]),
+        ("parameters", f"{table['parameters']:,} in {table['tensors']} tensors ({dtypes})"),
+        ("size", f"{size(table['bytes'])} in {len(table['files'])} files"),
+        *((key, f"{value}") for key, value in table["config"].items()),
+    ]
+    rows += [("head", "is the embedding")] if table["head_is_embedding"] else []
+    if table["quantized"]:
+        rows.append(("quantized", f"{len(table['quantized'])} tensors: {next(iter(table['quantized'].values()))}"))
+    made_by = table["made_by"]
+    rows += [("made by", f"ires {made_by['operation']}, {made_by.get('id')}")] if "operation" in made_by else []
+    rows += [(f"from {role}", f"{entry.get('path')}") for role, entry in made_by.get("inputs", {}).items()]
+    width = max(len(title) for title, _ in rows)
+    print("\n".join(f"{title:<{width}}  {text}" for title, text in rows))
+    if arguments.tensors:
+        for tensor in tensors:
+            print(f"{tensor['dtype']:<8} {tensor['shape']!s:<20} {tensor['name']}  {tensor['file']}")
+    return 0
+
+
+def _print_result(arguments: argparse.Namespace, result: Any) -> int:
+    if arguments.json:
+        print(json.dumps(result.to_dict(), indent=2))
+    elif not arguments.quiet:
+        print(result)
+    return 0
+
+
+@contextmanager
+def _progress(arguments: argparse.Namespace, what: str) -> Iterator[Progress | None]:
+    """A progress bar with bytes, speed and time left, on a terminal."""
+    if arguments.quiet or not sys.stderr.isatty():
+        yield None
+        return
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, todo: bar.update(task, completed=done, total=todo)
+
+
+def _state(arguments: argparse.Namespace) -> str:
+    """What a failed merge has left, and the next step."""
+    if not hasattr(arguments, "dry_run"):
+        return ""
+    out = Path(arguments.out)
+    if out.exists() and os.listdir(out):
+        return f"{out} is complete, but may not survive a power cut yet: check it with `ires verify {out}`."
+    if is_unfinished(partial_path(out)):
+        return f"{out} was not written. {partial_path(out)} remains; the same command removes it and starts again."
+    return f"{out} was not written and nothing is left of it."
+
+
+def _fail(code: int, *lines: str) -> int:
+    print(f"ires: {lines[0]}", *filter(None, lines[1:]), sep="\n", file=sys.stderr)
+    return code

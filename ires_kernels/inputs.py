@@ -1,0 +1,52 @@
+"""Who is who among the paths of a merge: target, instruct, base, residual, residual-1, …"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ires_kernels.checkpoint import Checkpoint, open_checkpoint
+from ires_kernels.header import CheckpointError
+from ires_kernels.rules import ArgumentError
+from ires_kernels.store import is_unfinished
+
+StrPath = str | os.PathLike[str]
+
+_ADVICE = {
+    "model": "Residuals are added to models: give several of them to apply.",
+    "residual": "Extract one from two models, or give both: --instruct and --base, in Python (instruct, base).",
+}
+
+
+def open_inputs(paths: Mapping[str, StrPath]) -> dict[str, Checkpoint]:
+    """Open checkpoints by role. Refuses a residual where a model belongs, a model for a residual, unfinished output."""
+    inputs = {}
+    for role, path in paths.items():
+        if is_unfinished(Path(path)):
+            raise CheckpointError(f"{path}: is the unfinished output of a merge that still runs or was interrupted.")
+        checkpoint = open_checkpoint(path)
+        wanted = "residual" if role.startswith("residual") else "model"
+        if checkpoint.kind != wanted:
+            raise CheckpointError(f"{path}: is a {checkpoint.kind}, wanted a {wanted} as {role}. {_ADVICE[wanted]}")
+        inputs[role] = checkpoint
+    return inputs
+
+
+def roles_of_apply(target: StrPath, residual: StrPath | Sequence[StrPath]) -> dict[str, StrPath]:
+    """Roles for one residual, several, or a tuple of two models (instruct, base)."""
+    if isinstance(residual, (str, os.PathLike)):
+        return {"target": target, "residual": residual}
+    paths = list(residual)
+    kinds = [open_checkpoint(path).kind for path in paths]
+    if kinds == ["model", "model"] and isinstance(residual, tuple):
+        return {"target": target, "instruct": paths[0], "base": paths[1]}
+    if not paths or "model" in kinds:
+        given = ", ".join(f"{path} is a {kind}" for path, kind in zip(paths, kinds, strict=True)) or "nothing is given"
+        raise ArgumentError(
+            f"{given}; wanted one or more residual folders, or the pair of models (instruct, base): "
+            "a tuple in Python, --instruct and --base on the command line."
+        )
+    if len(paths) == 1:
+        return {"target": target, "residual": paths[0]}
+    return {"target": target, **{f"residual-{number}": path for number, path in enumerate(paths, 1)}}

@@ -1,0 +1,267 @@
+"""The tensor operations: check, choose a backend, run.
+
+Common to all. Tensors are float64, float32, float16, bfloat16, float8_e4m3fn or float8_e5m2, mixed freely, of equal
+shapes and any strides, on one device. Arithmetic is in IEEE-754 float32, or float64 where a tensor is float64: one
+rounding an operation, and one more into the stored type (docs/numerics.md). Every tensor argument may be a sequence of
+tensors, and then all are, of one length: one launch, with the bits that a loop would give.
+
+    rounding    "nearest": ties to even. "stochastic": up or down with the probabilities that make the mean exact.
+    seed        of the random bits of stochastic rounding; an integer below 2^64
+    stream      a number for the tensor, so that tensors do not share random bits; for a sequence of tensors one number
+                each, or one for all
+    offset      flat row-major index of the first element in the whole tensor, for callers that hold a piece of it
+    out         write there; the default makes a new tensor. It may be exactly an operand
+    dtype       of a new tensor
+    tally       a Tally to count into what rounding and overflow did
+
+An element's random bits depend on (seed, stream, its index) alone, so no result depends on pieces, threads or backend.
+In-place operations return their target. Errors are those of ires_kernels/checks.py, raised before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from ires_kernels import checks
+from ires_kernels.backends import Call, Tally, choose
+from ires_kernels.checks import Names
+
+Tensors: TypeAlias = Tensor | Sequence[Tensor]
+T = TypeVar("T", Tensor, Sequence[Tensor])
+
+
+def subtract(
+    a: T,
+    b: T,
+    *,
+    out: T | None = None,
+    dtype: torch.dtype | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
+    stream: int | Sequence[int] = 0,
+    offset: int = 0,
+    tally: Tally | None = None,
+) -> T:
+    """a - b: the residual of an instruct model over its base. dtype defaults to float64 if an operand is, else float32.
+
+    With float32 out of narrower operands nothing is lost to storage (one rounding, that of the subtraction).
+    """
+    names = Names("subtract", ("a", "b"), checks.is_listed(a, "subtract: a"))
+    inputs = checks.rows(names, a, b)
+    return cast(T, _apart(names, inputs, (), _difference_dtype, out, dtype, rounding, seed, stream, offset, tally))
+
+
+def add(
+    t: T,
+    residual: Tensors | Sequence[Tensors],
+    alpha: float | Sequence[float] = 1.0,
+    *,
+    out: T | None = None,
+    dtype: torch.dtype | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
+    stream: int | Sequence[int] = 0,
+    offset: int = 0,
+    tally: Tally | None = None,
+) -> T:
+    """t + alpha * residual, or ((t + alpha[0] * residual[0]) + alpha[1] * residual[1]) + … for several residuals.
+
+    For a sequence of targets: a residual for each, or a sequence of k residuals for each, with k alphas or one for all.
+    dtype defaults to that of t.
+    """
+    names, inputs = checks.residual_rows("add", t, residual)
+    alphas = checks.factors(alpha, _width(inputs), "add: alpha")
+    return cast(T, _apart(names, inputs, alphas, _target_dtype, out, dtype, rounding, seed, stream, offset, tally))
+
+
+def add_(
+    t: T,
+    residual: Tensors | Sequence[Tensors],
+    alpha: float | Sequence[float] = 1.0,
+    *,
+    rounding: str = "nearest",
+    seed: int = 0,
+    stream: int | Sequence[int] = 0,
+    offset: int = 0,
+) -> T:
+    """`add` in place. With every alpha 0, everything is checked and t is left as it is."""
+    names, inputs = checks.residual_rows("add_", t, residual)
+    alphas = checks.factors(alpha, _width(inputs), "add_: alpha")
+    _in_place(names, inputs, alphas, rounding, seed, stream, offset, nothing=not any(alphas))
+    return t
+
+
+def scale(
+    t: T,
+    s: float,
+    *,
+    out: T | None = None,
+    dtype: torch.dtype | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
+    stream: int | Sequence[int] = 0,
+    offset: int = 0,
+) -> T:
+    """s * t. dtype defaults to that of t."""
+    names = Names("scale", ("t",), checks.is_listed(t, "scale: t"))
+    inputs = checks.rows(names, t)
+    factors = (checks.factor(s, "scale: s"),)
+    return cast(T, _apart(names, inputs, factors, _target_dtype, out, dtype, rounding, seed, stream, offset, None))
+
+
+def scale_(
+    t: T,
+    s: float,
+    *,
+    rounding: str = "nearest",
+    seed: int = 0,
+    stream: int | Sequence[int] = 0,
+    offset: int = 0,
+) -> T:
+    """`scale` in place."""
+    names = Names("scale_", ("t",), checks.is_listed(t, "scale_: t"))
+    inputs = checks.rows(names, t)
+    _in_place(names, inputs, (checks.factor(s, "scale_: s"),), rounding, seed, stream, offset, nothing=False)
+    return t
+
+
+def add_difference(
+    t: T,
+    x: T,
+    y: T,
+    alpha: float = 1.0,
+    *,
+    out: T | None = None,
+    dtype: torch.dtype | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
+    stream: int | Sequence[int] = 0,
+    offset: int = 0,
+    tally: Tally | None = None,
+) -> T:
+    """t + alpha * (x - y): target, instruct, base, in one pass, with no residual stored. dtype defaults to that of t.
+
+    The same bits as `subtract` into the compute type followed by `add`.
+    """
+    names = Names("add_difference", ("t", "x", "y"), checks.is_listed(t, "add_difference: t"))
+    inputs = checks.rows(names, t, x, y)
+    factors = (checks.factor(alpha, "add_difference: alpha"),)
+    return cast(T, _apart(names, inputs, factors, _target_dtype, out, dtype, rounding, seed, stream, offset, tally))
+
+
+def add_difference_(
+    t: T,
+    x: T,
+    y: T,
+    alpha: float = 1.0,
+    *,
+    rounding: str = "nearest",
+    seed: int = 0,
+    stream: int | Sequence[int] = 0,
+    offset: int = 0,
+) -> T:
+    """`add_difference` in place. With alpha 0, everything is checked and t is left as it is."""
+    names = Names("add_difference_", ("t", "x", "y"), checks.is_listed(t, "add_difference_: t"))
+    inputs = checks.rows(names, t, x, y)
+    factors = (checks.factor(alpha, "add_difference_: alpha"),)
+    _in_place(names, inputs, factors, rounding, seed, stream, offset, nothing=not any(factors))
+    return t
+
+
+def _apart(
+    names: Names,
+    inputs: list[tuple[Tensor, ...]],
+    factors: tuple[float, ...],
+    default_dtype: Callable[[tuple[Tensor, ...]], torch.dtype],
+    out: Tensors | None,
+    dtype: torch.dtype | None,
+    rounding: str,
+    seed: int,
+    stream: int | Sequence[int],
+    offset: int,
+    tally: Tally | None,
+) -> Tensors:
+    """Compute into out= or into new tensors: one, or a list as the first argument is."""
+    if dtype is not None:
+        dtype = checks.storage_dtype(dtype, f"{names.op}: dtype")
+    given = None if out is None else checks.outputs(names, out, dtype, len(inputs))
+    shape_only = checks.operands(names, inputs, given, in_place=False, tally=tally is not None)
+    outs = given or [torch.empty_like(row[0], dtype=dtype or default_dtype(row)) for row in inputs]
+    call = _call(names, outs, inputs, factors, rounding, seed, stream, offset, tally)
+    if not shape_only:
+        _launch(call, written=given or ())
+    if out is not None:
+        return out
+    return outs if names.listed else outs[0]
+
+
+def _in_place(
+    names: Names,
+    inputs: list[tuple[Tensor, ...]],
+    factors: tuple[float, ...],
+    rounding: str,
+    seed: int,
+    stream: int | Sequence[int],
+    offset: int,
+    *,
+    nothing: bool,
+) -> None:
+    """Compute into the first operand of every item; with `nothing` only check."""
+    shape_only = checks.operands(names, inputs, None, in_place=True)
+    outs = [row[0] for row in inputs]
+    call = _call(names, outs, inputs, factors, rounding, seed, stream, offset, None)
+    if not (shape_only or nothing):
+        _launch(call, written=outs)
+
+
+def _call(
+    names: Names,
+    outs: list[Tensor],
+    inputs: list[tuple[Tensor, ...]],
+    factors: tuple[float, ...],
+    rounding: str,
+    seed: int,
+    stream: int | Sequence[int],
+    offset: int,
+    tally: Tally | None,
+) -> Call:
+    op = names.op
+    checks.factors_in_range(op, factors, outs, inputs)
+    return Call(
+        op.rstrip("_"),
+        outs,
+        inputs,
+        factors,
+        checks.stochastic(rounding, f"{op}: rounding"),
+        checks.unsigned(seed, f"{op}: seed"),
+        checks.streams(stream, len(outs), f"{op}: stream"),
+        checks.unsigned(offset, f"{op}: offset"),
+        tally,
+    )
+
+
+def _launch(call: Call, written: Sequence[Tensor]) -> None:
+    """Run on the backend for the device; autograd learns which tensors that existed before have changed."""
+    if not call.outs:
+        return
+    backend = choose(call.outs[0].device)
+    for t in written:
+        torch.autograd.graph.increment_version(t)
+    backend.run(call)
+
+
+def _difference_dtype(row: tuple[Tensor, ...]) -> torch.dtype:
+    return torch.float64 if any(x.dtype == torch.float64 for x in row) else torch.float32
+
+
+def _target_dtype(row: tuple[Tensor, ...]) -> torch.dtype:
+    return row[0].dtype
+
+
+def _width(inputs: list[tuple[Tensor, ...]]) -> int:
+    """Residuals per target."""
+    return len(inputs[0]) - 1 if inputs else 1

@@ -1,0 +1,181 @@
+"""What a merge did to the numbers, for people and for machines."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ires_kernels.backends import Tally
+from ires_kernels.plan import Plan, size
+from ires_kernels.stream import Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Strength:
+    """How much of the updates asked for with the same factors is in the stored result.
+
+    `realised` is <stored - target, update> / <update, update>, update = alpha * residual: 1 when rounding changed
+    nothing on the whole, None when there was no update. With one factor, alpha * realised is the effective alpha.
+    """
+
+    factors: tuple[float, ...]
+    elements: int
+    realised: float | None
+
+    @property
+    def effective_alpha(self) -> float | None:
+        """Of the only factor; None for several residuals or without any update."""
+        return self.factors[0] * self.realised if len(self.factors) == 1 and self.realised is not None else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "factors": list(self.factors),
+            "elements": self.elements,
+            "realised": self.realised,
+            "effective_alpha": self.effective_alpha,
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """Outcome of `apply` or `extract`; ``print(report)`` is a table. Counts are of elements of merged tensors."""
+
+    operation: str
+    id: str
+    out: Path
+    seconds: float
+    bytes_read: int
+    bytes_written: int
+    tensors: int
+    """Merged tensors."""
+    counts: Tally
+    overflow: int
+    """Finite inputs whose result the stored dtype cannot hold, in converted tensors as well."""
+    strengths: tuple[Strength, ...]
+    """By factors, for `apply`."""
+    copied: dict[str, str]
+    """Tensors taken from the target as they are, or in another dtype, and why."""
+    not_stored: dict[str, str]
+    """Tensors of the instruct model that the residual does not hold, and why."""
+    missing: tuple[str, ...]
+    side_files: dict[str, str]
+    """Name and the model each comes from."""
+    not_copied: tuple[str, ...]
+    warnings: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def of(cls, plan: Plan, outcome: Outcome, out: Path, seconds: float) -> Report:
+        total = Tally()
+        for tally in outcome.merged.values():
+            total += tally
+        strengths = []
+        for factors, tally in sorted(outcome.merged.items()):
+            ratio = tally.dot / tally.norm2 if tally.norm2 else math.nan
+            strengths += [Strength(factors, tally.elements, ratio if math.isfinite(ratio) else None)] if factors else []
+        return cls(
+            plan.operation,
+            plan.id,
+            out,
+            seconds,
+            plan.bytes_read,
+            plan.bytes_written,
+            sum(not step.reason for step in plan.steps),
+            total,
+            total.overflow + outcome.converted.overflow,
+            tuple(strengths),
+            {step.name: step.reason for step in plan.steps if step.reason},
+            {name: reason for name, (reason, _) in plan.not_stored.items()},
+            plan.missing,
+            {file.name: file.role for file in plan.side_files},
+            plan.not_copied,
+            plan.warnings,
+        )
+
+    @property
+    def lost_fraction(self) -> float:
+        """Part of the updates (elements whose update is not 0) that rounding took back entirely."""
+        return self.counts.lost / self.counts.updates if self.counts.updates else 0.0
+
+    @property
+    def gb_per_second(self) -> float:
+        """Bytes read and written per second, in GB (10^9)."""
+        return (self.bytes_read + self.bytes_written) / self.seconds / 1e9 if self.seconds else math.inf
+
+    def numbers(self) -> dict[str, Any]:
+        """What depends on the inputs and rules alone, and so belongs into the manifest."""
+        return {
+            "tensors": self.tensors,
+            "elements": self.counts.elements,
+            "updates": self.counts.updates,
+            "lost": self.counts.lost,
+            "lost_fraction": self.lost_fraction,
+            "nan_in": self.counts.nan_in,
+            "inf_in": self.counts.inf_in,
+            "nan_out": self.counts.nan_out,
+            "overflow": self.overflow,
+            "strengths": [strength.to_dict() for strength in self.strengths],
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it in JSON types."""
+        return {
+            "operation": self.operation,
+            "id": self.id,
+            "out": f"{self.out}",
+            "seconds": self.seconds,
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "gb_per_second": self.gb_per_second,
+            **self.numbers(),
+            "copied": self.copied,
+            "not_stored": self.not_stored,
+            "missing": list(self.missing),
+            "side_files": self.side_files,
+            "not_copied": list(self.not_copied),
+            "warnings": list(self.warnings),
+        }
+
+    def __str__(self) -> str:
+        width = max(len(title) for title, _ in self.rows())
+        return "\n".join(f"{title:<{width}}  {text}" for title, text in self.rows())
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The table: what, and how much."""
+        counts = self.counts
+        rows = [
+            ("output", f"{self.out}"),
+            ("merged", f"{self.tensors} tensors, {counts.elements:,} elements"),
+            ("read, written", f"{size(self.bytes_read)}, {size(self.bytes_written)}"),
+            ("time", f"{self.seconds:.2f} s, {self.gb_per_second:.2f} GB/s"),
+        ]
+        for strength in self.strengths:
+            asked = ", ".join(f"{factor:g}" for factor in strength.factors)
+            if strength.realised is None:
+                rows.append((f"alpha {asked}", "no update: the residual is 0"))
+            elif strength.effective_alpha is None:
+                rows.append((f"alphas {asked}", f"{strength.realised:.4%} of the update is in the result"))
+            else:
+                rows.append((f"alpha {asked}", f"effective {strength.effective_alpha:.6g}"))
+        rows.append(("lost to rounding", f"{counts.lost:,} of {counts.updates:,} updates ({self.lost_fraction:.3%})"))
+        for title, count in (
+            ("NaN in the inputs", counts.nan_in),
+            ("inf in the inputs", counts.inf_in),
+            ("NaN in the output", counts.nan_out),
+            ("overflow", self.overflow),
+        ):
+            rows += [(title, f"{count:,} elements")] if count else []
+        rows += _grouped("copied", self.copied) + _grouped("not stored", self.not_stored)
+        rows += [("missing", line) for line in self.missing]
+        for role in dict.fromkeys(self.side_files.values()):
+            rows.append((f"from {role}", ", ".join(name for name, r in self.side_files.items() if r == role)))
+        rows += [("not copied", ", ".join(self.not_copied))] if self.not_copied else []
+        rows += [("warning", line) for line in self.warnings]
+        return rows
+
+
+def _grouped(title: str, reasons: Mapping[str, str]) -> list[tuple[str, str]]:
+    return [(title, f"{count} tensors, {reason}") for reason, count in Counter(reasons.values()).items()]

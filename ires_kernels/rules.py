@@ -1,0 +1,128 @@
+"""What a merge was asked to do, apart from its inputs: factors, patterns over tensor names, dtype, rounding."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ires_kernels.header import brief
+
+DTYPES = {"f64": "F64", "f32": "F32", "f16": "F16", "bf16": "BF16"}
+"""Names of output dtypes, as users and as safetensors write them."""
+
+_F32_OVERFLOW = 2.0**128 - 2.0**103  # the smallest magnitude that float32 rounds to infinity
+
+
+class ArgumentError(ValueError):
+    """An argument of a merge that cannot be used, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Validated arguments. Make one with `Rules.of`; a manifest keeps them as `to_dict`."""
+
+    alpha: tuple[float, ...] = (1.0,)
+    """One factor per residual; one for instruct and base."""
+    alphas: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    """(pattern, factors): the first pattern found in a tensor's name decides in place of `alpha`."""
+    skip: tuple[str, ...] = ()
+    """Patterns of the tensors that are left as they are in the target."""
+    dtype: str | None = None
+    """safetensors name of the dtype that float tensors get; None keeps the target's."""
+    allow_missing: bool = False
+    rounding: str = "nearest"
+    seed: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        residuals: int = 1,
+        *,
+        alpha: object = 1.0,
+        alphas: Iterable[tuple[str, object]] | Mapping[str, object] = (),
+        skip: Iterable[str] | str = (),
+        dtype: str | None = None,
+        allow_missing: bool = False,
+        rounding: str = "nearest",
+        seed: int = 0,
+    ) -> Rules:
+        """Check arguments for a merge of so many residuals. A single factor serves all of them.
+
+        Raises ArgumentError for values, TypeError for kinds: factors are finite real numbers that float32 holds.
+        """
+        pairs = alphas.items() if isinstance(alphas, Mapping) else alphas
+        if dtype is not None and dtype not in DTYPES:
+            raise ArgumentError(f"dtype is {brief(dtype)}, wanted one of {', '.join(DTYPES)}.")
+        if rounding not in ("nearest", "stochastic"):
+            raise ArgumentError(f'rounding is {brief(rounding)}, wanted "nearest" or "stochastic".')
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed is {type(seed).__name__}, wanted an integer")
+        if not 0 <= seed < 1 << 64:
+            raise ArgumentError(f"seed is {seed}, wanted 0 <= seed < 2^64.")
+        return cls(
+            _factors(alpha, residuals, "alpha"),
+            tuple((_pattern(pattern), _factors(value, residuals, f"alpha of {pattern}")) for pattern, value in pairs),
+            tuple(_pattern(pattern) for pattern in ([skip] if isinstance(skip, str) else skip)),
+            None if dtype is None else DTYPES[dtype],
+            bool(allow_missing),
+            rounding,
+            seed,
+        )
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> Rules:
+        """The rules that `to_dict` wrote into a manifest. Raises ArgumentError when somebody changed them."""
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        try:
+            return cls.of(**{**table, "residuals": len(table["alpha"]), "dtype": names.get(table["dtype"])})
+        except (TypeError, KeyError) as error:
+            raise ArgumentError(f"the rules of the manifest cannot be read: {error}.") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def factors(self, name: str) -> tuple[float, ...]:
+        """The factors of the tensor `name`."""
+        return next((factors for pattern, factors in self.alphas if matches(pattern, name)), self.alpha)
+
+    def skipped(self, name: str) -> str | None:
+        """The pattern by which the tensor `name` is left as it is."""
+        return next((pattern for pattern in self.skip if matches(pattern, name)), None)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether the regular expression is found anywhere in the name; ``^`` and ``$`` anchor it."""
+    return re.search(pattern, name) is not None
+
+
+def _factors(value: object, count: int, where: str) -> tuple[float, ...]:
+    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * count
+    if len(values) != count:
+        raise ArgumentError(f"{where}: got {len(values)} factors for {count} residuals; give one for each, or one.")
+    return tuple(_factor(each, where) for each in values)
+
+
+def _factor(value: object, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{where} is {type(value).__name__} {brief(value)}, wanted a real number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ArgumentError(f"{where} is {number}, wanted a finite number.")
+    if abs(number) >= _F32_OVERFLOW:
+        raise ArgumentError(f"{where} is {number}, which is infinite in float32, in which merges are computed.")
+    return number
+
+
+def _pattern(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ArgumentError(f"{brief(pattern)} is not a regular expression: {error}.") from error
+    return pattern

@@ -1,0 +1,106 @@
+"""Which of the files beside the weights belong to a merged model, and from which of its parents each one comes.
+
+The target gives config.json and whatever else its folder holds. What makes a model answer as the instruct model does
+comes from there: the tokenizer, the chat template, generation_config.json. A tokenizer is several files that fit only
+each other, so it comes from one parent as a whole.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ires_kernels.checkpoint import Checkpoint
+
+Group = Literal["tokenizer", "template", "generation", "model"]
+
+_TEMPLATES = "additional_chat_templates"
+_TOKENIZER = re.compile(
+    r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt|model)|merges\.txt|tekken\.json"
+    r"|spiece\.model|sentencepiece.*\.model|.*\.tiktoken|tokenization_.*\.py"
+)
+_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data|npz|index\.json)")
+_OURS = {"ires.json", "residual.json"}
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A file of the output that is a copy of `source`, from the input `role`. `name` may have one folder in it."""
+
+    name: str
+    source: Path
+    role: str
+
+
+def of_model(inputs: Mapping[str, Checkpoint], *, own_tokenizer: bool = False) -> tuple[list[SideFile], list[str]]:
+    """Files for a merged model: those of the target, the first of `inputs`, and of the first other that has them.
+
+    With `own_tokenizer` the target keeps its tokenizer and chat template. Also returns what is not copied of the
+    target's folder: sub-folders, weights in other formats and what is no regular file.
+    """
+    (role, target), *donors = inputs.items()
+    own, left = _listing(target)
+    chosen = {group: _tagged(own, group, role) for group in ("tokenizer", "template", "generation", "model")}
+    for group in ("generation", "template", "tokenizer"):
+        if own_tokenizer and group != "generation":
+            continue
+        for donor, checkpoint in donors:
+            files = _listing(checkpoint)[0]
+            if any(_group(name) == group for name in files):
+                chosen[group] = _tagged(files, group, donor)
+                if group == "tokenizer":  # its template may be inside, where a file of the target's would override it
+                    chosen["template"] = _tagged(files, "template", donor)
+                break
+    return sorted((file for files in chosen.values() for file in files), key=lambda file: file.name), left
+
+
+def of_residual(instruct: Checkpoint) -> list[SideFile]:
+    """What a residual keeps of the instruct model for `of_model`. Never config.json: a residual must not load."""
+    files = _listing(instruct)[0]
+    return [SideFile(name, files[name], "instruct") for name in sorted(files) if _group(name) != "model"]
+
+
+def has_template(checkpoint: Checkpoint) -> bool:
+    """Whether there is a chat template, in a file of its own or in tokenizer_config.json."""
+    files = _listing(checkpoint)[0]
+    inside = files.get("tokenizer_config.json")
+    return any(_group(name) == "template" for name in files) or (
+        inside is not None and b'"chat_template"' in inside.read_bytes()
+    )
+
+
+def _group(name: str) -> Group:
+    if name.startswith(("chat_template.", f"{_TEMPLATES}/")):
+        return "template"
+    if name == "generation_config.json":
+        return "generation"
+    return "tokenizer" if _TOKENIZER.fullmatch(name) else "model"
+
+
+def _tagged(files: dict[str, Path], group: str, role: str) -> list[SideFile]:
+    return [SideFile(name, path, role) for name, path in files.items() if _group(name) == group]
+
+
+def _listing(checkpoint: Checkpoint) -> tuple[dict[str, Path], list[str]]:
+    """Copyable files of a folder by name, and the names of what is there besides weights and hidden files."""
+    folder = checkpoint.path
+    if not folder.is_dir():
+        return {}, []
+    files: dict[str, Path] = {}
+    left: list[str] = []
+    weights = {shard.path.name for shard in checkpoint.shards} | {checkpoint.index_name} | _OURS
+    for name in sorted(set(os.listdir(folder)) - weights):
+        path = folder / name
+        if name.startswith("."):
+            continue
+        if name == _TEMPLATES and path.is_dir():
+            files.update((f"{name}/{child.name}", child) for child in sorted(path.glob("*.jinja")) if child.is_file())
+        elif path.is_file() and not _WEIGHTS.fullmatch(name):
+            files[name] = path
+        else:
+            left.append(f"{name}/" if path.is_dir() else name)
+    return files, left

@@ -1,0 +1,250 @@
+"""What happens to each tensor of a merge: the operation it gets, or why it is copied, or why the merge is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import xxhash
+
+from ires_kernels import names
+from ires_kernels.checkpoint import Checkpoint, TensorRef
+from ires_kernels.header import CheckpointError, brief
+from ires_kernels.names import FLOATS
+from ires_kernels.rules import Rules, matches
+
+Op = Literal["add", "add_difference", "subtract", "convert", "copy"]
+
+ALPHA_0 = "alpha is 0"
+ONLY_TARGET = "only in the target"
+
+_MISSING = "--allow-missing copies from the target what the other models lack, and leaves out what the target lacks."
+_SHAPES = "Operands are not broadcast: take models of one architecture, or leave such tensors as they are with --skip."
+_VOCABULARY = (
+    "Where vocabularies differ, leave the embedding and the head as they are with --skip 'embed_tokens|lm_head', "
+    "or resize the embeddings of one model to the other's first."
+)
+_CODES = "Arithmetic on codes is meaningless: take weights that are not quantized, or leave them out with --skip."
+_INTEGERS = "What is not floating point is copied where instruct and base agree; leave the rest as it is with --skip."
+_TIED = (
+    "One tensor cannot take the updates of two. Save the target with an output head of its own "
+    "(tie_word_embeddings=False), or leave the head out with --skip lm_head."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One tensor of the output: `op` of `inputs` makes the `nbytes` bytes at `offset` of the file `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    op: Op
+    roles: tuple[str, ...]
+    """Whose tensor each of `inputs` is."""
+    inputs: tuple[TensorRef, ...]
+    factors: tuple[float, ...] = ()
+    stream: int = 0
+    """Of the random numbers: xxh3_64 of the name."""
+    reason: str = ""
+    """Why the tensor is not merged but copied; "convert" is a copy with another dtype."""
+    file: str = ""
+    offset: int = 0
+    nbytes: int = 0
+
+
+class Comparison(NamedTuple):
+    """Two tensors that must be equal byte for byte before anything is written."""
+
+    name: str
+    roles: tuple[str, str]
+    inputs: tuple[TensorRef, TensorRef]
+
+
+@dataclass
+class Findings:
+    """What planning finds out on its way through the tensors."""
+
+    rules: Rules
+    problems: list[str] = field(default_factory=list)
+    advice: dict[str, None] = field(default_factory=dict)
+    comparisons: list[Comparison] = field(default_factory=list)
+    not_stored: dict[str, tuple[str, TensorRef]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def problem(self, text: str, advice: str) -> None:
+        """Something that forbids the merge, and the way out."""
+        self.problems.append(text)
+        self.advice[advice] = None
+
+    def absent(self, name: str, present: Iterable[str], absent: Iterable[str], advice: str = _MISSING) -> None:
+        """A tensor that some of the models lack: a problem unless missing tensors are allowed."""
+        text = f"{brief(name)} is in {' and '.join(present)} and not in {' and '.join(absent)}"
+        if self.rules.allow_missing:
+            self.missing.append(text)
+        else:
+            self.problem(text, advice)
+
+    def refuse(self, operation: str) -> None:
+        """Raise CheckpointError with the first ten problems, if there are any."""
+        if not self.problems:
+            return
+        lines = [f"cannot {operation}:", *(f"  {line}" for line in self.problems[:10])]
+        lines += [f"  and {len(self.problems) - 10} more problems"] if len(self.problems) > 10 else []
+        raise CheckpointError("\n".join([*lines, *self.advice]))
+
+
+def apply_step(ref: TensorRef, inputs: Mapping[str, Checkpoint], found: Findings) -> Step:
+    """What becomes of the target's tensor `ref`."""
+    rules, name = found.rules, ref.name
+    pattern = rules.skipped(name)
+    if pattern is not None:
+        return _keep(ref, f"skipped by {pattern!r}", inputs["target"], found)
+    tensors = {"target": ref}
+    absent = []
+    for role, checkpoint in inputs.items():
+        if role != "target":
+            other = names.lookup(checkpoint, name)
+            if other is None:
+                absent.append(role)
+            else:
+                tensors[role] = other
+    if len(tensors) == 1:
+        return _keep(ref, ONLY_TARGET, inputs["target"], found)
+    if absent:
+        found.absent(name, tensors, absent)
+        if "instruct" in inputs:
+            return _keep(ref, f"not in {' and '.join(absent)}", inputs["target"], found)
+    if not _numbers(name, tensors, inputs, found):
+        return _keep(ref, "not mergeable", inputs["target"], found)
+    if ref.dtype not in FLOATS:
+        return _keep(ref, f"{ref.dtype}, equal in instruct and base", inputs["target"], found)
+    given = rules.factors(name)
+    residuals = [role for role in inputs if role.startswith("residual")]
+    factors = tuple(a for role, a in zip(residuals, given, strict=True) if role in tensors) if residuals else given
+    if not any(factors):
+        return _keep(ref, ALPHA_0, inputs["target"], found)
+    op: Op = "add_difference" if "instruct" in inputs else "add"
+    dtype = rules.dtype or ref.dtype
+    return Step(name, dtype, ref.shape, op, tuple(tensors), tuple(tensors.values()), factors, _stream(ref, inputs))
+
+
+def extract_step(ref: TensorRef, inputs: Mapping[str, Checkpoint], found: Findings) -> Step | None:
+    """The difference for the instruct model's tensor `ref`; None when it is not stored."""
+    rules, name = found.rules, ref.name
+    pattern = rules.skipped(name)
+    other = names.lookup(inputs["base"], name)
+    if pattern is not None:
+        reason = f"skipped by {pattern!r}"
+    elif other is None:
+        found.absent(name, ["instruct"], ["base"])
+        reason = "not in base"
+    else:
+        tensors = {"instruct": ref, "base": other}
+        if _numbers(name, tensors, inputs, found) and ref.dtype in FLOATS:
+            roles, refs = tuple(tensors), tuple(tensors.values())
+            return Step(name, rules.dtype or "F32", ref.shape, "subtract", roles, refs, (), _stream(ref, inputs))
+        reason = f"{ref.dtype}, equal in instruct and base"
+    found.not_stored[name] = (reason, ref)
+    return None
+
+
+def check_left_over(inputs: Mapping[str, Checkpoint], found: Findings) -> None:
+    """Find tensors of the residuals, or of instruct and base, for which the target has no place."""
+    sources = {role: checkpoint for role, checkpoint in inputs.items() if role != "target"}
+    target = inputs["target"]
+    left = {name: None for checkpoint in sources.values() for name in checkpoint.tensors if name not in target.tensors}
+    for name in left:
+        present = [role for role, checkpoint in sources.items() if name in checkpoint.tensors]
+        if found.rules.skipped(name) is not None:
+            continue
+        if not (names.is_head(name) and names.is_tied(target)):
+            found.absent(name, present, ["target"])
+        elif not all(map(names.is_tied, sources.values())):  # else it is a second copy of the embedding
+            found.absent(name, present, ["target, whose head is its embedding"], _TIED)
+
+
+def check_tied_head(inputs: Mapping[str, Checkpoint], steps: Iterable[Step], found: Findings) -> None:
+    """Find a target that says its head is its embedding, stores both, and would get different updates for them."""
+    target, *sources = inputs.values()
+    embedding = names.embedding(target)
+    if names.says_tied(target) is not True or embedding is None:
+        return
+    table = {step.name: step for step in steps}
+    one = table[embedding.name]
+    for two in [step for step in table.values() if names.is_head(step.name)]:
+        changed = not (one.reason and two.reason)
+        if changed and (one.op != two.op or one.factors != two.factors or not all(map(names.is_tied, sources))):
+            found.problem(
+                f"config.json of the target ties {two.name} to {one.name}, and its files hold both, with other updates",
+                _TIED,
+            )
+
+
+def other_vocabulary(inputs: Mapping[str, Checkpoint], steps: Iterable[Step]) -> str | None:
+    """A tensor that was skipped because the target has another vocabulary than a model whose tokenizer it would get."""
+    for step in steps:
+        if step.reason and names.is_vocabulary(step.name) and step.shape:
+            for checkpoint in list(inputs.values())[1:]:
+                rows = names.rows(checkpoint, step.name)
+                if rows is not None and rows != step.shape[0]:
+                    return step.name
+    return None
+
+
+def check_patterns(inputs: Mapping[str, Checkpoint], found: Findings) -> None:
+    """Find patterns that match no tensor: typing errors."""
+    everything = {name for checkpoint in inputs.values() for name in checkpoint.tensors}
+    for option, patterns in (("skip", found.rules.skip), ("alpha-for", [p for p, _ in found.rules.alphas])):
+        for pattern in patterns:
+            if not any(matches(pattern, name) for name in everything):
+                found.problem(f"--{option} {pattern!r} matches no tensor", "`ires inspect --tensors` lists the names.")
+
+
+def _numbers(name: str, tensors: Mapping[str, TensorRef], inputs: Mapping[str, Checkpoint], found: Findings) -> bool:
+    """Whether tensors fit each other, element by element; what is not floating point is left to be compared."""
+    for role, ref in tensors.items():
+        why = names.codes(inputs[role], ref)
+        if why is not None:
+            found.problem(f"{brief(ref.name)} of {role} ({ref.path}) is {why}", _CODES)
+            return False
+    first, *others = tensors.items()
+    for role, ref in others:
+        if ref.shape != first[1].shape:
+            found.problem(
+                f"{brief(name)} has shape {brief(list(ref.shape))} in {role} ({ref.path}), "
+                f"{brief(list(first[1].shape))} in {first[0]} ({first[1].path})",
+                _VOCABULARY if names.is_vocabulary(name) else _SHAPES,
+            )
+            return False
+    dtypes = {role: ref.dtype for role, ref in tensors.items()}
+    if all(dtype in FLOATS for dtype in dtypes.values()):
+        return True
+    if len(set(dtypes.values())) > 1 or "instruct" not in tensors:
+        listed = ", ".join(f"{dtype} in {role}" for role, dtype in dtypes.items())
+        found.problem(f"{brief(name)} is {listed}", _INTEGERS)
+        return False
+    found.comparisons.append(Comparison(name, ("instruct", "base"), (tensors["instruct"], tensors["base"])))
+    return True
+
+
+def _keep(ref: TensorRef, reason: str, target: Checkpoint, found: Findings) -> Step:
+    """A copy of the target's tensor, in another dtype where one is asked for."""
+    dtype = found.rules.dtype
+    if dtype is None or ref.dtype == dtype or ref.dtype not in FLOATS:
+        return Step(ref.name, ref.dtype, ref.shape, "copy", ("target",), (ref,), reason=reason)
+    why = names.codes(target, ref)
+    if why is not None:
+        found.problem(f"{brief(ref.name)} of target ({ref.path}) is {why}, and cannot become {dtype}", _CODES)
+    stream = _stream(ref, {"target": target})
+    return Step(ref.name, dtype, ref.shape, "convert", ("target",), (ref,), (), stream, reason)
+
+
+def _stream(ref: TensorRef, inputs: Mapping[str, Checkpoint]) -> int:
+    """xxh3_64 of the name; a stored second copy of a tied embedding rounds as the embedding does."""
+    target, name = inputs.get("target"), ref.name
+    if target is not None and names.is_head(name) and names.says_tied(target):
+        name = getattr(names.embedding(target), "name", name)
+    return xxhash.xxh3_64_intdigest(name.encode())

@@ -1,0 +1,50 @@
+"""What a checkpoint is, in a few numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from ires_kernels import names
+from ires_kernels.checkpoint import open_checkpoint
+from ires_kernels.inputs import StrPath
+
+_CONFIG = ("architectures", "model_type", "dtype", "torch_dtype", "tie_word_embeddings", "vocab_size")
+
+
+def inspect(path: StrPath) -> dict[str, Any]:
+    """Describe a model or residual, a folder or one .safetensors file, in JSON types; only headers are read.
+
+    Raises CheckpointError for what cannot be used, and says why.
+    """
+    checkpoint = open_checkpoint(path)
+    refs = checkpoint.tensors.values()
+    elements: Counter[str] = Counter()
+    for ref in refs:
+        elements[ref.dtype] += ref.numel
+    manifest = checkpoint.manifest or {}
+    return {
+        "path": f"{checkpoint.path}",
+        "kind": checkpoint.kind,
+        "tensors": len(refs),
+        "parameters": sum(elements.values()),
+        "bytes": sum(ref.nbytes for ref in refs),
+        "parameters_by_dtype": dict(elements.most_common()),
+        "index": checkpoint.index_name,
+        "files": [
+            {
+                "name": shard.path.name,
+                "size": shard.file_id.size,
+                "tensors": len(shard.header.tensors),
+                "metadata": shard.header.metadata,
+            }
+            for shard in checkpoint.shards
+        ],
+        "head_is_embedding": names.is_tied(checkpoint),
+        "quantized": {ref.name: why for ref in refs if (why := names.codes(checkpoint, ref))},
+        "config": {key: value for key, value in (checkpoint.config or {}).items() if key in _CONFIG},
+        "made_by": {key: manifest[key] for key in ("operation", "id", "digest", "rules", "inputs") if key in manifest},
+        "all_tensors": [
+            {"name": ref.name, "dtype": ref.dtype, "shape": list(ref.shape), "file": ref.path.name} for ref in refs
+        ],
+    }

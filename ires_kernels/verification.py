@@ -1,0 +1,283 @@
+"""Checking finished output: the arithmetic again from the inputs, window by window, against the bytes on the disk."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from ires_kernels import manifest, stream
+from ires_kernels.checkpoint import Checkpoint, TensorRef, open_checkpoint
+from ires_kernels.header import DTYPE_BITS
+from ires_kernels.inputs import StrPath, open_inputs
+from ires_kernels.names import FLOATS
+from ires_kernels.plan import Plan, plan_apply, plan_extract, size
+from ires_kernels.rules import ArgumentError, Rules
+from ires_kernels.steps import Step
+from ires_kernels.stream import TORCH_DTYPES, Progress, read_into
+
+
+@dataclass(slots=True)
+class Mismatch:
+    """A tensor whose stored elements are not what the inputs give."""
+
+    tensor: str
+    file: str
+    count: int
+    """Elements that differ."""
+    index: list[int]
+    """Of the first one."""
+    got: str
+    wanted: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tensor} in {self.file}: {self.count:,} elements differ, the first at {self.index}: "
+            f"got {self.got}, wanted {self.wanted}"
+        )
+
+
+@dataclass
+class VerifyReport:
+    """What `verify` found; ``print(report)`` tells it. It is true in a condition when all is well."""
+
+    out: Path
+    hashes_only: bool
+    tensors: int = 0
+    bytes_read: int = 0
+    seconds: float = 0.0
+    mismatches: list[Mismatch] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    """What else is not as it was left: hashes, order, dtypes, inputs, side files."""
+
+    @property
+    def ok(self) -> bool:
+        return not self.mismatches and not self.problems
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"ok": self.ok, **asdict(self), "out": f"{self.out}"}
+
+    def __str__(self) -> str:
+        how = "have the recorded hashes" if self.hashes_only else "are what the inputs give, bit for bit"
+        found = [f"{mismatch}" for mismatch in self.mismatches] + self.problems
+        if found:
+            head = f"{self.out}: {len(found)} differences:"
+            more = [f"  and {len(found) - 20} more"] if len(found) > 20 else []
+            return "\n".join([head, *(f"  {line}" for line in found[:20]), *more])
+        rate = self.bytes_read / self.seconds / 1e9 if self.seconds else 0.0
+        return (
+            f"{self.out}: all {self.tensors} tensors {how} ({size(self.bytes_read)} read in {self.seconds:.2f} s, "
+            f"{rate:.2f} GB/s)"
+        )
+
+
+def verify(
+    out: StrPath,
+    *,
+    inputs: Mapping[str, StrPath] | None = None,
+    hashes_only: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Check output of `extract` or `apply` against its manifest and, recomputed, against its inputs.
+
+    inputs         paths by role (target, instruct, base, residual, residual-1, …) in place of the recorded ones
+    hashes_only    compare hashes of tensors and files with the manifest, without the inputs
+
+    Any NaN serves where a NaN is due, since payloads are no part of the numerics. Raises CheckpointError where there
+    is nothing to check: no manifest, inputs that are gone.
+    """
+    started = time.perf_counter()
+    checkpoint = open_checkpoint(out)
+    table = manifest.read(checkpoint)
+    report = VerifyReport(checkpoint.path, hashes_only)
+    recorded = manifest.tensors(checkpoint)
+    _check_names(checkpoint, recorded, report)
+    to_hash = [ref for name, ref in checkpoint.tensors.items() if name in recorded]
+    if not hashes_only:
+        made_of = table["inputs"]
+        given = dict(inputs or {})
+        unknown = given.keys() - made_of.keys()
+        if unknown:
+            raise ArgumentError(f"{out}: was not made of {', '.join(sorted(unknown))} but of {', '.join(made_of)}.")
+        paths = {role: given.get(role) or made_of[role]["path"] for role in made_of}
+        plan_again = plan_apply if table["operation"] == "apply" else plan_extract
+        plan = plan_again(open_inputs(paths), Rules.from_dict(table["rules"]))
+        to_hash = _recompute(plan, checkpoint, recorded, report, threads, progress)
+        progress = None
+    _check_hashes(checkpoint, to_hash, recorded, report, threads, progress)
+    _check_files(checkpoint.path, table["files"], report)
+    report.tensors = len(checkpoint.tensors)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _check_names(out: Checkpoint, recorded: Mapping[str, dict[str, Any]], report: VerifyReport) -> None:
+    for name, ref in out.tensors.items():
+        entry = recorded.get(name)
+        if entry is None:
+            report.problems.append(f"{name} of {ref.path.name} is not in the manifest")
+        elif (entry["dtype"], entry["shape"]) != (ref.dtype, list(ref.shape)):
+            report.problems.append(f"{name} is {ref.dtype} {list(ref.shape)}, wanted {entry['dtype']} {entry['shape']}")
+    report.problems += [f"{name} is gone" for name in recorded if name not in out.tensors]
+
+
+def _recompute(
+    plan: Plan,
+    out: Checkpoint,
+    recorded: Mapping[str, dict[str, Any]],
+    report: VerifyReport,
+    threads: int | None,
+    progress: Progress | None,
+) -> list[TensorRef]:
+    """Compare every element; returns the tensors whose hash this does not settle, as some NaN has another payload."""
+    headers = {shard.path.name: list(shard.header.tensors) for shard in out.shards}
+    wanted: dict[str, list[str]] = {file.name: [] for file in plan.files}
+    for step in plan.steps:
+        wanted[step.file].append(step.name)
+    report.problems += [
+        f"{name} holds other tensors, or in another order, than the plan says"
+        for name in sorted(headers.keys() | wanted.keys())
+        if headers.get(name) != wanted.get(name)
+    ]
+    steps = [
+        step
+        for step in plan.steps
+        if (ref := out.tensors.get(step.name)) and (ref.dtype, ref.shape) == (step.dtype, step.shape)
+    ]
+    planned = {step.name for step in plan.steps}
+    report.problems += [f"{name} is in the manifest and not in the plan" for name in recorded if name not in planned]
+    file_ids = {shard.path: shard.file_id for checkpoint in plan.inputs.values() for shard in checkpoint.shards}
+    comparer = _Comparer(out)
+    try:
+        outcome = stream.run(steps, file_ids, plan.rules, comparer.compare, threads=threads, progress=progress)
+    finally:
+        comparer.close()
+    report.mismatches += comparer.found.values()
+    report.bytes_read += sum(step.nbytes + sum(ref.nbytes for ref in step.inputs) for step in steps)
+    unsettled = []
+    for step in steps:
+        entry = recorded.get(step.name, {})
+        for role, digest in entry.get("inputs", {}).items():
+            ref = dict(zip(step.roles, step.inputs, strict=True)).get(role)
+            if ref is not None and outcome.inputs[role][ref.name] != digest:
+                report.problems.append(f"{ref.name} of {role} is not the one that was merged: it has another hash")
+        if step.name in comparer.other_nan:
+            unsettled.append(out.tensors[step.name])
+        elif step.name not in comparer.found and entry.get("xxh3_128") != outcome.outputs[step.name]:
+            report.problems.append(f"{step.name} has another hash than the manifest says")
+    return unsettled
+
+
+def _check_hashes(
+    out: Checkpoint,
+    refs: Iterable[TensorRef],
+    recorded: Mapping[str, dict[str, Any]],
+    report: VerifyReport,
+    threads: int | None,
+    progress: Progress | None,
+) -> None:
+    steps = [
+        Step(ref.name, ref.dtype, ref.shape, "copy", ("out",), (ref,), file=ref.path.name, nbytes=ref.nbytes)
+        for ref in refs
+    ]
+    file_ids = {shard.path: shard.file_id for shard in out.shards}
+    outcome = stream.run(steps, file_ids, Rules(), lambda *_: None, threads=threads, progress=progress)
+    report.bytes_read += sum(step.nbytes for step in steps)
+    for name, digest in outcome.outputs.items():
+        if recorded[name]["xxh3_128"] != digest:
+            report.problems.append(f"{name} has another hash than the manifest says")
+
+
+def _check_files(folder: Path, recorded: Mapping[str, Any], report: VerifyReport) -> None:
+    for name, entry in recorded.items():
+        path = folder / name
+        hasher = xxhash.xxh3_128()
+        if not path.is_file():
+            report.problems.append(f"{name} is gone")
+            continue
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                hasher.update(chunk)
+        if not isinstance(entry, dict) or entry.get("xxh3_128") != hasher.hexdigest():
+            report.problems.append(f"{name} has changed since the merge")
+
+
+class _Comparer:
+    """Compares what is recomputed with what the output holds; `compare` is called by several threads."""
+
+    def __init__(self, out: Checkpoint) -> None:
+        self.found: dict[str, Mismatch] = {}
+        self.other_nan: set[str] = set()
+        self._out = out
+        self._fds = {shard.path: os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC) for shard in out.shards}
+        self._mine = threading.local()
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+
+    def compare(self, step: Step, start: int, wanted: memoryview) -> None:
+        ref = self._out.tensors[step.name]
+        buffer = getattr(self._mine, "buffer", memoryview(b""))
+        if len(buffer) < len(wanted):
+            buffer = self._mine.buffer = memoryview(bytearray(len(wanted)))
+        got = buffer[: len(wanted)]
+        read_into(self._fds[ref.path], got, ref.offset + start, ref.path)
+        if not torch.equal(torch.frombuffer(got, dtype=torch.uint8), torch.frombuffer(wanted, dtype=torch.uint8)):
+            self._record(step, start, got, wanted)
+
+    def _record(self, step: Step, start: int, got: memoryview, wanted: memoryview) -> None:
+        width = max(1, DTYPE_BITS[step.dtype] // 8)
+        as_bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
+        bits = [torch.frombuffer(view, dtype=as_bits) for view in (got, wanted)]
+        differs = bits[0] != bits[1]
+        values = bits
+        if step.dtype in FLOATS:
+            values = [each.view(TORCH_DTYPES[step.dtype]) for each in bits]
+            if step.op != "copy":
+                differs &= ~(_is_nan(values[0]) & _is_nan(values[1]))
+        count = int(differs.sum())
+        first = int(differs.to(torch.uint8).argmax())
+        texts = [
+            f"{value[first].item()} (0x{view[first * width : (first + 1) * width][::-1].hex()})"
+            for value, view in zip(values, (got, wanted), strict=True)
+        ]
+        with self._lock:
+            if not count:
+                self.other_nan.add(step.name)
+                return
+            flat = start // width + first
+            index = _unravel(flat, step.shape)
+            mismatch = self.found.get(step.name)
+            if mismatch is None:
+                self.found[step.name] = Mismatch(step.name, step.file, count, index, *texts)
+                return
+            mismatch.count += count
+            if index < mismatch.index:
+                mismatch.index, mismatch.got, mismatch.wanted = index, *texts
+
+
+def _is_nan(values: Tensor) -> Tensor:
+    return values.to(torch.float64).isnan()
+
+
+def _unravel(flat: int, shape: tuple[int, ...]) -> list[int]:
+    """Row-major index of an element."""
+    index: list[int] = []
+    for length in reversed(shape):
+        flat, rest = divmod(flat, length)
+        index.insert(0, rest)
+    return index

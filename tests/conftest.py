@@ -1,0 +1,47 @@
+"""Fixtures that run a test once per backend, and per instruction set of the native one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from ires_kernels.backends import native
+
+# The same examples in every run; the environment a backend fixture sets may serve all examples of a test.
+settings.register_profile(
+    "repeatable",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("repeatable")
+
+# Small tensors gain nothing from torch's threads, and lose much on a machine that is busy with something else. Tests of
+# threads ask for them.
+torch.set_num_threads(1)
+
+COMPILED = [f"native-{isa}" for isa in native.isas()]
+
+
+def use(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make calls go to a backend such as "reference" or "native-v3"."""
+    name, _, isa = backend.partition("-")
+    monkeypatch.setenv("IRES_BACKEND", name)
+    monkeypatch.setenv("IRES_ISA", isa)
+
+
+@pytest.fixture(params=["reference", *COMPILED])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every backend there is, one test each."""
+    use(request.param, monkeypatch)
+    return str(request.param)
+
+
+@pytest.fixture(params=COMPILED)
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every backend that is held against the reference."""
+    use(request.param, monkeypatch)
+    return str(request.param)

@@ -1,0 +1,94 @@
+"""Who may import whom: the arrows between modules point one way, and what reads headers and plans needs no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "ires_kernels"
+
+ARROWS: dict[str, set[str]] = {
+    # files, without torch
+    "header": set(),
+    "checkpoint": {"header"},
+    "names": {"checkpoint"},
+    "rules": {"header"},
+    "sidefiles": {"checkpoint"},
+    "steps": {"checkpoint", "header", "names", "rules"},
+    "plan": {"checkpoint", "header", "names", "rules", "sidefiles", "steps"},
+    "store": set(),
+    "inputs": {"checkpoint", "header", "rules", "store"},
+    # tensors, without files
+    "backends": {"_native"},
+    "checks": set(),
+    "ops": {"backends", "checks"},
+    # merges
+    "stream": {"backends", "checkpoint", "header", "names", "ops", "rules", "steps"},
+    "report": {"backends", "plan", "stream"},
+    "manifest": {"checkpoint", "header", "names", "plan", "report", "stream"},
+    "summary": {"checkpoint", "inputs", "names"},
+    "verification": {"checkpoint", "header", "inputs", "manifest", "names", "plan", "rules", "steps", "stream"},
+    "merge": {
+        "backends", "checkpoint", "header", "inputs", "manifest", "plan", "report", "rules", "store", "stream",
+        "summary", "verification",
+    },
+    "cli": {"header", "inputs", "merge", "plan", "rules", "store", "stream"},
+    "__main__": {"cli"},
+    "__init__": {"backends", "merge", "ops"},
+}  # fmt: skip
+"""What each module may import of this package. Modules that are not here, such as benchmarks, no other imports."""
+NO_TORCH = {"header", "checkpoint", "names", "rules", "sidefiles", "steps", "plan", "store", "inputs"}
+STANDARD_ONLY = {"header", "checkpoint", "store", "sidefiles", "names", "rules", "inputs"}
+
+
+def imports(module: str) -> tuple[set[str], set[str]]:
+    """Modules of this package, and top-level names of others, that a module or sub-package imports anywhere."""
+    path = PACKAGE / f"{module}.py"
+    own, others = set(), set()
+    for file in [path] if path.exists() else sorted((PACKAGE / module).glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{file.name}: write imports in full"
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            for name in names:
+                parts = name.split(".")
+                if parts[0] == "ires_kernels":
+                    own.add(parts[1])
+                else:
+                    others.add(parts[0])
+    return own - {module}, others
+
+
+@pytest.mark.parametrize("module", ARROWS)
+def test_imports_follow_the_arrows(module: str) -> None:
+    own, others = imports(module)
+    assert own <= ARROWS[module]
+    if module in NO_TORCH:
+        assert not others & {"torch", "numpy", "rich", "transformers", "safetensors"}
+    if module in STANDARD_ONLY:
+        assert others <= set(sys.stdlib_module_names)
+    assert not others & {"transformers", "safetensors"}
+
+
+def test_the_arrows_have_no_cycle() -> None:
+    done: set[str] = {"_native"}
+    while len(done) <= len(ARROWS):
+        ready = {module for module, targets in ARROWS.items() if targets <= done} - done
+        assert ready, f"a cycle among {sorted(ARROWS.keys() - done)}"
+        done |= ready
+
+
+def test_importing_the_package_is_light() -> None:
+    program = (
+        "import sys, ires_kernels; print([m for m in ('rich', 'transformers', 'safetensors') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

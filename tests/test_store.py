@@ -1,0 +1,291 @@
+"""A new folder is all there or not there: order of syncs and renames, short writes, full disks, locks, remains."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import resource
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from ires_kernels.store import MARKER, NewFolder, StoreError, check_destination, is_unfinished, partial_path
+
+
+def write(out: Path, *, sync: bool = False) -> None:
+    """A folder with a file of three parts, one more file, and one in a folder of its own."""
+    with NewFolder(out, sync=sync) as folder:
+        file = folder.create("a.bin", b"head", 10)
+        file.write(b"789", 7)
+        file.write(memoryview(b"456"), 4)
+        folder.add("b.json", [b"{", b"}"])
+        folder.add("sub/c.txt", [])
+        folder.commit()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {f"{path.relative_to(folder)}": path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+WRITTEN = {"a.bin": b"head456789", "b.json": b"{}", "sub/c.txt": b""}
+
+
+def test_the_folder_appears_whole(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with NewFolder(out) as folder:
+        file = folder.create("a.bin", b"head", 10)
+        assert (tmp_path / "out.partial" / "a.bin").stat().st_size == 10, "room is reserved at once"
+        assert (tmp_path / "out.partial" / "a.bin").stat().st_blocks > 0
+        assert is_unfinished(folder.partial)
+        file.write(b"456789", 4)
+        assert not out.exists()
+        folder.commit()
+        assert contents(out) == {"a.bin": b"head456789"}
+    assert os.listdir(tmp_path) == ["out"]
+    assert not is_unfinished(out)
+
+
+def test_files_have_ordinary_permissions(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        write(tmp_path / "out")
+    finally:
+        os.umask(old)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()} == {0o640}
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_order_of_syncs_and_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sync: bool) -> None:
+    calls: list[tuple[str, str]] = []
+    fsync, rename, unlink = os.fsync, os.rename, os.unlink
+
+    def path_of(fd: int) -> str:
+        return os.path.relpath(os.readlink(f"/proc/self/fd/{fd}"), tmp_path)
+
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(("fsync", path_of(fd))), fsync(fd)))
+    monkeypatch.setattr(
+        os, "rename", lambda a, b: (calls.append(("rename", os.path.relpath(b, tmp_path))), rename(a, b))
+    )
+    monkeypatch.setattr(os, "unlink", lambda p: (calls.append(("unlink", os.path.relpath(p, tmp_path))), unlink(p)))
+    write(tmp_path / "out", sync=sync)
+    expected = [
+        ("fsync", "out.partial/a.bin"),
+        ("fsync", "out.partial/b.json"),
+        ("fsync", "out.partial/sub/c.txt"),
+        ("fsync", "out.partial/sub"),
+        ("fsync", "out.partial"),
+        ("rename", "out"),
+        ("fsync", "."),
+        ("unlink", f"out/{MARKER}"),
+    ]
+    assert calls == [call for call in expected if sync or call[0] != "fsync"]
+    assert contents(tmp_path / "out") == WRITTEN
+
+
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:1], offset))
+    write(tmp_path / "out")
+    assert contents(tmp_path / "out") == WRITTEN
+
+
+@pytest.mark.parametrize(
+    ("call", "count"),
+    [(call, 0) for call in ("mkdir", "posix_fallocate", "rename")]
+    + [("pwrite", count) for count in range(3)]
+    + [("fsync", count) for count in range(5)],
+)
+def test_a_failing_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, count: int) -> None:
+    real, calls = getattr(os, call), iter(range(100))
+
+    def failing(*arguments: object, **options: object) -> object:
+        if next(calls) == count:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(os, call, failing)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        write(tmp_path / "out", sync=True)
+    assert caught.value.errno == errno.EIO
+    assert f"{caught.value.filename}".startswith(f"{tmp_path}/out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with NewFolder(tmp_path / "out") as folder:
+            folder.create("a.bin", b"", 10)
+            folder.add("sub/c.txt", [])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert os.listdir(tmp_path) == []
+
+
+def test_no_room_is_said_before_data_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(
+        OSError, match=r"No space left on device: 10 bytes are needed, \d+ are free. Make room"
+    ) as caught:
+        write(tmp_path / "out")
+    assert caught.value.filename == f"{tmp_path}/out.partial/a.bin"
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_real_limit_on_file_sizes(tmp_path: Path) -> None:
+    program = f"""
+        import resource
+        from pathlib import Path
+        from ires_kernels.store import NewFolder
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, {resource.getrlimit(resource.RLIMIT_FSIZE)[1]}))
+        try:
+            with NewFolder(Path({f"{tmp_path}/out"!r})) as folder:
+                folder.create("a.bin", b"", 5000)
+        except OSError as error:
+            print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
+    assert done.stdout == f"[Errno 27] File too large: '{tmp_path}/out.partial/a.bin'\n"
+    assert os.listdir(tmp_path) == []
+
+
+def test_file_systems_that_cannot_reserve_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    write(tmp_path / "out")
+    assert contents(tmp_path / "out") == WRITTEN
+
+
+def test_a_folder_that_could_not_be_made_durable_is_there_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync, calls = os.fsync, iter(range(100))
+
+    def failing(fd: int) -> None:
+        if next(calls) == 5:  # the parent folder, after the renaming
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        write(tmp_path / "out", sync=True)
+    assert contents(tmp_path / "out") == {**WRITTEN, MARKER: b""}
+    assert not is_unfinished(tmp_path / "out")
+
+
+def test_the_remains_of_a_killed_run_are_replaced(tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    (partial / "sub").mkdir(parents=True)
+    for name in (MARKER, "old.bin", "sub/old.txt"):
+        (partial / name).write_text("old")
+    (partial / "link").symlink_to(tmp_path)
+    write(tmp_path / "out")
+    assert contents(tmp_path / "out") == WRITTEN
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "thesis.txt").write_text("mine")
+    with pytest.raises(StoreError, match="is in the way"):
+        write(tmp_path / "out")
+    assert contents(partial) == {"thesis.txt": b"mine"}
+    (partial / "thesis.txt").rename(tmp_path / "thesis.txt")
+    partial.rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / MARKER).write_text("")
+    partial.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match="is in the way"):
+        write(tmp_path / "out")
+    assert (tmp_path / "elsewhere" / MARKER).exists()
+    partial.unlink()
+    partial.write_text("a file")
+    with pytest.raises(StoreError, match="is in the way"):
+        write(tmp_path / "out")
+
+
+def test_a_second_process_is_refused(tmp_path: Path) -> None:
+    with NewFolder(tmp_path / "out") as folder:
+        folder.create("a.bin", b"x", 1)
+        with pytest.raises(StoreError, match="another process is writing it"):
+            write(tmp_path / "out")
+        assert contents(folder.partial) == {MARKER: b"", "a.bin": b"x"}
+        folder.commit()
+    assert contents(tmp_path / "out") == {"a.bin": b"x"}
+
+
+def test_a_folder_that_is_finished_just_now_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process removes its marker, or makes a new one, between our look at it and our lock on it."""
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / MARKER).write_text("")
+    (partial / "theirs.bin").write_text("data")
+    flock = fcntl.flock
+
+    def finish(fd: int, operation: int) -> None:
+        (partial / MARKER).unlink()
+        (partial / MARKER).write_text("new")
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", finish)
+    with pytest.raises(FileNotFoundError, match="another process has just finished"):
+        write(tmp_path / "out")
+    assert (partial / "theirs.bin").read_text() == "data"
+
+
+@pytest.mark.parametrize("make", ["file", "full", "link", "dangling", "no parent", "weights", "root"])
+def test_destinations_that_are_refused(tmp_path: Path, make: str) -> None:
+    out = tmp_path / "out"
+    if make == "file":
+        out.write_text("")
+    elif make == "full":
+        out.mkdir()
+        (out / "x").write_text("")
+    elif make == "link":
+        (tmp_path / "there").mkdir()
+        out.symlink_to(tmp_path / "there")
+    elif make == "dangling":
+        out.symlink_to(tmp_path / "nowhere")
+    out = {"no parent": tmp_path / "no" / "out", "weights": tmp_path / "out.safetensors", "root": Path("/")}.get(
+        make, out
+    )
+    with pytest.raises(StoreError, match=str(out)):
+        check_destination(out, [])
+
+
+def test_destinations_in_or_at_an_input_are_refused(tmp_path: Path) -> None:
+    model, partial = tmp_path / "model", tmp_path / "out.partial"
+    model.mkdir()
+    partial.mkdir()
+    (tmp_path / "alias").symlink_to(model)
+    for out in (model, model / "out", tmp_path / "alias" / "out"):
+        with pytest.raises(StoreError, match="lies in the input"):
+            check_destination(out, [model])
+    with pytest.raises(StoreError, match="has the name that the unfinished output would get"):
+        check_destination(tmp_path / "out", [partial])
+    check_destination(tmp_path / "out", [model])
+    check_destination(tmp_path / "model-2", [model, model / "model.safetensors"])
+    (tmp_path / "empty").mkdir()
+    check_destination(tmp_path / "empty", [model])
+    write(tmp_path / "empty")
+    assert contents(tmp_path / "empty") == WRITTEN
+
+
+def test_paths_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_destination(Path("out"), [])
+    write(Path("out"), sync=True)
+    assert contents(tmp_path / "out") == WRITTEN
+    assert partial_path(Path("out")) == Path("out.partial")
