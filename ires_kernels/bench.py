@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from ires_kernels import bench_kernels, bench_merges
 from ires_kernels.backends import backends, choose
-from ires_kernels.bench_kernels import CASES, TORCH, VerificationError
+from ires_kernels.bench_kernels import CASES, VerificationError
+from ires_kernels.bench_torch import TORCH
 from ires_kernels.measure import Quartiles, machine
 from ires_kernels.synthetic import SHAPES, Shape, count_of, shape_of, write_triple
 
@@ -35,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Verify, measure, print; returns the exit code."""
     arguments = _parser().parse_args(argv)
     console = Console(stderr=arguments.json == "-", highlight=False)
+    if not console.is_terminal:
+        console.width = 120
     try:
         choose(torch.device(arguments.device))
     except RuntimeError as error:
@@ -87,19 +91,22 @@ def _parser() -> argparse.ArgumentParser:
         "--size",
         metavar="N",
         type=argument(_size),
-        help=f"elements of a tensor, or parameters of a model: 250M, 500MB (16 bits each), or one of {', '.join(SHAPES)} "
-        f"(default: {ELEMENTS >> 20} Mi elements and {MODEL})",
+        help=f"elements of a tensor, or parameters of a model: 250M, 500MB (16 bits each), {', '.join(SHAPES)} "
+        f"(default: {ELEMENTS:,} elements, and {MODEL})",
     )
     parser.add_argument(
         "--sizes", metavar="N,N,…", type=argument(sizes), default=[], help="merges of more sizes, for the cost per byte"
     )
     parser.add_argument(
-        "--threads", metavar="N,N,…", type=argument(threads), help="default: 1, 2, 4, … for kernels, all CPUs for merges"
+        "--threads",
+        metavar="N,N,…",
+        type=argument(threads),
+        help="default: 1, 2, 4, … for kernels, all CPUs for merges",
     )
     parser.add_argument("--rounds", metavar="N", type=argument(_at_least_one), default=7)
     parser.add_argument("--cases", metavar="REGEX", type=argument(re.compile), default="", help="only these kernels")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes a while")
-    parser.add_argument("--cold", action="store_true", help="merges with the inputs dropped from the page cache each time")
+    parser.add_argument("--cold", action="store_true", help="drop the inputs of merges from the page cache each time")
     parser.add_argument("--dir", metavar="FOLDER", help="where models are written and removed (default: $TMPDIR)")
     parser.add_argument("--json", metavar="FILE", help="write everything as JSON; - for stdout, and tables to stderr")
     parser.add_argument("--plot", metavar="FILE", help="draw it: .png, .svg or .pdf; needs matplotlib")
@@ -131,7 +138,7 @@ def _kernels(arguments: argparse.Namespace, record: dict[str, Any], console: Con
     results = []
     for case in cases:
         for count in threads:
-            with console.status(f"{case.name}, {count} threads"):
+            with console.status(f"{case.name}, threads {count}"):
                 result = bench_kernels.measure(
                     case, elements, count, arguments.rounds, compiled=not arguments.no_compile
                 )
@@ -151,9 +158,10 @@ def _merges(arguments: argparse.Namespace, record: dict[str, Any], console: Cons
             with console.status(f"writing models of {shape.parameters / 1e6:,.0f} M parameters"):
                 triple = write_triple(folder, shape)
             compared = bench_merges.verify(triple, folder, threads)
-            line = f"merge of {triple.nbytes / 1e9:.2f} GB models: {compared:,} elements equal the reference bit for bit"
+            size = f"{triple.nbytes / 1e9:.3g} GB"
+            line = f"merge of {size} models: {compared:,} elements equal the reference bit for bit"
             _verified(record, console, line)
-            with console.status(f"merging models of {triple.nbytes / 1e9:.2f} GB"):
+            with console.status(f"merging models of {size}"):
                 result = bench_merges.measure(
                     triple, folder, arguments.rounds, threads=threads, cold=arguments.cold, only_one_pass=i > 0
                 )
@@ -177,60 +185,59 @@ def _verified(record: dict[str, Any], console: Console, line: str) -> None:
 def _machine_line(facts: dict[str, Any]) -> str:
     memory = f"{facts['memory_bytes'] / 2**30:.0f} GiB" if facts["memory_bytes"] else "memory unknown"
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    return f"{facts['cpu']}, {facts['cores']} cores, {memory}, {facts['kernel']}\n{versions}, commit {facts['commit']}"
+    commit = facts["commit"] or "unknown"
+    return f"{facts['cpu']}, {facts['cores']} cores, {memory}, {facts['kernel']}\n{versions}, commit {commit}"
 
 
 def _shown(quartiles: Quartiles | None, suffix: str = "") -> str:
-    """Median and, below it, the quartiles."""
+    """Median and quartiles."""
     if quartiles is None:
         return "–"
-    return f"{quartiles.median:.2f}{suffix}\n[dim]{quartiles.low:.2f}–{quartiles.high:.2f}[/dim]"
+    return f"{quartiles.median:.2f}{suffix} [dim]{quartiles.low:.2f}–{quartiles.high:.2f}[/dim]"
 
 
 def _print_kernels(console: Console, results: list[bench_kernels.Result], elements: int) -> None:
-    title = (
-        f"Kernels, {elements:,} elements: speed as a fraction of the memory loop's, and how many times as fast as torch's"
-    )
-    table = Table(title=title, title_justify="left")
-    table.add_column("operation")
-    for name in ("threads", "memory\nGB/s", *bench_kernels.ours(), *(f"× {name}" for name in TORCH)):
+    ours = bench_kernels.ours()
+    table = _table(f"Kernels, {elements:,} elements: speed as a fraction of a pure memory loop's", "operation")
+    other = _table(f"Kernels, {elements:,} elements: how many times as fast {ours[0]} is as torch's", "operation")
+    for name in ("threads", "memory GB/s", *ours):
         table.add_column(name, justify="right")
+    for name in ("threads", *TORCH):
+        other.add_column(name, justify="right")
     for result in results:
         size = result.case.bytes_per_element * result.elements
         seconds = result.times.get(bench_kernels.MEMORY)
-        table.add_row(
-            result.case.name,
-            f"{result.threads}",
-            f"{size / Quartiles.of(seconds).median / 1e9:.1f}" if seconds else "–",
-            *(_shown(result.of_memory(name)) for name in bench_kernels.ours()),
-            *(_shown(result.faster_than(name), _mark(result, name)) for name in TORCH),
-        )
+        speed = f"{size / Quartiles.of(seconds).median / 1e9:.1f}" if seconds else "–"
+        first = (result.case.name, f"{result.threads}")
+        table.add_row(*first, speed, *(_shown(result.of_memory(name)) for name in ours))
+        marks = {name: "*" if result.differs.get(name) else "" for name in TORCH}
+        other.add_row(*first, *(_shown(result.faster_than(name), mark) for name, mark in marks.items()))
     console.print(table)
-    if any(result.differs.get(name) for result in results for name in TORCH):
-        console.print("* other bits than the definition's in some elements: more than one rounding, or fused operations")
+    console.print(other)
+    console.print("* not the bits of the definition in all elements: more than one rounding, or fused operations")
     for line in dict.fromkeys(f"{name}: {why}" for result in results for name, why in result.unavailable.items()):
         console.print(f"not measured: {line}", soft_wrap=True, markup=False)
 
 
-def _mark(result: bench_kernels.Result, name: str) -> str:
-    return "*" if result.differs.get(name) else " "
+def _table(title: str, first: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    return table
 
 
 def _print_merges(console: Console, results: list[bench_merges.Result]) -> None:
     cache = "inputs dropped from the page cache" if results[0].cold else "page cache warm where the models fit"
     title = f"Whole merges to a new folder, {cache}: time as a multiple of cat + cp"
-    table = Table(title=title, title_justify="left")
-    table.add_column("model GB", justify="right")
-    table.add_column("job")
-    for name in ("seconds", "GB/s", "/ cat + cp", "ns/byte", "private MB"):
+    table = _table(title, "job")
+    for name in ("model GB", "seconds", "GB/s", "/ cat + cp", "ns/byte", "private MB"):
         table.add_column(name, justify="right")
     for result in results:
         for name, seconds in result.times.items():
             median = Quartiles.of(seconds).median
             one_pass = name == bench_merges.ONE_PASS
             table.add_row(
-                f"{result.triple.nbytes / 1e9:.2f}",
                 name,
+                f"{result.triple.nbytes / 1e9:.3g}",
                 f"{median:.2f}",
                 f"{result.traffic[name] / median / 1e9:.2f}",
                 _shown(result.of_copy(name)),
@@ -241,8 +248,7 @@ def _print_merges(console: Console, results: list[bench_merges.Result]) -> None:
 
 
 def _print_gates(console: Console, gates: Iterable[dict[str, Any]]) -> None:
-    table = Table(title="Wanted, hoped for, measured (information only)", title_justify="left")
-    table.add_column("what")
+    table = _table("Wanted, hoped for, measured (information only)", "what")
     for name in ("wanted", "reach for", "measured"):
         table.add_column(name, justify="right")
     for gate in gates:

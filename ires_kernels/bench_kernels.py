@@ -1,18 +1,16 @@
 """Kernels against a pure memory loop and against torch: the cases, the contenders, and the check before the clock.
 
 The yardstick is a loop that reads and writes the same bytes of the same tensors and computes nothing (`MEMORY`): no
-kernel can beat it where memory is the limit. The torch contenders are what people write: the plain expression (`EAGER`),
-the same with float32 in between (`UPCAST`), a loop over pieces with reused float32 scratch, of the best size
-(`CHUNKED`), and the expression compiled by torch (`COMPILED`).
+kernel can beat it where memory is the limit. What people write in torch is in bench_torch.
 """
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +19,10 @@ from torch import Tensor
 from ires_kernels import ops
 from ires_kernels.backends import native
 from ires_kernels.backends import threads as kernel_threads
+from ires_kernels.bench_torch import ALPHA, CHUNKED, COMPILED, EAGER, TORCH, best_chunk, torch_contenders
 from ires_kernels.measure import Quartiles, Times, interleave, ratio
 
-ALPHA = 0.7
-MEMORY, EAGER, UPCAST, CHUNKED, COMPILED = "memory", "eager", "eager f32", "chunked f32", "compiled"
-TORCH = (EAGER, UPCAST, CHUNKED, COMPILED)
-_CHUNKS = [1 << i for i in range(14, 21, 2)]
+MEMORY = "memory"
 _CHECKED = (1 << 18) + 3  # elements compared of each kind of data
 
 BF16, F16, F32, E4M3 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
@@ -39,14 +35,14 @@ class VerificationError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One operation on fixed dtypes. `dtypes` is the output's, then the operands'; in place where the first two agree."""
+    """One operation on fixed dtypes, in place but for "subtract". `dtypes` is the output's, then the operands'."""
 
     name: str
     op: str
     dtypes: tuple[torch.dtype, ...]
     stochastic: bool = False
     gates: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """Contender → least wanted speed and the speed to reach for: instruction sets against MEMORY, torch ones against us."""
+    """Contender → least wanted speed and the speed to reach for: ours over MEMORY's, or over that of a torch one."""
 
     @property
     def bytes_per_element(self) -> int:
@@ -115,7 +111,8 @@ def make(case: Case, elements: int, seed: int = 0) -> tuple[Tensor, list[Tensor]
     for dtype in case.dtypes[1:]:
         block = (torch.randn(min(elements, 1 << 20), generator=generator) * 0.02).to(dtype)
         operand = torch.empty(elements, dtype=dtype)
-        for piece in operand.split(len(block)):
+        for start in range(0, elements, len(block)):
+            piece = operand[start : start + len(block)]
             piece.copy_(block[: len(piece)])
         operands.append(operand)
     out = operands[0] if case.op != "subtract" else torch.zeros(elements, dtype=case.dtypes[0])
@@ -153,7 +150,7 @@ def verify(case: Case, threads: Sequence[int]) -> int:
                     wrong = differing(_result(case, data, case.run), wanted)
                 if wrong:
                     raise VerificationError(
-                        f"{case.name}: {name} with {count} threads differs from the reference backend in "
+                        f"{case.name}: {name} (threads {count}) differs from the reference backend in "
                         f"{wrong:,} of {_CHECKED:,} elements ({what}). Nothing was timed."
                     )
                 compared += 1
@@ -166,63 +163,6 @@ def _result(case: Case, data: tuple[Tensor, list[Tensor]], run: Callable[[Tensor
     out = data[0].clone() if case.op == "subtract" else copies[0]
     run(out, copies)
     return out
-
-
-def torch_contenders(case: Case, chunk: int) -> dict[str, Callable[[Tensor, Sequence[Tensor]], object]]:
-    """The torch ways to do `case`; none for a contender that makes no sense there."""
-    if case.stochastic:
-        return {CHUNKED: _Chunked(case, chunk)}
-    result: dict[str, Callable[[Tensor, Sequence[Tensor]], object]]
-    if case.op == "subtract":
-        result = {
-            EAGER: lambda out, x: out.copy_(x[0] - x[1]),
-            UPCAST: lambda out, x: out.copy_(x[0].float() - x[1].float()),
-        }
-    elif case.op == "add":
-        result = {
-            EAGER: lambda out, x: out.add_(x[1].to(out.dtype) if x[1].dtype == E4M3 else x[1], alpha=ALPHA),
-            UPCAST: lambda out, x: out.copy_(out.float() + ALPHA * x[1].float()),
-        }
-    else:
-        result = {
-            EAGER: lambda out, x: out.add_(x[1] - x[2], alpha=ALPHA),
-            UPCAST: lambda out, x: out.copy_(out.float() + ALPHA * (x[1].float() - x[2].float())),
-        }
-    upcast = result[UPCAST]
-    return {**result, CHUNKED: _Chunked(case, chunk), COMPILED: torch.compile(upcast, dynamic=False)}
-
-
-class _Chunked:
-    """The best that plain torch allows: pieces that stay in cache, scratch that is reused, no copies of float32."""
-
-    def __init__(self, case: Case, chunk: int) -> None:
-        self.case, self.chunk = case, chunk
-        self.scratch = torch.empty(3, chunk)
-
-    def __call__(self, out: Tensor, operands: Sequence[Tensor]) -> None:
-        for start in range(0, out.numel(), self.chunk):
-            stop = start + self.chunk
-            self._piece(out[start:stop], [operand[start:stop] for operand in operands])
-
-    def _piece(self, out: Tensor, x: Sequence[Tensor]) -> None:
-        wide = [
-            piece if piece.dtype == F32 else row[: len(piece)].copy_(piece)
-            for piece, row in zip(x, self.scratch, strict=False)
-        ]
-        if self.case.op == "subtract":
-            torch.sub(wide[0], wide[1], out=out)
-            return
-        residual = wide[1]
-        if self.case.op == "add_difference":
-            residual = torch.sub(wide[1], wide[2], out=self.scratch[1][: len(out)])
-        wide[0].add_(residual, alpha=ALPHA)
-        if self.case.stochastic:
-            # as is common for bfloat16: random bits below the 16 that stay, then truncation
-            bits = wide[0].view(torch.int32)
-            noise = self.scratch[1][: len(out)].view(torch.int32).random_(0, 1 << 16)
-            bits.add_(noise).bitwise_and_(-(1 << 16))
-        if out.dtype != F32:
-            out.copy_(wide[0])
 
 
 @dataclass
@@ -254,7 +194,7 @@ class Result:
         for name, (gate, reach) in self.case.gates.items():
             measured = self.faster_than(name) if name in TORCH else self.of_memory(name)
             if measured:
-                what = f"{self.case.name}, {self.threads} threads: "
+                what = f"{self.case.name}, threads {self.threads}: "
                 what += f"times as fast as {name}" if name in TORCH else f"{name} / memory loop"
                 rows.append({"what": what, "gate": gate, "reach": reach, "measured": measured.median, "at_most": False})
         return rows
@@ -284,40 +224,49 @@ class Result:
         }
 
 
+def contenders(
+    case: Case, out: Tensor, operands: Sequence[Tensor], threads: int, chunk: int
+) -> dict[str, Callable[[], object]]:
+    """Every way to do `case` to this data, by name; COMPILED compiles, or fails to, when it is first called."""
+    ways: dict[str, Callable[[], object]] = {}
+    if native.isas():
+        from ires_kernels import _native
+
+        item = native._item(out, tuple(operands), 0)
+        ways[MEMORY] = lambda: _native.memory_loop(item, threads, "")
+    for name in ours():
+        ways[name] = _with(name, threads, lambda: case.run(out, operands))
+    for name, run in torch_contenders(case.op, case.stochastic, chunk).items():
+        ways[name] = _with("reference", threads, partial(run, out, operands))
+    return ways
+
+
 def measure(case: Case, elements: int, threads: int, rounds: int, *, compiled: bool = True) -> Result:
     """Time all contenders of `case` in one run."""
     out, operands = make(case, elements)
-    sample = (out[:_CHECKED].clone(), [operand[:_CHECKED].clone() for operand in operands])
-    contenders: dict[str, Callable[[], object]] = {}
-    unavailable, differs = {}, {}
-    if native.isas():
-        item = native._item(out, tuple(operands), 0)
-        contenders[MEMORY] = lambda: native._native.memory_loop(item, threads, "")
-    else:
-        unavailable[MEMORY] = native.status().detail
-    for name in ours():
-        contenders[name] = _with(name, threads, lambda: case.run(out, operands))
+    begin = (out[:_CHECKED], [operand[:_CHECKED] for operand in operands])
+    torch.compiler.reset()  # or it gives up on compiling the same expression for other dtypes and threads
     with chosen("reference", threads):
-        wanted = _result(case, sample, case.run)
-        chunk = _best_chunk(case, out, operands)
-        for name, run in torch_contenders(case, chunk).items():
-            if name == COMPILED and not compiled:
-                continue
-            try:
-                wrong = differing(_result(case, sample, run), wanted)
-                run(out, operands)  # compiles for this size
-            except Exception as error:  # a missing compiler has many faces; the report says which
-                if name != COMPILED:
-                    raise
-                unavailable[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                continue
-            if not case.stochastic:  # there torch draws other random numbers
-                differs[name] = wrong / len(wanted)
-            contenders[name] = _with("reference", threads, lambda run=run: run(out, operands))  # type: ignore[misc]
-    for name, run_once in contenders.items():
-        if name not in TORCH:
-            run_once()
-    times = interleave(contenders, rounds)
+        chunk = best_chunk(case.op, case.stochastic, out, operands)
+    ways = contenders(case, out, operands, threads, chunk)
+    unavailable = {} if MEMORY in ways else {MEMORY: native.status().detail}
+    if not compiled:
+        ways.pop(COMPILED, None)
+    differs = {}
+    for name, run in list(ways.items()):
+        with chosen("reference", threads):
+            wanted = _result(case, begin, case.run)
+        try:
+            run()
+        except Exception as error:  # a missing compiler has many faces; the report says which
+            if name != COMPILED:
+                raise
+            unavailable[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            del ways[name]
+            continue
+        if name in TORCH and not case.stochastic:  # there torch draws other random numbers
+            differs[name] = differing(begin[0], wanted) / len(wanted)
+    times = interleave(ways, rounds)
     return Result(case, elements, threads, times, unavailable, differs, chunk)
 
 
@@ -329,15 +278,3 @@ def _with(name: str, threads: int, run: Callable[[], object]) -> Callable[[], No
             run()
 
     return run_with
-
-
-def _best_chunk(case: Case, out: Tensor, operands: Sequence[Tensor]) -> int:
-    """The size of piece that is fastest here."""
-    seconds = {}
-    part = slice(0, 1 << 22)
-    pieces = [operand[part] for operand in operands]
-    for chunk in _CHUNKS * 2:
-        run, started = _Chunked(case, chunk), time.perf_counter()
-        run(out[part], pieces)
-        seconds[chunk] = min(seconds.get(chunk, float("inf")), time.perf_counter() - started)
-    return min(seconds, key=lambda chunk: seconds[chunk])

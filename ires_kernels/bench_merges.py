@@ -1,4 +1,4 @@
-"""Whole merges against copying: `cat` of two models and `cp` of the third is the least that a merge must read and write.
+"""Whole merges against copying: `cat` of two models and `cp` of a third is the least that a merge reads and writes.
 
 Contenders take turns; outputs are removed between turns, untimed. Before the clock starts, one merge is compared with
 the reference arithmetic at both ends of every tensor. Memory is what a process of its own holds privately (RssAnon)
@@ -66,7 +66,7 @@ class Result:
 
     def gates(self) -> list[dict[str, Any]]:
         """What was wanted, what to reach for, and what was measured; information, not a verdict."""
-        size = f"{self.triple.nbytes / 1e9:.2f} GB"
+        size = f"{self.triple.nbytes / 1e9:.3g} GB"
         rows = [
             {
                 "what": f"one pass, {size}: MB of private memory",
@@ -148,7 +148,7 @@ def _compare(triple: Triple, out: Path) -> int:
         for start in {0, max(0, got.numel - _CHECKED)}:
             values = [_read(ref, start) for ref in inputs]
             with chosen("reference", 1):
-                wanted = ops.add_difference(*values)
+                wanted = ops.add_difference(values[0], values[1], values[2])
             wrong = differing(_read(got, start), wanted)
             if wrong:
                 raise VerificationError(
@@ -168,7 +168,13 @@ def _read(ref: TensorRef, start: int) -> Tensor:
 
 
 def measure(
-    triple: Triple, folder: Path, rounds: int, *, threads: int | None = None, cold: bool = False, only_one_pass: bool = False
+    triple: Triple,
+    folder: Path,
+    rounds: int,
+    *,
+    threads: int | None = None,
+    cold: bool = False,
+    only_one_pass: bool = False,
 ) -> Result:
     """Time the merges of `triple` into new folders below `folder`, and copying, in one run."""
     out, residual = folder / "out", folder / "residual"
@@ -183,11 +189,11 @@ def measure(
     if not only_one_pass:
         contenders |= {
             SYNCED: lambda: merge.apply(triple.target, pair, out=out, threads=threads),
-            EXTRACT: lambda: merge.extract(*reversed(pair), out, sync=False, threads=threads),
+            EXTRACT: lambda: merge.extract(triple.base, triple.instruct, out, sync=False, threads=threads),
             APPLY: lambda: merge.apply(triple.target, residual, out=out, sync=False, threads=threads),
         }
         traffic |= {SYNCED: 4 * size, EXTRACT: 2 * size + residual_size, APPLY: 2 * size + residual_size}
-        merge.extract(*reversed(pair), residual, sync=False, threads=threads)
+        merge.extract(triple.base, triple.instruct, residual, sync=False, threads=threads)
 
     def before(_: str) -> None:
         if cold:
@@ -219,5 +225,5 @@ def cost_per_byte(results: list[Result]) -> list[dict[str, Any]]:
     middle = Quartiles.of(costs).median
     spread = max(abs(cost / middle - 1) for cost in costs)
     sizes = [result.triple.nbytes / 1e9 for result in results]
-    what = f"cost per byte from {min(sizes):.2f} to {max(sizes):.2f} GB: deviation from the median"
+    what = f"cost per byte from {min(sizes):.3g} to {max(sizes):.3g} GB: deviation from the median"
     return [{"what": what, "gate": 0.15, "reach": 0.05, "measured": spread, "at_most": True}]

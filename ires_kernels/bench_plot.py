@@ -13,9 +13,9 @@ def draw(record: dict[str, Any], path: str) -> None:
     panels = []
     for threads in sorted({entry["threads"] for entry in record["kernels"]}):
         entries = [entry for entry in record["kernels"] if entry["threads"] == threads]
-        panels.append((f"kernels, {threads} threads: speed / memory loop", "case", "of_memory", entries))
+        panels.append((f"kernels, threads {threads}: speed / memory loop", "case", "of_memory", entries))
     if record["merges"]:
-        entries = [{**merge, "size": f"{merge['model_bytes'] / 1e9:.2f} GB"} for merge in record["merges"]]
+        entries = [{**merge, "size": f"{merge['model_bytes'] / 1e9:.3g} GB"} for merge in record["merges"]]
         panels.append(("merges: time / (cat + cp)", "size", "of_copy", entries))
     heights = [1 + 0.2 * sum(len(entry["contenders"]) for entry in entries) for *_, entries in panels]
     figure = Figure(figsize=(9, 1 + sum(heights)), layout="constrained")
@@ -23,7 +23,8 @@ def draw(record: dict[str, Any], path: str) -> None:
     for ax, (title, label, key, entries) in zip(axes.flat, panels, strict=True):
         _bars(ax, title, entries, label, key)
     machine = record["machine"]
-    figure.suptitle(f"{machine['cpu']}, {machine['cores']} cores, commit {(machine['commit'] or 'unknown')[:12]}", fontsize=9)
+    commit = (machine["commit"] or "unknown")[:12]
+    figure.suptitle(f"{machine['cpu']}, {machine['cores']} cores, commit {commit}", fontsize=9)
     figure.savefig(path, dpi=130)
 
 

@@ -31,7 +31,7 @@ class Quartiles(NamedTuple):
     low: float
     median: float
     high: float
-    count: int
+    rounds: int
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Quartiles:

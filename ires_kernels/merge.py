@@ -15,6 +15,7 @@ from ires_kernels.checkpoint import FileId
 from ires_kernels.header import CheckpointError
 from ires_kernels.inputs import StrPath, open_inputs, roles_of_apply
 from ires_kernels.plan import MANIFESTS, Plan, plan_apply, plan_extract
+from ires_kernels.reader import differing
 from ires_kernels.report import Report
 from ires_kernels.rules import ArgumentError, Rules
 from ires_kernels.store import NewFolder, check_destination
@@ -154,7 +155,7 @@ def _carry_out(
 
 def _compare(plan: Plan, file_ids: Mapping[Path, FileId]) -> dict[str, dict[str, str]]:
     """Refuse tensors that would be copied, or left out, although instruct and base differ in them; returns digests."""
-    different, digests = stream.differing(plan.comparisons, file_ids)
+    different, digests = differing(plan.comparisons, file_ids)
     if different:
         lines = [f"cannot {plan.operation}: tensors that are not floating point differ between instruct and base:"]
         for name, _, (instruct, base) in different[:10]:

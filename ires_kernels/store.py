@@ -139,11 +139,12 @@ class NewFolder:
         return self
 
     def _empty(self) -> None:
-        for entry in os.scandir(self.partial):
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path)
-            elif entry.name != MARKER:
-                os.unlink(entry.path)
+        with os.scandir(self.partial) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path)
+                elif entry.name != MARKER:
+                    os.unlink(entry.path)
 
     def create(self, name: str, head: bytes, size: int) -> NewFile:
         """A file of `size` bytes that begins with `head`. Raises OSError where there is no room for all of it."""

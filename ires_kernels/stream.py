@@ -2,21 +2,21 @@
 
     read the same window of every input → compute → hash → hand the result to `write`
 
-Threads take tensors in the order of the steps, and windows of a tensor in order, so the disk sees a few sequential
-streams, and one thread reads or computes while another writes. A thread reuses its own buffers for all windows, which
-stay in its cache from the read to the write: nothing is allocated on the way. Threads that find no tensor left help
-with the windows of one under way. Hashes are the standard xxh3_128 of whole tensors, so the windows of a tensor are
-hashed in order, and a thread whose turn it is not yet waits.
+Threads take tensors in the order of the steps, each from an output file of its own while there are enough of them (a
+file system lets one thread at a time write a file), and windows of a tensor in order, so the disk sees a few sequential
+streams. A thread reuses its own buffers for all windows, which stay in its cache from the read to the write: nothing is
+allocated on the way. Threads that find no tensor left help with the windows of one under way. Hashes are the standard
+xxh3_128 of whole tensors, so the windows of a tensor are hashed in order, and a thread whose turn it is not yet waits.
 """
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -29,11 +29,12 @@ from torch import Tensor
 from ires_kernels import ops
 from ires_kernels.backends import Tally
 from ires_kernels.backends import threads as kernel_threads
-from ires_kernels.checkpoint import FileId, TensorRef
+from ires_kernels.checkpoint import FileId
 from ires_kernels.header import CheckpointError
 from ires_kernels.names import FLOATS
+from ires_kernels.reader import Files, read_into
 from ires_kernels.rules import Rules
-from ires_kernels.steps import Comparison, Step
+from ires_kernels.steps import Step
 
 WINDOW = 1 << 18
 """Elements that a thread works on at a time. Results do not depend on it."""
@@ -91,66 +92,6 @@ def run(
     return _Engine(steps, file_ids, rules, write).run(threads or default_threads(), progress)
 
 
-def differing(
-    comparisons: Iterable[Comparison], file_ids: Mapping[Path, FileId]
-) -> tuple[list[Comparison], dict[str, dict[str, str]]]:
-    """The comparisons whose two tensors differ in a byte, and the digests of all by role and tensor name."""
-    comparisons = list(comparisons)
-    different = []
-    digests: dict[str, dict[str, str]] = {}
-    files = _Files(file_ids, (ref.path for comparison in comparisons for ref in comparison.inputs))
-    try:
-        for comparison in comparisons:
-            pair = [_digest(files, ref) for ref in comparison.inputs]
-            for role, ref, digest in zip(comparison.roles, comparison.inputs, pair, strict=True):
-                digests.setdefault(role, {})[ref.name] = digest
-            if pair[0] != pair[1]:
-                different.append(comparison)
-    finally:
-        files.close()
-    return different, digests
-
-
-def _digest(files: _Files, ref: TensorRef) -> str:
-    fd, hasher = files.open(ref.path), xxhash.xxh3_128()
-    buffer = memoryview(bytearray(min(_COPY, ref.nbytes)))
-    for start in range(0, ref.nbytes, _COPY):
-        window = buffer[: ref.nbytes - start]
-        read_into(fd, window, ref.offset + start, ref.path)
-        hasher.update(window)
-    files.release(ref.path)
-    return hasher.hexdigest()
-
-
-class _Files:
-    """Input files, open from their first use to their last; opening makes sure that they are still the same."""
-
-    def __init__(self, file_ids: Mapping[Path, FileId], uses: Iterable[Path]) -> None:
-        self._file_ids = file_ids
-        self._uses = Counter(uses)
-        self._open: dict[Path, int] = {}
-
-    def open(self, path: Path) -> int:
-        fd = self._open.get(path)
-        if fd is None:
-            fd = self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            status = os.fstat(fd)
-            if FileId(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) != self._file_ids[path]:
-                raise CheckpointError(f"{path}: changed after it was validated. Wait for its writer, then start again.")
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        return fd
-
-    def release(self, path: Path) -> None:
-        """One of the uses is over."""
-        self._uses[path] -= 1
-        if not self._uses[path]:
-            os.close(self._open.pop(path))
-
-    def close(self) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1])
-
-
 class _Buffers:
     """The memory of one thread: a buffer for each input and one, the last, for the result; and the tensors on them."""
 
@@ -195,13 +136,15 @@ class _Engine:
         self.rules = rules
         self.write = write
         self.outcome = Outcome()
-        self.files = _Files(file_ids, (ref.path for step in steps for ref in step.inputs))
+        self.files = Files(file_ids, (ref.path for step in steps for ref in step.inputs))
         self.sizes = _buffer_sizes(steps)
         self.zeros = {dtype: torch.zeros(WINDOW, dtype=TORCH_DTYPES[dtype]) for dtype in _converted_dtypes(steps)}
         self.todo = sum(step.nbytes + sum(ref.nbytes for ref in step.inputs) for step in steps)
         self.done: list[int] = []  # by thread, so that counting needs no lock
         self.lock = threading.Lock()  # for the claims, and all that follows
-        self.starts = self._start(steps)
+        self.waiting: dict[str, deque[Step]] = {}  # by output file
+        for step in steps:
+            self.waiting.setdefault(step.file, deque()).append(step)
         self.active: dict[_Tensor, None] = {}
         self.stopped = False
         self.error: BaseException | None = None
@@ -217,25 +160,33 @@ class _Engine:
                     worker.join(0.1 if progress else None)
                     if progress:
                         progress(sum(self.done), self.todo)
+            if progress:
+                progress(sum(self.done), self.todo)
         except BaseException as error:  # most of all an interrupt
             self._stop(error)
         for worker in workers:
-            if worker.ident is not None:
-                worker.join()
+            while worker.is_alive():
+                with suppress(KeyboardInterrupt):  # they write to files that will be closed, and stop after a window
+                    worker.join()
         self.files.close()
         if self.error is not None:
             raise self.error
         return self.outcome
 
-    def _start(self, steps: Iterable[Step]) -> Iterator[_Tensor]:
-        """Every tensor that has windows, in order; advanced under the lock."""
-        for step in steps:
+    def _start(self) -> _Tensor | None:
+        """The next tensor of the output file that the fewest threads are writing; called under the lock."""
+        while self.waiting:
+            writers = Counter(tensor.step.file for tensor in self.active)
+            file = min(self.waiting, key=writers.__getitem__)
+            step = self.waiting[file].popleft()
+            if not self.waiting[file]:
+                del self.waiting[file]
             tensor = _Tensor(step, [self.files.open(ref.path) for ref in step.inputs])
             self.active[tensor] = None
             if tensor.windows:
-                yield tensor
-            else:
-                self._finish(tensor)
+                return tensor
+            self._finish(tensor)
+        return None
 
     def _claim(self, mine: _Tensor | None) -> tuple[_Tensor, int] | None:
         """The next window of the tensor `mine`, else of a new one, else of the first that has one left."""
@@ -243,7 +194,7 @@ class _Engine:
             if self.stopped:
                 return None
             if mine is None or mine.claimed == mine.windows:
-                mine = next(self.starts, None) or next((t for t in self.active if t.claimed < t.windows), None)
+                mine = self._start() or next((t for t in self.active if t.claimed < t.windows), None)
                 if mine is None:
                     return None
             mine.claimed += 1
@@ -369,19 +320,6 @@ def _buffer_sizes(steps: Iterable[Step]) -> list[int]:
 
 def _converted_dtypes(steps: Iterable[Step]) -> set[str]:
     return {step.inputs[0].dtype for step in steps if step.op == "convert"}
-
-
-def read_into(fd: int, view: memoryview, offset: int, path: Path) -> None:
-    """Fill `view` from the file."""
-    done = 0
-    try:
-        while done < len(view):
-            count = os.preadv(fd, [view[done:]], offset + done)
-            if not count:
-                raise OSError(errno.EIO, f"the file ends at byte {offset + done}: it shrank while it was read")
-            done += count
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, f"{path}") from error
 
 
 def _with_tensor(error: BaseException, step: Step | None) -> BaseException:

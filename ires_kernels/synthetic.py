@@ -69,7 +69,8 @@ class Shape:
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes, in the order of the files."""
-        hidden, inner, key, query = self.hidden, self.intermediate, self.kv_heads * self.head_dim, self.heads * self.head_dim
+        hidden, inner = self.hidden, self.intermediate
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
         layer = {
             "input_layernorm": (hidden,),
             "mlp.down_proj": (hidden, inner),
@@ -94,7 +95,7 @@ class Shape:
 
     @classmethod
     def of_parameters(cls, count: int) -> Shape:
-        """A model of about `count` parameters (within an eighth): the widest that has four layers, in shards of 1 GB."""
+        """The widest model of four or more layers with about `count` parameters, within an eighth; shards of 1 GB."""
         fitting = [shape for shape in _WIDTHS if replace(shape, layers=4).parameters <= count]
         if not fitting:
             least = replace(_WIDTHS[0], layers=4).parameters
@@ -142,7 +143,8 @@ def count_of(text: str) -> int:
     except ValueError:
         count = math.nan
     if not 1 <= count < 2**50:
-        raise ValueError(f"got size {text!r}, wanted a number such as 250M (elements) or 500MB, or a name: {', '.join(SHAPES)}")
+        names = ", ".join(SHAPES)
+        raise ValueError(f"got size {text!r}, wanted a number such as 250M (elements) or 500MB, or a name: {names}")
     return int(count)
 
 
@@ -188,7 +190,8 @@ def write_triple(
         for name, content in _documents(role, shape, dtype, files):
             text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
             (path / name).write_text(text, encoding="utf-8")
-    return Triple(*folders, shape.parameters, width * shape.parameters)
+    base, instruct, target = folders
+    return Triple(base, instruct, target, shape.parameters, width * shape.parameters)
 
 
 def _layout(shape: Shape, shards: int) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -211,7 +214,7 @@ def _write_shard(
     stored_dtype, name_of_dtype = DTYPES[dtype]
     value, changed = torch.empty(_PIECE), torch.empty(_PIECE)
     stored = torch.empty(_PIECE, dtype=stored_dtype)
-    raw = memoryview(stored.view(torch.uint8).numpy())
+    raw = stored.view(torch.uint8).numpy().data
     header = build_header(((name, name_of_dtype, size) for name, size in tensors.items()), {"format": "pt"})
     with ExitStack() as stack:
         files = [stack.enter_context(open(path, "wb")) for path in paths]
@@ -240,7 +243,9 @@ def _pieces(count: int) -> Iterator[int]:
         yield min(_PIECE, count - done)
 
 
-def _documents(role: str, shape: Shape, dtype: str, files: dict[str, dict[str, tuple[int, ...]]]) -> Iterator[tuple[str, Any]]:
+def _documents(
+    role: str, shape: Shape, dtype: str, files: dict[str, dict[str, tuple[int, ...]]]
+) -> Iterator[tuple[str, Any]]:
     """Names and contents of what lies beside the shards."""
     if len(files) > 1:
         total = DTYPES[dtype][0].itemsize * shape.parameters
@@ -275,7 +280,8 @@ def _documents(role: str, shape: Shape, dtype: str, files: dict[str, dict[str, t
     )
     instruct = role == "instruct"
     ends = [_END, _END_OF_TURN] if instruct else _END
-    yield "generation_config.json", {"bos_token_id": _BEGIN, "do_sample": True, "eos_token_id": ends, "temperature": 0.6}
+    generation = {"bos_token_id": _BEGIN, "do_sample": True, "eos_token_id": ends, "temperature": 0.6}
+    yield "generation_config.json", generation
     yield "tokenizer.json", _tokenizer()
     yield (
         "tokenizer_config.json",
@@ -337,7 +343,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except (ValueError, FileExistsError) as error:
         parser.error(f"{error}")
-    print(f"{arguments.folder}: base, instruct and target, {triple.parameters:,} parameters, {triple.nbytes / 1e9:.3f} GB each")
+    size = f"{triple.parameters:,} parameters, {triple.nbytes / 1e9:.3f} GB"
+    print(f"{arguments.folder}: base, instruct and target, each of {size}")
     return 0
 
 

@@ -22,26 +22,30 @@ ARROWS: dict[str, set[str]] = {
     "plan": {"checkpoint", "header", "names", "rules", "sidefiles", "steps"},
     "store": set(),
     "inputs": {"checkpoint", "header", "rules", "store"},
+    "reader": {"checkpoint", "header", "steps"},
     # tensors, without files
     "backends": {"_native"},
     "checks": set(),
     "ops": {"backends", "checks"},
     # merges
-    "stream": {"backends", "checkpoint", "header", "names", "ops", "rules", "steps"},
+    "stream": {"backends", "checkpoint", "header", "names", "ops", "reader", "rules", "steps"},
     "report": {"backends", "plan", "stream"},
     "manifest": {"checkpoint", "header", "names", "plan", "report", "stream"},
     "summary": {"checkpoint", "inputs", "names"},
-    "verification": {"checkpoint", "header", "inputs", "manifest", "names", "plan", "rules", "steps", "stream"},
+    "verification": {
+        "checkpoint", "header", "inputs", "manifest", "names", "plan", "reader", "rules", "steps",
+        "stream",
+    },
     "merge": {
-        "backends", "checkpoint", "header", "inputs", "manifest", "plan", "report", "rules", "store", "stream",
-        "summary", "verification",
+        "backends", "checkpoint", "header", "inputs", "manifest", "plan", "reader", "report", "rules", "store",
+        "stream", "summary", "verification",
     },
     "cli": {"header", "inputs", "merge", "plan", "rules", "store", "stream"},
     "__main__": {"cli"},
     "__init__": {"backends", "merge", "ops"},
 }  # fmt: skip
 """What each module may import of this package. Modules that are not here, such as benchmarks, no other imports."""
-NO_TORCH = {"header", "checkpoint", "names", "rules", "sidefiles", "steps", "plan", "store", "inputs"}
+NO_TORCH = {"header", "checkpoint", "names", "rules", "sidefiles", "steps", "plan", "store", "inputs", "reader"}
 STANDARD_ONLY = {"header", "checkpoint", "store", "sidefiles", "names", "rules", "inputs"}
 
 

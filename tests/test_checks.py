@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from fractions import Fraction
 from typing import Any
 
@@ -335,6 +336,8 @@ def test_partial_overlap_of_target_and_operand() -> None:
     refused(RuntimeError, message, t, lambda: ik.add_(t[:9].view(3, 3), t[:9].view(3, 3).t()))
     refused(RuntimeError, "subtract: out shares memory with b", t, lambda: ik.subtract(ones(9), t[1:], out=t[:9]))
     refused(RuntimeError, "add_: t shares memory with residual[1]", t, lambda: ik.add_(t[:9], [ones(9), t[1:]]))
+    small = t.view(torch.float8_e5m2)
+    refused(RuntimeError, message, t, lambda: ik.add_(small[:20], small[19:39]))  # by a byte
     # two operands may overlap as they like
     assert ik.subtract(t[1:], t[:9]).tolist() == [1.0] * 9
 
@@ -385,6 +388,28 @@ def test_overlap_is_decided_exactly(data: st.DataObject) -> None:
     (a, in_a), (b, in_b) = view(), view()
     assert _share_memory(a, b) == bool(set(in_a) & set(in_b))
     assert _overlaps_itself(a) == (len(set(in_a)) < len(in_a))
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_lists_are_refused_exactly_where_they_overlap(data: st.DataObject) -> None:
+    pool, places = torch.zeros(60, dtype=torch.float8_e5m2), torch.arange(60)
+    pairs = []
+    for _ in range(data.draw(st.integers(1, 4))):
+        count = data.draw(st.integers(0, 4))
+        pair = [(data.draw(st.integers(0, 40)), data.draw(st.integers(1, 5))) for _ in "tr"]
+        pairs.append(
+            [(pool.as_strided((count,), (step,), at), places.as_strided((count,), (step,), at)) for at, step in pair]
+        )
+    touched = [[set(where.tolist()) for _, where in pair] for pair in pairs]
+    free = all(
+        not touched[i][0] & touched[j][k] or (i == j and (k == 0 or torch.equal(pairs[i][0][1], pairs[i][1][1])))
+        for i in range(len(pairs))
+        for j in range(len(pairs))
+        for k in (0, 1)
+    )
+    with nullcontext() if free else pytest.raises(RuntimeError, match="shares memory"):
+        ik.add_([pair[0][0] for pair in pairs], [pair[1][0] for pair in pairs])
 
 
 def test_freed_and_shrunk_storage() -> None:

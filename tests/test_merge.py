@@ -374,10 +374,39 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         watcher.join()
         print(len(seen), max(seen) - seen[0])
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
+    environment = {**os.environ, "IRES_BACKEND": "native"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True, env=environment
+    )
     samples, grown = map(int, done.stdout.split())
     assert samples > 10
     assert grown < 16 * 1024, f"{grown} KiB"
+
+
+@pytest.mark.slow
+def test_more_than_2_to_the_31_elements(tmp_path: Path) -> None:
+    """Files of zeros but for a few elements at the end, whose random bits depend on an index beyond 31 bits."""
+    count, tail = 2**31 + 5, 9
+    ends = {}
+    for seed, role in enumerate(("target", "instruct", "base")):
+        ends[role] = normal((tail,), seed, torch.float32, 1.0).to(torch.float8_e4m3fn)
+        (tmp_path / role).mkdir()
+        header = build_header([("a", "F8_E4M3", (count,))], {})
+        with open(tmp_path / role / "model.safetensors", "wb") as file:
+            file.write(header)
+            file.truncate(len(header) + count)
+            file.seek(len(header) + count - tail)
+            file.write(bits(ends[role]))
+    options: dict[str, Any] = {"alpha": 0.3, "rounding": "stochastic", "seed": 1}
+    pair = (tmp_path / "instruct", tmp_path / "base")
+    merge(tmp_path / "target", pair, out=tmp_path / "out", **options)
+    wanted = ik.add_difference(
+        *ends.values(), 0.3, rounding="stochastic", seed=1, stream=xxhash.xxh3_64_intdigest(b"a"), offset=count - tail
+    )
+    with open(tmp_path / "out" / "model.safetensors", "rb") as file:
+        file.seek(-tail, os.SEEK_END)
+        assert file.read() == bits(wanted)
+    assert open_checkpoint(tmp_path / "out").tensors["a"].numel == count
 
 
 # --- refused before the first byte
@@ -686,3 +715,24 @@ def test_digests_tell_models_apart_and_not_layouts() -> None:
     assert manifest.digest(rows) != manifest.digest([("b", "BF16", (3, 2), "11"), rows[1]])
     text = b"a F32 [] 22\nb BF16 [2, 3] 11\n"
     assert manifest.digest(rows) == xxhash.xxh3_128_hexdigest(text)
+
+
+def test_every_byte_of_integers_is_compared(tmp_path: Path) -> None:
+    """Of tensors that are read in pieces: a difference in the first, the last, or none."""
+    ids = torch.arange(200_003, dtype=torch.int32)
+    for name, at in (("same", None), ("first", 0), ("last", -1)):
+        other = ids.clone()
+        if at is not None:
+            other[at] += 1 << 24
+        paths = [
+            write_model(tmp_path / name / role, {"a": normal((3,), 1), "ids": t})
+            for role, t in (("b", ids), ("i", other))
+        ]
+        if at is None:
+            ik.extract(*paths, tmp_path / f"{name}-out", sync=False)
+            table = json.loads((tmp_path / f"{name}-out" / "residual.json").read_text())
+            assert table["not_stored"]["ids"]["shape"] == [200_003]
+            assert table["inputs"]["base"]["digest"] == table["inputs"]["instruct"]["digest"]
+        else:
+            with pytest.raises(CheckpointError, match="'ids' is I32 in"):
+                ik.extract(*paths, tmp_path / f"{name}-out", sync=False)

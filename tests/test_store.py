@@ -158,6 +158,25 @@ def test_a_real_limit_on_file_sizes(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.root
+def test_a_disk_that_is_full(tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", f"{tmp_path}"], check=True)
+    try:
+        (tmp_path / "theirs.bin").write_bytes(bytes(600_000))
+
+        def write_two_files() -> None:
+            with NewFolder(tmp_path / "out") as folder:
+                folder.create("a.bin", b"", 300_000)
+                folder.create("b.bin", b"", 300_000)
+
+        with pytest.raises(OSError, match="No space left on device: 300000 bytes are needed") as caught:
+            write_two_files()
+        assert caught.value.filename == f"{tmp_path}/out.partial/b.bin"
+        assert os.listdir(tmp_path) == ["theirs.bin"]
+    finally:
+        subprocess.run(["umount", f"{tmp_path}"], check=True)
+
+
 def test_file_systems_that_cannot_reserve_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(*_: int) -> None:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))

@@ -142,7 +142,6 @@ def random_words(seed: int, stream: int, start: int, count: int) -> Tensor:
     Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11, section 3.3): the key is the
     seed; the counter is index >> 2 and the stream, 64 bits each; index & 3 picks one of the four words.
     """
-    start %= 1 << 64
     skip = start & 3
     index = ((start >> 2) + torch.arange((skip + count + 3) // 4)) & ((1 << 62) - 1)
     c0, c1 = index & _U32, index >> 32

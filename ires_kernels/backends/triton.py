@@ -1,0 +1,202 @@
+"""The Triton kernels (triton_kernels.py): GPUs of any maker, where the extension was not built for them.
+
+A kernel is compiled when a mix of dtypes first comes up, in about a second, and kept in Triton's cache on disk; sizes,
+strides, factors, seeds and streams are arguments and compile nothing. The kernels run on the caller's current stream,
+wait for nothing and allocate nothing, except that more than four residuals take a scratch tensor in the compute type.
+
+A list takes one launch per tensor: a table of pointers in one launch would have to be copied to the device, which
+allocates, and cannot be captured in a CUDA graph. Memory is accessed 16 bytes at a time where an operand is contiguous
+and starts at a multiple of 16 bytes; strided tensors, and stochastic rounding at an offset that is not a multiple of 4,
+go element by element.
+
+Under TRITON_INTERPRET=1, set before the first use, the same kernels run on the CPU, very slowly: that is for tests.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import struct
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ires_kernels.backends import BackendStatus, Call, reference
+
+try:
+    import triton
+
+    from ires_kernels.backends import triton_kernels as kernels
+except ImportError as error:
+    triton = None
+    _missing = f"Triton is not installed or does not load ({error}); pip install triton"
+
+# Triton's drivers for a device type of torch.
+_DRIVERS = {"cuda": ("nvidia", "amd"), "xpu": ("intel",)}
+_THREADS = 128  # of a program
+# float8_e4m3fn is not known to every target; triton_kernels.py tells the two by the sign of the integer.
+_CODES = {torch.float8_e4m3fn: torch.uint8, torch.float8_e5m2: torch.int8}
+
+
+class _Target(NamedTuple):
+    casts: int  # what the hardware converts: triton_kernels.py
+    warps: int
+
+
+class _Dim(NamedTuple):
+    size: int
+    steps: tuple[int, ...]  # of out, of every operand, then of the flat index if it matters; in elements
+
+
+def status(device: str = "cuda") -> BackendStatus:
+    """Available where Triton is installed and has a driver for devices of this type."""
+    if triton is None:
+        return BackendStatus(False, _missing)
+    version = f"Triton {triton.__version__}"
+    if device == "cpu":
+        if _interpreted():
+            return BackendStatus(True, f"{version}, interpreted")
+        return BackendStatus(False, "for GPUs only; TRITON_INTERPRET=1 interprets the kernels, for tests")
+    drivers = [name for name, found in triton.backends.backends.items() if found.driver.is_active()]
+    drivers = [name for name in drivers if name in _DRIVERS.get(device, ())]
+    if not drivers:
+        return BackendStatus(False, f"{version} finds no driver for {device} devices (torch {torch.__version__})")
+    if device == "cuda" and _release() < (3, 7) and not torch.version.hip:
+        majors = [torch.cuda.get_device_capability(i)[0] for i in range(torch.cuda.device_count())]
+        if max(majors, default=0) >= 10:
+            return BackendStatus(False, f"{version} fuses multiplications with additions on this GPU; wanted 3.7 or later")
+    return BackendStatus(True, f"{version}, {', '.join(drivers)}")
+
+
+def run(call: Call) -> None:
+    """Compute `call` on the current stream of the tensors' device; with a tally, wait for it and count in plain torch."""
+    device = call.outs[0].device
+    with _on(device):
+        target = _target(device)
+        for out, operands, stream in zip(call.outs, call.inputs, call.streams, strict=True):
+            if out.numel():
+                _item(call, target, out, operands, stream)
+    if call.tally is not None:
+        reference.count(call)
+
+
+def _item(call: Call, target: _Target, out: Tensor, operands: tuple[Tensor, ...], stream: int) -> None:
+    compute = torch.float64 if torch.float64 in {out.dtype, *(x.dtype for x in operands)} else torch.float32
+    factors = [_bits(factor, compute) for factor in call.factors]
+    options = {"OP": call.op, "DOUBLE": compute == torch.float64, "RANDOM": False, "CASTS": target.casts}
+    last = options | {"RANDOM": call.stochastic and out.dtype != compute}
+    random = (call.offset, stream, call.seed)
+    scratch = None
+    while len(operands) > kernels.SLOTS:  # a sum in C is stored in C as it is
+        if scratch is None:
+            scratch = torch.empty_like(out, dtype=compute)
+        _launch(scratch, operands[: kernels.SLOTS], factors[: kernels.SLOTS - 1], random, options, target.warps)
+        operands, factors = (scratch, *operands[kernels.SLOTS :]), factors[kernels.SLOTS - 1 :]
+    _launch(out, operands, factors, random, last, target.warps)
+
+
+def _launch(
+    out: Tensor,
+    operands: Sequence[Tensor],
+    factors: Sequence[int],
+    random: tuple[int, int, int],
+    options: dict[str, Any],
+    warps: int,
+) -> None:
+    """One operation of at most SLOTS operands; one kernel, or several where more than two dimensions remain of `_dims`."""
+    tensors = [x.view(_CODES.get(x.dtype, x.dtype)) for x in (out, *operands)]
+    options = {**options, "OPERANDS": len(operands), "BLOCK": kernels.BLOCK}
+    options |= {"num_warps": warps, "enable_fp_fusion": False}
+    unused = kernels.SLOTS - len(operands)
+    numbers = [*factors, *[0] * (kernels.SLOTS - 1 - len(factors))]
+    first, stream, seed = random
+    dims = _dims(tensors, indexed=options["RANDOM"])
+    if len(dims) == 1 and set(dims[0].steps) == {1} and not (options["RANDOM"] and first % 4):
+        scalars = map(_signed, (*numbers, dims[0].size, first, stream, seed))
+        kernels.flat[(_blocks(dims[0].size),)](*tensors, *[tensors[1]] * unused, *scalars, **options)
+        return
+    looped, rows, columns = _split(dims)
+    strides = list(itertools.chain(*zip(rows.steps, columns.steps, strict=True)))
+    strides[2 * len(tensors) : 2 * len(tensors)] = [0] * 2 * unused
+    strides += [0] * (2 * kernels.SLOTS + 4 - len(strides))  # of the flat index, where it does not matter
+    n = rows.size * columns.size
+    for place in itertools.product(*(range(dim.size) for dim in looped)):
+        starts = [sum(i * dim.steps[k] for i, dim in zip(place, looped, strict=True)) for k in range(len(rows.steps))]
+        views = [x.as_strided((1,), (1,), x.storage_offset() + start) for x, start in zip(tensors, starts, strict=False)]
+        ahead = starts[-1] if options["RANDOM"] else 0
+        scalars = map(_signed, (*numbers, n, first + ahead, stream, seed, columns.size, *strides))
+        kernels.strided[(_blocks(n),)](*views, *[views[1]] * unused, *scalars, **options)
+
+
+def _dims(tensors: Sequence[Tensor], *, indexed: bool) -> list[_Dim]:
+    """The common dimensions of the tensors, outermost first and as few as will do.
+
+    Elements may come in any order, so dimensions are sorted, and those that every tensor steps through evenly become
+    one. `indexed`: so must the flat index, which steps through the shape in row-major order.
+    """
+    if all(x.is_contiguous() for x in tensors):
+        return [_Dim(tensors[0].numel(), (1,) * (len(tensors) + indexed))]
+    shape = tensors[0].shape
+    strides = [x.stride() for x in tensors]
+    if indexed:
+        strides.append(tuple(math.prod(shape[d + 1 :]) for d in range(len(shape))))
+    dims = [_Dim(n, steps) for n, steps in zip(shape, zip(*strides, strict=True), strict=True) if n > 1]
+    dims.sort(key=lambda dim: dim.steps, reverse=True)
+    merged: list[_Dim] = []
+    for n, steps in dims:
+        if merged and merged[-1].steps == tuple(step * n for step in steps):
+            n *= merged.pop().size
+        merged.append(_Dim(n, steps))
+    return merged
+
+
+def _split(dims: list[_Dim]) -> tuple[list[_Dim], _Dim, _Dim]:
+    """The dimensions to loop over, and the two largest as rows and columns."""
+    inner = sorted(range(len(dims)), key=lambda d: dims[d].size)[-2:]
+    looped = [dim for d, dim in enumerate(dims) if d not in inner]
+    *rows, columns = (dims[d] for d in sorted(inner))
+    return looped, rows[0] if rows else _Dim(1, (0,) * len(columns.steps)), columns
+
+
+def _blocks(n: int) -> int:
+    return -(-n // int(kernels.BLOCK))
+
+
+def _signed(x: int) -> int:
+    """The number modulo 2^64 that fits into an int64."""
+    return (x + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def _bits(factor: float, compute: torch.dtype) -> int:
+    """The factor, rounded once to the compute type, as the integer of its bits."""
+    real, integer = ("<d", "<q") if compute == torch.float64 else ("<f", "<i")
+    return int(struct.unpack(integer, struct.pack(real, factor))[0])
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    context: AbstractContextManager[object] = (
+        nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
+    )
+    return context
+
+
+@cache
+def _target(device: torch.device) -> _Target:  # noqa: ARG001: the current device, by which it is cached
+    if _interpreted():
+        return _Target(0, 1)
+    target = triton.runtime.driver.active.get_current_target()
+    casts = (target.arch >= 80) + (target.arch >= 89) if target.backend == "cuda" else 0
+    return _Target(casts, _THREADS // target.warp_size)
+
+
+def _interpreted() -> bool:
+    return not isinstance(kernels.flat, triton.JITFunction)
+
+
+def _release() -> tuple[int, ...]:
+    return tuple(map(int, triton.__version__.split(".")[:2]))

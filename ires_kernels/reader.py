@@ -1,0 +1,94 @@
+"""Reading input files by position: opened once, known to be the files that were validated, and never past their end."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import xxhash
+
+from ires_kernels.checkpoint import FileId, TensorRef
+from ires_kernels.header import CheckpointError
+from ires_kernels.steps import Comparison
+
+_CHUNK = 1 << 19  # bytes at a time
+
+
+class Files:
+    """Input files, open from their first use to their last; opening makes sure that they are still the same."""
+
+    def __init__(self, file_ids: Mapping[Path, FileId], uses: Iterable[Path]) -> None:
+        self._file_ids = file_ids
+        self._uses = Counter(uses)
+        self._open: dict[Path, int] = {}
+
+    def open(self, path: Path) -> int:
+        fd = self._open.get(path)
+        if fd is None:
+            fd = self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            status = os.fstat(fd)
+            if FileId(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) != self._file_ids[path]:
+                raise CheckpointError(f"{path}: changed after it was validated. Wait for its writer, then start again.")
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return fd
+
+    def release(self, path: Path) -> None:
+        """One of the uses is over."""
+        self._uses[path] -= 1
+        if not self._uses[path]:
+            os.close(self._open.pop(path))
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+def read_into(fd: int, view: memoryview, offset: int, path: Path) -> None:
+    """Fill `view` from the file."""
+    try:
+        done = os.preadv(fd, [view], offset)
+        while done < len(view):
+            count = os.preadv(fd, [view[done:]], offset + done)
+            if not count:
+                raise OSError(errno.EIO, f"the file ends at byte {offset + done}: it shrank while it was read")
+            done += count
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, f"{path}") from error
+
+
+def differing(
+    comparisons: Iterable[Comparison], file_ids: Mapping[Path, FileId]
+) -> tuple[list[Comparison], dict[str, dict[str, str]]]:
+    """The comparisons whose two tensors differ in a byte, and xxh3_128 of all of them by role and tensor name."""
+    comparisons = list(comparisons)
+    different = []
+    digests: dict[str, dict[str, str]] = {}
+    files = Files(file_ids, (ref.path for comparison in comparisons for ref in comparison.inputs))
+    try:
+        for comparison in comparisons:
+            hashers = [xxhash.xxh3_128() for _ in comparison.inputs]
+            if not _equal(files, comparison.inputs, hashers):
+                different.append(comparison)
+            for role, ref, hasher in zip(comparison.roles, comparison.inputs, hashers, strict=True):
+                digests.setdefault(role, {})[ref.name] = hasher.hexdigest()
+                files.release(ref.path)
+    finally:
+        files.close()
+    return different, digests
+
+
+def _equal(files: Files, refs: tuple[TensorRef, TensorRef], hashers: Sequence[xxhash.xxh3_128]) -> bool:
+    """Whether two tensors of one size have the same bytes; hashes both to their end."""
+    size = refs[0].nbytes
+    buffers = [bytearray(min(_CHUNK, size)) for _ in refs]
+    equal = True
+    for start in range(0, size, _CHUNK):
+        for ref, hasher, buffer in zip(refs, hashers, buffers, strict=True):
+            window = memoryview(buffer)[: size - start]
+            read_into(files.open(ref.path), window, ref.offset + start, ref.path)
+            hasher.update(window)
+        equal = equal and buffers[0] == buffers[1]  # what a short last window leaves behind it was equal before
+    return equal
