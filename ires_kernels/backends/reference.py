@@ -48,8 +48,7 @@ def status() -> BackendStatus:
 
 def run(call: Call) -> None:
     for out, operands, stream in zip(call.outs, call.inputs, call.streams, strict=True):
-        compute = torch.float64 if torch.float64 in {out.dtype, *(x.dtype for x in operands)} else torch.float32
-        factors = [torch.tensor(factor, dtype=compute) for factor in call.factors]
+        compute, factors = _in_compute_type(call, out, operands)
         for start, (target, *sources) in _pieces([out, *operands], call.offset):
             values = [x.to(compute) for x in sources]
             result = _result(call.op, values, factors)
@@ -58,6 +57,12 @@ def run(call: Call) -> None:
             if call.tally is not None:
                 _count(call.tally, call.op, values, factors, result, stored)
             target.copy_(stored)
+
+
+def _in_compute_type(call: Call, out: Tensor, operands: tuple[Tensor, ...]) -> tuple[torch.dtype, list[Tensor]]:
+    """C, and the factors rounded to it."""
+    compute = torch.float64 if torch.float64 in {out.dtype, *(x.dtype for x in operands)} else torch.float32
+    return compute, [torch.tensor(factor, dtype=compute) for factor in call.factors]
 
 
 def _pieces(tensors: list[Tensor], start: int) -> Iterator[tuple[int, list[Tensor]]]:
@@ -153,6 +158,16 @@ def random_words(seed: int, stream: int, start: int, count: int) -> Tensor:
         c0, c1, c2, c3 = (p1 >> 32 & _U32) ^ c1 ^ k0, p1 & _U32, (p0 >> 32 & _U32) ^ c3 ^ k1, p0 & _U32
         k0, k1 = (k0 + 0x9E3779B9) & _U32, (k1 + 0xBB67AE85) & _U32
     return torch.stack((c0, c1, c2, c3), dim=1).view(-1)[skip : skip + count]
+
+
+def count(call: Call) -> None:
+    """Count into the tally of a call that a backend without counters has carried out, on any device."""
+    assert call.tally is not None
+    for out, operands in zip(call.outs, call.inputs, strict=True):
+        compute, factors = _in_compute_type(call, out, operands)
+        for _, (stored, *sources) in _pieces([out, *operands], 0):
+            values = [x.to(compute) for x in sources]
+            _count(call.tally, call.op, values, factors, _result(call.op, values, factors), stored)
 
 
 def _count(tally: Tally, op: str, values: list[Tensor], factors: list[Tensor], result: Tensor, stored: Tensor) -> None:

@@ -68,12 +68,12 @@ def status(device: str = "cuda") -> BackendStatus:
     if device == "cuda" and _release() < (3, 7) and not torch.version.hip:
         majors = [torch.cuda.get_device_capability(i)[0] for i in range(torch.cuda.device_count())]
         if max(majors, default=0) >= 10:
-            return BackendStatus(False, f"{version} fuses multiplications with additions on this GPU; wanted 3.7 or later")
+            return BackendStatus(False, f"{version} fuses products with sums on this GPU; wanted 3.7 or later")
     return BackendStatus(True, f"{version}, {', '.join(drivers)}")
 
 
 def run(call: Call) -> None:
-    """Compute `call` on the current stream of the tensors' device; with a tally, wait for it and count in plain torch."""
+    """Compute `call` on the current stream of the tensors' device; a tally is counted by plain torch."""
     device = call.outs[0].device
     with _on(device):
         target = _target(device)
@@ -107,7 +107,7 @@ def _launch(
     options: dict[str, Any],
     warps: int,
 ) -> None:
-    """One operation of at most SLOTS operands; one kernel, or several where more than two dimensions remain of `_dims`."""
+    """One operation of at most SLOTS operands: one kernel, unless more than two dimensions remain of `_dims`."""
     tensors = [x.view(_CODES.get(x.dtype, x.dtype)) for x in (out, *operands)]
     options = {**options, "OPERANDS": len(operands), "BLOCK": kernels.BLOCK}
     options |= {"num_warps": warps, "enable_fp_fusion": False}
@@ -126,7 +126,7 @@ def _launch(
     n = rows.size * columns.size
     for place in itertools.product(*(range(dim.size) for dim in looped)):
         starts = [sum(i * dim.steps[k] for i, dim in zip(place, looped, strict=True)) for k in range(len(rows.steps))]
-        views = [x.as_strided((1,), (1,), x.storage_offset() + start) for x, start in zip(tensors, starts, strict=False)]
+        views = [x.as_strided((1,), (1,), x.storage_offset() + starts[k]) for k, x in enumerate(tensors)]
         ahead = starts[-1] if options["RANDOM"] else 0
         scalars = map(_signed, (*numbers, n, first + ahead, stream, seed, columns.size, *strides))
         kernels.strided[(_blocks(n),)](*views, *[views[1]] * unused, *scalars, **options)
@@ -186,7 +186,8 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
 
 
 @cache
-def _target(device: torch.device) -> _Target:  # noqa: ARG001: the current device, by which it is cached
+def _target(_device: torch.device) -> _Target:
+    """Of the device, which is the current one."""
     if _interpreted():
         return _Target(0, 1)
     target = triton.runtime.driver.active.get_current_target()

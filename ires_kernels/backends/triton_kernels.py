@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """The numerics contract (docs/numerics.md) in Triton: storage types to and from C, rounding, Philox, the operations.
 
 Pointers carry the storage type, and 8-bit ones travel as integers, because not every target knows float8_e4m3fn:
@@ -49,7 +49,7 @@ def widen(x, DOUBLE: tl.constexpr, CASTS: tl.constexpr):
 
 @triton.jit
 def round_to_odd(x):
-    """float64 to float32; a later rounding to 22 bits or fewer is then the one rounding of x (Boldo, Melquiond 2008)."""
+    """float64 to float32, so that a later rounding to 22 bits or fewer is the one rounding of x (Boldo, Melquiond 2008)."""
     y = x.to(tl.float32)
     bits = y.to(tl.uint32, bitcast=True)
     back = y.to(tl.float64)
@@ -60,7 +60,7 @@ def round_to_odd(x):
 
 @triton.jit
 def nearest_float8(x, FRACTION: tl.constexpr, MIN_EXP: tl.constexpr, OVERFLOW: tl.constexpr, INFINITY: tl.constexpr):
-    """Code of the nearest number, ties to even. OVERFLOW: bits of the least float32 that has none; INFINITY: its code."""
+    """Code of the nearest number, ties to even. OVERFLOW: bits of the least float32 that is stored as INFINITY."""
     DROP: tl.constexpr = 23 - FRACTION
     bits = x.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
@@ -77,25 +77,25 @@ def nearest_float8(x, FRACTION: tl.constexpr, MIN_EXP: tl.constexpr, OVERFLOW: t
 
 
 @triton.jit
-def nearest(x, TO: tl.constexpr, CASTS: tl.constexpr):
-    """C to the storage type TO, to nearest, ties to even."""
-    if x.dtype == TO:
+def nearest(x, dtype: tl.constexpr, CASTS: tl.constexpr):
+    """C to a storage type, to nearest, ties to even."""
+    if x.dtype == dtype:
         y = x
-    elif TO == tl.float32:
+    elif dtype == tl.float32:
         y = x.to(tl.float32)
     else:
         if x.dtype == tl.float64:
             x = round_to_odd(x)
-        if TO == tl.float16:
+        if dtype == tl.float16:
             y = x.to(tl.float16)
-        elif TO == tl.bfloat16:
+        elif dtype == tl.bfloat16:
             if CASTS >= 1:
                 y = x.to(tl.bfloat16)
             else:
                 bits = x.to(tl.uint32, bitcast=True)
                 code = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
                 y = code.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-        elif TO == tl.uint8:
+        elif dtype == tl.uint8:
             if CASTS >= 2:
                 y = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
             else:
@@ -154,15 +154,15 @@ def stochastic_code(
 
 
 @triton.jit
-def stochastic(x, word, TO: tl.constexpr):
-    """C to a narrower storage type TO, up or down by the element's random word."""
-    if TO == tl.float32:
+def stochastic(x, word, dtype: tl.constexpr):
+    """C to a narrower storage type, up or down by the element's random word."""
+    if dtype == tl.float32:
         code = stochastic_code(x, word, 23, -126, 0x7F7FFFFF, 0x7F800000, 0x7FC00000, 31)
         y = code.to(tl.float32, bitcast=True)
-    elif TO == tl.float16:
+    elif dtype == tl.float16:
         code = stochastic_code(x, word, 10, -14, 0x7BFF, 0x7C00, 0x7E00, 15)
         y = code.to(tl.uint16).to(tl.float16, bitcast=True)
-    elif TO == tl.bfloat16:
+    elif dtype == tl.bfloat16:
         if x.dtype == tl.float64:
             code = stochastic_code(x, word, 7, -126, 0x7F7F, 0x7F80, 0x7FC0, 15)
         else:
@@ -173,7 +173,7 @@ def stochastic(x, word, TO: tl.constexpr):
             code = tl.where(magnitude < 0x7F800000, code, 0x7F80)
             code = tl.where(x == x, code, 0x7FC0) | ((bits >> 16) & 0x8000)
         y = code.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    elif TO == tl.uint8:
+    elif dtype == tl.uint8:
         y = stochastic_code(x, word, 3, -6, 0x7E, 0x7E, 0x7F, 7).to(tl.uint8)
     else:
         y = stochastic_code(x, word, 2, -14, 0x7B, 0x7C, 0x7F, 7).to(tl.uint8).to(tl.int8, bitcast=True)
@@ -221,15 +221,12 @@ def words_of(index, stream, seed):
 
 @triton.jit
 def factor(bits, DOUBLE: tl.constexpr):
-    if DOUBLE:
-        y = bits.to(tl.float64, bitcast=True)
-    else:
-        y = bits.to(tl.int32).to(tl.float32, bitcast=True)
-    return y
+    return bits.to(tl.float64, bitcast=True) if DOUBLE else bits.to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def value(
+def element(
+    out,
     x0,
     x1,
     x2,
@@ -240,12 +237,14 @@ def value(
     f2,
     f3,
     mask,
+    word,
     OP: tl.constexpr,
     OPERANDS: tl.constexpr,
     DOUBLE: tl.constexpr,
+    RANDOM: tl.constexpr,
     CASTS: tl.constexpr,
 ):
-    """The result of the operation in C, before the store."""
+    """One operation: load, compute in C, round, store. `out` and x0 … are pointers to every element."""
     y = widen(tl.load(x0, mask=mask), DOUBLE, CASTS)
     if OP == "scale":
         y = factor(f0, DOUBLE) * y
@@ -262,39 +261,9 @@ def value(
             y = y + factor(f2, DOUBLE) * widen(tl.load(x3, mask=mask), DOUBLE, CASTS)
         if OPERANDS > 4:
             y = y + factor(f3, DOUBLE) * widen(tl.load(x4, mask=mask), DOUBLE, CASTS)
-    return y
-
-
-@triton.jit
-def flat_block(
-    out,
-    x0,
-    x1,
-    x2,
-    x3,
-    x4,
-    f0,
-    f1,
-    f2,
-    f3,
-    mask,
-    index,
-    stream,
-    seed,
-    OP: tl.constexpr,
-    OPERANDS: tl.constexpr,
-    DOUBLE: tl.constexpr,
-    RANDOM: tl.constexpr,
-    CASTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    at = tl.arange(0, BLOCK)
-    y = value(x0 + at, x1 + at, x2 + at, x3 + at, x4 + at, f0, f1, f2, f3, mask, OP, OPERANDS, DOUBLE, CASTS)
-    if RANDOM:
-        y = stochastic(y, words_of_run(index, stream, seed, BLOCK), out.dtype.element_ty)
-    else:
-        y = nearest(y, out.dtype.element_ty, CASTS)
-    tl.store(out + at, y, mask=mask)
+    dtype: tl.constexpr = out.dtype.scalar.element_ty
+    y = stochastic(y, word, dtype) if RANDOM else nearest(y, dtype, CASTS)
+    tl.store(out, y, mask=mask)
 
 
 @triton.jit(do_not_specialize=_FLAT)
@@ -320,25 +289,23 @@ def flat(
     CASTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """n contiguous elements. Slots beyond OPERANDS repeat an operand. RANDOM wants `first`, their flat index, in fours."""
+    """n contiguous elements. Slots beyond OPERANDS repeat an operand. `first` is their flat index, for RANDOM in fours."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    out += start
-    x0 += start
-    x1 += start
-    x2 += start
-    x3 += start
-    x4 += start
-    index = first.to(tl.int64) + start
+    at = tl.arange(0, BLOCK)
+    o, p0, p1, p2, p3, p4 = (
+        out + start + at,
+        x0 + start + at,
+        x1 + start + at,
+        x2 + start + at,
+        x3 + start + at,
+        x4 + start + at,
+    )
+    word = words_of_run(first + start, stream, seed, BLOCK) if RANDOM else None
     # A mask that is not a multiple of 16 bytes would make every access scalar: only the last block has one.
     if start + BLOCK <= n:
-        flat_block(
-            out, x0, x1, x2, x3, x4, f0, f1, f2, f3, None, index, stream, seed, OP, OPERANDS, DOUBLE, RANDOM, CASTS, BLOCK
-        )
+        element(o, p0, p1, p2, p3, p4, f0, f1, f2, f3, None, word, OP, OPERANDS, DOUBLE, RANDOM, CASTS)
     else:
-        mask = tl.arange(0, BLOCK) < n - start
-        flat_block(
-            out, x0, x1, x2, x3, x4, f0, f1, f2, f3, mask, index, stream, seed, OP, OPERANDS, DOUBLE, RANDOM, CASTS, BLOCK
-        )
+        element(o, p0, p1, p2, p3, p4, f0, f1, f2, f3, at < n - start, word, OP, OPERANDS, DOUBLE, RANDOM, CASTS)
 
 
 @triton.jit(do_not_specialize=_STRIDED)
@@ -379,13 +346,14 @@ def strided(
     CASTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """n elements in rows of `columns`, with a step from row to row and from column to column for every operand and for
-    the flat index, which starts at `first`."""
+    """n elements in rows of `columns`. Operands, and the flat index from `first` on, have a step for each of the two."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < n
     row = at // columns
     column = at - row * columns
-    y = value(
+    index = first + row * index_row + column * index_column
+    element(
+        out + row * out_row + column * out_column,
         x0 + row * x0_row + column * x0_column,
         x1 + row * x1_row + column * x1_column,
         x2 + row * x2_row + column * x2_column,
@@ -396,14 +364,10 @@ def strided(
         f2,
         f3,
         mask,
+        words_of(index, stream, seed) if RANDOM else None,
         OP,
         OPERANDS,
         DOUBLE,
+        RANDOM,
         CASTS,
     )
-    if RANDOM:
-        index = first + row * index_row + column * index_column
-        y = stochastic(y, words_of(index, stream, seed), out.dtype.element_ty)
-    else:
-        y = nearest(y, out.dtype.element_ty, CASTS)
-    tl.store(out + row * out_row + column * out_column, y, mask=mask)
