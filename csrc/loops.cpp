@@ -178,12 +178,25 @@ template <Order order, class T> IRES_HD Pair store_pair(T* p, Pair x) {
     }
 }
 
+// The same, stochastic: a word for each lane, those of a then those of b.
+template <Order order, class T> IRES_HD Pair store_pair_stochastic(T* p, Pair x, const uint32_t* words) {
+    const U a = stochastic_bits<T>(x.a, load_raw<U>(words)), b = stochastic_bits<T>(x.b, load_raw<U>(words + W));
+    if constexpr (order == Order::halves) {
+        store_low(p, a);
+        store_low(p + W, b);
+    } else {
+        const U w = a | (b << 16);
+        memcpy(static_cast<void*>(p), &w, sizeof w);
+    }
+    return {widen_bits<T>(a), widen_bits<T>(b)};
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // The tally of a block: f32 lanes, then f64. A block whose sums are not finite holds something worth a slow look, and
 // so does one whose squares may have underflowed.
 struct Sums {
     F dot{}, norm2{};
-    I updates{}, lost{};
+    I updates{}, lost{}, suspects{};
 
     IRES_HD void add(F target, F out, F update) {
         const F moved = out - target;
@@ -192,6 +205,11 @@ struct Sums {
         const I is_update = update != 0.0f;  // all ones where true
         updates -= is_update;
         lost -= is_update & (out == target);
+    }
+    // A stochastic store that ends at the largest finite value may have come from beyond it, which no sum shows.
+    template <class T> IRES_HD void suspect(F out) {
+        const F largest = F{} + widen(T{Format<T>::kMax});
+        suspects |= (out == largest) | (out == -largest);
     }
     // False: the block must be counted by `tally_slowly` instead.
     bool flush(Tally* tally) const {
@@ -202,6 +220,7 @@ struct Sums {
             n += norm2[i];
             u += updates[i];
             l += lost[i];
+            if (suspects[i]) return false;
         }
         if (!std::isfinite(d) || !std::isfinite(n) || (u > 0 && n < 1e-25)) return false;
         tally->dot += d;
@@ -213,6 +232,78 @@ struct Sums {
 };
 
 void tally_slowly(const Operation& op, const Run& run, Tally* tally);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Random words: Philox (arith.h) on one counter a 64-bit lane, whose high half may hold anything.
+
+// The low halves of the lanes times m.
+IRES_HD U64 multiply(U64 a, uint32_t m) {
+#if IRES_LANES == 16
+    return bit_cast<U64>(_mm512_mul_epu32(bit_cast<__m512i>(a), _mm512_set1_epi64(m)));
+#elif IRES_LANES == 8
+    return bit_cast<U64>(_mm256_mul_epu32(bit_cast<__m256i>(a), _mm256_set1_epi64x(m)));
+#elif defined(__SSE2__)
+    return bit_cast<U64>(_mm_mul_epu32(bit_cast<__m128i>(a), _mm_set1_epi64x(m)));
+#else
+    return (a & 0xffffffffu) * uint64_t(m);
+#endif
+}
+
+// Two lanes' low halves, one after the other.
+IRES_HD U64 join(U64 first, U64 second) { return (first & 0xffffffffu) | (second << 32); }
+
+// put(i, w): w[0..3] are the words of the elements 4 i .. 4 (i + W / 2) - 1, counted from the counter `first`, by
+// their index modulo 4.
+template <class Put> IRES_HD void for_words(uint64_t seed, uint64_t stream, uint64_t first, int64_t counters, const Put& put) {
+    constexpr int kLanes = W / 2;
+    U64 lane;
+    for (int j = 0; j < kLanes; ++j) lane[j] = uint64_t(j);
+    for (int64_t i = 0; i < counters; i += kLanes) {
+        const U64 counter = (lane + (first + uint64_t(i))) & (~uint64_t(0) >> 2);
+        U64 c[4] = {counter, counter >> 32, U64{} + stream, U64{} + (stream >> 32)};
+        uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+        for (int round = 0; round < 10; ++round) {
+            const U64 p0 = multiply(c[0], kPhiloxM0), p1 = multiply(c[2], kPhiloxM1);
+            c[0] = (p1 >> 32) ^ c[1] ^ uint64_t(k0);
+            c[2] = (p0 >> 32) ^ c[3] ^ uint64_t(k1);
+            c[1] = p1;
+            c[3] = p0;
+            k0 += kPhiloxW0;
+            k1 += kPhiloxW1;
+        }
+        put(i, c);
+    }
+}
+
+// The words of a block's elements. Room for the lanes in front of and behind them.
+struct BlockOfWords {
+    alignas(64) uint32_t w[kBlock + 4 * W];
+
+    // Returns the word of element `index`, those of the n - 1 next behind it.
+    const uint32_t* in_order(uint64_t seed, uint64_t stream, uint64_t index, int64_t n) {
+        const uint64_t skip = index & 3;
+        for_words(seed, stream, index >> 2, (int64_t(skip) + n + 3) >> 2, [&](int64_t i, const U64* c) {
+            const U64 w01 = join(c[0], c[1]), w23 = join(c[2], c[3]);
+            alignas(64) uint64_t pairs[W];
+            for (int j = 0; j < W / 2; ++j) {
+                pairs[2 * j] = w01[j];
+                pairs[2 * j + 1] = w23[j];
+            }
+            memcpy(w + 4 * i, pairs, sizeof pairs);
+        });
+        return w + skip;
+    }
+
+    // For an index that is a multiple of 4: W words of elements 0, 2, .. then W of 1, 3, .., and so on.
+    const uint32_t* even_odd(uint64_t seed, uint64_t stream, uint64_t index, int64_t n) {
+        for_words(seed, stream, index >> 2, (n + 3) >> 2, [&](int64_t i, const U64* c) {
+            const U64 even = join(c[0], c[2]), odd = join(c[1], c[3]);
+            memcpy(w + 4 * i, &even, sizeof even);
+            memcpy(w + 4 * i + W, &odd, sizeof odd);
+        });
+        return w;
+    }
+};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Fused loops.
@@ -242,33 +333,39 @@ template <class Op, Order order, class Out, class T0, class T1 = void, class T2 
         return true;
     }
 
-    template <class P0, class P1, class P2>
-    IRES_HD static void step(Out* out, P0 p0, P1 p1, P2 p2, F factor, Sums* sums) {
+    // put(out, pair, k) stores the pair of elements k and on, and returns what it stored, widened.
+    template <class Put, class P0, class P1, class P2>
+    IRES_HD static void step(const Put& put, int64_t k, Out* out, P0 p0, P1 p1, P2 p2, F factor, Sums* sums) {
         F a[kInputs], b[kInputs];
-        const auto put = [&](int i, Pair x) {
+        const auto get = [&](int i, Pair x) {
             a[i] = x.a;
             b[i] = x.b;
         };
-        put(0, load_pair<order>(p0));
-        if constexpr (kInputs > 1) put(1, load_pair<order>(p1));
-        if constexpr (kInputs > 2) put(2, load_pair<order>(p2));
+        get(0, load_pair<order>(p0));
+        if constexpr (kInputs > 1) get(1, load_pair<order>(p1));
+        if constexpr (kInputs > 2) get(2, load_pair<order>(p2));
         const F ua = Op::update(factor, a), ub = Op::update(factor, b);
-        const Pair stored = store_pair<order>(out, {Op::result(a, ua), Op::result(b, ub)});
+        const Pair stored = put(out, Pair{Op::result(a, ua), Op::result(b, ub)}, k);
         if (sums) {
             constexpr bool from_zero = Op::kCode == OpCode::subtract;
             sums->add(from_zero ? F{} : a[0], stored.a, ua);
             sums->add(from_zero ? F{} : b[0], stored.b, ub);
+            if constexpr (Put::kStochastic) {
+                sums->template suspect<Out>(stored.a);
+                sums->template suspect<Out>(stored.b);
+            }
         }
     }
 
-    template <bool kTally>
-    static void loop(int64_t n, Out* out, const T0* p0, const T1* p1, const T2* p2, F factor, Sums* sums) {
+    template <bool kTally, class Put>
+    static void loop(const Put& put, int64_t n, Out* out, const T0* p0, const T1* p1, const T2* p2, F factor, Sums* sums) {
         constexpr int64_t kStep = 2 * W;
+        Sums* const counted = kTally ? sums : nullptr;
         int64_t i = 0;
         const auto at = [&](int64_t k) {
-            if constexpr (kInputs == 3) step(out + k, p0 + k, p1 + k, p2 + k, factor, kTally ? sums : nullptr);
-            if constexpr (kInputs == 2) step(out + k, p0 + k, p1 + k, p2, factor, kTally ? sums : nullptr);
-            if constexpr (kInputs == 1) step(out + k, p0 + k, p1, p2, factor, kTally ? sums : nullptr);
+            if constexpr (kInputs == 3) step(put, k, out + k, p0 + k, p1 + k, p2 + k, factor, counted);
+            if constexpr (kInputs == 2) step(put, k, out + k, p0 + k, p1 + k, p2, factor, counted);
+            if constexpr (kInputs == 1) step(put, k, out + k, p0 + k, p1, p2, factor, counted);
         };
         for (; i + 2 * kStep <= n; i += 2 * kStep) {
             prefetch(p0 + i, 2 * kStep);
@@ -285,48 +382,85 @@ template <class Op, Order order, class Out, class T0, class T1 = void, class T2 
         T0 pad0[kStep] = {};
         memcpy(static_cast<void*>(pad0), p0 + i, rest * sizeof(T0));
         if constexpr (kInputs == 1) {
-            step(out_pad, pad0, p1, p2, factor, kTally ? sums : nullptr);
+            step(put, i, out_pad, pad0, p1, p2, factor, counted);
         } else {
             T1 pad1[kStep] = {};
             memcpy(static_cast<void*>(pad1), p1 + i, rest * sizeof(T1));
             if constexpr (kInputs == 2) {
-                step(out_pad, pad0, pad1, p2, factor, kTally ? sums : nullptr);
+                step(put, i, out_pad, pad0, pad1, p2, factor, counted);
             } else {
                 T2 pad2[kStep] = {};
                 memcpy(static_cast<void*>(pad2), p2 + i, rest * sizeof(T2));
-                step(out_pad, pad0, pad1, pad2, factor, kTally ? sums : nullptr);
+                step(put, i, out_pad, pad0, pad1, pad2, factor, counted);
             }
         }
         memcpy(static_cast<void*>(out + i), out_pad, rest * sizeof(Out));
     }
 
-    static void run(const Operation& op, const Run& run, Tally* tally) {
+    // Elements [i, i + n) of the run.
+    template <class Put>
+    static void part(const Operation& op, const Run& run, int64_t i, int64_t n, const Put& put, Tally* tally) {
         const F factor = F{} + (op.code == OpCode::subtract ? 1.0f : float(op.factors[0]));
-        Out* out = static_cast<Out*>(run.out);
-        const T0* p0 = static_cast<const T0*>(run.in[0]);
-        const T1* p1 = kInputs > 1 ? static_cast<const T1*>(run.in[kInputs > 1 ? 1 : 0]) : nullptr;
-        const T2* p2 = kInputs > 2 ? static_cast<const T2*>(run.in[kInputs > 2 ? 2 : 0]) : nullptr;
-        if (!tally) return loop<false>(run.n, out, p0, p1, p2, factor, nullptr);
-        for (int64_t i = 0; i < run.n; i += kTallyBlock) {
-            const int64_t n = std::min(kTallyBlock, run.n - i);
-            const T1* q1 = p1;
-            const T2* q2 = p2;
-            if constexpr (kInputs > 1) q1 = p1 + i;
-            if constexpr (kInputs > 2) q2 = p2 + i;
-            Sums sums;
-            loop<true>(n, out + i, p0 + i, q1, q2, factor, &sums);
-            if (sums.flush(tally)) continue;
-            const void* in[3] = {p0 + i, q1, q2};
-            tally_slowly(op, Run{n, run.index, run.stream, run.out_type, run.in_types, out + i, in}, tally);
+        Out* out = static_cast<Out*>(run.out) + i;
+        const T0* p0 = static_cast<const T0*>(run.in[0]) + i;
+        const T1* p1 = nullptr;
+        const T2* p2 = nullptr;
+        if constexpr (kInputs > 1) p1 = static_cast<const T1*>(run.in[1]) + i;
+        if constexpr (kInputs > 2) p2 = static_cast<const T2*>(run.in[2]) + i;
+        if (!tally) return loop<false>(put, n, out, p0, p1, p2, factor, nullptr);
+        Sums sums;
+        loop<true>(put, n, out, p0, p1, p2, factor, &sums);
+        if (sums.flush(tally)) return;
+        const void* in[3] = {p0, p1, p2};
+        tally_slowly(op, Run{n, run.index + uint64_t(i), run.stream, run.out_type, run.in_types, out, in}, tally);
+    }
+
+    struct PutNearest {
+        static constexpr bool kStochastic = false;
+        IRES_HD Pair operator()(Out* out, Pair x, int64_t) const { return store_pair<order>(out, x); }
+    };
+    struct PutStochastic {
+        static constexpr bool kStochastic = true;
+        const uint32_t* words;
+        IRES_HD Pair operator()(Out* out, Pair x, int64_t k) const { return store_pair_stochastic<order>(out, x, words + k); }
+    };
+
+    static void nearest(const Operation& op, const Run& run, Tally* tally) {
+        const PutNearest put;
+        const int64_t block = tally ? kTallyBlock : run.n;
+        for (int64_t i = 0; i < run.n; i += block) part(op, run, i, std::min(block, run.n - i), put, tally);
+    }
+
+    static void stochastic(const Operation& op, const Run& run, Tally* tally) {
+        BlockOfWords words;
+        for (int64_t i = 0; i < run.n; i += kBlock) {
+            const int64_t n = std::min(kBlock, run.n - i);
+            const uint64_t index = run.index + uint64_t(i);
+            const uint32_t* w = order == Order::even_odd ? words.even_odd(op.seed, run.stream, index, n)
+                                                         : words.in_order(op.seed, run.stream, index, n);
+            part(op, run, i, n, PutStochastic{w}, tally);
         }
     }
+
+    static constexpr bool kStochastic = sizeof(Out) == 2;
+    static bool can_be_stochastic(const Run& run) { return order == Order::halves || (run.index & 3) == 0; }
 };
 
 using FusedFn = void (*)(const Operation&, const Run&, Tally*);
 
 template <class... Kernels> FusedFn find(const Operation& op, const Run& run) {
     FusedFn found = nullptr;
-    ((Kernels::matches(op, run) && (found = &Kernels::run)) || ...);
+    const auto choose = [&](auto kernel) {
+        using Kernel = decltype(kernel);
+        if (!Kernel::matches(op, run)) return false;
+        if (!op.stochastic) {
+            found = &Kernel::nearest;
+        } else if constexpr (Kernel::kStochastic) {
+            found = Kernel::can_be_stochastic(run) ? &Kernel::stochastic : nullptr;
+        }
+        return true;
+    };
+    (choose(Kernels{}) || ...);
     return found;
 }
 
@@ -410,51 +544,6 @@ template <class C> struct Blocks {
         &stochastic_block<C, std::conditional_t<std::is_same_v<C, double>, double, float>>,
         &stochastic_block<C, float>, &stochastic_block<C, f16_t>, &stochastic_block<C, bf16_t>, &stochastic_block<C, e4m3_t>, &stochastic_block<C, e5m2_t>};
 };
-
-// The low halves of the 64-bit lanes times m.
-IRES_HD U64 multiply(U64 a, uint32_t m) {
-#if IRES_LANES == 16
-    return bit_cast<U64>(_mm512_mul_epu32(bit_cast<__m512i>(a), _mm512_set1_epi64(m)));
-#elif IRES_LANES == 8
-    return bit_cast<U64>(_mm256_mul_epu32(bit_cast<__m256i>(a), _mm256_set1_epi64x(m)));
-#elif defined(__SSE2__)
-    return bit_cast<U64>(_mm_mul_epu32(bit_cast<__m128i>(a), _mm_set1_epi64x(m)));
-#else
-    return (a & 0xffffffffu) * uint64_t(m);
-#endif
-}
-
-// words[i] becomes the random word of element index + i, for i in [0, n): Philox (arith.h) on one counter a 64-bit lane,
-// whose high half may hold anything. Returns words past those in front of `index`: the array has room for kBlock + 4 W.
-const uint32_t* random_words(uint64_t seed, uint64_t stream, uint64_t index, int64_t n, uint32_t* words) {
-    constexpr int kLanes = W / 2;
-    const uint64_t skip = index & 3;
-    const int64_t counters = (int64_t(skip) + n + 3) >> 2;
-    U64 lane;
-    for (int j = 0; j < kLanes; ++j) lane[j] = uint64_t(j);
-    for (int64_t i = 0; i < counters; i += kLanes) {
-        const U64 counter = (lane + ((index >> 2) + uint64_t(i))) & (~uint64_t(0) >> 2);
-        U64 c0 = counter, c1 = counter >> 32, c2 = U64{} + stream, c3 = U64{} + (stream >> 32);
-        uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-        for (int round = 0; round < 10; ++round) {
-            const U64 p0 = multiply(c0, kPhiloxM0), p1 = multiply(c2, kPhiloxM1);
-            c0 = (p1 >> 32) ^ c1 ^ uint64_t(k0);
-            c2 = (p0 >> 32) ^ c3 ^ uint64_t(k1);
-            c1 = p1;
-            c3 = p0;
-            k0 += kPhiloxW0;
-            k1 += kPhiloxW1;
-        }
-        const U64 w01 = (c0 & 0xffffffffu) | (c1 << 32), w23 = (c2 & 0xffffffffu) | (c3 << 32);
-        alignas(64) uint64_t pairs[2 * kLanes];
-        for (int j = 0; j < kLanes; ++j) {
-            pairs[2 * j] = w01[j];
-            pairs[2 * j + 1] = w23[j];
-        }
-        memcpy(words + 4 * i, pairs, sizeof pairs);
-    }
-    return words + skip;
-}
 
 // v: the C value before the store; update: D of the report (only where a tally wants it).
 template <class C>
@@ -588,14 +677,14 @@ void tally_slowly(const Operation& op, const Run& run, Tally* tally) {
 
 template <class C> void run_blocks(const Operation& op, const Run& run, Tally* tally) {
     alignas(64) C v[kBlock], update[kBlock], scratch[kBlock];
-    alignas(64) uint32_t words[kBlock + 4 * W];
+    BlockOfWords words;
     const bool narrows = item_size(run.out_type) < int(sizeof(C));
     for (int64_t i = 0; i < run.n; i += kBlock) {
         const int64_t n = std::min(kBlock, run.n - i);
         compute_block<C>(op, run, i, n, v, update, scratch);
         void* out = static_cast<char*>(run.out) + i * item_size(run.out_type);
         if (op.stochastic && narrows) {
-            const uint32_t* w = random_words(op.seed, run.stream, run.index + uint64_t(i), n, words);
+            const uint32_t* w = words.in_order(op.seed, run.stream, run.index + uint64_t(i), n);
             Blocks<C>::stochastic[int(run.out_type)](v, w, out, n);
         } else {
             Blocks<C>::nearest[int(run.out_type)](v, out, n);
@@ -608,7 +697,7 @@ template <class C> void run_blocks(const Operation& op, const Run& run, Tally* t
 }
 
 void run(const Operation& op, const Run& run, Tally* tally) {
-    if (FusedFn fused = op.stochastic ? nullptr : find_fused(op, run)) return fused(op, run, tally);
+    if (FusedFn fused = find_fused(op, run)) return fused(op, run, tally);
     in_double(op, run) ? run_blocks<double>(op, run, tally) : run_blocks<float>(op, run, tally);
 }
 

@@ -27,7 +27,7 @@ from ires_kernels.backends import backends, choose
 from ires_kernels.bench_kernels import CASES, VerificationError
 from ires_kernels.bench_torch import TORCH
 from ires_kernels.measure import Quartiles, machine
-from ires_kernels.synthetic import SHAPES, Shape, count_of, shape_of, write_triple
+from ires_kernels.synthetic import SHAPES, count_of, shape_of, write_triple
 
 ELEMENTS = 1 << 27  # of each tensor: far beyond any cache
 MODEL = "llama-1b"
@@ -35,7 +35,7 @@ MODEL = "llama-1b"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Verify, measure, print; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     console = Console(stderr=arguments.json == "-", highlight=False)
     if not console.is_terminal:
         console.width = 120
@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         choose(torch.device(arguments.device))
     except RuntimeError as error:
         print(f"bench: {error}", file=sys.stderr)
+        return 2
+    if torch.device(arguments.device).type != "cpu":
+        print(f"bench: measures tensors on the CPU only, got {arguments.device}", file=sys.stderr)
         return 2
     record: dict[str, Any] = {"machine": machine(), "backends": {k: v._asdict() for k, v in backends().items()}}
     record |= {"verified": [], "kernels": [], "merges": [], "gates": []}
@@ -69,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
         def parsed(text: str) -> Any:
             try:
@@ -79,9 +82,6 @@ def _parser() -> argparse.ArgumentParser:
 
         return parsed
 
-    def sizes(text: str) -> list[Shape]:
-        return [shape_of(part) for part in text.split(",")]
-
     def threads(text: str) -> list[int]:
         return [_at_least_one(part) for part in text.split(",")]
 
@@ -90,13 +90,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--size",
         metavar="N",
-        type=argument(_size),
         help=f"elements of a tensor, or parameters of a model: 250M, 500MB (16 bits each), {', '.join(SHAPES)} "
         f"(default: {ELEMENTS:,} elements, and {MODEL})",
     )
-    parser.add_argument(
-        "--sizes", metavar="N,N,…", type=argument(sizes), default=[], help="merges of more sizes, for the cost per byte"
-    )
+    parser.add_argument("--sizes", metavar="N,N,…", default="", help="merges of more sizes, for the cost per byte")
     parser.add_argument(
         "--threads",
         metavar="N,N,…",
@@ -111,7 +108,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", metavar="FILE", help="write everything as JSON; - for stdout, and tables to stderr")
     parser.add_argument("--plot", metavar="FILE", help="draw it: .png, .svg or .pdf; needs matplotlib")
     parser.add_argument("--device", default="cpu", help="where the tensors are (default: cpu)")
-    return parser
+    arguments = parser.parse_args(argv)
+    size = arguments.size
+    try:
+        if arguments.what != "merge":
+            arguments.elements = (
+                ELEMENTS if size is None else SHAPES[size].parameters if size in SHAPES else count_of(size)
+            )
+        if arguments.what != "kernels":
+            arguments.shapes = [shape_of(text) for text in [size or MODEL, *filter(None, arguments.sizes.split(","))]]
+    except ValueError as error:
+        parser.error(f"{error}")
+    return arguments
 
 
 def _at_least_one(text: str) -> int:
@@ -120,17 +128,9 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
-def _size(text: str) -> tuple[int, Shape]:
-    """Elements for kernels, shape for merges."""
-    if text in SHAPES:
-        return SHAPES[text].parameters, SHAPES[text]
-    return count_of(text), shape_of(text)
-
-
 def _kernels(arguments: argparse.Namespace, record: dict[str, Any], console: Console) -> None:
     cases = [case for case in CASES if re.search(arguments.cases, case.name)]
     threads = arguments.threads or _powers_of_two(len(os.sched_getaffinity(0)))
-    elements = arguments.size[0] if arguments.size else ELEMENTS
     compared = sum(bench_kernels.verify(case, threads) for case in cases)
     names = ", ".join(bench_kernels.ours())
     line = f"{compared} results of {len(cases)} kernels ({names}; threads {threads}) equal the reference bit for bit"
@@ -140,19 +140,18 @@ def _kernels(arguments: argparse.Namespace, record: dict[str, Any], console: Con
         for count in threads:
             with console.status(f"{case.name}, threads {count}"):
                 result = bench_kernels.measure(
-                    case, elements, count, arguments.rounds, compiled=not arguments.no_compile
+                    case, arguments.elements, count, arguments.rounds, compiled=not arguments.no_compile
                 )
             results.append(result)
             record["kernels"].append(result.to_dict())
             record["gates"] += result.gates()
-    _print_kernels(console, results, elements)
+    _print_kernels(console, results, arguments.elements)
 
 
 def _merges(arguments: argparse.Namespace, record: dict[str, Any], console: Console) -> None:
     threads = max(arguments.threads) if arguments.threads else None
-    shapes = [arguments.size[1] if arguments.size else SHAPES[MODEL], *arguments.sizes]
     results = []
-    for i, shape in enumerate(shapes):
+    for i, shape in enumerate(arguments.shapes):
         with tempfile.TemporaryDirectory(prefix="ires-bench-", dir=arguments.dir) as name:
             folder = Path(name)
             with console.status(f"writing models of {shape.parameters / 1e6:,.0f} M parameters"):

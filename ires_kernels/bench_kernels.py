@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ires_kernels import ops
-from ires_kernels.backends import native
+from ires_kernels.backends import backends, native
 from ires_kernels.backends import threads as kernel_threads
 from ires_kernels.bench_torch import ALPHA, CHUNKED, COMPILED, EAGER, TORCH, best_chunk, torch_contenders
 from ires_kernels.measure import Quartiles, Times, interleave, ratio
@@ -245,11 +245,12 @@ def measure(case: Case, elements: int, threads: int, rounds: int, *, compiled: b
     """Time all contenders of `case` in one run."""
     out, operands = make(case, elements)
     begin = (out[:_CHECKED], [operand[:_CHECKED] for operand in operands])
-    torch.compiler.reset()  # or it gives up on compiling the same expression for other dtypes and threads
+    if compiled:
+        torch.compiler.reset()  # or it gives up on compiling the same expression for other dtypes and threads
     with chosen("reference", threads):
         chunk = best_chunk(case.op, case.stochastic, out, operands)
     ways = contenders(case, out, operands, threads, chunk)
-    unavailable = {} if MEMORY in ways else {MEMORY: native.status().detail}
+    unavailable = {} if MEMORY in ways else {MEMORY: backends()["native"].detail}
     if not compiled:
         ways.pop(COMPILED, None)
     differs = {}

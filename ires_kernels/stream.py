@@ -36,7 +36,7 @@ from ires_kernels.reader import Files, read_into
 from ires_kernels.rules import Rules
 from ires_kernels.steps import Step
 
-WINDOW = 1 << 18
+WINDOW = 1 << 19
 """Elements that a thread works on at a time. Results do not depend on it."""
 _COPY = 1 << 19  # bytes at a time of a tensor that is copied
 _MAX_THREADS = 16  # by default: beyond that the disk or the page cache is the limit

@@ -22,7 +22,7 @@ from oracle import STORAGE, assert_same, expected, sample, short
 from torch import Tensor
 
 import ires_kernels as ik
-from ires_kernels.backends import Call, native, reference, thread_count, threads
+from ires_kernels.backends import Call, _fastest, choose, native, reference, thread_count, threads, triton
 
 SIZES = [0, 1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 333, 1023, 1024, 1025, 4095, 4096, 4097, 33333, 65537]
 PAIRS = list(itertools.product(STORAGE, STORAGE))
@@ -477,15 +477,13 @@ def test_meta_and_fake_tensors_have_shapes_only() -> None:
 
 def test_backends_are_listed() -> None:
     found = ik.backends()
-    assert list(found) == ["native", "reference"]
+    assert list(found) == ["native", "reference", "triton"]
     assert found["reference"].available
     assert all(status.detail for status in found.values())
 
 
 @pytest.mark.parametrize("name", ["reference", "native"])
 def test_a_backend_can_be_forced(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ires_kernels.backends import choose
-
     if not ik.backends()[name].available:
         pytest.skip("not built")
     monkeypatch.setenv("IRES_BACKEND", name)
@@ -493,8 +491,6 @@ def test_a_backend_can_be_forced(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_fastest_backend_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ires_kernels.backends import choose
-
     monkeypatch.delenv("IRES_BACKEND", raising=False)
     assert choose(torch.device("cpu")) is (native if native.status().available else reference)
 
@@ -509,16 +505,41 @@ def test_an_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unavailable_backend_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IRES_BACKEND", "native")
-    monkeypatch.setattr(native, "status", lambda: ik.BackendStatus(False, "no compiler was there"))
-    with pytest.raises(RuntimeError, match=r"IRES_BACKEND=native: not available: no compiler was there; there is"):
+    monkeypatch.setattr(native, "status", lambda _: ik.BackendStatus(False, "no compiler was there"))
+    wanted = r"IRES_BACKEND=native: not available for cpu tensors: no compiler was there; there is"
+    with pytest.raises(RuntimeError, match=wanted):
         ik.scale(torch.ones(3), 2.0)
 
 
-def test_there_is_no_backend_for_other_devices_yet() -> None:
-    from ires_kernels.backends import choose
+def test_a_device_without_a_backend() -> None:
+    wanted = r"no backend for tensors on mps:0: native \(not .*reference .*triton .*; make one .* or move the tensors"
+    with pytest.raises(RuntimeError, match=wanted):
+        choose(torch.device("mps:0"))
 
-    with pytest.raises(RuntimeError, match=r"no backend for tensors on cuda:0: native .* for the CPU"):
-        choose(torch.device("cuda:0"))
+
+@pytest.mark.parametrize(("available", "wanted"), [(["native", "triton"], native), (["triton"], triton)])
+def test_the_backend_for_a_gpu(available: list[str], wanted: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module in (("native", native), ("triton", triton)):
+        usable = name in available
+        monkeypatch.setattr(module, "status", lambda kind, usable=usable: ik.BackendStatus(usable, kind))
+    monkeypatch.delenv("IRES_BACKEND", raising=False)
+    _fastest.cache_clear()
+    try:
+        assert choose(torch.device("cuda:1")) is wanted
+        monkeypatch.setenv("IRES_BACKEND", "triton")
+        assert choose(torch.device("cuda:1")) is triton
+        monkeypatch.setenv("IRES_BACKEND", "reference")
+        with pytest.raises(RuntimeError, match="IRES_BACKEND=reference: not available for cuda tensors: for the CPU"):
+            choose(torch.device("cuda:1"))
+    finally:
+        _fastest.cache_clear()
+
+
+def test_importing_the_package_does_not_import_triton() -> None:
+    code = "import sys, torch, ires_kernels as ik; ik.scale_(torch.ones(3), 2.0); print('triton' in sys.modules)"
+    before = "import sys, torch; print('triton' in sys.modules)"
+    loaded = [subprocess.run([sys.executable, "-c", c], capture_output=True, text=True).stdout for c in (before, code)]
+    assert loaded[0] == loaded[1] != ""
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
