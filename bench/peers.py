@@ -32,9 +32,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ires_kernels.bench_merges import COPY, copy
+from ires_kernels.bench.measure import Quartiles, Times, interleave, machine, ratio, watch
+from ires_kernels.bench.merges import COPY, copy
 from ires_kernels.checkpoint import TensorRef, open_checkpoint
-from ires_kernels.measure import Quartiles, Times, interleave, machine, ratio, watch
 from ires_kernels.synthetic import SHAPES, Triple, shape_of, write_triple
 
 OURS = "ires apply"

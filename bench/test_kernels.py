@@ -10,8 +10,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from ires_kernels.bench_kernels import CASES, MEMORY, Case, contenders, make, ours, verify
-from ires_kernels.bench_torch import CHUNKED, EAGER
+from ires_kernels.bench.contenders import CHUNKED, EAGER
+from ires_kernels.bench.kernels import CASES, MEMORY, Case, contenders, make, ours, verify
 
 CHUNK = 1 << 16
 

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from ires_kernels import bench, bench_kernels, bench_merges
 from ires_kernels.backends import Call, native, reference
-from ires_kernels.bench_torch import CHUNKED, COMPILED, EAGER, UPCAST, torch_contenders
-from ires_kernels.measure import Quartiles, interleave, machine, private_memory, ratio, watch
+from ires_kernels.bench import __main__ as bench
+from ires_kernels.bench import kernels, merges
+from ires_kernels.bench.contenders import CHUNKED, COMPILED, EAGER, UPCAST, torch_contenders
+from ires_kernels.bench.measure import Quartiles, interleave, machine, private_memory, ratio, watch
 from ires_kernels.synthetic import write_triple
 
 QUICK = ["--threads", "1", "--rounds", "2", "--no-compile"]
@@ -47,12 +48,12 @@ def test_kernels(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "equal the reference bit for bit" in printed
     assert record["verified"][0] in printed
-    assert [entry["case"] for entry in record["kernels"]] == [case.name for case in bench_kernels.CASES]
+    assert [entry["case"] for entry in record["kernels"]] == [case.name for case in kernels.CASES]
     assert record["merges"] == []
     for entry in record["kernels"]:
         assert entry["elements"] == 20_000
         assert entry["case"] in printed
-        wanted = {*bench_kernels.ours(), CHUNKED} | ({bench_kernels.MEMORY} if native.isas() else set())
+        wanted = {*kernels.ours(), CHUNKED} | ({kernels.MEMORY} if native.isas() else set())
         wanted |= set() if "stochastic" in entry["case"] else {EAGER, UPCAST}
         assert set(entry["contenders"]) == wanted
         for contender in entry["contenders"].values():
@@ -77,7 +78,7 @@ def test_merges(tmp_path, capsys):
     first, second = record["merges"]
     assert first["parameters"] == 131_392
     assert first["model_bytes"] == 2 * 131_392
-    jobs = [bench_merges.COPY, bench_merges.ONE_PASS, bench_merges.SYNCED, bench_merges.EXTRACT, bench_merges.APPLY]
+    jobs = [merges.COPY, merges.ONE_PASS, merges.SYNCED, merges.EXTRACT, merges.APPLY]
     assert list(first["contenders"]) == jobs
     assert list(second["contenders"]) == jobs[:2]
     for entry in record["merges"]:
@@ -85,7 +86,7 @@ def test_merges(tmp_path, capsys):
         assert entry["ns_per_byte"] > 0
         for contender in entry["contenders"].values():
             quartiles_of(contender, "of_copy")
-        quartiles_of(entry["contenders"][bench_merges.COPY], "of_copy")
+        quartiles_of(entry["contenders"][merges.COPY], "of_copy")
     assert [gate["gate"] for gate in record["gates"]] == [256, 1.0, 256, 1.0, 0.15]
     assert list(work.iterdir()) == []
 
@@ -125,16 +126,16 @@ class TestVerification:
         assert list(tmp_path.iterdir()) == []
 
     def test_every_instruction_set_is_checked(self):
-        case = bench_kernels.CASES[0]
-        assert bench_kernels.verify(case, [1, 2]) == 2 * 2 * len(native.isas())
+        case = kernels.CASES[0]
+        assert kernels.verify(case, [1, 2]) == 2 * 2 * len(native.isas())
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in bench_kernels.CASES if not case.stochastic], ids=lambda case: case.name
+    "case", [case for case in kernels.CASES if not case.stochastic], ids=lambda case: case.name
 )
 def test_torch_contenders_do_the_same_work(case):
     """They may round more than once or fuse, so to within a few units in the last place of float32 or bfloat16."""
-    out, operands = bench_kernels.make(case, 70_001)
+    out, operands = kernels.make(case, 70_001)
     wanted = out.clone() if case.op == "subtract" else operands[0].clone()
     case.run(wanted, [wanted, *operands[1:]] if case.op != "subtract" else operands)
     for name, run in torch_contenders(case.op, case.stochastic, 1 << 14).items():
@@ -148,9 +149,9 @@ def test_torch_contenders_do_the_same_work(case):
 
 
 def test_chunked_stochastic_rounding_is_a_neighbour():
-    case = next(case for case in bench_kernels.CASES if case.stochastic)
-    out, operands = bench_kernels.make(case, 70_001)
-    exact = out.double() + bench_kernels.ALPHA * (operands[1].double() - operands[2].double())
+    case = next(case for case in kernels.CASES if case.stochastic)
+    out, operands = kernels.make(case, 70_001)
+    exact = out.double() + kernels.ALPHA * (operands[1].double() - operands[2].double())
     torch_contenders(case.op, True, 1 << 14)[CHUNKED](out, operands)
     assert ((out.double() - exact).abs() <= exact.abs() * 2**-7 + 1e-8).all()
 
@@ -174,7 +175,7 @@ def test_without_native_kernels(monkeypatch, tmp_path):
     assert bench.main(["kernels", *QUICK, *BF16, "--json", f"{path}"]) == 0
     (entry,) = json.loads(path.read_text())["kernels"]
     assert "reference" in entry["contenders"]
-    assert bench_kernels.MEMORY in entry["unavailable"]
+    assert kernels.MEMORY in entry["unavailable"]
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ assert not {"matplotlib", "transformers", "pytest", "safetensors"} & set(sys.mod
 class TestMeasure:
     def test_contenders_take_turns_and_the_slow_sit_out(self, monkeypatch):
         clock, log = [0.0], []
-        monkeypatch.setattr("ires_kernels.measure.time.perf_counter", lambda: clock[0])
+        monkeypatch.setattr("ires_kernels.bench.measure.time.perf_counter", lambda: clock[0])
 
         def way(name, seconds):
             def run():

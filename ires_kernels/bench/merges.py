@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from ires_kernels import merge, ops
-from ires_kernels.bench_kernels import VerificationError, chosen, differing
+from ires_kernels.bench.kernels import VerificationError, chosen, differing
+from ires_kernels.bench.measure import Quartiles, Times, interleave, ratio, watch
 from ires_kernels.checkpoint import TensorRef, open_checkpoint
-from ires_kernels.measure import Quartiles, Times, interleave, ratio, watch
 from ires_kernels.stream import TORCH_DTYPES
 from ires_kernels.synthetic import Triple
 

@@ -1,7 +1,7 @@
 """Kernels against a pure memory loop and against torch: the cases, the contenders, and the check before the clock.
 
 The yardstick is a loop that reads and writes the same bytes of the same tensors and computes nothing (`MEMORY`): no
-kernel can beat it where memory is the limit. What people write in torch is in bench_torch.
+kernel can beat it where memory is the limit. What people write in torch is in contenders.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 from ires_kernels import ops
 from ires_kernels.backends import backends, native
 from ires_kernels.backends import threads as kernel_threads
-from ires_kernels.bench_torch import ALPHA, CHUNKED, COMPILED, EAGER, TORCH, best_chunk, torch_contenders
-from ires_kernels.measure import Quartiles, Times, interleave, ratio
+from ires_kernels.bench.contenders import ALPHA, CHUNKED, COMPILED, EAGER, TORCH, best_chunk, torch_contenders
+from ires_kernels.bench.measure import Quartiles, Times, interleave, ratio
 
 MEMORY = "memory"
 _CHECKED = (1 << 18) + 3  # elements compared of each kind of data

@@ -1,7 +1,7 @@
 """``python -m ires_kernels.bench``: how fast the kernels and whole merges are here, beside what limits them.
 
 Everything is checked against the reference arithmetic before the clock starts, contenders take turns in one run, and
-what is reported are medians and quartiles of the rounds' ratios. The cases are in bench_kernels and bench_merges.
+what is reported are medians and quartiles of the rounds' ratios. The cases are in kernels and merges.
 Exit codes: 0 measured, whatever the numbers; 1 a result was wrong, nothing was timed; 2 wrong usage.
 """
 
@@ -22,11 +22,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ires_kernels import bench_kernels, bench_merges
 from ires_kernels.backends import backends, choose
-from ires_kernels.bench_kernels import CASES, VerificationError
-from ires_kernels.bench_torch import TORCH
-from ires_kernels.measure import Quartiles, machine
+from ires_kernels.bench import kernels, merges
+from ires_kernels.bench.contenders import TORCH
+from ires_kernels.bench.kernels import CASES, VerificationError
+from ires_kernels.bench.measure import Quartiles, machine
 from ires_kernels.synthetic import SHAPES, count_of, shape_of, write_triple
 
 ELEMENTS = 1 << 27  # of each tensor: far beyond any cache
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             Path(arguments.json).write_text(text)
     if arguments.plot:
-        from ires_kernels.bench_plot import draw
+        from ires_kernels.bench.plot import draw
 
         draw(record, arguments.plot)
     return 0
@@ -131,15 +131,15 @@ def _at_least_one(text: str) -> int:
 def _kernels(arguments: argparse.Namespace, record: dict[str, Any], console: Console) -> None:
     cases = [case for case in CASES if re.search(arguments.cases, case.name)]
     threads = arguments.threads or _powers_of_two(len(os.sched_getaffinity(0)))
-    compared = sum(bench_kernels.verify(case, threads) for case in cases)
-    names = ", ".join(bench_kernels.ours())
+    compared = sum(kernels.verify(case, threads) for case in cases)
+    names = ", ".join(kernels.ours())
     line = f"{compared} results of {len(cases)} kernels ({names}; threads {threads}) equal the reference bit for bit"
     _verified(record, console, line)
     results = []
     for case in cases:
         for count in threads:
             with console.status(f"{case.name}, threads {count}"):
-                result = bench_kernels.measure(
+                result = kernels.measure(
                     case, arguments.elements, count, arguments.rounds, compiled=not arguments.no_compile
                 )
             results.append(result)
@@ -156,18 +156,18 @@ def _merges(arguments: argparse.Namespace, record: dict[str, Any], console: Cons
             folder = Path(name)
             with console.status(f"writing models of {shape.parameters / 1e6:,.0f} M parameters"):
                 triple = write_triple(folder, shape)
-            compared = bench_merges.verify(triple, folder, threads)
+            compared = merges.verify(triple, folder, threads)
             size = f"{triple.nbytes / 1e9:.3g} GB"
             line = f"merge of {size} models: {compared:,} elements equal the reference bit for bit"
             _verified(record, console, line)
             with console.status(f"merging models of {size}"):
-                result = bench_merges.measure(
+                result = merges.measure(
                     triple, folder, arguments.rounds, threads=threads, cold=arguments.cold, only_one_pass=i > 0
                 )
         results.append(result)
         record["merges"].append(result.to_dict())
         record["gates"] += result.gates()
-    record["gates"] += bench_merges.cost_per_byte(results)
+    record["gates"] += merges.cost_per_byte(results)
     _print_merges(console, results)
 
 
@@ -195,8 +195,8 @@ def _shown(quartiles: Quartiles | None, suffix: str = "") -> str:
     return f"{quartiles.median:.2f}{suffix} [dim]{quartiles.low:.2f}–{quartiles.high:.2f}[/dim]"
 
 
-def _print_kernels(console: Console, results: list[bench_kernels.Result], elements: int) -> None:
-    ours = bench_kernels.ours()
+def _print_kernels(console: Console, results: list[kernels.Result], elements: int) -> None:
+    ours = kernels.ours()
     table = _table(f"Kernels, {elements:,} elements: speed as a fraction of a pure memory loop's", "operation")
     other = _table(f"Kernels, {elements:,} elements: how many times as fast {ours[0]} is as torch's", "operation")
     for name in ("threads", "memory GB/s", *ours):
@@ -205,7 +205,7 @@ def _print_kernels(console: Console, results: list[bench_kernels.Result], elemen
         other.add_column(name, justify="right")
     for result in results:
         size = result.case.bytes_per_element * result.elements
-        seconds = result.times.get(bench_kernels.MEMORY)
+        seconds = result.times.get(kernels.MEMORY)
         speed = f"{size / Quartiles.of(seconds).median / 1e9:.1f}" if seconds else "–"
         first = (result.case.name, f"{result.threads}")
         table.add_row(*first, speed, *(_shown(result.of_memory(name)) for name in ours))
@@ -224,7 +224,7 @@ def _table(title: str, first: str) -> Table:
     return table
 
 
-def _print_merges(console: Console, results: list[bench_merges.Result]) -> None:
+def _print_merges(console: Console, results: list[merges.Result]) -> None:
     cache = "inputs dropped from the page cache" if results[0].cold else "page cache warm where the models fit"
     title = f"Whole merges to a new folder, {cache}: time as a multiple of cat + cp"
     table = _table(title, "job")
@@ -233,7 +233,7 @@ def _print_merges(console: Console, results: list[bench_merges.Result]) -> None:
     for result in results:
         for name, seconds in result.times.items():
             median = Quartiles.of(seconds).median
-            one_pass = name == bench_merges.ONE_PASS
+            one_pass = name == merges.ONE_PASS
             table.add_row(
                 name,
                 f"{result.triple.nbytes / 1e9:.3g}",
