@@ -6,9 +6,9 @@ memory, device or autograd state that forbids the operation. All of it is checke
 
 from __future__ import annotations
 
-import math
 import numbers
 import operator
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
@@ -28,7 +28,9 @@ STORAGE = {
 }
 _WANTED = "wanted one of " + ", ".join(str(dtype).removeprefix("torch.") for dtype in STORAGE)
 _PLAIN = {Tensor, torch.nn.Parameter, FakeTensor}
+_TEXT = (str, bytes)  # as a tuple: torch.compile of torch 2.6 does not know str | bytes
 _START = operator.itemgetter(0)
+_LARGEST = sys.float_info.max
 _F32_OVERFLOW = float(2**128 - 2**103)  # the least magnitude that float32 rounds to infinity
 
 
@@ -63,7 +65,7 @@ def factor(value: Any, where: str) -> float:
             value = float(value)
         except OverflowError:
             raise ValueError(f"{where} is beyond the range of float64, wanted a finite number") from None
-    if not math.isfinite(value):
+    if not -_LARGEST <= value <= _LARGEST:  # math.isfinite is opaque to torch.compile
         raise ValueError(f"{where} is {value}, wanted a finite number")
     return float(value)
 
@@ -77,33 +79,33 @@ def factors(value: Any, count: int, where: str) -> tuple[float, ...]:
     return tuple(factor(x, f"{where}[{i}]") for i, x in enumerate(value))
 
 
-def unsigned(value: Any, where: str) -> int:
+def unsigned(value: Any, op: str, name: str) -> int:
     """An integer of 64 bits: a seed, a stream or an offset."""
     if type(value) is not int:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise TypeError(f"{where} is {_kind(value)}, wanted an integer")
+            raise TypeError(f"{op}: {name} is {_kind(value)}, wanted an integer")
         value = operator.index(value)
     if not 0 <= value < 1 << 64:
-        raise ValueError(f"{where} is {value}, wanted an integer from 0 to 2^64 - 1")
+        raise ValueError(f"{op}: {name} is {value}, wanted an integer from 0 to 2^64 - 1")
     return int(value)
 
 
-def streams(value: Any, count: int, where: str) -> list[int]:
+def streams(value: Any, count: int, op: str) -> list[int]:
     """One stream per item; an integer serves all."""
     if not _is_sequence(value):
-        return [unsigned(value, where)] * count
+        return [unsigned(value, op, "stream")] * count
     if len(value) != count:
-        raise ValueError(f"{where} has {len(value)} integers for {count} tensors")
-    return [unsigned(x, f"{where}[{i}]") for i, x in enumerate(value)]
+        raise ValueError(f"{op}: stream has {len(value)} integers for {count} tensors")
+    return [unsigned(x, op, f"stream[{i}]") for i, x in enumerate(value)]
 
 
-def stochastic(rounding: Any, where: str) -> bool:
+def stochastic(rounding: Any, op: str) -> bool:
     """Whether `rounding` is "stochastic" rather than "nearest"."""
     if rounding == "nearest":
         return False
     if rounding == "stochastic":
         return True
-    raise ValueError(f'{where} is {rounding!r}, wanted "nearest" or "stochastic"')
+    raise ValueError(f'{op}: rounding is {rounding!r}, wanted "nearest" or "stochastic"')
 
 
 def storage_dtype(dtype: Any, where: str) -> torch.dtype:
@@ -188,7 +190,8 @@ def operands(
     """
     recording = torch.is_grad_enabled()
     spans: list[_Span] = []
-    device, fake, shape_only, shape = None, False, False, torch.Size()
+    device, fake, shape_only = None, False, False
+    shape: tuple[int, ...] = ()
     for i, row in enumerate(inputs):
         for j, x in enumerate(row if outs is None else (*row, outs[i])):
             column = j if j < len(row) else -1
@@ -218,15 +221,21 @@ def operands(
                     f"{names.at(i, column)}: Inplace update to inference tensor outside InferenceMode is not allowed. "
                     "You can make a clone to get a normal tensor before doing inplace update."
                 )
-            if shape_only or not x.numel():
+            reach = x.numel()
+            if shape_only or not reach:
                 continue
-            start, end, held = _extent(x)
-            if not start or end - start + x.storage_offset() * STORAGE[x.dtype] > held:
+            contiguous = x.is_contiguous()
+            if not contiguous:
+                reach = 1 + sum((n - 1) * stride for n, stride in zip(shape, x.stride(), strict=True))
+            width = STORAGE[x.dtype]
+            start = x.data_ptr()
+            end = start + reach * width
+            if not start or (x.storage_offset() + reach) * width > x.untyped_storage().nbytes():
                 raise RuntimeError(
                     f"{names.at(i, column)} has no memory under all of its elements, wanted {end - start} bytes of it; "
                     "its storage was freed or resized"
                 )
-            if written and not x.is_contiguous() and _overlaps_itself(x):
+            if written and not contiguous and _overlaps_itself(x):
                 raise RuntimeError(
                     f"{names.at(i, column)} overlaps itself: shape {tuple(shape)} with strides {x.stride()}; "
                     "wanted a tensor whose elements lie apart, such as .clone() of it"
@@ -272,15 +281,6 @@ def _autograd_problem(x: Tensor, written: bool) -> str:
     if written and x.is_leaf:
         return "a leaf Variable that requires grad is being used in an in-place operation; use it under torch.no_grad()"
     return "requires grad, and these operations are not differentiable; call them under torch.no_grad()"
-
-
-def _extent(x: Tensor) -> tuple[int, int, int]:
-    """Where the elements start and end in memory, and how many bytes the storage has."""
-    reach = x.numel()
-    if not x.is_contiguous():
-        reach = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
-    start = x.data_ptr()
-    return start, start + reach * STORAGE[x.dtype], x.untyped_storage().nbytes()
 
 
 def _refuse_overlap(names: Names, spans: list[_Span], tally: bool) -> None:
@@ -358,7 +358,7 @@ class _Bytes:
 
 
 def _is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return isinstance(value, Sequence) and not isinstance(value, _TEXT)
 
 
 def _columns(names: Names, columns: Sequence[Any]) -> Sequence[Sequence[Any]]:

@@ -1,6 +1,7 @@
 """The command line: ``ires``, or ``python -m ires_kernels``.
 
-Exit codes: 0 done; 1 verify found a difference; 2 wrong usage or refused input; 3 the disk failed; 130 interrupted.
+Exit codes: 0 done; 1 verify found a difference; 2 wrong usage or refused input; 3 the disk or a GPU failed;
+130 interrupted.
 Results go to stdout, with --json as one JSON document; progress and errors go to stderr.
 """
 
@@ -26,6 +27,7 @@ from ires_kernels.plan import VERSION, size
 from ires_kernels.rules import DTYPES, ArgumentError
 from ires_kernels.store import StoreError, is_unfinished, partial_path
 from ires_kernels.stream import Progress
+from ires_kernels.windows import ComputeError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         place = f"{error.filename}: " if error.filename is not None else ""
         return _fail(3, f"{place}{error.strerror or error}.", _state(arguments))
+    except ComputeError as error:
+        return _fail(3, f"{error}", _state(arguments))
     except KeyboardInterrupt:
         return _fail(130, "interrupted.", _state(arguments))
 
@@ -113,6 +117,7 @@ def _merge_options(parser: argparse.ArgumentParser, *, dtype: str | None, kept: 
 
 
 def _common_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", metavar="D", help="compute on cuda or cuda:N (default: cpu)")
     parser.add_argument("--threads", type=int, metavar="N", help="default: one per CPU, 16 at most")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors, and JSON if asked for")
@@ -180,6 +185,7 @@ def _options(arguments: argparse.Namespace, progress: Progress | None) -> dict[s
         "rounding": arguments.rounding,
         "seed": arguments.seed,
         "sync": not arguments.no_sync,
+        "device": arguments.device,
         "threads": arguments.threads,
         "dry_run": arguments.dry_run,
         "progress": progress,
@@ -198,6 +204,7 @@ def _verify(arguments: argparse.Namespace) -> int:
             arguments.out,
             inputs={role: path for role, path in given.items() if path is not None},
             hashes_only=arguments.hashes_only,
+            device=arguments.device,
             threads=arguments.threads,
             progress=progress,
         )

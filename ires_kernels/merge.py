@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 import xxhash
+from torch import Tensor
 
-from ires_kernels import manifest, stream
-from ires_kernels.backends import choose
+from ires_kernels import device as devices
+from ires_kernels import manifest, statedict, stream
 from ires_kernels.checkpoint import FileId
 from ires_kernels.header import CheckpointError
 from ires_kernels.inputs import StrPath, open_inputs, roles_of_apply
@@ -23,9 +24,11 @@ from ires_kernels.stream import Outcome, Progress
 from ires_kernels.summary import inspect
 from ires_kernels.verification import verify
 
-__all__ = ["apply", "extract", "inspect", "verify"]
+__all__ = ["apply", "extract", "inspect", "load", "verify"]
 
 _CHUNK = 1 << 20  # bytes at a time of a side file
+
+Factors = Iterable[tuple[str, float | Sequence[float]]] | Mapping[str, float | Sequence[float]]
 
 
 def extract(
@@ -39,6 +42,7 @@ def extract(
     rounding: str = "nearest",
     seed: int = 0,
     sync: bool = True,
+    device: str | torch.device = "cpu",
     threads: int | None = None,
     progress: Progress | None = None,
     dry_run: bool = False,
@@ -51,6 +55,7 @@ def extract(
     allow_missing  leave out tensors that only one of the two models has, which is an error otherwise
     rounding, seed as in the tensor operations; every tensor draws its own random bits
     sync           False does without waiting for the disk, and so without surviving a power cut
+    device         cpu, or a GPU such as cuda or cuda:1 to compute on: same files, same report
     threads        None: one per CPU, 16 at most
     progress       called as progress(bytes_done, bytes_in_all) about ten times a second
     dry_run        return the Plan and write nothing
@@ -60,7 +65,7 @@ def extract(
     """
     rules = Rules.of(0, skip=skip, dtype=dtype, allow_missing=allow_missing, rounding=rounding, seed=seed)
     inputs = open_inputs({"base": base, "instruct": instruct})
-    return _carry_out(plan_extract(inputs, rules), Path(out), sync, threads, progress, dry_run)
+    return _carry_out(plan_extract(inputs, rules), Path(out), sync, device, threads, progress, dry_run)
 
 
 def apply(
@@ -69,13 +74,14 @@ def apply(
     *,
     out: StrPath,
     alpha: float | Sequence[float] = 1.0,
-    alphas: Iterable[tuple[str, float | Sequence[float]]] | Mapping[str, float | Sequence[float]] = (),
+    alphas: Factors = (),
     skip: Iterable[str] | str = (),
     dtype: str | None = None,
     allow_missing: bool = False,
     rounding: str = "nearest",
     seed: int = 0,
     sync: bool = True,
+    device: str | torch.device = "cpu",
     threads: int | None = None,
     progress: Progress | None = None,
     dry_run: bool = False,
@@ -93,6 +99,71 @@ def apply(
 
     The others as for `extract`, and the same errors.
     """
+    plan = _plan_apply(target, residual, alpha, alphas, skip, dtype, allow_missing, rounding, seed)
+    return _carry_out(plan, Path(out), sync, device, threads, progress, dry_run)
+
+
+def load(
+    target: StrPath,
+    residual: StrPath | Sequence[StrPath],
+    *,
+    alpha: float | Sequence[float] = 1.0,
+    alphas: Factors = (),
+    skip: Iterable[str] | str = (),
+    dtype: str | None = None,
+    allow_missing: bool = False,
+    rounding: str = "nearest",
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Merge while loading: a state dict of what `apply` would write, on the device, and nothing on the disk.
+
+    Names, shapes, dtypes and bits are those of the files that `apply` makes of the same arguments. A head that the
+    files leave out because it is the embedding is there under its name too, and is the same tensor, as in
+    ``model.state_dict()``; so ``model.load_state_dict`` takes the result, and ``assign=True`` does without a copy.
+
+    Results are computed where they stay: beyond them it takes a few windows a thread. On a GPU all work is over on
+    return, so any stream may use them. Arguments and errors as for `apply`, and MemoryError when the device has no room
+    for the result.
+    """
+    plan = _plan_apply(target, residual, alpha, alphas, skip, dtype, allow_missing, rounding, seed)
+    _check_threads(threads)
+    place = devices.resolve(device)
+    file_ids = _file_ids(plan)
+    _compare(plan, file_ids)
+    tensors = statedict.allocate(plan.steps, place)
+    outcome = stream.fill(
+        tensors,
+        plan.steps,
+        file_ids,
+        plan.rules,
+        hashed=[role for role, checkpoint in plan.inputs.items() if checkpoint.kind == "residual"],
+        processors=devices.processors(place),
+        threads=threads,
+        progress=progress,
+    )
+    _check_residuals(plan, outcome)
+    _check_unchanged(plan)
+    shared = statedict.shared_head(plan.inputs["target"])
+    if shared is not None:
+        head, embedding = shared
+        tensors[head] = tensors[embedding]
+    return tensors
+
+
+def _plan_apply(
+    target: StrPath,
+    residual: StrPath | Sequence[StrPath],
+    alpha: float | Sequence[float],
+    alphas: Factors,
+    skip: Iterable[str] | str,
+    dtype: str | None,
+    allow_missing: bool,
+    rounding: str,
+    seed: int,
+) -> Plan:
     inputs = open_inputs(roles_of_apply(target, residual))
     rules = Rules.of(
         1 if "instruct" in inputs else len(inputs) - 1,
@@ -104,23 +175,25 @@ def apply(
         rounding=rounding,
         seed=seed,
     )
-    return _carry_out(plan_apply(inputs, rules), Path(out), sync, threads, progress, dry_run)
+    return plan_apply(inputs, rules)
 
 
 def _carry_out(
-    plan: Plan, out: Path, sync: bool, threads: int | None, progress: Progress | None, dry_run: bool
+    plan: Plan,
+    out: Path,
+    sync: bool,
+    device: str | torch.device,
+    threads: int | None,
+    progress: Progress | None,
+    dry_run: bool,
 ) -> Report | Plan:
     check_destination(out, [checkpoint.path for checkpoint in plan.inputs.values()])
-    if threads is not None and threads < 1:
-        raise ArgumentError(f"threads is {threads}, wanted 1 or more.")
-    try:
-        choose(torch.device("cpu"))
-    except RuntimeError as error:
-        raise ArgumentError(f"{error}") from None
+    _check_threads(threads)
+    processors = devices.processors(devices.resolve(device))
     if dry_run:
         return plan
     started = time.perf_counter()
-    file_ids = {shard.path: shard.file_id for checkpoint in plan.inputs.values() for shard in checkpoint.shards}
+    file_ids = _file_ids(plan)
     compared = _compare(plan, file_ids)
     with NewFolder(out, sync=sync) as folder:
         files = {file.name: folder.create(file.name, file.header, file.size) for file in plan.files}
@@ -129,6 +202,7 @@ def _carry_out(
             file_ids,
             plan.rules,
             lambda step, start, data: files[step.file].write(data, step.offset + start),
+            processors=processors,
             threads=threads,
             progress=progress,
         )
@@ -146,9 +220,7 @@ def _carry_out(
             others[name] = {"from": plan.operation, "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
         report = Report.of(plan, outcome, out, 0.0)
         folder.add(MANIFESTS[plan.operation], [manifest.build(plan, outcome, report, others)])
-        changed = [path for checkpoint in plan.inputs.values() for path in checkpoint.changed()]
-        if changed:
-            raise CheckpointError(f"{changed[0]}: changed while it was read. Wait for its writer, then start again.")
+        _check_unchanged(plan)
         folder.commit()
     return Report.of(plan, outcome, out, time.perf_counter() - started)
 
@@ -177,6 +249,21 @@ def _check_residuals(plan: Plan, outcome: Outcome) -> None:
                         f"{checkpoint.tensors[name].path}: tensor {name!r} is damaged: its xxh3_128 is {found}, "
                         f"residual.json says {wanted}. Extract or copy the residual again."
                     )
+
+
+def _check_unchanged(plan: Plan) -> None:
+    changed = [path for checkpoint in plan.inputs.values() for path in checkpoint.changed()]
+    if changed:
+        raise CheckpointError(f"{changed[0]}: changed while it was read. Wait for its writer, then start again.")
+
+
+def _check_threads(threads: int | None) -> None:
+    if threads is not None and threads < 1:
+        raise ArgumentError(f"threads is {threads}, wanted 1 or more.")
+
+
+def _file_ids(plan: Plan) -> dict[Path, FileId]:
+    return {shard.path: shard.file_id for checkpoint in plan.inputs.values() for shard in checkpoint.shards}
 
 
 def _chunks(path: Path, hasher: xxhash.xxh3_128) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""The tensor operations: check, choose a backend, run.
+"""The tensor operations: line up the arguments, then run, or under torch.compile and dispatch modes be traced.
 
 Common to all. Tensors are float64, float32, float16, bfloat16, float8_e4m3fn or float8_e5m2, mixed freely, of equal
 shapes and any strides, on one device. Arithmetic is in IEEE-754 float32, or float64 where a tensor is float64: one
@@ -20,14 +20,16 @@ In-place operations return their target. Errors are those of ires_kernels/checks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack as dispatch_modes
+from torch.compiler import is_compiling
 
-from ires_kernels import checks
-from ires_kernels.backends import Call, Tally, choose
+from ires_kernels import checks, launch, library
+from ires_kernels.backends import Tally
 from ires_kernels.checks import Names
 
 Tensors: TypeAlias = Tensor | Sequence[Tensor]
@@ -52,7 +54,7 @@ def subtract(
     """
     names = Names("subtract", ("a", "b"), checks.is_listed(a, "subtract: a"))
     inputs = checks.rows(names, a, b)
-    return cast(T, _apart(names, inputs, (), _difference_dtype, out, dtype, rounding, seed, stream, offset, tally))
+    return cast(T, _apart(names, inputs, (), out, dtype, rounding, seed, stream, offset, tally))
 
 
 def add(
@@ -75,7 +77,7 @@ def add(
     """
     names, inputs = checks.residual_rows("add", t, residual)
     alphas = checks.factors(alpha, _width(inputs), "add: alpha")
-    return cast(T, _apart(names, inputs, alphas, _target_dtype, out, dtype, rounding, seed, stream, offset, tally))
+    return cast(T, _apart(names, inputs, alphas, out, dtype, rounding, seed, stream, offset, tally))
 
 
 def add_(
@@ -91,7 +93,7 @@ def add_(
     """`add` in place. With every alpha 0, everything is checked and t is left as it is."""
     names, inputs = checks.residual_rows("add_", t, residual)
     alphas = checks.factors(alpha, _width(inputs), "add_: alpha")
-    _in_place(names, inputs, alphas, rounding, seed, stream, offset, nothing=not any(alphas))
+    _in_place(names, inputs, alphas, rounding, seed, stream, offset)
     return t
 
 
@@ -110,7 +112,7 @@ def scale(
     names = Names("scale", ("t",), checks.is_listed(t, "scale: t"))
     inputs = checks.rows(names, t)
     factors = (checks.factor(s, "scale: s"),)
-    return cast(T, _apart(names, inputs, factors, _target_dtype, out, dtype, rounding, seed, stream, offset, None))
+    return cast(T, _apart(names, inputs, factors, out, dtype, rounding, seed, stream, offset, None))
 
 
 def scale_(
@@ -125,7 +127,7 @@ def scale_(
     """`scale` in place."""
     names = Names("scale_", ("t",), checks.is_listed(t, "scale_: t"))
     inputs = checks.rows(names, t)
-    _in_place(names, inputs, (checks.factor(s, "scale_: s"),), rounding, seed, stream, offset, nothing=False)
+    _in_place(names, inputs, (checks.factor(s, "scale_: s"),), rounding, seed, stream, offset)
     return t
 
 
@@ -150,7 +152,7 @@ def add_difference(
     names = Names("add_difference", ("t", "x", "y"), checks.is_listed(t, "add_difference: t"))
     inputs = checks.rows(names, t, x, y)
     factors = (checks.factor(alpha, "add_difference: alpha"),)
-    return cast(T, _apart(names, inputs, factors, _target_dtype, out, dtype, rounding, seed, stream, offset, tally))
+    return cast(T, _apart(names, inputs, factors, out, dtype, rounding, seed, stream, offset, tally))
 
 
 def add_difference_(
@@ -168,7 +170,7 @@ def add_difference_(
     names = Names("add_difference_", ("t", "x", "y"), checks.is_listed(t, "add_difference_: t"))
     inputs = checks.rows(names, t, x, y)
     factors = (checks.factor(alpha, "add_difference_: alpha"),)
-    _in_place(names, inputs, factors, rounding, seed, stream, offset, nothing=not any(factors))
+    _in_place(names, inputs, factors, rounding, seed, stream, offset)
     return t
 
 
@@ -176,7 +178,6 @@ def _apart(
     names: Names,
     inputs: list[tuple[Tensor, ...]],
     factors: tuple[float, ...],
-    default_dtype: Callable[[tuple[Tensor, ...]], torch.dtype],
     out: Tensors | None,
     dtype: torch.dtype | None,
     rounding: str,
@@ -189,11 +190,8 @@ def _apart(
     if dtype is not None:
         dtype = checks.storage_dtype(dtype, f"{names.op}: dtype")
     given = None if out is None else checks.outputs(names, out, dtype, len(inputs))
-    shape_only = checks.operands(names, inputs, given, in_place=False, tally=tally is not None)
-    outs = given or [torch.empty_like(row[0], dtype=dtype or default_dtype(row)) for row in inputs]
-    call = _call(names, outs, inputs, factors, rounding, seed, stream, offset, tally)
-    if not shape_only:
-        _launch(call, written=given or ())
+    run = library.apart if is_compiling() or dispatch_modes() else launch.apart
+    outs = run(names, inputs, factors, given, dtype, rounding, seed, stream, offset, tally)
     if out is not None:
         return out
     return outs if names.listed else outs[0]
@@ -207,59 +205,10 @@ def _in_place(
     seed: int,
     stream: int | Sequence[int],
     offset: int,
-    *,
-    nothing: bool,
 ) -> None:
-    """Compute into the first operand of every item; with `nothing` only check."""
-    shape_only = checks.operands(names, inputs, None, in_place=True)
-    outs = [row[0] for row in inputs]
-    call = _call(names, outs, inputs, factors, rounding, seed, stream, offset, None)
-    if not (shape_only or nothing):
-        _launch(call, written=outs)
-
-
-def _call(
-    names: Names,
-    outs: list[Tensor],
-    inputs: list[tuple[Tensor, ...]],
-    factors: tuple[float, ...],
-    rounding: str,
-    seed: int,
-    stream: int | Sequence[int],
-    offset: int,
-    tally: Tally | None,
-) -> Call:
-    op = names.op
-    checks.factors_in_range(op, factors, outs, inputs)
-    return Call(
-        op.rstrip("_"),
-        outs,
-        inputs,
-        factors,
-        checks.stochastic(rounding, f"{op}: rounding"),
-        checks.unsigned(seed, f"{op}: seed"),
-        checks.streams(stream, len(outs), f"{op}: stream"),
-        checks.unsigned(offset, f"{op}: offset"),
-        tally,
-    )
-
-
-def _launch(call: Call, written: Sequence[Tensor]) -> None:
-    """Run on the backend for the device; autograd learns which tensors that existed before have changed."""
-    if not call.outs:
-        return
-    backend = choose(call.outs[0].device)
-    for t in written:
-        torch.autograd.graph.increment_version(t)
-    backend.run(call)
-
-
-def _difference_dtype(row: tuple[Tensor, ...]) -> torch.dtype:
-    return torch.float64 if any(x.dtype == torch.float64 for x in row) else torch.float32
-
-
-def _target_dtype(row: tuple[Tensor, ...]) -> torch.dtype:
-    return row[0].dtype
+    """Compute into the first operand of every item."""
+    run = library.in_place if is_compiling() or dispatch_modes() else launch.in_place
+    run(names, inputs, factors, rounding, seed, stream, offset)
 
 
 def _width(inputs: list[tuple[Tensor, ...]]) -> int:

@@ -1,32 +1,33 @@
-"""The engine of every merge: tensors go through the kernels window by window, and it does not know where to.
+"""The engine of every merge: tensors go through a processor window by window, and it does not know where to.
 
-    read the same window of every input → compute → hash → hand the result to `write`
+    read the same window of every input → compute → hash → hand the result to `write`, or leave it where it was made
 
 Threads take tensors in the order of the steps, each from an output file of its own while there are enough of them (a
 file system lets one thread at a time write a file), and windows of a tensor in order, so the disk sees a few sequential
-streams. A thread reuses its own buffers for all windows, which stay in its cache from the read to the write: nothing is
-allocated on the way. Threads that find no tensor left help with the windows of one under way. Hashes are the standard
-xxh3_128 of whole tensors, so the windows of a tensor are hashed in order, and a thread whose turn it is not yet waits.
+streams. A thread reuses its own slots for all windows: nothing is allocated on the way. On the CPU it has one; with
+more of them it starts the next windows before it ends the oldest. Threads that find no tensor left help with the
+windows of one under way. Hashes are the standard xxh3_128 of whole tensors, so the windows of a tensor are hashed in
+order, and a thread whose turn it is not yet waits. A thread ends its windows in the order in which it claimed them, so
+the oldest window of all waits for no other.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import xxhash
 from torch import Tensor
 
-from ires_kernels import ops
+from ires_kernels import windows
 from ires_kernels.backends import Tally
 from ires_kernels.backends import threads as kernel_threads
 from ires_kernels.checkpoint import FileId
@@ -35,20 +36,9 @@ from ires_kernels.names import FLOATS
 from ires_kernels.reader import Files, read_into
 from ires_kernels.rules import Rules
 from ires_kernels.steps import Step
+from ires_kernels.windows import ComputeError, Cpu, Processors, Slot
 
-WINDOW = 1 << 19
-"""Elements that a thread works on at a time. Results do not depend on it."""
-_COPY = 1 << 19  # bytes at a time of a tensor that is copied
 _MAX_THREADS = 16  # by default: beyond that the disk or the page cache is the limit
-
-TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 
 Write = Callable[[Step, int, memoryview], None]
 """Takes a step, a byte offset in its tensor, and the result's bytes from there on. Called by several threads."""
@@ -81,64 +71,99 @@ def run(
     rules: Rules,
     write: Write,
     *,
+    processors: Processors = Cpu,
+    counted: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Carry out `steps`, whose inputs lie in files that must still be those of `file_ids`.
+    """Carry out `steps`, whose inputs lie in files that must still be those of `file_ids`; `write` gets the results.
+
+    Without `counted` the outcome has no tallies.
 
     Raises what went wrong first, with tensor and file in it, when all threads have stopped: CheckpointError for a file
-    that changed, OSError for one that cannot be read or written.
+    that changed, OSError for one that cannot be read or written, ComputeError for a processor that failed.
     """
-    return _Engine(steps, file_ids, rules, write).run(threads or default_threads(), progress)
+    return _Engine(steps, file_ids, rules, write, {}, None, processors, counted).run(threads, progress)
 
 
-class _Buffers:
-    """The memory of one thread: a buffer for each input and one, the last, for the result; and the tensors on them."""
+def fill(
+    tensors: Mapping[str, Tensor],
+    steps: Sequence[Step],
+    file_ids: Mapping[Path, FileId],
+    rules: Rules,
+    *,
+    hashed: Container[str],
+    processors: Processors = Cpu,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """`run` into contiguous tensors by name, on the processor's device. Inputs of the roles `hashed` are hashed."""
+    return _Engine(steps, file_ids, rules, _nothing, tensors, hashed, processors, False).run(threads, progress)
 
-    def __init__(self, sizes: Sequence[int]) -> None:
-        memory = memoryview(mmap.mmap(-1, sum(sizes)))
-        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-        self.bytes = [memory[end - length : end] for end, length in zip(ends, sizes, strict=True)]
-        self._tensors: dict[tuple[int, str], Tensor] = {}
 
-    def tensor(self, slot: int, dtype: str, count: int) -> Tensor:
-        """The first elements of a buffer as a tensor."""
-        whole = self._tensors.get((slot, dtype))
-        if whole is None:
-            whole = torch.frombuffer(self.bytes[slot], dtype=TORCH_DTYPES[dtype], count=WINDOW)
-            self._tensors[slot, dtype] = whole
-        return whole if count == WINDOW else whole[:count]
+def _nothing(*_: object) -> None:
+    """What is written when results stay where they were made."""
 
 
 class _Tensor:
     """A step under way, shared by the threads that work on its windows."""
 
-    def __init__(self, step: Step, fds: Iterable[int]) -> None:
+    def __init__(
+        self, step: Step, fds: Iterable[int], window: int, out: Tensor | None, hashed: Container[str] | None
+    ) -> None:
         self.step = step
         self.fds = tuple(fds)
         self.copied = step.op == "copy"
         # Copies are counted in bytes, all else in elements.
         self.length = step.nbytes if self.copied else step.inputs[0].numel
-        self.window = _COPY if self.copied else WINDOW
+        self.window = windows.COPY if self.copied else window
         self.windows = -(-self.length // self.window)
         self.widths = [1] if self.copied else [FLOATS[ref.dtype] for ref in step.inputs]
         self.width = 1 if self.copied else FLOATS[step.dtype]
-        self.hashers = [xxhash.xxh3_128() for _ in range(len(self.fds) + (not self.copied))]
+        self.out = None if out is None else out.reshape(-1)
+        if self.out is not None and self.copied:
+            self.out = self.out.view(torch.uint8)
+        roles = [hashed is None or role in hashed for role in step.roles]
+        if self.out is None and not self.copied:  # of a copy the input is the result
+            roles.append(True)
+        self.hashers = [xxhash.xxh3_128() if wanted else None for wanted in roles]
         self.claimed = 0
         self.turn = 0  # the window to hash next
         self.turned = threading.Condition()
 
 
+class _Window(NamedTuple):
+    """A window that was started and is not ended."""
+
+    tensor: _Tensor
+    number: int
+    slot: Slot
+    views: list[memoryview]
+    """The bytes that were read and, if it is written, those of the result; to be hashed."""
+    nbytes: int
+    """Read and written."""
+
+
 class _Engine:
     """One run: what its threads share."""
 
-    def __init__(self, steps: Sequence[Step], file_ids: Mapping[Path, FileId], rules: Rules, write: Write) -> None:
-        self.rules = rules
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        file_ids: Mapping[Path, FileId],
+        rules: Rules,
+        write: Write,
+        into: Mapping[str, Tensor],
+        hashed: Container[str] | None,
+        processors: Processors,
+        counted: bool,
+    ) -> None:
         self.write = write
+        self.into = into
+        self.hashed = hashed
         self.outcome = Outcome()
+        self.processor = processors(steps, rules, counted)
         self.files = Files(file_ids, (ref.path for step in steps for ref in step.inputs))
-        self.sizes = _buffer_sizes(steps)
-        self.zeros = {dtype: torch.zeros(WINDOW, dtype=TORCH_DTYPES[dtype]) for dtype in _converted_dtypes(steps)}
         self.todo = sum(step.nbytes + sum(ref.nbytes for ref in step.inputs) for step in steps)
         self.done: list[int] = []  # by thread, so that counting needs no lock
         self.lock = threading.Lock()  # for the claims, and all that follows
@@ -149,7 +174,8 @@ class _Engine:
         self.stopped = False
         self.error: BaseException | None = None
 
-    def run(self, threads: int, progress: Progress | None) -> Outcome:
+    def run(self, threads: int | None, progress: Progress | None) -> Outcome:
+        threads = threads or default_threads()
         self.done = [0] * threads
         workers = [threading.Thread(target=self._work, args=(i,), name=f"ires-{i}") for i in range(threads)]
         try:
@@ -181,7 +207,8 @@ class _Engine:
             step = self.waiting[file].popleft()
             if not self.waiting[file]:
                 del self.waiting[file]
-            tensor = _Tensor(step, [self.files.open(ref.path) for ref in step.inputs])
+            fds = [self.files.open(ref.path) for ref in step.inputs]
+            tensor = _Tensor(step, fds, self.processor.window, self.into.get(step.name), self.hashed)
             self.active[tensor] = None
             if tensor.windows:
                 return tensor
@@ -203,71 +230,71 @@ class _Engine:
     def _work(self, worker: int) -> None:
         """What one thread does."""
         kernel_threads.set(1)
-        tallies: dict[tuple[float, ...] | None, Tally] = {}
-        tensor = None
+        slots: Sequence[Slot] = ()
+        busy: deque[_Window] = deque()
+        tensor = at = None
         try:
-            buffers = _Buffers(self.sizes)
-            while claim := self._claim(tensor):
+            slots = self.processor.slots()
+            for slot in cycle(slots):
+                claim = self._claim(tensor)
+                if claim is None:
+                    break
                 tensor, index = claim
-                self.done[worker] += self._window(tensor, index, buffers, tallies)
+                at = tensor.step
+                busy.append(self._begin(tensor, index, slot))
+                if len(busy) == len(slots):
+                    at = busy[0].tensor.step
+                    self.done[worker] += self._end(busy.popleft())
+            while busy:
+                at = busy[0].tensor.step
+                self.done[worker] += self._end(busy.popleft())
+            found = [slot.tallies() for slot in slots]
         except BaseException as error:
-            self._stop(_with_tensor(error, tensor.step if tensor else None))
+            self._stop(_with_tensor(error, at))
+            self._abandon(slots)
+            return
         with self.lock:
-            for factors, tally in tallies.items():
+            for factors, tally in (item for tallies in found for item in tallies.items()):
                 if factors is None:
                     self.outcome.converted += tally
                 else:
                     self.outcome.merged.setdefault(factors, Tally()).__iadd__(tally)
 
-    def _window(
-        self, tensor: _Tensor, index: int, buffers: _Buffers, tallies: dict[tuple[float, ...] | None, Tally]
-    ) -> int:
-        """Take one window all the way; returns the bytes read and written."""
+    def _abandon(self, slots: Iterable[Slot]) -> None:
+        """After an error: nothing may be under way in memory that is about to be freed."""
+        for slot in slots:
+            try:
+                slot.wait()
+            except RuntimeError as error:  # a device that failed once fails again; the first error is the one to raise
+                self._stop(error)
+
+    def _begin(self, tensor: _Tensor, index: int, slot: Slot) -> _Window:
+        """Read a window and start to compute it."""
         step = tensor.step
         first = index * tensor.window
         count = min(tensor.window, tensor.length - first)
         views = []
-        for slot, (fd, ref, width) in enumerate(zip(tensor.fds, step.inputs, tensor.widths, strict=True)):
-            view = buffers.bytes[slot][: count * width]
+        for buffer, fd, ref, width in zip(slot.buffers, tensor.fds, step.inputs, tensor.widths, strict=False):
+            view = buffer[: count * width]
             read_into(fd, view, ref.offset + first * width, ref.path)
             views.append(view)
-        if not tensor.copied:
-            self._compute(step, first, count, buffers, tallies)
-            views.append(buffers.bytes[-1][: count * tensor.width])
-        if not self._in_turn(tensor, index, views):
-            return 0
-        self.write(step, first * tensor.width, views[-1])
-        return sum(map(len, views)) + (len(views[0]) if tensor.copied else 0)
+        nbytes = sum(map(len, views)) + count * tensor.width
+        if tensor.out is not None:
+            slot.start(step, first, count, tensor.out[first : first + count])
+        elif not tensor.copied:
+            slot.start(step, first, count, None)
+            views.append(slot.buffers[-1][: count * tensor.width])
+        return _Window(tensor, index, slot, views, nbytes)
 
-    def _compute(
-        self,
-        step: Step,
-        first: int,
-        count: int,
-        buffers: _Buffers,
-        tallies: dict[tuple[float, ...] | None, Tally],
-    ) -> None:
-        operands = [buffers.tensor(slot, ref.dtype, count) for slot, ref in enumerate(step.inputs)]
-        options: dict[str, Any] = {
-            "out": buffers.tensor(-1, step.dtype, count),
-            "rounding": self.rules.rounding,
-            "seed": self.rules.seed,
-            "stream": step.stream,
-            "offset": first,
-        }
-        key = None if step.op == "convert" else step.factors
-        tally = tallies.get(key)
-        if tally is None:
-            tally = tallies[key] = Tally()
-        t, *others = operands
-        if step.op == "add_difference":
-            ops.add_difference(t, others[0], others[1], step.factors[0], tally=tally, **options)
-        elif step.op == "add":
-            ops.add(t, others, step.factors, tally=tally, **options)
-        elif step.op == "subtract":
-            ops.subtract(t, others[0], tally=tally, **options)
-        else:  # minus 0 leaves every value as it is, -0 as well, and counts what the new dtype makes infinite
-            ops.subtract(t, self.zeros[step.inputs[0].dtype][:count], tally=tally, **options)
+    def _end(self, window: _Window) -> int:
+        """Take a window the rest of the way; returns the bytes read and written."""
+        tensor, number, slot, views, nbytes = window
+        slot.wait()
+        if not self._in_turn(tensor, number, views):
+            return 0
+        if tensor.out is None:
+            self.write(tensor.step, number * tensor.window * tensor.width, views[-1])
+        return nbytes
 
     def _in_turn(self, tensor: _Tensor, index: int, views: list[memoryview]) -> bool:
         """Hash a window after the ones before it; False when the run has stopped."""
@@ -277,7 +304,8 @@ class _Engine:
                     return False
                 tensor.turned.wait()
         for hasher, view in zip(tensor.hashers, views, strict=True):
-            hasher.update(view)
+            if hasher is not None:
+                hasher.update(view)
         with tensor.turned:
             tensor.turn += 1
             tensor.turned.notify_all()
@@ -289,10 +317,11 @@ class _Engine:
     def _finish(self, tensor: _Tensor) -> None:
         """Every window was read and hashed; called under the lock."""
         step = tensor.step
-        digests = [hasher.hexdigest() for hasher in tensor.hashers]
-        self.outcome.outputs[step.name] = digests[-1]
-        for role, ref, digest in zip(step.roles, step.inputs, digests, strict=False):
-            self.outcome.inputs.setdefault(role, {})[ref.name] = digest
+        if tensor.out is None and tensor.hashers[-1] is not None:
+            self.outcome.outputs[step.name] = tensor.hashers[-1].hexdigest()
+        for role, ref, hasher in zip(step.roles, step.inputs, tensor.hashers, strict=False):
+            if hasher is not None:
+                self.outcome.inputs.setdefault(role, {})[ref.name] = hasher.hexdigest()
             self.files.release(ref.path)
         del self.active[tensor]
 
@@ -307,21 +336,6 @@ class _Engine:
                 tensor.turned.notify_all()
 
 
-def _buffer_sizes(steps: Iterable[Step]) -> list[int]:
-    """Bytes that a thread needs for each input, and last for the result."""
-    inputs, result = [_COPY], 0
-    for step in steps:
-        if step.op != "copy":
-            widths = [FLOATS[ref.dtype] * WINDOW for ref in step.inputs]
-            inputs = [max(pair) for pair in zip_longest(inputs, widths, fillvalue=0)]
-            result = max(result, FLOATS[step.dtype] * WINDOW)
-    return [*inputs, result]
-
-
-def _converted_dtypes(steps: Iterable[Step]) -> set[str]:
-    return {step.inputs[0].dtype for step in steps if step.op == "convert"}
-
-
 def _with_tensor(error: BaseException, step: Step | None) -> BaseException:
     """The error with the tensor in it that was worked on."""
     if step is None or isinstance(error, CheckpointError) or not isinstance(error, Exception):
@@ -329,6 +343,7 @@ def _with_tensor(error: BaseException, step: Step | None) -> BaseException:
     if isinstance(error, OSError):
         new: Exception = OSError(error.errno, f"{error.strerror} (tensor {step.name!r})", error.filename)
     else:
-        new = RuntimeError(f"tensor {step.name!r} of {step.inputs[0].path}: {error}")
+        kind = ComputeError if isinstance(error, RuntimeError) else RuntimeError
+        new = kind(f"tensor {step.name!r} of {step.inputs[0].path}: {error}")
     new.__cause__ = error
     return new

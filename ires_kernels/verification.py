@@ -14,6 +14,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from ires_kernels import device as devices
 from ires_kernels import manifest, stream
 from ires_kernels.checkpoint import Checkpoint, TensorRef, open_checkpoint
 from ires_kernels.header import DTYPE_BITS
@@ -23,7 +24,8 @@ from ires_kernels.plan import Plan, plan_apply, plan_extract, size
 from ires_kernels.reader import read_into
 from ires_kernels.rules import ArgumentError, Rules
 from ires_kernels.steps import Step
-from ires_kernels.stream import TORCH_DTYPES, Progress
+from ires_kernels.stream import Progress
+from ires_kernels.windows import TORCH_DTYPES, Processors
 
 
 @dataclass(slots=True)
@@ -88,6 +90,7 @@ def verify(
     *,
     inputs: Mapping[str, StrPath] | None = None,
     hashes_only: bool = False,
+    device: str | torch.device = "cpu",
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
@@ -95,11 +98,13 @@ def verify(
 
     inputs         paths by role (target, instruct, base, residual, residual-1, …) in place of the recorded ones
     hashes_only    compare hashes of tensors and files with the manifest, without the inputs
+    device         where to compute, cpu or a GPU: it need not be the one of the merge
 
     Any NaN serves where a NaN is due, since payloads are no part of the numerics. Raises CheckpointError where there
     is nothing to check: no manifest, inputs that are gone.
     """
     started = time.perf_counter()
+    processors = devices.processors(devices.resolve(device))
     checkpoint = open_checkpoint(out)
     table = manifest.read(checkpoint)
     report = VerifyReport(checkpoint.path, hashes_only)
@@ -115,7 +120,7 @@ def verify(
         paths = {role: given.get(role) or made_of[role]["path"] for role in made_of}
         plan_again = plan_apply if table["operation"] == "apply" else plan_extract
         plan = plan_again(open_inputs(paths), Rules.from_dict(table["rules"]))
-        to_hash = _recompute(plan, checkpoint, recorded, report, threads, progress)
+        to_hash = _recompute(plan, checkpoint, recorded, report, processors, threads, progress)
         progress = None
     _check_hashes(checkpoint, to_hash, recorded, report, threads, progress)
     _check_files(checkpoint.path, table["files"], report)
@@ -139,6 +144,7 @@ def _recompute(
     out: Checkpoint,
     recorded: Mapping[str, dict[str, Any]],
     report: VerifyReport,
+    processors: Processors,
     threads: int | None,
     progress: Progress | None,
 ) -> list[TensorRef]:
@@ -162,7 +168,16 @@ def _recompute(
     file_ids = {shard.path: shard.file_id for checkpoint in plan.inputs.values() for shard in checkpoint.shards}
     comparer = _Comparer(out)
     try:
-        outcome = stream.run(steps, file_ids, plan.rules, comparer.compare, threads=threads, progress=progress)
+        outcome = stream.run(
+            steps,
+            file_ids,
+            plan.rules,
+            comparer.compare,
+            processors=processors,
+            counted=False,
+            threads=threads,
+            progress=progress,
+        )
     finally:
         comparer.close()
     report.mismatches += comparer.found.values()

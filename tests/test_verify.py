@@ -12,7 +12,7 @@ import torch
 from checkpoints import normal, triple, write_model
 
 import ires_kernels as ik
-from ires_kernels import stream
+from ires_kernels import windows
 from ires_kernels.checkpoint import open_checkpoint
 from ires_kernels.header import CheckpointError
 from ires_kernels.rules import ArgumentError
@@ -22,8 +22,8 @@ NORM = "model.norm.weight"
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "WINDOW", 64)
-    monkeypatch.setattr(stream, "_COPY", 96)
+    monkeypatch.setattr(windows, "WINDOW", 64)
+    monkeypatch.setattr(windows, "COPY", 96)
 
 
 @pytest.fixture

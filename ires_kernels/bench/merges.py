@@ -24,8 +24,8 @@ from ires_kernels import merge, ops
 from ires_kernels.bench.kernels import VerificationError, chosen, differing
 from ires_kernels.bench.measure import Quartiles, Times, interleave, ratio, watch
 from ires_kernels.checkpoint import TensorRef, open_checkpoint
-from ires_kernels.stream import TORCH_DTYPES
 from ires_kernels.synthetic import Triple
+from ires_kernels.windows import TORCH_DTYPES
 
 COPY = "cat + cp"
 ONE_PASS, SYNCED, EXTRACT, APPLY = "one pass", "one pass, fsync", "extract f32", "apply f32"

@@ -1,0 +1,92 @@
+"""Check, choose a backend, run: what an operation does once its arguments are lined up as rows of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ires_kernels import checks
+from ires_kernels.backends import Call, Tally, choose
+from ires_kernels.checks import Names
+
+
+def apart(
+    names: Names,
+    inputs: list[tuple[Tensor, ...]],
+    factors: tuple[float, ...],
+    given: list[Tensor] | None,
+    dtype: torch.dtype | None,
+    rounding: str,
+    seed: int,
+    stream: int | Sequence[int],
+    offset: int,
+    tally: Tally | None,
+) -> list[Tensor]:
+    """Compute into the tensors `given`, or into new ones of `dtype`, or else of the operation's own choice."""
+    shape_only = checks.operands(names, inputs, given, in_place=False, tally=tally is not None)
+    outs = given or [torch.empty_like(row[0], dtype=dtype or _default_dtype(names.op, row)) for row in inputs]
+    call = _call(names, outs, inputs, factors, rounding, seed, stream, offset, tally)
+    _run(call, given or (), shape_only)
+    return outs
+
+
+def in_place(
+    names: Names,
+    inputs: list[tuple[Tensor, ...]],
+    factors: tuple[float, ...],
+    rounding: str,
+    seed: int,
+    stream: int | Sequence[int],
+    offset: int,
+) -> None:
+    """Compute into the first operand of every item; where nothing would be added, only check."""
+    shape_only = checks.operands(names, inputs, None, in_place=True)
+    outs = [row[0] for row in inputs]
+    call = _call(names, outs, inputs, factors, rounding, seed, stream, offset, None)
+    if any(factors) or names.op == "scale_":
+        _run(call, outs, shape_only)
+
+
+def _call(
+    names: Names,
+    outs: list[Tensor],
+    inputs: list[tuple[Tensor, ...]],
+    factors: tuple[float, ...],
+    rounding: str,
+    seed: int,
+    stream: int | Sequence[int],
+    offset: int,
+    tally: Tally | None,
+) -> Call:
+    op = names.op
+    checks.factors_in_range(op, factors, outs, inputs)
+    return Call(
+        op.rstrip("_"),
+        outs,
+        inputs,
+        factors,
+        checks.stochastic(rounding, op),
+        checks.unsigned(seed, op, "seed"),
+        checks.streams(stream, len(outs), op),
+        checks.unsigned(offset, op, "offset"),
+        tally,
+    )
+
+
+def _run(call: Call, written: Sequence[Tensor], shape_only: bool) -> None:
+    """Run on the backend for the device; autograd learns which tensors that existed before have changed."""
+    if not call.outs:
+        return
+    backend = None if shape_only else choose(call.outs[0].device)
+    for t in written:
+        torch.autograd.graph.increment_version(t)
+    if backend is not None:
+        backend.run(call)
+
+
+def _default_dtype(op: str, row: tuple[Tensor, ...]) -> torch.dtype:
+    if op != "subtract":
+        return row[0].dtype
+    return torch.float64 if any(x.dtype == torch.float64 for x in row) else torch.float32
