@@ -4,7 +4,8 @@
 //   round to nearest even, never contracted; the result is rounded once more, into the storage type. See docs/numerics.md.
 //
 // Host and device share this file. Host code must be compiled with -ffp-contract=off; device code uses the _rn
-// intrinsics, which are never contracted. All conversions are branch-free so that host compilers vectorise them.
+// intrinsics, which are never contracted, and the GPU's own conversions, which give the same bits. All conversions are
+// branch-free so that host compilers vectorise them.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +13,12 @@
 
 #if defined(__CUDACC__)
 #define IRES_HD __host__ __device__ __forceinline__
+#define IRES_UNROLL _Pragma("unroll")
+#define IRES_ROLLED _Pragma("unroll 1")
 #else
 #define IRES_HD inline __attribute__((always_inline))
+#define IRES_UNROLL
+#define IRES_ROLLED
 #endif
 
 namespace ires {
@@ -29,6 +34,8 @@ struct bf16_t { uint16_t bits; };
 struct e4m3_t { uint8_t bits; };   // f8_e4m3fn: no infinity, S.1111.111 is NaN
 struct e5m2_t { uint8_t bits; };
 
+template <class T> IRES_HD uint32_t storage_bits(T x) { return x.bits; }
+
 template <class To, class From>
 IRES_HD To bit_cast(From from) {
     static_assert(sizeof(To) == sizeof(From), "same size");
@@ -36,6 +43,23 @@ IRES_HD To bit_cast(From from) {
     memcpy(&to, &from, sizeof to);
     return to;
 }
+
+template <> IRES_HD uint32_t storage_bits<float>(float x) { return bit_cast<uint32_t>(x); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// One IEEE operation each. On the host V may be a scalar or a compiler vector.
+#if defined(__CUDA_ARCH__)
+IRES_HD float sub(float a, float b) { return __fsub_rn(a, b); }
+IRES_HD float add(float a, float b) { return __fadd_rn(a, b); }
+IRES_HD float mul(float a, float b) { return __fmul_rn(a, b); }
+IRES_HD double sub(double a, double b) { return __dsub_rn(a, b); }
+IRES_HD double add(double a, double b) { return __dadd_rn(a, b); }
+IRES_HD double mul(double a, double b) { return __dmul_rn(a, b); }
+#else
+template <class V> IRES_HD V sub(V a, V b) { return a - b; }
+template <class V> IRES_HD V add(V a, V b) { return a + b; }
+template <class V> IRES_HD V mul(V a, V b) { return a * b; }
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Storage formats. kSig: stored significand bits. kMinExp: exponent of the smallest normal. kMax: bits of the largest
@@ -104,12 +128,52 @@ IRES_HD typename Lanes<U>::Float widen_bits(U bits) {
     }
 }
 
+// Two neighbours at once, the way a GPU converts: the first one's storage bits in the low half of 2 * width bits.
+struct Two { float a, b; };
+
+IRES_HD Two widen_two_f16(uint32_t halves) {
+#if defined(__CUDA_ARCH__)
+    Two x;
+    asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }"
+        : "=f"(x.a), "=f"(x.b)
+        : "r"(halves));
+    return x;
+#else
+    return {widen_bits<f16_t>(halves & 0xffffu), widen_bits<f16_t>(halves >> 16)};
+#endif
+}
+
+template <class T> IRES_HD Two widen_two(uint32_t bits) {
+    if constexpr (Format<T>::kSig == 7) {  // bf16
+        return {bit_cast<float>(bits << 16), bit_cast<float>(bits & 0xffff0000u)};
+    } else if constexpr (Format<T>::kSig == 10) {
+        return widen_two_f16(bits);
+    } else {
+        // An f8 is the head of an f16: e5m2 exactly; e4m3fn but for a factor of 2^8 in the exponent's bias and for its NaN,
+        // whose exponent is not all ones there.
+        const uint32_t heads = (bits & 0xffu) << 8 | (bits & 0xff00u) << 16;
+        if constexpr (Format<T>::kSig == 2) return widen_two_f16(heads);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+        uint32_t halves;
+        asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(uint16_t(bits)));
+        return widen_two_f16(halves);
+#else
+        const uint32_t nan = ((heads & 0x7f007f00u) + 0x01000100u) & 0x80008000u;
+        const Two x = widen_two_f16((heads & 0x80008000u) | ((heads >> 1) & 0x3f803f80u) | nan >> 1);
+        return {mul(x.a, 256.0f), mul(x.b, 256.0f)};
+#endif
+    }
+}
+
 IRES_HD float widen(float x) { return x; }
 IRES_HD double widen(double x) { return x; }
-IRES_HD float widen(bf16_t x) { return widen_bits<bf16_t>(uint32_t(x.bits)); }
-IRES_HD float widen(f16_t x) { return widen_bits<f16_t>(uint32_t(x.bits)); }
-IRES_HD float widen(e5m2_t x) { return widen_bits<e5m2_t>(uint32_t(x.bits)); }
-IRES_HD float widen(e4m3_t x) { return widen_bits<e4m3_t>(uint32_t(x.bits)); }
+template <class T> IRES_HD float widen(T x) {
+#if defined(__CUDA_ARCH__)
+    return widen_two<T>(x.bits).a;
+#else
+    return widen_bits<T>(uint32_t(x.bits));
+#endif
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The store, nearest: one rounding, ties to even.
@@ -156,8 +220,41 @@ IRES_HD float narrow_to_odd(double x) {
     return bit_cast<float>(b);
 }
 
+// An e5m2 that was rounded by an instruction which saturates, as f32 x to nearest: ours overflows.
+IRES_HD uint32_t unsaturated(uint32_t bits, float x) {
+    const uint32_t magnitude = bit_cast<uint32_t>(x) & 0x7fffffffu;
+    const bool over = magnitude >= Format<e5m2_t>::kOverflow && magnitude <= 0x7f800000u;
+    return over ? (bits & 0x80u) | Format<e5m2_t>::kInf : bits;
+}
+
+// Two neighbours at once, as widen_two takes them.
+template <class T> IRES_HD uint32_t nearest_two(float a, float b) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (sizeof(T) == 2) {
+        uint32_t bits;
+        if constexpr (Format<T>::kSig == 7) asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(bits) : "f"(a), "f"(b));
+        else asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(bits) : "f"(a), "f"(b));
+        return bits;
+    }
+#endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    if constexpr (sizeof(T) == 1) {
+        uint16_t bits;
+        if constexpr (Format<T>::kSig == 3) asm("cvt.rn.satfinite.e4m3x2.f32 %0, %2, %1;" : "=h"(bits) : "f"(a), "f"(b));
+        else asm("cvt.rn.satfinite.e5m2x2.f32 %0, %2, %1;" : "=h"(bits) : "f"(a), "f"(b));
+        if constexpr (Format<T>::kSig == 3) return bits;
+        else return unsaturated(bits & 0xffu, a) | unsaturated(bits >> 8, b) << 8;
+    }
+#endif
+    return nearest_bits<T>(a) | nearest_bits<T>(b) << (8 * sizeof(T));
+}
+
 template <class T> IRES_HD T store_nearest(float x) {
+#if defined(__CUDA_ARCH__)
+    return T{typename Format<T>::Bits(nearest_two<T>(x, 0.0f))};
+#else
     return T{typename Format<T>::Bits(nearest_bits<T>(x))};
+#endif
 }
 template <> IRES_HD float store_nearest<float>(float x) { return x; }
 template <class T> IRES_HD T store_nearest(double x) { return store_nearest<T>(narrow_to_odd(x)); }
@@ -242,11 +339,14 @@ struct Words { uint32_t w[4]; };
 IRES_HD Words philox(uint64_t seed, uint64_t stream, uint64_t block) {
     uint32_t c0 = uint32_t(block), c1 = uint32_t(block >> 32), c2 = uint32_t(stream), c3 = uint32_t(stream >> 32);
     uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-#if defined(__CUDACC__)
-#pragma unroll
-#endif
+    IRES_UNROLL
     for (int round = 0; round < 10; ++round) {
+#if defined(__CUDA_ARCH__)  // nvcc makes more of the 64-bit product than one instruction
+        const uint64_t p0 = uint64_t(__umulhi(kPhiloxM0, c0)) << 32 | kPhiloxM0 * c0;
+        const uint64_t p1 = uint64_t(__umulhi(kPhiloxM1, c2)) << 32 | kPhiloxM1 * c2;
+#else
         const uint64_t p0 = uint64_t(kPhiloxM0) * c0, p1 = uint64_t(kPhiloxM1) * c2;
+#endif
         const uint32_t n0 = uint32_t(p1 >> 32) ^ c1 ^ k0, n2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
         c1 = uint32_t(p1);
         c3 = uint32_t(p0);
@@ -259,20 +359,6 @@ IRES_HD Words philox(uint64_t seed, uint64_t stream, uint64_t block) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// One IEEE operation each. On the host V may be a scalar or a compiler vector.
-#if defined(__CUDA_ARCH__)
-IRES_HD float sub(float a, float b) { return __fsub_rn(a, b); }
-IRES_HD float add(float a, float b) { return __fadd_rn(a, b); }
-IRES_HD float mul(float a, float b) { return __fmul_rn(a, b); }
-IRES_HD double sub(double a, double b) { return __dsub_rn(a, b); }
-IRES_HD double add(double a, double b) { return __dadd_rn(a, b); }
-IRES_HD double mul(double a, double b) { return __dmul_rn(a, b); }
-#else
-template <class V> IRES_HD V sub(V a, V b) { return a - b; }
-template <class V> IRES_HD V add(V a, V b) { return a + b; }
-template <class V> IRES_HD V mul(V a, V b) { return a * b; }
-#endif
-
 // The operations. `update` is D of the report: what the operation adds to its first operand. Adding several residuals
 // is AddOne applied to each in turn.
 struct Subtract {  // a - b

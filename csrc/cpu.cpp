@@ -8,10 +8,6 @@
 #include <system_error>
 #include <thread>
 
-#if defined(__SSE__)
-#include <xmmintrin.h>
-#endif
-
 namespace ires {
 namespace {
 
@@ -19,29 +15,6 @@ namespace {
 constexpr int64_t kChunk = int64_t(1) << 17;           // elements
 constexpr int64_t kBytesPerThread = int64_t(1) << 21;  // below this a thread costs more than it brings
 constexpr int64_t kGather = 1024;                      // elements copied together where strides are not 1
-
-// Subnormals are kept and rounding is to nearest even, whatever the caller's thread (torch.set_flush_denormal, a library
-// built with -ffast-math) has set.
-class IeeeMode {
-public:
-#if defined(__SSE__)
-    IeeeMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-    ~IeeeMode() { _mm_setcsr(saved_); }
-private:
-    unsigned saved_;
-#elif defined(__aarch64__)
-    IeeeMode() {
-        asm volatile("mrs %0, fpcr" : "=r"(saved_));
-        asm volatile("msr fpcr, %0" ::"r"(uint64_t(0)));
-    }
-    ~IeeeMode() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
-private:
-    uint64_t saved_;
-#else
-public:
-    IeeeMode() {}
-#endif
-};
 
 #if defined(__x86_64__)
 bool v3_here() {
@@ -106,33 +79,6 @@ void run_strided(const Loops& loops, const Operation& op, const Item& item, uint
             ++at[d - 1];
         }
     }
-}
-
-// Merges dimensions that are contiguous in every operand; an item that is contiguous altogether loses its strides.
-void coalesce(Item& item) {
-    if (item.sizes.empty()) return;
-    const size_t dims = item.sizes.size(), operands = item.in.size() + 1;
-    std::vector<int64_t> sizes;
-    std::vector<std::vector<int64_t>> strides(operands);
-    for (size_t d = 0; d < dims; ++d) {
-        if (item.sizes[d] == 1) continue;
-        bool joins = !sizes.empty();
-        for (size_t k = 0; joins && k < operands; ++k)
-            joins = strides[k].back() == item.strides[k * dims + d] * item.sizes[d];
-        if (joins) sizes.back() *= item.sizes[d];
-        else sizes.push_back(item.sizes[d]);
-        for (size_t k = 0; k < operands; ++k) {
-            if (joins) strides[k].back() = item.strides[k * dims + d];
-            else strides[k].push_back(item.strides[k * dims + d]);
-        }
-    }
-    bool contiguous = sizes.size() <= 1;
-    for (size_t k = 0; contiguous && k < operands; ++k) contiguous = sizes.empty() || strides[k][0] == 1;
-    item.sizes.clear();
-    item.strides.clear();
-    if (contiguous) return;
-    item.sizes = sizes;
-    for (const auto& of_operand : strides) item.strides.insert(item.strides.end(), of_operand.begin(), of_operand.end());
 }
 
 struct Isa {

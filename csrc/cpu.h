@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "arith.h"
+#include "call.h"
 
 namespace ires {
 
@@ -23,15 +23,6 @@ struct Tally {
         dot += o.dot;
         norm2 += o.norm2;
     }
-};
-
-// What is done: the same for every tensor of a call.
-struct Operation {
-    OpCode code;
-    int inputs;             // subtract 2, add 1 + residuals, scale 1, add_difference 3
-    const double* factors;  // already rounded to C; add: one per residual, scale and add_difference: one, subtract: none
-    bool stochastic;
-    uint64_t seed;
 };
 
 // A run of consecutive elements. Pointers need no alignment. `out` may equal an input exactly.
@@ -60,27 +51,6 @@ namespace v4 { extern const Loops loops; }
 #else
 namespace portable { extern const Loops loops; }
 #endif
-
-inline int item_size(DType t) {
-    switch (t) {
-        case DType::f64: return 8;
-        case DType::f32: return 4;
-        case DType::f16: case DType::bf16: return 2;
-        default: return 1;
-    }
-}
-
-// One output tensor of a call. Strides are in elements, operand-major (the output first), and empty where all operands
-// are contiguous.
-struct Item {
-    int64_t n;
-    uint64_t stream;
-    void* out;
-    DType out_type;
-    std::vector<const void*> in;
-    std::vector<DType> in_types;
-    std::vector<int64_t> sizes, strides;
-};
 
 // Names of the instruction sets that were compiled in and that this CPU runs, best first.
 std::vector<std::string> isas();

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "cpu.h"
+#include "cuda.h"
 
 namespace py = pybind11;
 
@@ -37,9 +38,9 @@ ires::Item item(const py::tuple& t) {
     return out;
 }
 
-py::object run(int code, const py::list& list, const std::vector<double>& factors, bool stochastic, uint64_t seed,
-               uint64_t offset, int threads, const std::string& isa, bool want_tally) {
-    ires::Operation op{static_cast<ires::OpCode>(code), 0, nullptr, stochastic, seed};
+// `factors` has to outlive what is returned.
+ires::Operation operation(int code, const std::vector<double>& factors, bool stochastic, uint64_t seed) {
+    ires::Operation op{static_cast<ires::OpCode>(code), 0, factors.data(), stochastic, seed};
     switch (op.code) {
         case ires::OpCode::subtract: op.inputs = 2; break;
         case ires::OpCode::add: op.inputs = 1 + int(factors.size()); break;
@@ -49,23 +50,42 @@ py::object run(int code, const py::list& list, const std::vector<double>& factor
     }
     const size_t wanted = op.code == ires::OpCode::subtract ? 0 : op.code == ires::OpCode::add ? factors.size() : 1;
     if (factors.size() != wanted) throw py::value_error("wrong number of factors");
-    op.factors = factors.data();
+    return op;
+}
 
-    std::vector<ires::Item> items;
-    items.reserve(list.size());
+std::vector<ires::Item> items(const py::list& list, const ires::Operation& op) {
+    std::vector<ires::Item> out;
+    out.reserve(list.size());
     for (const py::handle& h : list) {
-        items.push_back(item(h.cast<py::tuple>()));
-        if (int(items.back().in.size()) != op.inputs) throw py::value_error("wrong number of operands");
+        out.push_back(item(h.cast<py::tuple>()));
+        if (int(out.back().in.size()) != op.inputs) throw py::value_error("wrong number of operands");
     }
+    return out;
+}
+
+py::object run(int code, const py::list& list, const std::vector<double>& factors, bool stochastic, uint64_t seed,
+               uint64_t offset, int threads, const std::string& isa, bool want_tally) {
+    const ires::Operation op = operation(code, factors, stochastic, seed);
+    std::vector<ires::Item> all = items(list, op);
     ires::Tally tally;
     {
         const py::gil_scoped_release release;
-        ires::run(op, items, offset, threads, isa, want_tally ? &tally : nullptr);
+        ires::run(op, all, offset, threads, isa, want_tally ? &tally : nullptr);
     }
     if (!want_tally) return py::none();
     return py::make_tuple(tally.updates, tally.lost, tally.nan_in, tally.inf_in, tally.nan_out, tally.overflow, tally.dot,
                           tally.norm2);
 }
+
+#if defined(IRES_CUDA)
+void cuda_run(int code, const py::list& list, const std::vector<double>& factors, bool stochastic, uint64_t seed,
+              uint64_t offset, int device, uintptr_t stream) {
+    const ires::Operation op = operation(code, factors, stochastic, seed);
+    std::vector<ires::Item> all = items(list, op);
+    const py::gil_scoped_release release;
+    ires::gpu::run(op, all, offset, device, stream);
+}
+#endif
 
 void memory_loop(const py::tuple& t, int threads, const std::string& isa) {
     const ires::Item one = item(t);
@@ -76,9 +96,18 @@ void memory_loop(const py::tuple& t, int threads, const std::string& isa) {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-    m.doc() = "CPU kernels of ires_kernels; called through ires_kernels.backends.native";
+    m.doc() = "CPU and GPU kernels of ires_kernels; called through ires_kernels.backends.native";
     m.def("run", &run, py::arg("op"), py::arg("items"), py::arg("factors"), py::arg("stochastic"), py::arg("seed"),
           py::arg("offset"), py::arg("threads"), py::arg("isa"), py::arg("tally"));
     m.def("memory_loop", &memory_loop, py::arg("item"), py::arg("threads"), py::arg("isa"));
     m.def("isas", &ires::isas);
+#if defined(IRES_CUDA)
+    m.def("cuda_run", &cuda_run, py::arg("op"), py::arg("items"), py::arg("factors"), py::arg("stochastic"), py::arg("seed"),
+          py::arg("offset"), py::arg("device"), py::arg("stream"));
+    m.attr("cuda_built") = true;
+    m.attr("cuda_targets") = IRES_CUDA;
+#else
+    m.attr("cuda_built") = false;
+    m.attr("cuda_targets") = "";
+#endif
 }

@@ -9,5 +9,18 @@ def run(
     isa: str,
     tally: bool,
 ) -> tuple[int, int, int, int, int, int, float, float]: ...
+def cuda_run(
+    op: int,
+    items: list[tuple[object, ...]],
+    factors: tuple[float, ...],
+    stochastic: bool,
+    seed: int,
+    offset: int,
+    device: int,
+    stream: int,
+) -> None: ...
 def memory_loop(item: tuple[object, ...], threads: int, isa: str) -> None: ...
 def isas() -> list[str]: ...
+
+cuda_built: bool
+cuda_targets: str

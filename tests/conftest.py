@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -24,6 +26,9 @@ settings.load_profile("repeatable")
 torch.set_num_threads(1)
 
 COMPILED = [f"native-{isa}" for isa in native.isas()]
+# The Triton kernels join in where Triton interprets them, in a process of their own (test_triton_interpreter.py).
+if os.environ.get("TRITON_INTERPRET") == "1":
+    COMPILED.append("triton")
 
 
 def use(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
 """What a backend is, which ones exist, and which one a call gets.
 
-A backend is a module with two functions, ``run(call)`` and ``status()``. It receives operands that have passed every
-check, so it holds arithmetic only. All backends give the same bits; `reference` is the readable definition of them.
+A backend is a module with two functions, ``run(call)`` and ``status(device)``. It receives operands that have passed
+every check, so it holds arithmetic only. All backends give the same bits; `reference` is the readable definition of
+them. CPU tensors go to native or else to reference, GPU tensors to native if it was built for them or else to triton.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-# Fastest first; the last one needs nothing but torch.
-NAMES = ("native", "reference")
+# Fastest first, on every device: reference is for the CPU alone, where triton is only ever interpreted.
+NAMES = ("native", "reference", "triton")
 
 # Threads one call may use; None: as many as torch uses. Set it to 1 in a worker that is itself one of many.
 threads: ContextVar[int | None] = ContextVar("threads", default=None)
@@ -30,7 +31,7 @@ def thread_count() -> int:
 
 
 class BackendStatus(NamedTuple):
-    """Whether a backend can run on this machine, and what it is or why it cannot."""
+    """Whether a backend can run on a kind of device here, and what it is or why it cannot."""
 
     available: bool
     detail: str
@@ -87,7 +88,7 @@ class Backend(Protocol):
 
     def run(self, call: Call) -> None: ...
 
-    def status(self) -> BackendStatus: ...
+    def status(self, device: str) -> BackendStatus: ...  # torch's name for the kind: "cpu", "cuda", "xpu"
 
 
 @cache
@@ -96,32 +97,45 @@ def _load(name: str) -> Backend:
 
 
 @cache
-def _fastest() -> Backend:
-    return next(backend for backend in map(_load, NAMES) if backend.status().available)
+def _fastest(kind: str) -> Backend | None:
+    return next((backend for backend in map(_load, NAMES) if backend.status(kind).available), None)
 
 
 def backends() -> dict[str, BackendStatus]:
-    """Every backend this version has: whether it is available, and a line on what it is or why it is not."""
-    return {name: _load(name).status() for name in NAMES}
+    """Every backend this version has: whether it can run here, and what it is or why not, for the CPU and for GPUs."""
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = ("cpu", accelerator.type if accelerator else "cuda")
+    table = {name: {kind: _load(name).status(kind) for kind in kinds} for name in NAMES}
+    return {
+        name: BackendStatus(
+            any(s.available for s in row.values()), "; ".join(f"{k}: {s.detail}" for k, s in row.items())
+        )
+        for name, row in table.items()
+    }
 
 
 def choose(device: torch.device) -> Backend:
     """The backend for tensors on `device`: the one IRES_BACKEND names, else the fastest one available."""
-    if device.type != "cpu":
-        raise RuntimeError(
-            f"no backend for tensors on {device}: {_inventory()}, all for the CPU; move the tensors there"
-        )
+    kind = device.type
     forced = os.environ.get("IRES_BACKEND")
     if not forced:
-        return _fastest()
+        backend = _fastest(kind)
+        if backend is None:
+            raise RuntimeError(
+                f"no backend for tensors on {device}: {_inventory(kind)}; "
+                "make one of these available, or move the tensors to the CPU"
+            )
+        return backend
     if forced not in NAMES:
-        raise RuntimeError(f"IRES_BACKEND={forced}: no such backend; there is {_inventory()}")
-    backend = _load(forced)
-    if not backend.status().available:
-        raise RuntimeError(f"IRES_BACKEND={forced}: not available: {backend.status().detail}; there is {_inventory()}")
-    return backend
+        raise RuntimeError(f"IRES_BACKEND={forced}: no such backend; there is {_inventory(kind)}")
+    status = _load(forced).status(kind)
+    if not status.available:
+        raise RuntimeError(
+            f"IRES_BACKEND={forced}: not available for {kind} tensors: {status.detail}; there is {_inventory(kind)}"
+        )
+    return _load(forced)
 
 
-def _inventory() -> str:
-    found = backends().items()
+def _inventory(kind: str) -> str:
+    found = {name: _load(name).status(kind) for name in NAMES}.items()
     return ", ".join(f"{name} ({'' if s.available else 'not available: '}{s.detail})" for name, s in found)

@@ -1,17 +1,20 @@
-"""The C++ CPU kernels (csrc/), called with raw pointers.
+"""The C++ kernels for the CPU and for NVIDIA GPUs (csrc/), called with raw pointers.
 
-The loops are compiled once per instruction set and the best one this CPU runs is taken; IRES_ISA=v2|v3|v4 (x86-64
-levels) forces one, for tests and comparisons. All of them give the same bits.
+The CPU loops are compiled once per instruction set and the best one this CPU runs is taken; IRES_ISA=v2|v3|v4 (x86-64
+levels) forces one, for tests and comparisons. All of them give the same bits, and so do the GPU kernels, which setup.py
+adds where it finds nvcc. On a GPU a call is queued on the caller's current stream; nothing is allocated, copied or
+waited for, so a call can be captured into a CUDA graph.
 """
 
 from __future__ import annotations
 
 import os
+import re
 
 import torch
 from torch import Tensor
 
-from ires_kernels.backends import BackendStatus, Call, Tally, thread_count
+from ires_kernels.backends import BackendStatus, Call, Tally, reference, thread_count
 
 try:
     from ires_kernels import _native
@@ -36,13 +39,37 @@ def isas() -> list[str]:
     return _native.isas() if _native else []
 
 
-def status() -> BackendStatus:
-    """Available where the extension was built and the CPU has one of its instruction sets."""
+def cuda_built() -> bool:
+    """Whether the extension has GPU kernels; `status` tells whether they can run here."""
+    return bool(_native and _native.cuda_built)
+
+
+def status(device: str = "cpu") -> BackendStatus:
+    """Available on the CPU where the extension was built and has one of its instruction sets, and on GPUs where it was
+    built with nvcc and for what there is.
+    """
     if not _native:
         return BackendStatus(False, _missing)
+    if device == "cuda":
+        return _cuda_status()
+    if device != "cpu":
+        return BackendStatus(False, "the extension is for the CPU and for NVIDIA GPUs")
     if not isas():
         return BackendStatus(False, "this CPU has none of the instruction sets the extension was built for")
     return BackendStatus(True, f"C++ on the CPU, instruction sets {', '.join(isas())}")
+
+
+def _cuda_status() -> BackendStatus:
+    if not cuda_built():
+        return BackendStatus(False, "the extension was built without nvcc; reinstall where the CUDA toolkit is")
+    detail = f"CUDA C++ for {_native.cuda_targets}"
+    if not torch.cuda.is_available() or not torch.version.cuda:
+        return BackendStatus(False, f"{detail}, but torch {torch.__version__} sees no NVIDIA GPU")
+    major, minor = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    oldest = re.search(r"\d+", _native.cuda_targets)
+    if oldest and 10 * major + minor < int(oldest.group()):
+        return BackendStatus(False, f"{detail}, but a GPU here has compute capability {major}.{minor}")
+    return BackendStatus(True, detail)
 
 
 def _item(out: Tensor, inputs: tuple[Tensor, ...], stream: int) -> tuple[object, ...]:
@@ -57,18 +84,18 @@ def _item(out: Tensor, inputs: tuple[Tensor, ...], stream: int) -> tuple[object,
 
 
 def run(call: Call) -> None:
-    """Compute `call` with all of `thread_count()` threads; operands have passed the checks of `checks`."""
+    """Compute `call` with all of `thread_count()` threads, or on the current stream of the GPU that holds its tensors;
+    operands have passed the checks of `checks`. On a GPU a tally is counted by plain torch, which waits for the result.
+    """
     items = [_item(*item) for item in zip(call.outs, call.inputs, call.streams, strict=True)]
-    sums = _native.run(
-        _OPS[call.op],
-        items,
-        call.factors,
-        call.stochastic,
-        call.seed,
-        call.offset,
-        thread_count(),
-        os.environ.get("IRES_ISA", ""),
-        call.tally is not None,
-    )
+    what = (_OPS[call.op], items, call.factors, call.stochastic, call.seed, call.offset)
+    device = call.outs[0].device
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            _native.cuda_run(*what, device.index, torch.cuda.current_stream(device).cuda_stream)
+            if call.tally is not None:
+                reference.count(call)
+        return
+    sums = _native.run(*what, thread_count(), os.environ.get("IRES_ISA", ""), call.tally is not None)
     if call.tally is not None:
         call.tally.__iadd__(Tally(sum(out.numel() for out in call.outs), *sums))

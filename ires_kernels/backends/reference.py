@@ -42,8 +42,9 @@ FORMATS = {
 }
 
 
-def status() -> BackendStatus:
-    return BackendStatus(True, f"torch {torch.__version__}")
+def status(device: str = "cpu") -> BackendStatus:
+    here = device == "cpu"
+    return BackendStatus(here, f"torch {torch.__version__}" if here else "for the CPU only")
 
 
 def run(call: Call) -> None:

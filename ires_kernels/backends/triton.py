@@ -52,6 +52,7 @@ class _Dim(NamedTuple):
     steps: tuple[int, ...]  # of out, of every operand, then of the flat index if it matters; in elements
 
 
+@cache
 def status(device: str = "cuda") -> BackendStatus:
     """Available where Triton is installed and has a driver for devices of this type."""
     if triton is None:

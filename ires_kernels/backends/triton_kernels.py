@@ -49,7 +49,7 @@ def widen(x, DOUBLE: tl.constexpr, CASTS: tl.constexpr):
 
 @triton.jit
 def round_to_odd(x):
-    """float64 to float32, so that a later rounding to 22 bits or fewer is the one rounding of x (Boldo, Melquiond 2008)."""
+    """float64 to float32; rounded further, to 22 bits or fewer, it is as if x had been (Boldo, Melquiond, 2008)."""
     y = x.to(tl.float32)
     bits = y.to(tl.uint32, bitcast=True)
     back = y.to(tl.float64)
@@ -131,7 +131,7 @@ def stochastic_code(
         # 53 bits and at least 29 of them dropped: 3 bits to the left and 29 fewer to the right stay within 64.
         significand = ((bits & 0xFFFFFFFFFFFFF) | implicit) << 3
         exponent = tl.maximum(field, 1) - (1023 + MIN_EXP)
-        DROP: tl.constexpr = 52 - FRACTION - 29
+        drop = 52 - FRACTION - 29
         infinite = (bits << 1) == 0xFFE0000000000000
     else:
         bits = x.to(tl.uint32, bitcast=True)
@@ -140,10 +140,10 @@ def stochastic_code(
         implicit = tl.where(field > 0, 1, 0).to(tl.uint32) << 23
         significand = ((bits & 0x7FFFFF) | implicit).to(tl.uint64) << 32
         exponent = tl.maximum(field, 1) - (127 + MIN_EXP)
-        DROP: tl.constexpr = 23 - FRACTION
+        drop = 23 - FRACTION
         infinite = (bits << 1) == 0xFF000000
     # Here exponent counts from the smallest normal number; below it more is dropped. 64 bits or more are all of it.
-    drop = tl.minimum(DROP + tl.maximum(-exponent, 0), 63).to(tl.uint64)
+    drop = tl.minimum(drop + tl.maximum(-exponent, 0), 63).to(tl.uint64)
     kept = (((significand >> drop) + word) >> 32).to(tl.uint32)
     above = tl.minimum(tl.maximum(exponent, 0), 256).to(tl.uint32)  # 256: beyond every type, and fits
     # The implicit bit is among the kept ones and adds the last one to the exponent.
@@ -221,6 +221,8 @@ def words_of(index, stream, seed):
 
 @triton.jit
 def factor(bits, DOUBLE: tl.constexpr):
+    # To 64 bits, because the interpreter takes a small integer for one of 32.
+    bits = bits.to(tl.int64)
     return bits.to(tl.float64, bitcast=True) if DOUBLE else bits.to(tl.int32).to(tl.float32, bitcast=True)
 
 
@@ -289,7 +291,7 @@ def flat(
     CASTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """n contiguous elements. Slots beyond OPERANDS repeat an operand. `first` is their flat index, for RANDOM in fours."""
+    """n contiguous elements; slots past OPERANDS are not read. RANDOM wants `first`, the flat index, divisible by 4."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     at = tl.arange(0, BLOCK)
     o, p0, p1, p2, p3, p4 = (
@@ -346,7 +348,7 @@ def strided(
     CASTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """n elements in rows of `columns`. Operands, and the flat index from `first` on, have a step for each of the two."""
+    """n elements in rows of `columns`; operands, and the flat index from `first` on, have a step along either."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < n
     row = at // columns

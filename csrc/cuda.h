@@ -1,0 +1,17 @@
+// The GPU side as the Python binding sees it.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "call.h"
+
+namespace ires {
+namespace gpu {
+
+// Queues the launches of a call on a stream (a cudaStream_t) of a device and returns; nothing is allocated or waited for.
+// `offset` is the flat index of each item's first element. Throws std::runtime_error with what CUDA said and where.
+void run(const Operation& op, std::vector<Item>& items, uint64_t offset, int device, uintptr_t stream);
+
+}  // namespace gpu
+}  // namespace ires
