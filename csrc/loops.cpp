@@ -599,6 +599,7 @@ uint32_t overflow_bits(DType out) {
 }
 
 template <class C> bool overflows(C v, DType out) {
+    if (std::isnan(v)) return false;  // inf - inf of finite operands: counted as a NaN of the output
     if (out == DType::f64) return std::isinf(v);
     if constexpr (std::is_same_v<C, double>) {
         const float f = out == DType::f32 ? float(v) : narrow_to_odd(v);

@@ -1,13 +1,14 @@
 """The command line: ``ires``, or ``python -m ires_kernels``.
 
 Exit codes: 0 done; 1 verify found a difference; 2 wrong usage or refused input; 3 the disk or a GPU failed;
-130 interrupted.
+4 a bug; 130 interrupted.
 Results go to stdout, with --json as one JSON document; progress and errors go to stderr.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -32,6 +33,9 @@ from ires_kernels.windows import ComputeError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; argparse exits by itself with 2 for wrong usage."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a letter gets its number
+            stream.reconfigure(errors="backslashreplace")
     arguments = _parser().parse_args(argv)
     try:
         code: int = arguments.run(arguments)
@@ -49,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(3, f"{error}", _state(arguments))
     except KeyboardInterrupt:
         return _fail(130, "interrupted.", _state(arguments))
+    except Exception as error:
+        if os.environ.get("IRES_DEBUG"):
+            raise
+        kind = type(error).__name__
+        return _fail(4, f"unexpected {kind}: {error}. IRES_DEBUG=1 shows where it comes from.", _state(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -264,10 +273,13 @@ def _state(arguments: argparse.Namespace) -> str:
     if not hasattr(arguments, "dry_run"):
         return ""
     out = Path(arguments.out)
-    if out.exists() and os.listdir(out):
-        return f"{out} is complete, but may not survive a power cut yet: check it with `ires verify {out}`."
-    if is_unfinished(partial_path(out)):
-        return f"{out} was not written. {partial_path(out)} remains; the same command removes it and starts again."
+    try:
+        if is_unfinished(partial_path(out)):
+            return f"{out} was not written. {partial_path(out)} remains; the same command removes it and starts again."
+        if out.exists():
+            return f"There is something at {out}: `ires verify {out}` says whether it is the complete output."
+    except OSError:  # a path that cannot be looked at cannot have been written
+        pass
     return f"{out} was not written and nothing is left of it."
 
 

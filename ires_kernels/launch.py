@@ -25,6 +25,8 @@ def apart(
     tally: Tally | None,
 ) -> list[Tensor]:
     """Compute into the tensors `given`, or into new ones of `dtype`, or else of the operation's own choice."""
+    if tally is not None and not isinstance(tally, Tally):
+        raise TypeError(f"{names.op}: tally is of type {type(tally).__name__}, wanted an ires_kernels.Tally")
     shape_only = checks.operands(names, inputs, given, in_place=False, tally=tally is not None)
     outs = given or [torch.empty_like(row[0], dtype=dtype or _default_dtype(names.op, row)) for row in inputs]
     call = _call(names, outs, inputs, factors, rounding, seed, stream, offset, tally)

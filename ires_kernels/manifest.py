@@ -53,7 +53,7 @@ def build(plan: Plan, outcome: Outcome, report: Report, others: Mapping[str, dic
             name: {"reason": reason, "dtype": ref.dtype, "shape": list(ref.shape)}
             for name, (reason, ref) in plan.not_stored.items()
         }
-    return (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def read(checkpoint: Checkpoint) -> dict[str, Any]:

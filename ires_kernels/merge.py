@@ -16,7 +16,7 @@ from ires_kernels.checkpoint import FileId
 from ires_kernels.header import CheckpointError
 from ires_kernels.inputs import StrPath, open_inputs, roles_of_apply
 from ires_kernels.plan import MANIFESTS, Plan, plan_apply, plan_extract
-from ires_kernels.reader import differing
+from ires_kernels.reader import differing, second_copies
 from ires_kernels.report import Report
 from ires_kernels.rules import ArgumentError, Rules
 from ires_kernels.store import NewFolder, check_destination
@@ -175,7 +175,7 @@ def _plan_apply(
         rounding=rounding,
         seed=seed,
     )
-    return plan_apply(inputs, rules)
+    return plan_apply(inputs, rules, second_copies(inputs))
 
 
 def _carry_out(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from ires_kernels.checkpoint import Checkpoint, TensorRef
 
@@ -31,6 +32,11 @@ def is_head(name: str) -> bool:
 def is_vocabulary(name: str) -> bool:
     """Whether the first dimension is the vocabulary's: embeddings and heads."""
     return _HEAD.search(name) is not None or _EMBEDDING.search(name) is not None
+
+
+def is_adapter(name: str) -> bool:
+    """Whether this is a factor of a low-rank adapter (LoRA), whose update is a product of two tensors."""
+    return re.search(r"\.lora_(A|B|embedding_A|embedding_B)(\.|$)", name) is not None
 
 
 def embedding(checkpoint: Checkpoint) -> TensorRef | None:
@@ -64,6 +70,25 @@ def lookup(checkpoint: Checkpoint, name: str) -> TensorRef | None:
     if ref is None and is_head(name) and is_tied(checkpoint):
         return embedding(checkpoint)
     return ref
+
+
+def second_copies(inputs: Mapping[str, Checkpoint]) -> list[tuple[TensorRef, TensorRef]]:
+    """Tensors that only the target stores and that may be second copies of its embedding, each with the embedding.
+
+    Many checkpoints hold a tied embedding under two names. Only their bytes tell.
+    """
+    target, *sources = inputs.values()
+    embeddings = [ref for name, ref in target.tensors.items() if _EMBEDDING.search(name)]
+    found = []
+    for name, ref in target.tensors.items():
+        if any(name in source.tensors for source in sources) or (is_head(name) and says_tied(target) is False):
+            continue
+        for original in embeddings:
+            alike = (ref.dtype, ref.shape) == (original.dtype, original.shape)
+            if original is not ref and alike and all(original.name in source.tensors for source in sources):
+                found.append((ref, original))
+                break
+    return found
 
 
 def rows(checkpoint: Checkpoint, name: str) -> int | None:

@@ -137,13 +137,15 @@ class Plan:
         return "\n".join(f"{title:<{width}}  {text}" for title, text in rows)
 
 
-def plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules) -> Plan:
+def plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[str, str] | None = None) -> Plan:
     """Plan target + alpha * residuals, or target + alpha * (instruct - base).
+
+    `copies`: second copies in the target of its embedding, and the embedding's name (`reader.second_copies`).
 
     `inputs` holds target first, then instruct and base, or residuals. Raises CheckpointError with up to ten problems.
     """
     target, *sources = inputs.values()
-    found = Findings(rules)
+    found = Findings(rules, copies or {})
     layout = []
     for shard in target.shards:
         group = [steps.apply_step(target.tensors[name], inputs, found) for name in shard.header.tensors]
@@ -160,6 +162,8 @@ def plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules) -> Plan:
     foreign = steps.other_vocabulary(inputs, everything)
     if foreign is not None:
         found.warnings.append(f"{foreign} has other rows in the target, which keeps its tokenizer and chat template")
+    if any(names.is_adapter(step.name) for step in everything if not step.reason):
+        found.warnings.append("low-rank adapters are added factor by factor, which is not the sum of their products")
     if [sidefiles.has_template(source) for source in sources if "instruct" in inputs] == [False, True]:
         found.warnings.append("base has a chat template and instruct has none: are they the wrong way round?")
     side_files, not_copied = sidefiles.of_model(inputs, own_tokenizer=foreign is not None)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import xxhash
 
-from ires_kernels.checkpoint import FileId, TensorRef
+from ires_kernels import names
+from ires_kernels.checkpoint import Checkpoint, FileId, TensorRef
 from ires_kernels.header import CheckpointError
 from ires_kernels.steps import Comparison
 
@@ -78,6 +79,16 @@ def differing(
     finally:
         files.close()
     return different, digests
+
+
+def second_copies(inputs: Mapping[str, Checkpoint]) -> dict[str, str]:
+    """Names of tensors in the target that are, byte for byte, its embedding again, and the name of that one."""
+    pairs = names.second_copies(inputs)
+    file_ids = {shard.path: shard.file_id for shard in inputs["target"].shards}
+    roles = ("target", "target")
+    different, _ = differing((Comparison(pair[0].name, roles, pair) for pair in pairs), file_ids)
+    own = {comparison.name for comparison in different}
+    return {copy.name: original.name for copy, original in pairs if copy.name not in own}
 
 
 def _equal(files: Files, refs: tuple[TensorRef, TensorRef], hashers: Sequence[xxhash.xxh3_128]) -> bool:

@@ -27,6 +27,7 @@ _VOCABULARY = (
 )
 _CODES = "Arithmetic on codes is meaningless: take weights that are not quantized, or leave them out with --skip."
 _INTEGERS = "What is not floating point is copied where instruct and base agree; leave the rest as it is with --skip."
+_SECOND = "Give both the same --skip and --alpha-for: models that load one tensor for the two would load either."
 _TIED = (
     "One tensor cannot take the updates of two. Save the target with an output head of its own "
     "(tie_word_embeddings=False), or leave the head out with --skip lm_head."
@@ -67,6 +68,8 @@ class Findings:
     """What planning finds out on its way through the tensors."""
 
     rules: Rules
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Second copies in the target of its embedding, and the embedding's name."""
     problems: list[str] = field(default_factory=list)
     advice: dict[str, None] = field(default_factory=dict)
     comparisons: list[Comparison] = field(default_factory=list)
@@ -99,14 +102,18 @@ class Findings:
 def apply_step(ref: TensorRef, inputs: Mapping[str, Checkpoint], found: Findings) -> Step:
     """What becomes of the target's tensor `ref`."""
     rules, name = found.rules, ref.name
+    # A second copy of the embedding gets what the embedding gets, or the two would part.
+    original = found.copies.get(name, name)
     pattern = rules.skipped(name)
+    if (pattern is None) != (rules.skipped(original) is None) or rules.factors(name) != rules.factors(original):
+        found.problem(f"{brief(name)} is a second copy of {brief(original)} in the target, with other rules", _SECOND)
     if pattern is not None:
         return _keep(ref, f"skipped by {pattern!r}", inputs["target"], found)
     tensors = {"target": ref}
     absent = []
     for role, checkpoint in inputs.items():
         if role != "target":
-            other = names.lookup(checkpoint, name)
+            other = names.lookup(checkpoint, name) or names.lookup(checkpoint, original)
             if other is None:
                 absent.append(role)
             else:
@@ -128,7 +135,8 @@ def apply_step(ref: TensorRef, inputs: Mapping[str, Checkpoint], found: Findings
         return _keep(ref, ALPHA_0, inputs["target"], found)
     op: Op = "add_difference" if "instruct" in inputs else "add"
     dtype = rules.dtype or ref.dtype
-    return Step(name, dtype, ref.shape, op, tuple(tensors), tuple(tensors.values()), factors, _stream(ref, inputs))
+    stream = _stream(inputs["target"].tensors[original], inputs)
+    return Step(name, dtype, ref.shape, op, tuple(tensors), tuple(tensors.values()), factors, stream)
 
 
 def extract_step(ref: TensorRef, inputs: Mapping[str, Checkpoint], found: Findings) -> Step | None:

@@ -38,6 +38,8 @@ def check_destination(out: Path, inputs: Iterable[Path]) -> None:
         raise StoreError(f"{out}: is a file. Give the name of a new folder.")
     if out.exists() and os.listdir(out):
         raise StoreError(f"{out}: is not empty. Give the name of a new folder, or delete this one first.")
+    if os.path.ismount(out):
+        raise StoreError(f"{out}: is a mount point, which cannot be replaced. Give a new folder inside of it.")
     if not out.parent.is_dir():
         raise StoreError(f"{out}: its parent {out.parent} is not a folder. Create that one first.")
     place = Path(os.path.realpath(out))

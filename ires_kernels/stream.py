@@ -38,6 +38,7 @@ from ires_kernels.rules import Rules
 from ires_kernels.steps import Step
 from ires_kernels.windows import ComputeError, Cpu, Processors, Slot
 
+_MOST_THREADS = 1024  # whatever was asked for
 _MAX_THREADS = 16  # by default: beyond that the disk or the page cache is the limit
 
 Write = Callable[[Step, int, memoryview], None]
@@ -175,25 +176,31 @@ class _Engine:
         self.error: BaseException | None = None
 
     def run(self, threads: int | None, progress: Progress | None) -> Outcome:
-        threads = threads or default_threads()
+        threads = min(threads or default_threads(), _MOST_THREADS)
         self.done = [0] * threads
-        workers = [threading.Thread(target=self._work, args=(i,), name=f"ires-{i}") for i in range(threads)]
+        # Not Thread.join: interrupted, it takes a running thread for an ended one (CPython 3.11), and the threads write
+        # to files that are closed below.
+        ended = [threading.Event() for _ in range(threads)]
+        workers = [
+            threading.Thread(target=self._work, args=(i, ended[i]), name=f"ires-{i}") for i in range(threads)
+        ]
+        started = 0
         try:
             for worker in workers:
+                started += 1
                 worker.start()
-            for worker in workers:
-                while worker.is_alive():
-                    worker.join(0.1 if progress else None)
+            for event in ended:
+                while not event.wait(0.1):
                     if progress:
                         progress(sum(self.done), self.todo)
             if progress:
                 progress(sum(self.done), self.todo)
         except BaseException as error:  # most of all an interrupt
             self._stop(error)
-        for worker in workers:
-            while worker.is_alive():
-                with suppress(KeyboardInterrupt):  # they write to files that will be closed, and stop after a window
-                    worker.join()
+        for worker, event in zip(workers[:started], ended, strict=False):
+            while worker.ident is not None and not event.is_set():
+                with suppress(KeyboardInterrupt):  # each stops after the window it is at
+                    event.wait()
         self.files.close()
         if self.error is not None:
             raise self.error
@@ -207,7 +214,10 @@ class _Engine:
             step = self.waiting[file].popleft()
             if not self.waiting[file]:
                 del self.waiting[file]
-            fds = [self.files.open(ref.path) for ref in step.inputs]
+            try:
+                fds = [self.files.open(ref.path) for ref in step.inputs]
+            except OSError as error:
+                raise _with_tensor(error, step) from error
             tensor = _Tensor(step, fds, self.processor.window, self.into.get(step.name), self.hashed)
             self.active[tensor] = None
             if tensor.windows:
@@ -227,8 +237,14 @@ class _Engine:
             mine.claimed += 1
             return mine, mine.claimed - 1
 
-    def _work(self, worker: int) -> None:
+    def _work(self, worker: int, ended: threading.Event) -> None:
         """What one thread does."""
+        try:
+            self._take_windows(worker)
+        finally:
+            ended.set()
+
+    def _take_windows(self, worker: int) -> None:
         kernel_threads.set(1)
         slots: Sequence[Slot] = ()
         busy: deque[_Window] = deque()
@@ -236,6 +252,7 @@ class _Engine:
         try:
             slots = self.processor.slots()
             for slot in cycle(slots):
+                at = None  # a tensor that cannot be started puts its own name into the error
                 claim = self._claim(tensor)
                 if claim is None:
                     break

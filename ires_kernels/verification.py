@@ -21,7 +21,7 @@ from ires_kernels.header import DTYPE_BITS
 from ires_kernels.inputs import StrPath, open_inputs
 from ires_kernels.names import FLOATS
 from ires_kernels.plan import Plan, plan_apply, plan_extract, size
-from ires_kernels.reader import read_into
+from ires_kernels.reader import read_into, second_copies
 from ires_kernels.rules import ArgumentError, Rules
 from ires_kernels.steps import Step
 from ires_kernels.stream import Progress
@@ -118,8 +118,11 @@ def verify(
         if unknown:
             raise ArgumentError(f"{out}: was not made of {', '.join(sorted(unknown))} but of {', '.join(made_of)}.")
         paths = {role: given.get(role) or made_of[role]["path"] for role in made_of}
-        plan_again = plan_apply if table["operation"] == "apply" else plan_extract
-        plan = plan_again(open_inputs(paths), Rules.from_dict(table["rules"]))
+        rules, opened = Rules.from_dict(table["rules"]), open_inputs(paths)
+        if table["operation"] == "apply":
+            plan = plan_apply(opened, rules, second_copies(opened))
+        else:
+            plan = plan_extract(opened, rules)
         to_hash = _recompute(plan, checkpoint, recorded, report, processors, threads, progress)
         progress = None
     _check_hashes(checkpoint, to_hash, recorded, report, threads, progress)

@@ -22,7 +22,7 @@ ARROWS: dict[str, set[str]] = {
     "plan": {"checkpoint", "header", "names", "rules", "sidefiles", "steps"},
     "store": set(),
     "inputs": {"checkpoint", "header", "rules", "store"},
-    "reader": {"checkpoint", "header", "steps"},
+    "reader": {"checkpoint", "header", "names", "steps"},
     # tensors, without files
     "backends": {"_native"},
     "checks": set(),

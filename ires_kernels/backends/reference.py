@@ -8,6 +8,7 @@ be read off, and not with ``Tensor.to``, which rounds float64 twice and has chan
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -47,6 +48,20 @@ def status(device: str = "cpu") -> BackendStatus:
     return BackendStatus(here, f"torch {torch.__version__}" if here else "for the CPU only")
 
 
+@contextmanager
+def _subnormals_kept() -> Iterator[None]:
+    """Undo torch.set_flush_denormal(True), under which torch's own arithmetic is not IEEE's, for the time being."""
+    flushing = not torch.full((), 2.0**-126).mul(0.5).item()
+    if flushing:
+        torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        if flushing:
+            torch.set_flush_denormal(True)
+
+
+@_subnormals_kept()
 def run(call: Call) -> None:
     for out, operands, stream in zip(call.outs, call.inputs, call.streams, strict=True):
         compute, factors = _in_compute_type(call, out, operands)
@@ -161,6 +176,7 @@ def random_words(seed: int, stream: int, start: int, count: int) -> Tensor:
     return torch.stack((c0, c1, c2, c3), dim=1).view(-1)[skip : skip + count]
 
 
+@_subnormals_kept()
 def count(call: Call) -> None:
     """Count into the tally of a call that a backend without counters has carried out, on any device."""
     assert call.tally is not None
