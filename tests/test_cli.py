@@ -361,3 +361,15 @@ def test_the_entry_point_is_declared() -> None:
 
     (script,) = [point for point in entry_points(group="console_scripts") if point.name == "ires"]
     assert script.load() is cli.main
+
+
+def test_a_bug_ends_without_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("ires_kernels.merge.inspect", lambda _: 1 // 0)
+    monkeypatch.delenv("IRES_DEBUG", raising=False)
+    assert main(["inspect", f"{tmp_path}"]) == 4
+    error = capsys.readouterr().err
+    assert "ZeroDivisionError" in error
+    assert "Traceback" not in error
+    monkeypatch.setenv("IRES_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        main(["inspect", f"{tmp_path}"])

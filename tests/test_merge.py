@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -736,3 +737,74 @@ def test_every_byte_of_integers_is_compared(tmp_path: Path) -> None:
         else:
             with pytest.raises(CheckpointError, match="'ids' is I32 in"):
                 ik.extract(*paths, tmp_path / f"{name}-out", sync=False)
+
+
+def test_an_interrupt_while_waiting_leaves_no_thread_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, instruct, target = triple(tmp_path)
+
+    def slow(*_: Any, **__: Any) -> None:
+        time.sleep(0.4)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ops, "add_difference", slow)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.15)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            merge(target, (instruct, base), out=tmp_path / "out", threads=1)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("ires-")]
+    assert_nothing_is_left(tmp_path)
+
+
+# Checkpoints that hold a tied embedding twice.
+
+
+def twice(folder: Path, same: bool) -> tuple[Path, Path, Path]:
+    """base, instruct with one embedding, target with two, the second one equal or not."""
+    base = {"shared.weight": normal((40, 16), 1), "layer.weight": normal((8, 16), 2)}
+    instruct = {name: (t.float() + normal(t.shape, 7, torch.float32, 1e-2)).bfloat16() for name, t in base.items()}
+    target = {name: (t.float() + normal(t.shape, 8, torch.float32, 1e-2)).bfloat16() for name, t in base.items()}
+    target["encoder.embed_tokens.weight"] = target["shared.weight"].clone() if same else normal((40, 16), 9)
+    models = (("base", base), ("instruct", instruct), ("target", target))
+    one, two, three = (write_model(folder / name, model) for name, model in models)
+    return one, two, three
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_second_copy_of_the_embedding_moves_with_it(tmp_path: Path, rounding: str) -> None:
+    base, instruct, target = twice(tmp_path, same=True)
+    ik.extract(base, instruct, tmp_path / "residual", sync=False)
+    merge(target, (instruct, base), out=tmp_path / "one", rounding=rounding)
+    merge(target, tmp_path / "residual", out=tmp_path / "two", rounding=rounding)
+    for out in (tmp_path / "one", tmp_path / "two"):
+        merged = read_model(out)
+        assert bits(merged["encoder.embed_tokens.weight"]) == bits(merged["shared.weight"])
+        assert bits(merged["shared.weight"]) != bits(read_model(target)["shared.weight"])
+        assert ik.verify(out)
+
+
+def test_a_second_copy_with_other_rules_is_refused(tmp_path: Path) -> None:
+    base, instruct, target = twice(tmp_path, same=True)
+    for rules in ({"alphas": [("shared", 0.5)]}, {"skip": "shared"}):
+        with pytest.raises(CheckpointError, match=r"'encoder.embed_tokens.weight' is a second copy of 'shared.weight'"):
+            merge(target, (instruct, base), out=tmp_path / "out", **rules)
+
+
+def test_a_tensor_that_only_looks_like_a_second_copy_is_kept(tmp_path: Path) -> None:
+    base, instruct, target = twice(tmp_path, same=False)
+    report = merge(target, (instruct, base), out=tmp_path / "out")
+    assert report.copied == {"encoder.embed_tokens.weight": "only in the target"}
+
+
+def test_adapters_are_warned_of(tmp_path: Path) -> None:
+    models = [
+        write_model(tmp_path / name, {"q.lora_A.weight": normal((4, 8), seed), "q.lora_B.weight": normal((8, 4), seed)})
+        for seed, name in enumerate(("base", "instruct", "target"))
+    ]
+    report = merge(models[2], (models[1], models[0]), out=tmp_path / "out")
+    assert any("adapters" in warning for warning in report.warnings)

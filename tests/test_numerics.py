@@ -269,3 +269,17 @@ def test_two_steps_are_one(triple: tuple[torch.dtype, ...], rounding: str) -> No
         one = ik.add_difference_(t.clone(), x, y, alpha, rounding=rounding, seed=9)
         two = ik.add_(t.clone(), residual, alpha, rounding=rounding, seed=9)
         assert_same(two, one, f"alpha {alpha}")
+
+
+@pytest.mark.usefixtures("backend")
+def test_subnormals_survive_a_thread_that_flushes_them() -> None:
+    a, b = torch.tensor([1e-40, 3e-39, 1e-38]), torch.tensor([1e-41, 0.0, 1.1e-38])
+    wanted = ik.subtract(a, b).view(torch.int32).tolist()
+    assert 0 not in wanted
+    assert torch.set_flush_denormal(True)
+    try:
+        found = ik.subtract(a, b)
+        assert torch.full((), 2.0**-126).mul(0.5).item() == 0  # as the caller had set it
+    finally:
+        torch.set_flush_denormal(False)
+    assert found.view(torch.int32).tolist() == wanted

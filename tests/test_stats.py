@@ -185,3 +185,11 @@ def test_effective_alpha_of_nothing_is_not_a_number() -> None:
     ik.add(torch.ones(3), torch.zeros(3), tally=tally)
     assert math.isnan(tally.effective_alpha(1.0))
     assert math.isnan(ik.Tally().effective_alpha(1.0))
+
+
+@backends
+def test_inf_minus_inf_of_finite_operands_is_a_nan_and_no_overflow() -> None:
+    t, r = torch.zeros(2, dtype=torch.bfloat16), torch.tensor([3e38, -3e38], dtype=torch.bfloat16)
+    tally = ik.Tally()
+    ik.add(t, [r, r], [2.0, -2.0], tally=tally)
+    assert (tally.overflow, tally.nan_out, tally.nan_in, tally.inf_in) == (0, 2, 0, 0)

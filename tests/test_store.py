@@ -308,3 +308,10 @@ def test_paths_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     write(Path("out"), sync=True)
     assert contents(tmp_path / "out") == WRITTEN
     assert partial_path(Path("out")) == Path("out.partial")
+
+
+def test_a_mount_point_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == tmp_path / "out")
+    with pytest.raises(StoreError, match="mount point"):
+        check_destination(tmp_path / "out", [])
