@@ -1,7 +1,7 @@
 """The main job on a generated Llama-shaped triple, with the commands a person would type: `make demo`.
 
-A base, an instruct model and a continually pre-trained base are made up; the instruction residual is extracted, added to
-the new base in two ways, verified, and the result is loaded with transformers. Nothing is downloaded. Everything is
+A base, an instruct model and a continually pre-trained base are made up; the instruction residual is extracted, added
+to the new base in two ways, verified, and the result is loaded with transformers. Nothing is downloaded. Everything is
 written into a temporary folder and removed; --keep FOLDER keeps it.
 """
 
@@ -40,13 +40,14 @@ def load(folder: Path) -> None:
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True)
+    messages = [{"role": "user", "content": "Hello"}]
+    chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     inputs = tokenizer(chat, return_tensors="pt", add_special_tokens=False)
     with torch.no_grad():
         logits = model(**inputs).logits
     assert torch.isfinite(logits).all()
-    print(f"{type(model).__name__}, {model.num_parameters():,} parameters, {model.dtype}; chat template of the instruct model:")
-    print(f"{chat!r} -> logits {tuple(logits.shape)}, all finite")
+    print(f"{type(model).__name__}, {model.num_parameters():,} parameters, {model.dtype}")
+    print(f"with the chat template of the instruct model: {chat!r} -> logits {tuple(logits.shape)}, all finite")
 
 
 def main() -> None:

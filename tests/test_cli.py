@@ -363,7 +363,9 @@ def test_the_entry_point_is_declared() -> None:
     assert script.load() is cli.main
 
 
-def test_a_bug_ends_without_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_bug_ends_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("ires_kernels.merge.inspect", lambda _: 1 // 0)
     monkeypatch.delenv("IRES_DEBUG", raising=False)
     assert main(["inspect", f"{tmp_path}"]) == 4
