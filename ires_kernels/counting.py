@@ -1,4 +1,4 @@
-"""The counts of a Tally in plain torch, for processors whose kernels do not count, and without waiting for them."""
+"""The counts of a Tally in plain torch, for devices whose kernels do not count, and without waiting for them."""
 
 from __future__ import annotations
 
@@ -21,47 +21,45 @@ _OVERFLOW = {
 _E4M3_LARGEST = 464.0  # halfway from 448 to what would be next, a tie that goes to 448
 
 
-class Counts:
-    """Adds up on a device what docs/numerics.md says is counted; nothing here waits, but for `tally`.
+NUMBERS = 8
+"""How many numbers `count` makes."""
 
-    The integers are those of every backend. The two sums are added up in float64 and in another order.
+
+def count(op: str, operands: Sequence[Tensor], factors: Sequence[float], stored: Tensor) -> Tensor:
+    """Count one call: "subtract", "add" or "add_difference" of flat tensors, and what it stored.
+
+    Returns float64[NUMBERS] on the device of `stored`, for `tally`; nothing here waits. The integers are those of every
+    backend, and exact up to 2^53 elements. The two sums are added up in float64 and in another order.
     """
+    wide = torch.float64 in {stored.dtype, *(x.dtype for x in operands)}
+    c = torch.float64 if wide else torch.float32
+    values = [x.to(c) for x in operands]
+    update, result = _update_and_result(op, values, [torch.tensor(factor, dtype=c) for factor in factors])
+    before = values[0] if op != "subtract" else torch.zeros_like(result)
+    after = stored.to(c)
 
-    def __init__(self, device: torch.device) -> None:
-        self._elements = 0
-        self._counts = torch.zeros(6, dtype=torch.int64, device=device)
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+    nan_in = values[0].isnan()
+    finite_in = values[0].isfinite()
+    for x in values[1:]:
+        nan_in |= x.isnan()
+        finite_in &= x.isfinite()
+    updated = (update != 0) & ~update.isnan()
+    lost = updated & (after == before)
+    overflow = finite_in & _overflows(result, stored.dtype)
+    inf_in = ~(nan_in | finite_in)
+    counted = (updated, lost, nan_in, inf_in, after.isnan(), overflow)
 
-    def add(self, op: str, operands: Sequence[Tensor], factors: Sequence[float], stored: Tensor) -> None:
-        """Count one call: "subtract", "add" or "add_difference" of flat tensors, and what it stored."""
-        wide = torch.float64 in {stored.dtype, *(x.dtype for x in operands)}
-        c = torch.float64 if wide else torch.float32
-        values = [x.to(c) for x in operands]
-        update, result = _update_and_result(op, values, [torch.tensor(factor, dtype=c) for factor in factors])
-        before = values[0] if op != "subtract" else torch.zeros_like(result)
-        after = stored.to(c)
+    measured = finite_in & update.isfinite() & after.isfinite()
+    asked = torch.where(measured, update, 0).double()
+    moved = torch.where(measured, after.double() - before.double(), 0)
+    sums = (torch.dot(moved, asked), torch.dot(asked, asked))
+    return torch.stack([*(mask.sum().double() for mask in counted), *sums])
 
-        nan_in = values[0].isnan()
-        finite_in = values[0].isfinite()
-        for x in values[1:]:
-            nan_in |= x.isnan()
-            finite_in &= x.isfinite()
-        updated = (update != 0) & ~update.isnan()
-        lost = updated & (after == before)
-        overflow = finite_in & _overflows(result, stored.dtype)
-        inf_in = ~(nan_in | finite_in)
-        counted = (updated, lost, nan_in, inf_in, after.isnan(), overflow)
-        self._counts += torch.stack([mask.sum() for mask in counted])
 
-        measured = finite_in & update.isfinite() & after.isfinite()
-        asked = torch.where(measured, update, 0).double()
-        moved = torch.where(measured, after.double() - before.double(), 0)
-        self._sums += torch.stack([torch.dot(moved, asked), torch.dot(asked, asked)])
-        self._elements += stored.numel()
-
-    def tally(self) -> Tally:
-        """All of it, once the device is there."""
-        return Tally(self._elements, *map(int, self._counts.tolist()), *self._sums.tolist())
+def tally(elements: int, numbers: Tensor) -> Tally:
+    """What `count` made of a call on so many elements, when it is there."""
+    values = numbers.tolist()
+    return Tally(elements, *map(int, values[:-2]), *values[-2:])
 
 
 def _update_and_result(op: str, values: Sequence[Tensor], factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,8 @@ is queued runs in order, so a slot needs no other care than to wait before its h
 different slots overlap, so that copies in, kernels and copies out of all threads run at the same time.
 
 The kernels do not tally. Where counts are wanted, plain torch makes them on the device from the operands and the result
-(counting.py), behind the copy out and without stopping the queue. Tensors that are copied to a file never go there.
+(counting.py), behind the copy out and without stopping the queue, and they come back with it. Tensors that are copied
+to a file never go there.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ires_kernels.backends import choose
-from ires_kernels.counting import Counts
+from ires_kernels import counting
+from ires_kernels.backends import Tally, choose
 from ires_kernels.names import FLOATS
 from ires_kernels.plan import size
 from ires_kernels.rules import ArgumentError, Rules
@@ -32,11 +33,9 @@ from ires_kernels.windows import (
     Cpu,
     Processors,
     Slot,
-    Tallies,
     buffer_sizes,
     compute,
     cut,
-    tally_key,
     zeros,
 )
 
@@ -172,7 +171,8 @@ class _GpuSlot:
         self._host = cut(pinned, gpu.sizes)
         self.buffers = cut(pinned.numpy().data, gpu.sizes)
         self._device: Sequence[Tensor] = ()
-        self._counts: dict[tuple[float, ...] | None, Counts] = {}
+        self._numbers = gpu.runtime.pinned(8 * counting.NUMBERS).view(torch.float64)
+        self._counted = 0  # elements of the window under way whose counts are on their way to `_numbers`
         self._queue.submit(self._allocate)  # there, so that no other stream was the last to use this memory
 
     def _allocate(self) -> None:
@@ -180,6 +180,7 @@ class _GpuSlot:
         self._device = cut(whole, self._gpu.sizes)
 
     def start(self, step: Step, first: int, count: int, out: Tensor | None) -> None:
+        self._counted = count if self._gpu.counted and step.op != "copy" else 0
         self._queue.submit(partial(self._run, step, first, count, out))
 
     def _run(self, step: Step, first: int, count: int, out: Tensor | None) -> None:
@@ -196,10 +197,8 @@ class _GpuSlot:
         if out is None:
             self._host[-1][:nbytes].copy_(self._device[-1][:nbytes], non_blocking=True)
         if self._gpu.counted:
-            key = tally_key(step)
-            if key not in self._counts:
-                self._counts[key] = Counts(self._gpu.runtime.device)
-            self._counts[key].add("subtract" if key is None else step.op, operands, step.factors, stored)
+            numbers = counting.count("subtract" if step.op == "convert" else step.op, operands, step.factors, stored)
+            self._numbers.copy_(numbers, non_blocking=True)
 
     def _copied_in(self, slot: int, dtype: str, count: int) -> Tensor:
         nbytes = count * FLOATS[dtype]
@@ -207,11 +206,10 @@ class _GpuSlot:
         there.copy_(self._host[slot][:nbytes], non_blocking=True)
         return there.view(TORCH_DTYPES[dtype])
 
-    def wait(self) -> None:
+    def wait(self) -> Tally | None:
         self._queue.wait()
-
-    def tallies(self) -> Tallies:
-        return {key: counts.tally() for key, counts in self._counts.items()}
+        elements, self._counted = self._counted, 0
+        return counting.tally(elements, self._numbers) if elements else None
 
 
 def _first_line(error: BaseException) -> str:

@@ -201,7 +201,7 @@ def _carry_out(
             plan.steps,
             file_ids,
             plan.rules,
-            lambda step, start, data: files[step.file].write(data, step.offset + start),
+            lambda step, start, data, _: files[step.file].write(data, step.offset + start),
             processors=processors,
             threads=threads,
             progress=progress,

@@ -69,11 +69,19 @@ class Report:
 
     @classmethod
     def of(cls, plan: Plan, outcome: Outcome, out: Path, seconds: float) -> Report:
-        total = Tally()
-        for tally in outcome.merged.values():
-            total += tally
+        total, converted = Tally(), Tally()
+        merged: dict[tuple[float, ...], Tally] = {}
+        for step in plan.steps:
+            tally = outcome.tallies.get(step.name)
+            if tally is None:
+                continue
+            if step.op == "convert":
+                converted += tally
+            else:
+                total += tally
+                merged.setdefault(step.factors, Tally()).__iadd__(tally)
         strengths = []
-        for factors, tally in sorted(outcome.merged.items()):
+        for factors, tally in sorted(merged.items()):
             ratio = tally.dot / tally.norm2 if tally.norm2 else math.nan
             strengths += [Strength(factors, tally.elements, ratio if math.isfinite(ratio) else None)] if factors else []
         return cls(
@@ -85,7 +93,7 @@ class Report:
             plan.bytes_written,
             sum(not step.reason for step in plan.steps),
             total,
-            total.overflow + outcome.converted.overflow,
+            total.overflow + converted.overflow,
             tuple(strengths),
             {step.name: step.reason for step in plan.steps if step.reason},
             {name: reason for name, (reason, _) in plan.not_stored.items()},

@@ -8,7 +8,8 @@ streams. A thread reuses its own slots for all windows: nothing is allocated on 
 more of them it starts the next windows before it ends the oldest. Threads that find no tensor left help with the
 windows of one under way. Hashes are the standard xxh3_128 of whole tensors, so the windows of a tensor are hashed in
 order, and a thread whose turn it is not yet waits. A thread ends its windows in the order in which it claimed them, so
-the oldest window of all waits for no other.
+the oldest window of all waits for no other. Tallies are added up in that order as well: what a run learns depends
+neither on its threads nor on where an earlier run was interrupted.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
@@ -41,8 +42,9 @@ from ires_kernels.windows import ComputeError, Cpu, Processors, Slot
 _MOST_THREADS = 1024  # whatever was asked for
 _MAX_THREADS = 16  # by default: beyond that the disk or the page cache is the limit
 
-Write = Callable[[Step, int, memoryview], None]
-"""Takes a step, a byte offset in its tensor, and the result's bytes from there on. Called by several threads."""
+Write = Callable[[Step, int, memoryview, Tally], None]
+"""Takes a step, a byte offset in its tensor, the result's bytes from there on, and the tally of the tensor up to their
+end. Called by several threads. With a tensor's last bytes the outcome has what there is to know of it."""
 Progress = Callable[[int, int], None]
 """Takes bytes done and bytes to do, read and written together. Called by the thread that started the work."""
 
@@ -55,10 +57,43 @@ class Outcome:
     """role → tensor name → xxh3_128 as hex."""
     outputs: dict[str, str] = field(default_factory=dict)
     """tensor name → xxh3_128 as hex."""
-    merged: dict[tuple[float, ...], Tally] = field(default_factory=dict)
-    """By the factors that were asked for."""
-    converted: Tally = field(default_factory=Tally)
-    """Of the tensors that only changed their dtype; of its counts those of NaN, inf and overflow mean something."""
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    """tensor name → what was counted; of a tensor that only changed its dtype NaN, inf and overflow mean something."""
+
+    def update(self, other: Outcome) -> None:
+        """Add what `other` knows."""
+        for role, hashes in other.inputs.items():
+            self.inputs.setdefault(role, {}).update(hashes)
+        self.outputs.update(other.outputs)
+        self.tallies.update(other.tallies)
+
+    def of(self, steps: Iterable[Step]) -> Outcome:
+        """What is known of these steps, all of which have ended."""
+        part = Outcome()
+        for step in steps:
+            for role, ref in zip(step.roles, step.inputs, strict=True):
+                if ref.name in self.inputs.get(role, {}):
+                    part.inputs.setdefault(role, {})[ref.name] = self.inputs[role][ref.name]
+            part.outputs[step.name] = self.outputs[step.name]
+            if step.name in self.tallies:
+                part.tallies[step.name] = self.tallies[step.name]
+        return part
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> Outcome:
+        """What `to_dict` gave, through JSON as well."""
+        tallies = {name: Tally(**numbers) for name, numbers in table["tallies"].items()}
+        return cls(table["inputs"], table["outputs"], tallies)
+
+
+class Done(NamedTuple):
+    """The beginning of a tensor that an earlier run has written over its target: it is hashed, and left as it is."""
+
+    elements: int
+    tally: Tally
 
 
 def default_threads() -> int:
@@ -72,19 +107,29 @@ def run(
     rules: Rules,
     write: Write,
     *,
+    hashed: Container[str] | None = None,
     processors: Processors = Cpu,
     counted: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
+    stops: Container[tuple[str, int]] | None = None,
+    done: Mapping[str, Done] | None = None,
+    outcome: Outcome | None = None,
 ) -> Outcome:
     """Carry out `steps`, whose inputs lie in files that must still be those of `file_ids`; `write` gets the results.
 
-    Without `counted` the outcome has no tallies.
+    hashed   the roles whose inputs are hashed; None: all of them. Results always are
+    counted  whether the outcome has tallies
+    stops    (tensor name, element) where an interrupt may end the run. With them the windows are claimed strictly in
+             the order of the steps, and all windows before the stop are written
+    done     what is written already of tensors whose first input is overwritten by their result, by name
+    outcome  to be completed and returned; None: a new one
 
     Raises what went wrong first, with tensor and file in it, when all threads have stopped: CheckpointError for a file
     that changed, OSError for one that cannot be read or written, ComputeError for a processor that failed.
     """
-    return _Engine(steps, file_ids, rules, write, {}, None, processors, counted).run(threads, progress)
+    engine = _Engine(steps, file_ids, rules, write, {}, hashed, processors, counted, stops, done or {}, outcome)
+    return engine.run(threads, progress)
 
 
 def fill(
@@ -99,7 +144,8 @@ def fill(
     progress: Progress | None = None,
 ) -> Outcome:
     """`run` into contiguous tensors by name, on the processor's device. Inputs of the roles `hashed` are hashed."""
-    return _Engine(steps, file_ids, rules, _nothing, tensors, hashed, processors, False).run(threads, progress)
+    engine = _Engine(steps, file_ids, rules, _nothing, tensors, hashed, processors, False)
+    return engine.run(threads, progress)
 
 
 def _nothing(*_: object) -> None:
@@ -110,7 +156,13 @@ class _Tensor:
     """A step under way, shared by the threads that work on its windows."""
 
     def __init__(
-        self, step: Step, fds: Iterable[int], window: int, out: Tensor | None, hashed: Container[str] | None
+        self,
+        step: Step,
+        fds: Iterable[int],
+        window: int,
+        out: Tensor | None,
+        hashed: Container[str] | None,
+        done: Done | None,
     ) -> None:
         self.step = step
         self.fds = tuple(fds)
@@ -128,6 +180,8 @@ class _Tensor:
         if self.out is None and not self.copied:  # of a copy the input is the result
             roles.append(True)
         self.hashers = [xxhash.xxh3_128() if wanted else None for wanted in roles]
+        self.done = done.elements if done else 0
+        self.tally = replace(done.tally) if done else Tally()
         self.claimed = 0
         self.turn = 0  # the window to hash next
         self.turned = threading.Condition()
@@ -158,11 +212,17 @@ class _Engine:
         hashed: Container[str] | None,
         processors: Processors,
         counted: bool,
+        stops: Container[tuple[str, int]] | None = None,
+        done: Mapping[str, Done] | None = None,
+        outcome: Outcome | None = None,
     ) -> None:
         self.write = write
         self.into = into
         self.hashed = hashed
-        self.outcome = Outcome()
+        self.counted = counted
+        self.stops = stops
+        self.done_before = done or {}
+        self.outcome = Outcome() if outcome is None else outcome
         self.processor = processors(steps, rules, counted)
         self.files = Files(file_ids, (ref.path for step in steps for ref in step.inputs))
         self.todo = sum(step.nbytes + sum(ref.nbytes for ref in step.inputs) for step in steps)
@@ -170,9 +230,12 @@ class _Engine:
         self.lock = threading.Lock()  # for the claims, and all that follows
         self.waiting: dict[str, deque[Step]] = {}  # by output file
         for step in steps:
-            self.waiting.setdefault(step.file, deque()).append(step)
+            queue = self.waiting.setdefault(step.file, deque())
+            # Without bytes nobody writes its last ones: it is over before the file can be.
+            queue.append(step) if step.nbytes else queue.appendleft(step)
         self.active: dict[_Tensor, None] = {}
         self.stopped = False
+        self.ending = self.ended = False  # an interrupt waits for the next of `stops`; has come to it
         self.error: BaseException | None = None
 
     def run(self, threads: int | None, progress: Progress | None) -> Outcome:
@@ -196,7 +259,12 @@ class _Engine:
             if progress:
                 progress(sum(self.done), self.todo)
         except BaseException as error:  # most of all an interrupt
-            self._stop(error)
+            if self.stops is None:
+                self._stop(error)
+            else:
+                with self.lock:
+                    self.error = self.error or error
+                    self.ending = True
         for worker, event in zip(workers[:started], ended, strict=False):
             while worker.ident is not None and not event.is_set():
                 with suppress(KeyboardInterrupt):  # each stops after the window it is at
@@ -209,7 +277,7 @@ class _Engine:
     def _start(self) -> _Tensor | None:
         """The next tensor of the output file that the fewest threads are writing; called under the lock."""
         while self.waiting:
-            writers = Counter(tensor.step.file for tensor in self.active)
+            writers = Counter(tensor.step.file for tensor in self.active if self.stops is None)
             file = min(self.waiting, key=writers.__getitem__)
             step = self.waiting[file].popleft()
             if not self.waiting[file]:
@@ -218,7 +286,8 @@ class _Engine:
                 fds = [self.files.open(ref.path) for ref in step.inputs]
             except OSError as error:
                 raise _with_tensor(error, step) from error
-            tensor = _Tensor(step, fds, self.processor.window, self.into.get(step.name), self.hashed)
+            out, done = self.into.get(step.name), self.done_before.get(step.name)
+            tensor = _Tensor(step, fds, self.processor.window, out, self.hashed, done)
             self.active[tensor] = None
             if tensor.windows:
                 return tensor
@@ -228,14 +297,24 @@ class _Engine:
     def _claim(self, mine: _Tensor | None) -> tuple[_Tensor, int] | None:
         """The next window of the tensor `mine`, else of a new one, else of the first that has one left."""
         with self.lock:
-            if self.stopped:
+            if self.stopped or self.ended:
                 return None
-            if mine is None or mine.claimed == mine.windows:
-                mine = self._start() or next((t for t in self.active if t.claimed < t.windows), None)
-                if mine is None:
+            if self.stops is not None:
+                mine = self._unclaimed() or self._start()
+            elif mine is None or mine.claimed == mine.windows:
+                mine = self._start() or self._unclaimed()
+            if mine is None:
+                return None
+            if self.ending and self.stops is not None:
+                self.ended = (mine.step.name, mine.claimed * mine.window) in self.stops
+                if self.ended:
                     return None
             mine.claimed += 1
             return mine, mine.claimed - 1
+
+    def _unclaimed(self) -> _Tensor | None:
+        """The first tensor under way that has a window left."""
+        return next((tensor for tensor in self.active if tensor.claimed < tensor.windows), None)
 
     def _work(self, worker: int, ended: threading.Event) -> None:
         """What one thread does."""
@@ -265,17 +344,9 @@ class _Engine:
             while busy:
                 at = busy[0].tensor.step
                 self.done[worker] += self._end(busy.popleft())
-            found = [slot.tallies() for slot in slots]
         except BaseException as error:
             self._stop(_with_tensor(error, at))
             self._abandon(slots)
-            return
-        with self.lock:
-            for factors, tally in (item for tallies in found for item in tallies.items()):
-                if factors is None:
-                    self.outcome.converted += tally
-                else:
-                    self.outcome.merged.setdefault(factors, Tally()).__iadd__(tally)
 
     def _abandon(self, slots: Iterable[Slot]) -> None:
         """After an error: nothing may be under way in memory that is about to be freed."""
@@ -298,6 +369,8 @@ class _Engine:
         nbytes = sum(map(len, views)) + count * tensor.width
         if tensor.out is not None:
             slot.start(step, first, count, tensor.out[first : first + count])
+        elif first < tensor.done:
+            views.append(views[0])  # what the target held is gone; this is the result
         elif not tensor.copied:
             slot.start(step, first, count, None)
             views.append(slot.buffers[-1][: count * tensor.width])
@@ -306,30 +379,35 @@ class _Engine:
     def _end(self, window: _Window) -> int:
         """Take a window the rest of the way; returns the bytes read and written."""
         tensor, number, slot, views, nbytes = window
-        slot.wait()
-        if not self._in_turn(tensor, number, views):
+        tally = self._in_turn(tensor, number, views, slot.wait())
+        if tally is None:
             return 0
-        if tensor.out is None:
-            self.write(tensor.step, number * tensor.window * tensor.width, views[-1])
+        first = number * tensor.window
+        if tensor.out is None and first >= tensor.done:
+            self.write(tensor.step, first * tensor.width, views[-1], tally)
         return nbytes
 
-    def _in_turn(self, tensor: _Tensor, index: int, views: list[memoryview]) -> bool:
-        """Hash a window after the ones before it; False when the run has stopped."""
+    def _in_turn(self, tensor: _Tensor, index: int, views: list[memoryview], counted: Tally | None) -> Tally | None:
+        """Hash and count a window after the ones before it; the tally of all of them, None when the run has stopped."""
         with tensor.turned:
             while tensor.turn != index:
                 if self.stopped:
-                    return False
+                    return None
                 tensor.turned.wait()
         for hasher, view in zip(tensor.hashers, views, strict=True):
             if hasher is not None:
                 hasher.update(view)
+        total = replace(tensor.tally)  # a new one, as the writers of earlier windows look at theirs
+        if counted is not None:
+            total += counted
+        tensor.tally = total
         with tensor.turned:
             tensor.turn += 1
             tensor.turned.notify_all()
         if index == tensor.windows - 1:
             with self.lock:
                 self._finish(tensor)
-        return True
+        return total
 
     def _finish(self, tensor: _Tensor) -> None:
         """Every window was read and hashed; called under the lock."""
@@ -340,6 +418,8 @@ class _Engine:
             if hasher is not None:
                 self.outcome.inputs.setdefault(role, {})[ref.name] = hasher.hexdigest()
             self.files.release(ref.path)
+        if self.counted and not tensor.copied:
+            self.outcome.tallies[step.name] = tensor.tally
         del self.active[tensor]
 
     def _stop(self, error: BaseException) -> None:

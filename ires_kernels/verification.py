@@ -248,7 +248,7 @@ class _Comparer:
         for fd in self._fds.values():
             os.close(fd)
 
-    def compare(self, step: Step, start: int, wanted: memoryview) -> None:
+    def compare(self, step: Step, start: int, wanted: memoryview, _: object) -> None:
         ref = self._out.tensors[step.name]
         buffer = getattr(self._mine, "buffer", memoryview(b""))
         if len(buffer) < len(wanted):

@@ -31,9 +31,6 @@ TORCH_DTYPES = {
 }
 
 Bytes = TypeVar("Bytes", memoryview, Tensor)
-Tallies = dict[tuple[float, ...] | None, Tally]
-"""By the factors that were asked for; None stands for the tensors that only changed their dtype."""
-
 
 class ComputeError(RuntimeError):
     """A processor failed on the way, as a GPU may that has no memory left."""
@@ -53,11 +50,8 @@ class Slot(Protocol):
         With `out` the step may be a copy; it and `count` are in bytes then.
         """
 
-    def wait(self) -> None:
-        """Return when what was started is done, and no memory is in use any more."""
-
-    def tallies(self) -> Tallies:
-        """What was counted, after the last window."""
+    def wait(self) -> Tally | None:
+        """Return when what was started is done, and no memory is in use any more, with what was counted of it."""
 
 
 class Processor(Protocol):
@@ -95,7 +89,7 @@ class _CpuSlot:
         self.buffers = cut(memory, cpu.sizes)
         self._cpu = cpu
         self._tensors: dict[tuple[int, str], Tensor] = {}
-        self._tallies: Tallies = {}
+        self._tally: Tally | None = None
 
     def start(self, step: Step, first: int, count: int, out: Tensor | None) -> None:
         if step.op == "copy":
@@ -105,15 +99,10 @@ class _CpuSlot:
         operands = [self._tensor(slot, ref.dtype, count) for slot, ref in enumerate(step.inputs)]
         if step.op == "convert":
             operands.append(self._cpu.zeros[step.inputs[0].dtype][:count])
-        tally = None
-        if self._cpu.counted:
-            key = tally_key(step)
-            tally = self._tallies.get(key)
-            if tally is None:
-                tally = self._tallies[key] = Tally()
+        self._tally = Tally() if self._cpu.counted else None
         if out is None:
             out = self._tensor(-1, step.dtype, count)
-        compute(step, operands, out, first, self._cpu.rules, tally)
+        compute(step, operands, out, first, self._cpu.rules, self._tally)
 
     def _tensor(self, slot: int, dtype: str, count: int) -> Tensor:
         """The first elements of a buffer as a tensor."""
@@ -124,11 +113,9 @@ class _CpuSlot:
             self._tensors[slot, dtype] = whole
         return whole if count == window else whole[:count]
 
-    def wait(self) -> None:
-        pass  # `start` has done it all
-
-    def tallies(self) -> Tallies:
-        return self._tallies
+    def wait(self) -> Tally | None:
+        tally, self._tally = self._tally, None  # `start` has done it all
+        return tally
 
 
 def compute(step: Step, operands: Sequence[Tensor], out: Tensor, first: int, rules: Rules, tally: Tally | None) -> None:
@@ -148,10 +135,6 @@ def compute(step: Step, operands: Sequence[Tensor], out: Tensor, first: int, rul
         ops.add(t, others, step.factors, **options)
     else:  # "convert" is minus 0: it leaves every value as it is, -0 as well, and counts what the new dtype overflows
         ops.subtract(t, others[0], **options)
-
-
-def tally_key(step: Step) -> tuple[float, ...] | None:
-    return None if step.op == "convert" else step.factors
 
 
 def buffer_sizes(steps: Iterable[Step], window: int) -> list[int]:
