@@ -1,7 +1,7 @@
 """Exact, in-place, memory-speed arithmetic for checkpoints of large language models.
 
 Tensors: `subtract`, `add`, `scale`, `add_difference`, and their in-place forms with a trailing underscore.
-Checkpoints: `extract`, `apply`, `load`, `inspect`, `verify`.
+Checkpoints: `extract`, `apply`, `load`, `inspect`, `verify`; after an interruption `status`, `resume`, `rollback`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ires_kernels.backends import BackendStatus, Tally, backends
 from ires_kernels.ops import add, add_, add_difference, add_difference_, scale, scale_, subtract
 
 if TYPE_CHECKING:
-    from ires_kernels.merge import apply, extract, inspect, load, verify
+    from ires_kernels.merge import apply, extract, inspect, load, resume, rollback, status, verify
 
     __version__: str
 
@@ -28,8 +28,11 @@ __all__ = [
     "extract",
     "inspect",
     "load",
+    "resume",
+    "rollback",
     "scale",
     "scale_",
+    "status",
     "subtract",
     "verify",
 ]
@@ -37,7 +40,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Load on first use what tensor arithmetic alone does not need: the checkpoint functions and the version."""
-    if name in {"apply", "extract", "inspect", "load", "verify"}:
+    if name in {"apply", "extract", "inspect", "load", "resume", "rollback", "status", "verify"}:
         from ires_kernels import merge
 
         return getattr(merge, name)

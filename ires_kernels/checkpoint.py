@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ires_kernels.header import CheckpointError, Header, brief, parse_json, read_header, sniff
+from ires_kernels.inplace import unfinished
 
 Kind = Literal["model", "residual"]
 
@@ -86,7 +87,7 @@ class Checkpoint:
     config: dict[str, Any] | None
     """config.json of the folder."""
     manifest: dict[str, Any] | None
-    """residual.json of a residual, ires.json of a merged model."""
+    """residual.json of a residual, ires.json of a merged model, NAME.ires.json of a file that was updated in place."""
 
     def changed(self) -> list[Path]:
         """The shards that are no longer the files that were validated."""
@@ -101,6 +102,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises CheckpointError, which says what was found and what is wanted.
     """
     path = Path(path)
+    if unfinished(path):
+        raise CheckpointError(
+            f"{path}: an update in place of this model still runs or was interrupted. `ires status {path}` says more."
+        )
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
@@ -109,7 +114,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return _open_folder(path)
     shard = _open_shard(path)
     is_residual = _RESIDUAL_NAME.fullmatch(path.name) is not None
-    manifest = _read_json(path.with_name("residual.json")) if is_residual else None
+    manifest = _read_json(path.with_name("residual.json" if is_residual else f"{path.name}.ires.json"))
     return _assemble(path, "residual" if is_residual else "model", [shard], None, {}, None, manifest)
 
 

@@ -1,7 +1,7 @@
 """The command line: ``ires``, or ``python -m ires_kernels``.
 
 Exit codes: 0 done; 1 verify found a difference; 2 wrong usage or refused input; 3 the disk or a GPU failed;
-4 a bug; 130 interrupted.
+4 a bug; 130 interrupted, and 128 + N stopped by another signal N.
 Results go to stdout, with --json as one JSON document; progress and errors go to stderr.
 """
 
@@ -11,10 +11,12 @@ import argparse
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -23,7 +25,8 @@ from rich.progress import Progress as Bar
 
 from ires_kernels import merge
 from ires_kernels.header import CheckpointError
-from ires_kernels.inputs import open_inputs
+from ires_kernels.inplace import unfinished
+from ires_kernels.inputs import kind_of
 from ires_kernels.plan import VERSION, size
 from ires_kernels.rules import DTYPES, ArgumentError
 from ires_kernels.store import StoreError, is_unfinished, partial_path
@@ -37,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a letter gets its number
             stream.reconfigure(errors="backslashreplace")
     arguments = _parser().parse_args(argv)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _stop)
     try:
         code: int = arguments.run(arguments)
         sys.stdout.flush()
@@ -51,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(3, f"{place}{error.strerror or error}.", _state(arguments))
     except ComputeError as error:
         return _fail(3, f"{error}", _state(arguments))
+    except Stopped as error:
+        return _fail(128 + error.number, f"stopped by {signal.Signals(error.number).name}.", _state(arguments))
     except KeyboardInterrupt:
         return _fail(130, "interrupted.", _state(arguments))
     except Exception as error:
@@ -58,6 +66,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         kind = type(error).__name__
         return _fail(4, f"unexpected {kind}: {error}. IRES_DEBUG=1 shows where it comes from.", _state(arguments))
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that asks to end in order, as Ctrl-C does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    raise Stopped(number)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     extract = commands.add_parser("extract", help="write instruct - base as a residual folder")
     extract.add_argument("base", metavar="BASE", help="folder or .safetensors file of the base model")
     extract.add_argument("instruct", metavar="INSTRUCT", help="the instruct model made from it")
+    extract.add_argument("-o", "--out", required=True, metavar="OUT", help="the new folder to write")
     _merge_options(extract, dtype="f32", kept="of the residual (default: f32)")
     extract.set_defaults(run=_extract)
 
@@ -87,6 +108,25 @@ def _parser() -> argparse.ArgumentParser:
         metavar="REGEX=A[,A…]",
         help="other factors for tensors in whose name REGEX is found; the first that is found decides",
     )
+    where = apply.add_mutually_exclusive_group(required=True)
+    where.add_argument("-o", "--out", metavar="OUT", help="the new folder to write")
+    where.add_argument("--in-place", action="store_true", help="change the files of TARGET, with no second copy")
+    undo = apply.add_mutually_exclusive_group()
+    undo.add_argument(
+        "--keep-undo",
+        dest="undo",
+        action="store_const",
+        const="all",
+        help="in place: keep all old bytes, so that `ires rollback` can take back the finished update",
+    )
+    undo.add_argument(
+        "--no-undo",
+        dest="undo",
+        action="store_const",
+        const="none",
+        help="in place: keep no old bytes; faster, but to be killed or to lose power on the way ruins TARGET",
+    )
+    apply.add_argument("--tag", default="", metavar="TEXT", help="in place: to apply the same once more on purpose")
     _merge_options(apply, dtype=None, kept="of all float tensors (default: as in the target)")
     apply.set_defaults(run=_apply, parser=apply)
 
@@ -104,11 +144,25 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--residual", metavar="PATH", action="append", default=[], help="as above; all, in order")
     _common_options(verify)
     verify.set_defaults(run=_verify)
+
+    resume = commands.add_parser("resume", help="finish an interrupted extract or apply")
+    resume.add_argument("path", metavar="PATH", help="its OUT, or its TARGET if it was in place")
+    _common_options(resume)
+    resume.set_defaults(run=_resume)
+
+    rollback = commands.add_parser("rollback", help="take back an unfinished merge, or one with --keep-undo")
+    rollback.add_argument("path", metavar="PATH", help="its OUT, or its TARGET if it was in place")
+    rollback.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    rollback.set_defaults(run=_rollback)
+
+    status = commands.add_parser("status", help="say whether a merge is unfinished, and what to do")
+    status.add_argument("path", metavar="PATH", help="a model, or an OUT that is not there yet")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    status.set_defaults(run=_status)
     return parser
 
 
 def _merge_options(parser: argparse.ArgumentParser, *, dtype: str | None, kept: str) -> None:
-    parser.add_argument("-o", "--out", required=True, metavar="OUT", help="the new folder to write")
     parser.add_argument("--dtype", choices=list(DTYPES), default=dtype, help=f"dtype {kept}")
     parser.add_argument(
         "--skip",
@@ -120,7 +174,12 @@ def _merge_options(parser: argparse.ArgumentParser, *, dtype: str | None, kept: 
     parser.add_argument("--allow-missing", action="store_true", help="accept tensors that only some of the models have")
     parser.add_argument("--rounding", choices=["nearest", "stochastic"], default="nearest")
     parser.add_argument("--seed", type=int, default=0, help="of stochastic rounding (default: 0)")
-    parser.add_argument("--no-sync", action="store_true", help="do not wait for the disk: a power cut may lose OUT")
+    parser.add_argument(
+        "--no-sync", action="store_true", help="do not wait for the disk: a power cut may ruin the output"
+    )
+    parser.add_argument(
+        "--sha256", action="store_true", help="also write sha256 sums of the weights, as the Hub has them"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done and write nothing")
     _common_options(parser)
 
@@ -166,11 +225,15 @@ def _apply(arguments: argparse.Namespace) -> int:
     pair = arguments.instruct is not None and arguments.base is not None
     if pair == bool(arguments.residuals) or (arguments.instruct is None) != (arguments.base is None):
         arguments.parser.error("give one or more residuals, or --instruct and --base")
+    if not arguments.in_place and (arguments.undo or arguments.tag):
+        arguments.parser.error("--keep-undo, --no-undo and --tag go with --in-place")
     alpha: float | list[float] = arguments.alpha
     residuals: tuple[str, ...] | list[str]
     if pair:
         residuals = (arguments.instruct, arguments.base)
-        open_inputs({"instruct": arguments.instruct, "base": arguments.base})  # models, or two residuals would pass
+        for option, path in (("--instruct", arguments.instruct), ("--base", arguments.base)):
+            if kind_of(path) != "model":  # or two residuals would pass
+                arguments.parser.error(f"{option} {path} is a residual, wanted a model")
     else:
         specs = [_residual(text, arguments.alpha) for text in arguments.residuals]
         residuals, alpha = [path for path, _ in specs], [factor for _, factor in specs]
@@ -179,6 +242,9 @@ def _apply(arguments: argparse.Namespace) -> int:
             arguments.target,
             residuals,
             out=arguments.out,
+            in_place=arguments.in_place,
+            undo=arguments.undo or "ring",
+            tag=arguments.tag,
             alpha=alpha,
             alphas=arguments.alpha_for,
             dtype=arguments.dtype,
@@ -194,6 +260,7 @@ def _options(arguments: argparse.Namespace, progress: Progress | None) -> dict[s
         "rounding": arguments.rounding,
         "seed": arguments.seed,
         "sync": not arguments.no_sync,
+        "sha256": arguments.sha256,
         "device": arguments.device,
         "threads": arguments.threads,
         "dry_run": arguments.dry_run,
@@ -219,6 +286,25 @@ def _verify(arguments: argparse.Namespace) -> int:
         )
     _print_result(arguments, report)
     return 0 if report.ok else 1
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    with _progress(arguments, "resume") as progress:
+        report = merge.resume(arguments.path, device=arguments.device, threads=arguments.threads, progress=progress)
+    return _print_result(arguments, report)
+
+
+def _rollback(arguments: argparse.Namespace) -> int:
+    done = merge.rollback(arguments.path)
+    if not arguments.quiet:
+        print(done)
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    found = merge.status(arguments.path)
+    print(json.dumps(found.to_dict(), indent=2) if arguments.json else found)
+    return 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -270,17 +356,20 @@ def _progress(arguments: argparse.Namespace, what: str) -> Iterator[Progress | N
 
 def _state(arguments: argparse.Namespace) -> str:
     """What a failed merge has left, and the next step."""
-    if not hasattr(arguments, "dry_run"):
+    if arguments.run not in (_extract, _apply, _resume, _rollback):
         return ""
-    out = Path(arguments.out)
+    given = getattr(arguments, "path", None) or arguments.out or arguments.target
+    path = Path(given)
     try:
-        if is_unfinished(partial_path(out)):
-            return f"{out} was not written. {partial_path(out)} remains; the same command removes it and starts again."
-        if out.exists():
-            return f"There is something at {out}: `ires verify {out}` says whether it is the complete output."
-    except OSError:  # a path that cannot be looked at cannot have been written
-        pass
-    return f"{out} was not written and nothing is left of it."
+        if unfinished(path) or is_unfinished(partial_path(path)):
+            return f"{merge.status(path)}"
+        if arguments.run is _rollback or (getattr(arguments, "in_place", False) and path.exists()):
+            return f"{path} is as it was, or finished: `ires status {path}` says which."
+        if path.exists():
+            return f"There is something at {path}: `ires verify {path}` says whether it is the complete output."
+    except (OSError, CheckpointError):  # what cannot be looked at cannot be told
+        return f"`ires status {path}` says what is left of it."
+    return f"{path} was not written and nothing is left of it."
 
 
 def _fail(code: int, *lines: str) -> int:

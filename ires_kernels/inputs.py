@@ -6,8 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ires_kernels.checkpoint import Checkpoint, open_checkpoint
+from ires_kernels.checkpoint import Checkpoint, Kind, open_checkpoint
 from ires_kernels.header import CheckpointError
+from ires_kernels.inplace import unfinished
 from ires_kernels.rules import ArgumentError
 from ires_kernels.store import is_unfinished
 
@@ -38,7 +39,7 @@ def roles_of_apply(target: StrPath, residual: StrPath | Sequence[StrPath]) -> di
     if isinstance(residual, (str, os.PathLike)):
         return {"target": target, "residual": residual}
     paths = list(residual)
-    kinds = [open_checkpoint(path).kind for path in paths]
+    kinds = [kind_of(path) for path in paths]
     if kinds == ["model", "model"] and isinstance(residual, tuple):
         return {"target": target, "instruct": paths[0], "base": paths[1]}
     if not paths or "model" in kinds:
@@ -50,3 +51,13 @@ def roles_of_apply(target: StrPath, residual: StrPath | Sequence[StrPath]) -> di
     if len(paths) == 1:
         return {"target": target, "residual": paths[0]}
     return {"target": target, **{f"residual-{number}": path for number, path in enumerate(paths, 1)}}
+
+
+def kind_of(path: StrPath) -> Kind:
+    """Whether this is a model or a residual; a model that is being updated in place is one."""
+    return "model" if unfinished(Path(path)) else open_checkpoint(path).kind
+
+
+def absolute(paths: Mapping[str, StrPath]) -> dict[str, str]:
+    """The same paths from anywhere, links resolved."""
+    return {role: os.path.realpath(path) for role, path in paths.items()}

@@ -7,9 +7,12 @@ however they are split into files.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -24,27 +27,54 @@ from ires_kernels.stream import Outcome
 _ENTRY = {"dtype", "shape", "xxh3_128", "inputs"}
 
 
-def build(plan: Plan, outcome: Outcome, report: Report, others: Mapping[str, dict[str, str]]) -> bytes:
-    """The manifest as JSON text. `others` are the output's other files, by name, with their hash and origin."""
+SUMS = "SHA256SUMS"
+"""Name of the file with the sums of a folder, in the format of `sha256sum -c`."""
+
+
+def build(
+    plan: Plan,
+    outcome: Outcome,
+    report: Report,
+    others: Mapping[str, dict[str, str]],
+    *,
+    sha256: Mapping[str, str] | None = None,
+    in_place: Mapping[str, Any] | None = None,
+    previous: Mapping[str, str | None] | None = None,
+) -> bytes:
+    """The manifest as JSON text.
+
+    others    the output's other files, by name, with their hash and origin
+    sha256    of whole files, by name
+    in_place  what is special about an update in place: the hash of a tensor that was not read is then the `previous`
+              one, or null, and that of what the target held is not known
+    """
+    known = {**(previous or {}), **outcome.outputs} if in_place else outcome.outputs
     entries = {
         step.name: {
             "dtype": step.dtype,
             "shape": list(step.shape),
-            "xxh3_128": outcome.outputs[step.name],
-            "inputs": {role: outcome.inputs[role][ref.name] for role, ref in zip(step.roles, step.inputs, strict=True)},
+            "xxh3_128": known.get(step.name) if in_place else known[step.name],
+            "inputs": {
+                role: outcome.inputs[role][ref.name]
+                for role, ref in zip(step.roles, step.inputs, strict=True)
+                if not in_place or ref.name in outcome.inputs.get(role, {})
+            },
             **({"copied": step.reason} if step.reason else {}),
         }
         for step in plan.steps
     }
+    hashes = [(step.name, step.dtype, step.shape, known.get(step.name)) for step in plan.steps]
     table: dict[str, Any] = {
         "ires": VERSION,
         "operation": plan.operation,
         "id": plan.id,
-        "digest": digest((step.name, step.dtype, step.shape, outcome.outputs[step.name]) for step in plan.steps),
+        "digest": digest((n, d, s, h) for n, d, s, h in hashes if h) if all(h for *_, h in hashes) else None,
         "inputs": {role: _input(checkpoint, outcome.inputs.get(role, {})) for role, checkpoint in plan.inputs.items()},
         "rules": plan.rules.to_dict(),
         "report": report.numbers(),
         "files": dict(others),
+        **({"sha256": dict(sha256)} if sha256 else {}),
+        **({"in_place": dict(in_place)} if in_place else {}),
         "tensors": entries,
     }
     if plan.operation == "extract":
@@ -59,7 +89,7 @@ def build(plan: Plan, outcome: Outcome, report: Report, others: Mapping[str, dic
 def read(checkpoint: Checkpoint) -> dict[str, Any]:
     """The manifest that `build` wrote into a folder. Raises CheckpointError when there is none, or not such a one."""
     table = checkpoint.manifest
-    if table is None or not checkpoint.path.is_dir():
+    if table is None or not (checkpoint.path.is_dir() or "in_place" in table):
         raise CheckpointError(f"{checkpoint.path}: has no ires.json or residual.json; wanted the output of a merge.")
     kinds = {"operation": str, "inputs": dict, "rules": dict, "files": dict, "tensors": dict}
     wrong = [key for key, kind in kinds.items() if not isinstance(table.get(key), kind)]
@@ -76,6 +106,37 @@ def tensors(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     """What the manifest of a checkpoint says of its tensors, by name; nothing where there is none."""
     table = (checkpoint.manifest or {}).get("tensors")
     return {name: entry for name, entry in table.items() if isinstance(entry, dict)} if isinstance(table, dict) else {}
+
+
+def history_entry(table: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest of an update in place leaves of itself in that of the next one."""
+    inputs = table.get("inputs", {})
+    return {
+        "id": table.get("id"),
+        "recipe": table.get("in_place", {}).get("recipe"),
+        "inputs": {role: {key: entry.get(key) for key in ("path", "digest")} for role, entry in inputs.items()},
+        "rules": table.get("rules"),
+        "report": table.get("report"),
+    }
+
+
+def sha256(files: Mapping[str, Path]) -> dict[str, str]:
+    """sha256 of whole files, by name, as the Hub shows it."""
+
+    def one(path: Path) -> str:
+        hasher = hashlib.sha256()
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                hasher.update(chunk)
+        return hasher.hexdigest()
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return dict(zip(files, pool.map(one, files.values()), strict=True))
+
+
+def sums_file(sums: Mapping[str, str]) -> bytes:
+    """The sums as `sha256sum -c` reads them."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode()
 
 
 def digest(tensors: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,22 +14,34 @@ import xxhash
 from torch import Tensor
 
 from ires_kernels import device as devices
-from ires_kernels import manifest, statedict, stream
-from ires_kernels.checkpoint import FileId
-from ires_kernels.header import CheckpointError
-from ires_kernels.inputs import StrPath, open_inputs, roles_of_apply
-from ires_kernels.plan import MANIFESTS, Plan, plan_apply, plan_extract
-from ires_kernels.reader import differing, second_copies
+from ires_kernels import guards, inplace, manifest, overwrite, statedict, stream
+from ires_kernels.checkpoint import open_checkpoint
+from ires_kernels.inplace import Workplace
+from ires_kernels.inputs import StrPath, absolute, open_inputs, roles_of_apply
+from ires_kernels.operation import UNDO, Operation, same_plan
+from ires_kernels.overwrite import Options
+from ires_kernels.plan import MANIFESTS, VERSION, Plan, plan_apply, plan_extract
+from ires_kernels.reader import second_copies
 from ires_kernels.report import Report
 from ires_kernels.rules import ArgumentError, Rules
-from ires_kernels.store import NewFolder, check_destination
+from ires_kernels.status import Status, status
+from ires_kernels.steps import Step
+from ires_kernels.store import (
+    NewFolder,
+    StoreError,
+    check_destination,
+    discard,
+    fsync_folder,
+    is_unfinished,
+    partial_path,
+    read_kept,
+    tidy,
+)
 from ires_kernels.stream import Outcome, Progress
 from ires_kernels.summary import inspect
 from ires_kernels.verification import verify
 
-__all__ = ["apply", "extract", "inspect", "load", "verify"]
-
-_CHUNK = 1 << 20  # bytes at a time of a side file
+__all__ = ["Status", "apply", "extract", "inspect", "load", "resume", "rollback", "status", "verify"]
 
 Factors = Iterable[tuple[str, float | Sequence[float]]] | Mapping[str, float | Sequence[float]]
 
@@ -42,6 +57,7 @@ def extract(
     rounding: str = "nearest",
     seed: int = 0,
     sync: bool = True,
+    sha256: bool = False,
     device: str | torch.device = "cpu",
     threads: int | None = None,
     progress: Progress | None = None,
@@ -55,24 +71,28 @@ def extract(
     allow_missing  leave out tensors that only one of the two models has, which is an error otherwise
     rounding, seed as in the tensor operations; every tensor draws its own random bits
     sync           False does without waiting for the disk, and so without surviving a power cut
+    sha256         also write sha256 sums of the weights into SHA256SUMS and the manifest
     device         cpu, or a GPU such as cuda or cuda:1 to compute on: same files, same report
     threads        None: one per CPU, 16 at most
     progress       called as progress(bytes_done, bytes_in_all) about ten times a second
     dry_run        return the Plan and write nothing
 
-    Raises CheckpointError, StoreError and ArgumentError, all ValueErrors, before anything is written; OSError when the
-    disk fails. Nothing is left at `out` in any of these cases.
+    Called again after an interruption it goes on, with the files that are not complete; called again after success it
+    changes nothing. Raises CheckpointError, StoreError and ArgumentError, all ValueErrors, before anything is written;
+    OSError when the disk fails. Nothing is at `out` in any of these cases.
     """
     rules = Rules.of(0, skip=skip, dtype=dtype, allow_missing=allow_missing, rounding=rounding, seed=seed)
     inputs = open_inputs({"base": base, "instruct": instruct})
-    return _carry_out(plan_extract(inputs, rules), Path(out), sync, device, threads, progress, dry_run)
+    options = _options(device, threads, progress)
+    return _carry_out(plan_extract(inputs, rules), Path(out), options, sync=sync, sha256=sha256, dry_run=dry_run)
 
 
 def apply(
     target: StrPath,
     residual: StrPath | Sequence[StrPath],
     *,
-    out: StrPath,
+    out: StrPath | None = None,
+    in_place: bool = False,
     alpha: float | Sequence[float] = 1.0,
     alphas: Factors = (),
     skip: Iterable[str] | str = (),
@@ -81,12 +101,18 @@ def apply(
     rounding: str = "nearest",
     seed: int = 0,
     sync: bool = True,
+    sha256: bool = False,
+    undo: str = "ring",
+    tag: str = "",
     device: str | torch.device = "cpu",
     threads: int | None = None,
     progress: Progress | None = None,
     dry_run: bool = False,
 ) -> Report | Plan:
-    """Write target + alpha * residual into the new folder `out`, with the layout and config of the target.
+    """Write target + alpha * residual into the new folder `out`, or with `in_place` over the target itself.
+
+    A new folder has the layout and config of the target. In place the same files change, byte for byte as those of a
+    new folder would be, with no second copy; they are hidden meanwhile, so that nothing loads a half-updated model.
 
     residual       a residual folder; several of them, added in this order and rounded once; or the pair of models
                    (instruct, base), whose difference is taken on the way. The tokenizer, chat template and
@@ -96,11 +122,81 @@ def apply(
     skip           regular expressions found in the names of tensors that are copied as they are
     dtype          f32, bf16, f16 or f64 for all float tensors of the output; None keeps the target's
     allow_missing  copy from the target what the other models lack, and leave out what the target lacks
+    undo           in place, the old bytes that are kept: "ring", those that an interrupted run needs to go on, 128 MiB
+                   at most; "all", so that `rollback` can take back the finished update as well; "none"
+    tag            in place, what tells this from an earlier application of the same: the same again changes nothing
 
     The others as for `extract`, and the same errors.
     """
-    plan = _plan_apply(target, residual, alpha, alphas, skip, dtype, allow_missing, rounding, seed)
-    return _carry_out(plan, Path(out), sync, device, threads, progress, dry_run)
+    if (out is None) == (not in_place):
+        raise ArgumentError("give either out, a new folder, or in_place=True.")
+    if undo not in UNDO:
+        raise ArgumentError(f"undo is {undo!r}, wanted one of {', '.join(UNDO)}.")
+    paths = roles_of_apply(target, residual)
+    rules = _rules_of_apply(paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed)
+    options = _options(device, threads, progress)
+    if in_place and inplace.unfinished(Path(target)):
+        return _go_on_in_place(Path(target), paths, rules, tag, options)
+    inputs = open_inputs(paths)
+    copies = second_copies(inputs)
+    plan = plan_apply(inputs, rules, copies)
+    if out is not None:
+        return _carry_out(plan, Path(out), options, sync=sync, sha256=sha256, dry_run=dry_run)
+    plan = replace(plan, in_place=True)
+    return overwrite.apply(plan, copies, options, undo=undo, sync=sync, sha256=sha256, tag=tag, dry_run=dry_run)
+
+
+def resume(
+    path: StrPath,
+    *,
+    device: str | torch.device = "cpu",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Finish an interrupted merge: `path` is the target of an update in place, or the output that is not there yet.
+
+    Raises StoreError where nothing is unfinished, CheckpointError where the inputs have changed since.
+    """
+    path, options = Path(path), _options(device, threads, progress)
+    started = time.perf_counter()
+    if is_unfinished(partial_path(path)):
+        operation = Operation.from_bytes(read_kept(path), partial_path(path))
+        inputs = open_inputs(operation.paths)
+        rules = Rules.from_dict(operation.rules)
+        plan = plan_extract(inputs, rules) if operation.kind == "extract" else _plan_apply(operation.paths, rules)
+        same_plan(operation, plan.id, VERSION)
+        report = _carry_out(plan, path, options, sync=operation.sync, sha256=operation.sha256)
+        assert isinstance(report, Report)
+        return report
+    place = Workplace.take(path)
+    try:
+        if place.phase() is None:
+            place.remove()
+            raise StoreError(f"{path}: the update in place had not begun. Give the command again.")
+        return overwrite.carry_on(place, options, started)
+    finally:
+        place.close()
+
+
+def rollback(path: StrPath) -> str:
+    """Take back an unfinished merge, or the last update in place with undo="all"; returns what was done, in words.
+
+    Raises StoreError where there is nothing to take back, or where the old bytes are gone; then nothing was changed.
+    """
+    path = Path(path)
+    if is_unfinished(partial_path(path)):
+        discard(path)
+        return f"{partial_path(path)}: was removed."
+    if not inplace.work_folder(path).is_dir():
+        if inplace.undo_folders(path) and not overwrite.unchanged(open_checkpoint(path)):
+            raise StoreError(f"{path}: was changed since its update in place, and cannot be rolled back.")
+        place = inplace.take_undo(path)
+    else:
+        place = Workplace.take(path)
+    try:
+        return overwrite.rollback(place)
+    finally:
+        place.close()
 
 
 def load(
@@ -128,24 +224,24 @@ def load(
     return, so any stream may use them. Arguments and errors as for `apply`, and MemoryError when the device has no room
     for the result.
     """
-    plan = _plan_apply(target, residual, alpha, alphas, skip, dtype, allow_missing, rounding, seed)
-    _check_threads(threads)
+    paths = roles_of_apply(target, residual)
+    plan = _plan_apply(paths, _rules_of_apply(paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed))
     place = devices.resolve(device)
-    file_ids = _file_ids(plan)
-    _compare(plan, file_ids)
+    options = _options(place, threads, progress)
+    guards.compare(plan)
     tensors = statedict.allocate(plan.steps, place)
     outcome = stream.fill(
         tensors,
         plan.steps,
-        file_ids,
+        guards.file_ids(plan),
         plan.rules,
         hashed=[role for role, checkpoint in plan.inputs.items() if checkpoint.kind == "residual"],
-        processors=devices.processors(place),
+        processors=options.processors,
         threads=threads,
         progress=progress,
     )
-    _check_residuals(plan, outcome)
-    _check_unchanged(plan)
+    guards.check_residuals(plan, outcome)
+    guards.check_unchanged(plan)
     shared = statedict.shared_head(plan.inputs["target"])
     if shared is not None:
         head, embedding = shared
@@ -153,9 +249,8 @@ def load(
     return tensors
 
 
-def _plan_apply(
-    target: StrPath,
-    residual: StrPath | Sequence[StrPath],
+def _rules_of_apply(
+    paths: Mapping[str, StrPath],
     alpha: float | Sequence[float],
     alphas: Factors,
     skip: Iterable[str] | str,
@@ -163,10 +258,9 @@ def _plan_apply(
     allow_missing: bool,
     rounding: str,
     seed: int,
-) -> Plan:
-    inputs = open_inputs(roles_of_apply(target, residual))
-    rules = Rules.of(
-        1 if "instruct" in inputs else len(inputs) - 1,
+) -> Rules:
+    return Rules.of(
+        1 if "instruct" in paths else len(paths) - 1,
         alpha=alpha,
         alphas=alphas,
         skip=skip,
@@ -175,100 +269,112 @@ def _plan_apply(
         rounding=rounding,
         seed=seed,
     )
+
+
+def _plan_apply(paths: Mapping[str, StrPath], rules: Rules) -> Plan:
+    inputs = open_inputs(paths)
     return plan_apply(inputs, rules, second_copies(inputs))
 
 
+def _options(device: str | torch.device, threads: int | None, progress: Progress | None) -> Options:
+    if threads is not None and threads < 1:
+        raise ArgumentError(f"threads is {threads}, wanted 1 or more.")
+    return Options(devices.processors(devices.resolve(device)), threads, progress)
+
+
+def _go_on_in_place(target: Path, paths: Mapping[str, StrPath], rules: Rules, tag: str, options: Options) -> Report:
+    """Finish an interrupted update, if it is the one that is asked for."""
+    place = Workplace.take(target)
+    try:
+        operation = overwrite.read_operation(place)
+        if not operation.is_asked_for(paths, rules, tag):
+            raise StoreError(
+                f"{target}: another update in place is unfinished: {operation}. `ires resume {target}` finishes it, "
+                f"`ires rollback {target}` takes it back where that is possible."
+            )
+        return overwrite.carry_on(place, options, time.perf_counter())
+    finally:
+        place.close()
+
+
 def _carry_out(
-    plan: Plan,
-    out: Path,
-    sync: bool,
-    device: str | torch.device,
-    threads: int | None,
-    progress: Progress | None,
-    dry_run: bool,
+    plan: Plan, out: Path, options: Options, *, sync: bool, sha256: bool, dry_run: bool = False
 ) -> Report | Plan:
+    """Write a new folder."""
+    recorded = _written_before(plan, out)
+    if recorded is not None and not dry_run:
+        return recorded
     check_destination(out, [checkpoint.path for checkpoint in plan.inputs.values()])
-    _check_threads(threads)
-    processors = devices.processors(devices.resolve(device))
     if dry_run:
         return plan
     started = time.perf_counter()
-    file_ids = _file_ids(plan)
-    compared = _compare(plan, file_ids)
-    with NewFolder(out, sync=sync) as folder:
-        files = {file.name: folder.create(file.name, file.header, file.size) for file in plan.files}
-        outcome = stream.run(
-            plan.steps,
-            file_ids,
+    compared = guards.compare(plan)
+    paths = absolute({role: checkpoint.path for role, checkpoint in plan.inputs.items()})
+    operation = Operation(plan.id, VERSION, plan.operation, paths, plan.rules.to_dict(), sync, sha256)
+    identity = plan.id if sync else f"{plan.id} {operation.boot}"
+    with NewFolder(out, identity, operation.to_bytes(), sync=sync) as folder:
+        outcome = Outcome()
+        for record in folder.finished.values():
+            outcome.update(Outcome.from_dict(json.loads(record)))
+        groups: dict[str, list[Step]] = {}
+        for step in plan.steps:
+            groups.setdefault(step.file, []).append(step)
+        files = {
+            file.name: folder.create(file.name, file.header, file.size, partial(_record, outcome, groups[file.name]))
+            for file in plan.files
+            if file.name not in folder.finished
+        }
+        stream.run(
+            [step for step in plan.steps if step.file in files],
+            guards.file_ids(plan),
             plan.rules,
             lambda step, start, data, _: files[step.file].write(data, step.offset + start),
-            processors=processors,
-            threads=threads,
-            progress=progress,
+            processors=options.processors,
+            threads=options.threads,
+            progress=options.progress,
+            outcome=outcome,
         )
-        for role, hashes in compared.items():
-            outcome.inputs.setdefault(role, {}).update(hashes)
-        _check_residuals(plan, outcome)
+        folder.finish_files()
+        outcome.update(Outcome(inputs=compared))
+        guards.check_residuals(plan, outcome)
         # What loaders look for first comes last.
         others = {}
         for side in plan.side_files:
             hasher = xxhash.xxh3_128()
-            folder.add(side.name, _chunks(side.source, hasher))
+            folder.add(side.name, overwrite.chunks(side.source, hasher))
             others[side.name] = {"from": side.role, "xxh3_128": hasher.hexdigest()}
         for name, content in plan.documents:
             folder.add(name, [content])
             others[name] = {"from": plan.operation, "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
+        sums = manifest.sha256({file.name: folder.partial / file.name for file in plan.files}) if sha256 else {}
+        if sums:
+            folder.add(manifest.SUMS, [manifest.sums_file(sums)])
         report = Report.of(plan, outcome, out, 0.0)
-        folder.add(MANIFESTS[plan.operation], [manifest.build(plan, outcome, report, others)])
-        _check_unchanged(plan)
+        folder.add(MANIFESTS[plan.operation], [manifest.build(plan, outcome, report, others, sha256=sums)])
+        guards.check_unchanged(plan)
         folder.commit()
     return Report.of(plan, outcome, out, time.perf_counter() - started)
 
 
-def _compare(plan: Plan, file_ids: Mapping[Path, FileId]) -> dict[str, dict[str, str]]:
-    """Refuse tensors that would be copied, or left out, although instruct and base differ in them; returns digests."""
-    different, digests = differing(plan.comparisons, file_ids)
-    if different:
-        lines = [f"cannot {plan.operation}: tensors that are not floating point differ between instruct and base:"]
-        for name, _, (instruct, base) in different[:10]:
-            lines.append(f"  {name!r} is {instruct.dtype} in {instruct.path}, and another in {base.path}")
-        lines += [f"  and {len(different) - 10} more"] if len(different) > 10 else []
-        raise CheckpointError("\n".join([*lines, "Such values have no difference to add: leave them out with --skip."]))
-    return digests
+def _record(outcome: Outcome, group: Iterable[Step]) -> bytes:
+    """What is known of a file whose bytes are all written."""
+    return json.dumps(outcome.of(group).to_dict()).encode()
 
 
-def _check_residuals(plan: Plan, outcome: Outcome) -> None:
-    """Compare what was read of residuals with the hashes that `extract` recorded: it costs nothing here."""
-    for role, checkpoint in plan.inputs.items():
-        if checkpoint.kind == "residual":
-            recorded = manifest.tensors(checkpoint)
-            for name, found in outcome.inputs.get(role, {}).items():
-                wanted = recorded.get(name, {}).get("xxh3_128", found)
-                if found != wanted:
-                    raise CheckpointError(
-                        f"{checkpoint.tensors[name].path}: tensor {name!r} is damaged: its xxh3_128 is {found}, "
-                        f"residual.json says {wanted}. Extract or copy the residual again."
-                    )
+def _written_before(plan: Plan, out: Path) -> Report | None:
+    """The report of this very plan, if it was carried out: perhaps by a run that was killed as it ended."""
+    try:
+        table = json.loads((out / MANIFESTS[plan.operation]).read_bytes())
+        if not isinstance(table, dict) or table.get("id") != plan.id:
+            return None
+        files = {shard.path.name: shard.file_id.size for shard in open_checkpoint(out).shards}
+    except (OSError, ValueError):
+        return None
+    if files != {file.name: file.size for file in plan.files}:
+        return None
+    tidy(out)
+    fsync_folder(out.parent)
+    return Report.recorded(plan.operation, plan.id, out, table["report"], _THERE)
 
 
-def _check_unchanged(plan: Plan) -> None:
-    changed = [path for checkpoint in plan.inputs.values() for path in checkpoint.changed()]
-    if changed:
-        raise CheckpointError(f"{changed[0]}: changed while it was read. Wait for its writer, then start again.")
-
-
-def _check_threads(threads: int | None) -> None:
-    if threads is not None and threads < 1:
-        raise ArgumentError(f"threads is {threads}, wanted 1 or more.")
-
-
-def _file_ids(plan: Plan) -> dict[Path, FileId]:
-    return {shard.path: shard.file_id for checkpoint in plan.inputs.values() for shard in checkpoint.shards}
-
-
-def _chunks(path: Path, hasher: xxhash.xxh3_128) -> Iterator[bytes]:
-    """A file by pieces, hashed on the way."""
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            hasher.update(chunk)
-            yield chunk
+_THERE = "nothing was done: this is the output of the same command, run before with the same inputs"

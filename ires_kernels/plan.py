@@ -62,21 +62,44 @@ class Plan:
     not_copied: tuple[str, ...]
     """What else is in the target's folder."""
     warnings: tuple[str, ...]
+    in_place: bool = False
+    """Whether the target's own files are changed, where they differ, and nothing else is written."""
     id: str = field(init=False)
-    """xxh3_128, as hex, of everything that determines the tensors of the output."""
+    """xxh3_128, as hex, of everything that determines the output."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "id", _operation_id(self.operation, self.inputs, self.rules))
+        object.__setattr__(self, "id", _operation_id(self))
 
     @property
     def bytes_read(self) -> int:
         """Bytes of tensors that the steps read; a tensor that two steps use counts twice."""
-        return sum(ref.nbytes for step in self.steps for ref in step.inputs)
+        return sum(ref.nbytes for step in self._active() for ref in step.inputs)
 
     @property
     def bytes_written(self) -> int:
-        """Size of the safetensors files of the output."""
+        """Size of the safetensors files of the output; in place what changes in them, the journal apart."""
+        if self.in_place:
+            return sum(step.nbytes for step in self._active())
         return sum(file.size for file in self.files)
+
+    def recipe(self, tag: str = "") -> str:
+        """What is done to the target in place, as the same hash before and after, to tell a repetition."""
+        target = self.inputs["target"]
+        place = target.path.resolve()
+        table = {
+            "inputs": {
+                role: "target" if checkpoint.path.resolve() == place else _identities(checkpoint)
+                for role, checkpoint in self.inputs.items()
+                if role != "target"
+            },
+            "target": [[shard.path.name, _header_digest(shard.header.tensors.items())] for shard in target.shards],
+            "rules": self.rules.to_dict(),
+            "tag": tag,
+        }
+        return _hash(table)
+
+    def _active(self) -> Iterable[Step]:
+        return (step for step in self.steps if not (self.in_place and step.reason))
 
     def to_dict(self) -> dict[str, Any]:
         """The plan in JSON types, with every tensor."""
@@ -88,6 +111,7 @@ class Plan:
                 for role, checkpoint in self.inputs.items()
             },
             "rules": self.rules.to_dict(),
+            "in_place": self.in_place,
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "files": [{"name": file.name, "size": file.size} for file in self.files],
@@ -132,7 +156,8 @@ class Plan:
         rows += [("not copied", ", ".join(self.not_copied))] if self.not_copied else []
         rows += [("warning", line) for line in self.warnings]
         rows.append(("reads", size(self.bytes_read)))
-        rows.append(("writes", f"{size(self.bytes_written)} in {len(self.files)} files"))
+        where = "in place" if self.in_place else f"in {len(self.files)} files"
+        rows.append(("writes", f"{size(self.bytes_written)} {where}"))
         width = max(len(title) for title, _ in rows)
         return "\n".join(f"{title:<{width}}  {text}" for title, text in rows)
 
@@ -273,15 +298,29 @@ def _json(table: dict[str, Any]) -> bytes:
     return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _operation_id(operation: str, inputs: Mapping[str, Checkpoint], rules: Rules) -> str:
-    files = {
-        role: [
-            [shard.path.name, shard.file_id.size, shard.file_id.mtime_ns, _header_digest(shard.header.tensors.items())]
-            for shard in checkpoint.shards
-        ]
-        for role, checkpoint in inputs.items()
+def _operation_id(plan: Plan) -> str:
+    table = {
+        "version": VERSION,
+        "operation": plan.operation,
+        "inputs": {role: _identities(checkpoint) for role, checkpoint in plan.inputs.items()},
+        "rules": plan.rules.to_dict(),
+        "side_files": [
+            [file.name, file.role, file.size, file.mtime_ns]
+            for file in plan.side_files
+            if not (plan.in_place and file.role == "target")
+        ],
     }
-    table = {"version": VERSION, "operation": operation, "inputs": files, "rules": rules.to_dict()}
+    return _hash(table)
+
+
+def _identities(checkpoint: Checkpoint) -> list[list[Any]]:
+    return [
+        [shard.path.name, shard.file_id.size, shard.file_id.mtime_ns, _header_digest(shard.header.tensors.items())]
+        for shard in checkpoint.shards
+    ]
+
+
+def _hash(table: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(table, sort_keys=True, separators=(",", ":")).encode())
 
 

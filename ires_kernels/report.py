@@ -66,6 +66,19 @@ class Report:
     """Name and the model each comes from."""
     not_copied: tuple[str, ...]
     warnings: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = field(default=())
+    """What to know about the files."""
+
+    @classmethod
+    def recorded(cls, operation: str, id_: str, out: Path, numbers: Mapping[str, Any], note: str) -> Report:
+        """What a manifest says of an operation that was carried out before; of what this run did, nothing."""
+        names = ("elements", "updates", "lost", "nan_in", "inf_in", "nan_out", "overflow")
+        counts = Tally(**{name: int(numbers.get(name, 0)) for name in names})
+        strengths = (Strength(tuple(s["factors"]), s["elements"], s["realised"]) for s in numbers.get("strengths", []))
+        return cls(
+            operation, id_, out, 0.0, 0, 0, int(numbers.get("tensors", 0)), counts, counts.overflow, tuple(strengths),
+            {}, {}, (), {}, (), notes=(note,),
+        )  # fmt: skip
 
     @classmethod
     def of(cls, plan: Plan, outcome: Outcome, out: Path, seconds: float) -> Report:
@@ -98,8 +111,8 @@ class Report:
             {step.name: step.reason for step in plan.steps if step.reason},
             {name: reason for name, (reason, _) in plan.not_stored.items()},
             plan.missing,
-            {file.name: file.role for file in plan.side_files},
-            plan.not_copied,
+            {file.name: file.role for file in plan.side_files if not (plan.in_place and file.role == "target")},
+            () if plan.in_place else plan.not_copied,
             plan.warnings,
         )
 
@@ -145,6 +158,7 @@ class Report:
             "side_files": self.side_files,
             "not_copied": list(self.not_copied),
             "warnings": list(self.warnings),
+            "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
@@ -157,9 +171,10 @@ class Report:
         rows = [
             ("output", f"{self.out}"),
             ("merged", f"{self.tensors} tensors, {counts.elements:,} elements"),
-            ("read, written", f"{size(self.bytes_read)}, {size(self.bytes_written)}"),
-            ("time", f"{self.seconds:.2f} s, {self.gb_per_second:.2f} GB/s"),
         ]
+        if self.seconds:
+            rows.append(("read, written", f"{size(self.bytes_read)}, {size(self.bytes_written)}"))
+            rows.append(("time", f"{self.seconds:.2f} s, {self.gb_per_second:.2f} GB/s"))
         for strength in self.strengths:
             asked = ", ".join(f"{factor:g}" for factor in strength.factors)
             if strength.realised is None:
@@ -182,6 +197,7 @@ class Report:
             rows.append((f"from {role}", ", ".join(name for name, r in self.side_files.items() if r == role)))
         rows += [("not copied", ", ".join(self.not_copied))] if self.not_copied else []
         rows += [("warning", line) for line in self.warnings]
+        rows += [("note", line) for line in self.notes]
         return rows
 
 

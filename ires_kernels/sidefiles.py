@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,7 +24,7 @@ _TOKENIZER = re.compile(
     r"|spiece\.model|sentencepiece.*\.model|.*\.tiktoken|tokenization_.*\.py"
 )
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data|npz|index\.json)")
-_OURS = {"ires.json", "residual.json"}
+_OURS = {"ires.json", "residual.json", "SHA256SUMS"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,8 @@ class SideFile:
     name: str
     source: Path
     role: str
+    size: int
+    mtime_ns: int
 
 
 def of_model(inputs: Mapping[str, Checkpoint], *, own_tokenizer: bool = False) -> tuple[list[SideFile], list[str]]:
@@ -61,7 +63,13 @@ def of_model(inputs: Mapping[str, Checkpoint], *, own_tokenizer: bool = False) -
 def of_residual(instruct: Checkpoint) -> list[SideFile]:
     """What a residual keeps of the instruct model for `of_model`. Never config.json: a residual must not load."""
     files = _listing(instruct)[0]
-    return [SideFile(name, files[name], "instruct") for name in sorted(files) if _group(name) != "model"]
+    return [_side_file(name, files[name], "instruct") for name in sorted(files) if _group(name) != "model"]
+
+
+def replaced_by(target: Checkpoint, chosen: Iterable[SideFile]) -> list[str]:
+    """The files of the target that have no place beside the `chosen` ones: parts of a tokenizer that is not theirs."""
+    names = {file.name for file in chosen}
+    return [name for name in _listing(target)[0] if name not in names and _group(name) != "model"]
 
 
 def has_template(checkpoint: Checkpoint) -> bool:
@@ -82,7 +90,12 @@ def _group(name: str) -> Group:
 
 
 def _tagged(files: dict[str, Path], group: str, role: str) -> list[SideFile]:
-    return [SideFile(name, path, role) for name, path in files.items() if _group(name) == group]
+    return [_side_file(name, path, role) for name, path in files.items() if _group(name) == group]
+
+
+def _side_file(name: str, path: Path, role: str) -> SideFile:
+    status = path.stat()
+    return SideFile(name, path, role, status.st_size, status.st_mtime_ns)
 
 
 def _listing(checkpoint: Checkpoint) -> tuple[dict[str, Path], list[str]]:

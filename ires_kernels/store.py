@@ -1,10 +1,14 @@
 """Durable bytes: a new folder that appears under its name only when all of it is on the disk.
 
 The folder is written as ``OUT.partial`` beside OUT and renamed last. The order is what survives a power cut: every file
-is fsynced, then the folder, then the name changes, then the parent folder is fsynced. All files get their full size
-before the first byte of data, so a full disk is known at once. A lock file in OUT.partial marks it as ours, and is held
-with flock while a process works on it: so what a killed process left is told from what is in use, or foreign. It goes
-last, after the renaming; to be killed between the two leaves a complete OUT with a stray hidden file.
+is fsynced before it gets its name, then the folder, then the name of that changes, then the parent folder is fsynced.
+All files get their full size before the first byte of data, so a full disk is known at once.
+
+In OUT.partial a file is called ``.ires-NAME.tmp`` until it is complete and durable. A record of what was learnt while
+it was written is made durable as ``.ires-NAME.done`` before that; so a file under its own name, with its record, is
+never written again by the run that takes up an interrupted one. The lock file says whose folder it is: it holds the
+identity of the operation and is held with flock while a process works. Lock and records go last, after the renaming; to
+be killed between the two leaves a complete OUT with stray hidden files.
 """
 
 from __future__ import annotations
@@ -14,14 +18,15 @@ import fcntl
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
 MARKER = ".ires-lock"
-"""The lock file."""
+"""The lock file: a line with the identity of the operation, then what `NewFolder` was given to keep there."""
 _SUFFIX = ".partial"
+_HIDDEN, _TEMPORARY, _RECORD = ".ires-", ".tmp", ".done"
 
 
 class StoreError(ValueError):
@@ -60,125 +65,159 @@ def is_unfinished(folder: Path) -> bool:
 class NewFile:
     """A file of a NewFolder, made with its full size and the bytes it begins with; threads write the rest."""
 
-    def __init__(self, path: Path, head: bytes, size: int, *, sync: bool) -> None:
+    def __init__(self, path: Path, head: bytes, size: int, record: Callable[[], bytes], *, sync: bool) -> None:
         self.path = path
+        self._temporary = _hidden(path, _TEMPORARY)
+        self._record = record
         self._sync = sync
         self._left = size
         self._lock = threading.Lock()
-        with _named(path):
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with named(path):
+            self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            _allocate(self._fd, size, path)
-            self.write(head, 0)
+            allocate(self._fd, size, path)
+            write_all(self._fd, head, 0, path)
+            self._left -= len(head)
         except BaseException:
             self.abandon()
             raise
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
-        """Write bytes nobody has written yet; whoever writes the last ones makes the file durable and closes it."""
-        length = len(data)
-        try:
-            done = os.pwrite(self._fd, data, offset)
-            while done < length:
-                done += os.pwrite(self._fd, data[done:], offset + done)
-            with self._lock:
-                self._left -= length
-                last = self._left == 0
-            if last:
-                if self._sync:
-                    os.fsync(self._fd)
-                self.abandon()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, f"{self.path}") from error
+        """Write bytes nobody has written yet; whoever writes the last ones makes the file durable and names it."""
+        write_all(self._fd, data, offset, self.path)
+        with self._lock:
+            self._left -= len(data)
+            last = self._left == 0
+        if last:
+            self.finish()
 
-    def finished(self) -> bool:
-        """Whether all of it was written."""
-        return self._left == 0
+    def finish(self) -> None:
+        """Make the file durable, then what is to be recorded of it, and give it its name."""
+        if self._fd < 0:
+            return
+        assert self._left == 0, f"{self.path.name}: {self._left} bytes were not written"
+        with named(self.path):
+            if self._sync:
+                os.fsync(self._fd)
+            self.abandon()
+            write_file(_hidden(self.path, _RECORD), [self._record()], sync=self._sync)
+            os.rename(self._temporary, self.path)
 
     def abandon(self) -> None:
-        """Close without another fsync."""
+        """Close as it is."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
 
 
 class NewFolder:
-    """A context in which the files of `out` are made; `commit` ends it, and leaving without removes everything."""
+    """A context in which the files of `out` are made; `commit` ends it.
 
-    def __init__(self, out: Path, *, sync: bool = True) -> None:
+    identity  one line of words: what an earlier run with the same line, or with its first word alone, has completed is
+              kept; with the same first word it is done again, with another it is refused
+    keep      bytes for the lock file, for whoever finds the unfinished folder
+
+    Leaving without `commit` keeps what is complete, or removes everything where nothing is, or where an error of the
+    inputs, a ValueError, makes it worthless. Raises StoreError for a folder that is in use or somebody else's.
+    """
+
+    def __init__(self, out: Path, identity: str, keep: bytes, *, sync: bool = True) -> None:
         self.out = out
         self.partial = partial_path(out)
+        self.finished: dict[str, bytes] = {}
+        """Files that need not be made, by name, and what was recorded of them."""
+        self._identity = identity.encode()
+        self._keep = keep
         self._sync = sync
         self._lock = -1
         self._files: list[NewFile] = []
         self._renamed = False
 
     def __enter__(self) -> NewFolder:
-        marker = self.partial / MARKER
-        with _named(self.partial):
+        with named(self.partial):
             try:
                 os.mkdir(self.partial)
                 mode = os.O_CREAT | os.O_EXCL
             except FileExistsError:
-                mode = 0  # never made anew: the process that holds it may be about to give the folder its name
-                if self.partial.is_symlink() or not is_unfinished(self.partial):
+                # Never made anew: the process that holds it may be about to give the folder its name.
+                mode = 0 if self.partial.is_symlink() or not _is_empty(self.partial) else os.O_CREAT | os.O_EXCL
+                if mode == 0 and (self.partial.is_symlink() or not is_unfinished(self.partial)):
                     raise StoreError(
                         f"{self.partial}: is in the way: the output is written there until it is complete, and this is "
                         "nothing that an interrupted run left. Move it or delete it."
                     ) from None
-            self._lock = os.open(marker, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | mode, 0o666)
+            self._lock = lock(self.partial / MARKER, mode)
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                mine, there = os.fstat(self._lock), os.stat(marker, follow_symlinks=False)
-                if (mine.st_dev, mine.st_ino) != (there.st_dev, there.st_ino):
-                    raise FileNotFoundError(errno.ENOENT, "another process has just finished with it; try again")
-                self._empty()
-            except BaseException as error:
+                self._take_over()
+            except BaseException:
                 os.close(self._lock)
-                if isinstance(error, BlockingIOError):
-                    raise StoreError(f"{self.partial}: another process is writing it. Wait for it to end.") from None
                 raise
         return self
 
+    def _take_over(self) -> None:
+        """Keep what an interrupted run of the same operation has completed, and nothing else."""
+        names = set(os.listdir(self.partial))
+        complete = [name for name in sorted(names) if _hidden(Path(name), _RECORD).name in names]
+        identity = os.pread(self._lock, 4096, 0).partition(b"\n")[0]
+        name_of_mine = self._identity.split()[0]
+        if complete and identity.split()[:1] != [name_of_mine]:
+            raise StoreError(
+                f"{self.partial}: holds {len(complete)} complete files of another operation. "
+                f"Finish that one with `ires resume {self.out}`, or remove it with `ires rollback {self.out}`."
+            )
+        if identity in (self._identity, name_of_mine):
+            self.finished = {name: _hidden(self.partial / name, _RECORD).read_bytes() for name in complete}
+        self._empty()
+        if identity != self._identity:
+            os.ftruncate(self._lock, 0)
+            write_all(self._lock, self._identity + b"\n" + self._keep, 0, self.partial / MARKER)
+            if self._sync:
+                os.fsync(self._lock)
+
     def _empty(self) -> None:
+        """Remove all but the lock, and the complete files with their records."""
+        kept = {MARKER, *self.finished, *(_hidden(Path(name), _RECORD).name for name in self.finished)}
         with os.scandir(self.partial) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
                     shutil.rmtree(entry.path)
-                elif entry.name != MARKER:
+                elif entry.name not in kept:
                     os.unlink(entry.path)
 
-    def create(self, name: str, head: bytes, size: int) -> NewFile:
-        """A file of `size` bytes that begins with `head`. Raises OSError where there is no room for all of it."""
-        file = NewFile(self.partial / name, head, size, sync=self._sync)
+    def create(self, name: str, head: bytes, size: int, record: Callable[[], bytes] = bytes) -> NewFile:
+        """A file of `size` bytes that begins with `head`. Raises OSError where there is no room for all of it.
+
+        `record` is called when all of it was written; its bytes come back in `finished` if the run is interrupted.
+        """
+        file = NewFile(self.partial / name, head, size, record, sync=self._sync)
         self._files.append(file)
         return file
 
     def add(self, name: str, chunks: Iterable[bytes]) -> None:
         """A whole file from its bytes. `name` may have one folder in it."""
         path = self.partial / name
-        with _named(path):
+        with named(path):
             path.parent.mkdir(exist_ok=True)
-            with open(path, "xb") as file:
-                file.writelines(chunks)
-                file.flush()
-                if self._sync:
-                    os.fsync(file.fileno())
+            write_file(path, chunks, sync=self._sync)
+
+    def finish_files(self) -> None:
+        """Every file that was created is written, and gets its name."""
+        for file in self._files:
+            file.finish()
 
     def commit(self) -> None:
         """Give the folder its name. What was not durable before is when this returns."""
-        unfinished = [file.path.name for file in self._files if not file.finished()]
-        assert not unfinished, unfinished
-        with _named(self.partial):
+        self.finish_files()
+        with named(self.partial):
             if self._sync:
                 for folder, _, _ in os.walk(self.partial, topdown=False):
-                    _fsync_folder(folder)
-        with _named(self.out):
+                    fsync_folder(folder)
+        with named(self.out):
             os.rename(self.partial, self.out)
             self._renamed = True
             if self._sync:
-                _fsync_folder(self.out.parent)
-            os.unlink(self.out / MARKER)
+                fsync_folder(self.out.parent)
+            tidy(self.out)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -187,14 +226,73 @@ class NewFolder:
             file.abandon()
         if not self._renamed:
             with suppress(OSError):  # the error that brought us here matters more; the next run removes the rest
+                if isinstance(error, ValueError):
+                    self.finished = {}
+                else:
+                    names = set(os.listdir(self.partial))
+                    self.finished = {n: b"" for n in names if _hidden(Path(n), _RECORD).name in names}
                 self._empty()
-                os.unlink(self.partial / MARKER)
-                os.rmdir(self.partial)
+                if not self.finished:
+                    os.unlink(self.partial / MARKER)
+                    os.rmdir(self.partial)
         os.close(self._lock)
 
 
+def read_kept(out: Path) -> bytes:
+    """What the unfinished output `out` was given to keep in its lock file."""
+    path = partial_path(out) / MARKER
+    with named(path):
+        return path.read_bytes().partition(b"\n")[2]
+
+
+def discard(out: Path) -> None:
+    """Remove the unfinished output `out`. Raises StoreError when a process is writing it."""
+    partial = partial_path(out)
+    with named(partial):
+        fd = lock(partial / MARKER)
+        try:
+            for name in sorted(os.listdir(partial), key=MARKER.__eq__):
+                path = partial / name
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            partial.rmdir()
+        finally:
+            os.close(fd)
+
+
+def tidy(out: Path) -> None:
+    """Remove from the complete folder `out` what only its writing needed, the lock last."""
+    for name in sorted(os.listdir(out), key=MARKER.__eq__):
+        if name == MARKER or (name.startswith(_HIDDEN) and name.endswith(_RECORD)):
+            os.unlink(out / name)
+
+
+def lock(path: Path, mode: int = 0) -> int:
+    """Open and lock a file that marks a folder as being worked on; its descriptor holds the lock.
+
+    `mode`: flags for opening, to make it. Raises StoreError when another process holds it.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | mode, 0o666)
+    except FileExistsError:
+        raise StoreError(f"{path.parent}: another process has just taken it. Wait for it to end.") from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine, there = os.fstat(fd), os.stat(path, follow_symlinks=False)
+        if (mine.st_dev, mine.st_ino) != (there.st_dev, there.st_ino):
+            raise FileNotFoundError(errno.ENOENT, "another process has just finished with it; try again")
+    except BaseException as error:
+        os.close(fd)
+        if isinstance(error, BlockingIOError):
+            raise StoreError(f"{path.parent}: another process is writing it. Wait for it to end.") from None
+        raise
+    return fd
+
+
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def named(path: Path) -> Iterator[None]:
     """Put the path into an OSError that has none."""
     try:
         yield
@@ -209,7 +307,25 @@ def partial_path(out: Path) -> Path:
     return out.with_name(out.name + _SUFFIX)
 
 
-def _allocate(fd: int, size: int, path: Path) -> None:
+def write_all(fd: int, data: bytes | memoryview, offset: int, path: Path) -> None:
+    """pwrite until all is written. Raises OSError with `path` in it."""
+    length = len(data)
+    with named(path):
+        done = os.pwrite(fd, data, offset)
+        while done < length:
+            done += os.pwrite(fd, data[done:], offset + done)
+
+
+def write_file(path: Path, chunks: Iterable[bytes], *, sync: bool) -> None:
+    """A new file from its bytes."""
+    with named(path), open(path, "xb") as file:
+        file.writelines(chunks)
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+
+
+def allocate(fd: int, size: int, path: Path) -> None:
     """Reserve space for all of a file, so that no later write runs out of it."""
     try:
         os.posix_fallocate(fd, 0, size)
@@ -225,9 +341,23 @@ def _allocate(fd: int, size: int, path: Path) -> None:
         raise OSError(error.errno, text, f"{path}") from error
 
 
-def _fsync_folder(path: str | os.PathLike[str]) -> None:
+def fsync_folder(path: str | os.PathLike[str]) -> None:
+    """Make durable which names the folder has."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def boot_id() -> str:
+    """What changes whenever the machine starts: bytes that were not synced are trusted only until then."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _hidden(path: Path, suffix: str) -> Path:
+    return path.with_name(f"{_HIDDEN}{path.name}{suffix}")
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not os.listdir(folder)

@@ -115,6 +115,7 @@ def run(
     stops: Container[tuple[str, int]] | None = None,
     done: Mapping[str, Done] | None = None,
     outcome: Outcome | None = None,
+    failed: Callable[[], None] | None = None,
 ) -> Outcome:
     """Carry out `steps`, whose inputs lie in files that must still be those of `file_ids`; `write` gets the results.
 
@@ -124,11 +125,12 @@ def run(
              the order of the steps, and all windows before the stop are written
     done     what is written already of tensors whose first input is overwritten by their result, by name
     outcome  to be completed and returned; None: a new one
+    failed   called when something goes wrong, for a `write` that waits
 
     Raises what went wrong first, with tensor and file in it, when all threads have stopped: CheckpointError for a file
     that changed, OSError for one that cannot be read or written, ComputeError for a processor that failed.
     """
-    engine = _Engine(steps, file_ids, rules, write, {}, hashed, processors, counted, stops, done or {}, outcome)
+    engine = _Engine(steps, file_ids, rules, write, {}, hashed, processors, counted, stops, done or {}, outcome, failed)
     return engine.run(threads, progress)
 
 
@@ -215,8 +217,10 @@ class _Engine:
         stops: Container[tuple[str, int]] | None = None,
         done: Mapping[str, Done] | None = None,
         outcome: Outcome | None = None,
+        failed: Callable[[], None] | None = None,
     ) -> None:
         self.write = write
+        self.failed = failed
         self.into = into
         self.hashed = hashed
         self.counted = counted
@@ -244,9 +248,7 @@ class _Engine:
         # Not Thread.join: interrupted, it takes a running thread for an ended one (CPython 3.11), and the threads write
         # to files that are closed below.
         ended = [threading.Event() for _ in range(threads)]
-        workers = [
-            threading.Thread(target=self._work, args=(i, ended[i]), name=f"ires-{i}") for i in range(threads)
-        ]
+        workers = [threading.Thread(target=self._work, args=(i, ended[i]), name=f"ires-{i}") for i in range(threads)]
         started = 0
         try:
             for worker in workers:
@@ -427,6 +429,8 @@ class _Engine:
         with self.lock:
             self.error = self.error or error
             self.stopped = True
+            if self.failed is not None:
+                self.failed()
             active = list(self.active)
         for tensor in active:
             with tensor.turned:

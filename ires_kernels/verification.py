@@ -55,6 +55,8 @@ class VerifyReport:
     out: Path
     hashes_only: bool
     tensors: int = 0
+    unread: int = 0
+    """Of these, tensors that an update in place left as they were, and of which no hash is known."""
     bytes_read: int = 0
     seconds: float = 0.0
     mismatches: list[Mismatch] = field(default_factory=list)
@@ -79,10 +81,10 @@ class VerifyReport:
             more = [f"  and {len(found) - 20} more"] if len(found) > 20 else []
             return "\n".join([head, *(f"  {line}" for line in found[:20]), *more])
         rate = self.bytes_read / self.seconds / 1e9 if self.seconds else 0.0
-        return (
-            f"{self.out}: all {self.tensors} tensors {how} ({size(self.bytes_read)} read in {self.seconds:.2f} s, "
-            f"{rate:.2f} GB/s)"
-        )
+        which = f"all {self.tensors} tensors"
+        if self.unread:
+            which = f"{self.tensors - self.unread} tensors (not {self.unread} that were left as they were)"
+        return f"{self.out}: {which} {how} ({size(self.bytes_read)} read in {self.seconds:.2f} s, {rate:.2f} GB/s)"
 
 
 def verify(
@@ -97,7 +99,8 @@ def verify(
     """Check output of `extract` or `apply` against its manifest and, recomputed, against its inputs.
 
     inputs         paths by role (target, instruct, base, residual, residual-1, …) in place of the recorded ones
-    hashes_only    compare hashes of tensors and files with the manifest, without the inputs
+    hashes_only    compare hashes of tensors and files with the manifest, without the inputs. It is all that can be done
+                   after an update in place, unless `inputs` has a copy of the target as it was
     device         where to compute, cpu or a GPU: it need not be the one of the merge
 
     Any NaN serves where a NaN is due, since payloads are no part of the numerics. Raises CheckpointError where there
@@ -107,10 +110,14 @@ def verify(
     processors = devices.processors(devices.resolve(device))
     checkpoint = open_checkpoint(out)
     table = manifest.read(checkpoint)
+    if "in_place" in table and "target" not in (inputs or {}):
+        hashes_only = True
     report = VerifyReport(checkpoint.path, hashes_only)
     recorded = manifest.tensors(checkpoint)
     _check_names(checkpoint, recorded, report)
-    to_hash = [ref for name, ref in checkpoint.tensors.items() if name in recorded]
+    unread = [name for name, entry in recorded.items() if entry["xxh3_128"] is None]
+    report.unread = len(unread)
+    to_hash = [ref for name, ref in checkpoint.tensors.items() if name in recorded and name not in unread]
     if not hashes_only:
         made_of = table["inputs"]
         given = dict(inputs or {})
@@ -126,7 +133,9 @@ def verify(
         to_hash = _recompute(plan, checkpoint, recorded, report, processors, threads, progress)
         progress = None
     _check_hashes(checkpoint, to_hash, recorded, report, threads, progress)
-    _check_files(checkpoint.path, table["files"], report)
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    _check_files(folder, table["files"], report)
+    _check_sums(folder, table.get("sha256", {}), report)
     report.tensors = len(checkpoint.tensors)
     report.seconds = time.perf_counter() - started
     return report
@@ -194,7 +203,7 @@ def _recompute(
                 report.problems.append(f"{ref.name} of {role} is not the one that was merged: it has another hash")
         if step.name in comparer.other_nan:
             unsettled.append(out.tensors[step.name])
-        elif step.name not in comparer.found and entry.get("xxh3_128") != outcome.outputs[step.name]:
+        elif step.name not in comparer.found and entry.get("xxh3_128") not in (None, outcome.outputs[step.name]):
             report.problems.append(f"{step.name} has another hash than the manifest says")
     return unsettled
 
@@ -231,6 +240,13 @@ def _check_files(folder: Path, recorded: Mapping[str, Any], report: VerifyReport
                 hasher.update(chunk)
         if not isinstance(entry, dict) or entry.get("xxh3_128") != hasher.hexdigest():
             report.problems.append(f"{name} has changed since the merge")
+
+
+def _check_sums(folder: Path, recorded: Mapping[str, str], report: VerifyReport) -> None:
+    found = manifest.sha256({name: folder / name for name in recorded if (folder / name).is_file()})
+    for name, wanted in recorded.items():
+        if found.get(name) != wanted:
+            report.problems.append(f"{name} has the sha256 {found.get(name)}, the manifest says {wanted}")
 
 
 class _Comparer:

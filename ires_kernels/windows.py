@@ -32,6 +32,7 @@ TORCH_DTYPES = {
 
 Bytes = TypeVar("Bytes", memoryview, Tensor)
 
+
 class ComputeError(RuntimeError):
     """A processor failed on the way, as a GPU may that has no memory left."""
 

@@ -14,14 +14,19 @@ PACKAGE = Path(__file__).parent.parent / "ires_kernels"
 ARROWS: dict[str, set[str]] = {
     # files, without torch
     "header": set(),
-    "checkpoint": {"header"},
+    "inplace": {"store"},
+    "checkpoint": {"header", "inplace"},
     "names": {"checkpoint"},
     "rules": {"header"},
     "sidefiles": {"checkpoint"},
     "steps": {"checkpoint", "header", "names", "rules"},
     "plan": {"checkpoint", "header", "names", "rules", "sidefiles", "steps"},
     "store": set(),
-    "inputs": {"checkpoint", "header", "rules", "store"},
+    "journal": {"store"},
+    "inputs": {"checkpoint", "header", "inplace", "rules", "store"},
+    "operation": {"checkpoint", "header", "inputs", "rules", "store"},
+    "updates": {"checkpoint", "header", "names", "plan", "steps"},
+    "status": {"checkpoint", "header", "inplace", "inputs", "journal", "operation", "store"},
     "reader": {"checkpoint", "header", "names", "steps"},
     # tensors, without files
     "backends": {"_native"},
@@ -42,17 +47,25 @@ ARROWS: dict[str, set[str]] = {
         "checkpoint", "device", "header", "inputs", "manifest", "names", "plan", "reader", "rules", "steps",
         "stream", "windows",
     },
-    "merge": {
-        "checkpoint", "device", "header", "inputs", "manifest", "plan", "reader", "report", "rules", "statedict",
-        "store", "stream", "summary", "verification",
+    "guards": {"checkpoint", "header", "manifest", "plan", "reader", "rules", "steps", "stream"},
+    "overwrite": {
+        "backends", "checkpoint", "guards", "inplace", "inputs", "journal", "manifest", "names", "operation", "plan",
+        "report", "rules", "sidefiles", "steps", "store", "stream", "updates", "windows",
     },
-    "cli": {"header", "inputs", "merge", "plan", "rules", "store", "stream", "windows"},
+    "merge": {
+        "checkpoint", "device", "guards", "header", "inplace", "inputs", "manifest", "operation", "overwrite", "plan",
+        "reader", "report", "rules", "statedict", "status", "steps", "store", "stream", "summary", "verification",
+    },
+    "cli": {"header", "inplace", "inputs", "merge", "plan", "rules", "store", "stream", "windows"},
     "__main__": {"cli"},
     "__init__": {"backends", "merge", "ops"},
 }  # fmt: skip
 """What each module may import of this package. Modules that are not here, such as benchmarks, no other imports."""
-NO_TORCH = {"header", "checkpoint", "names", "rules", "sidefiles", "steps", "plan", "store", "inputs", "reader"}
-STANDARD_ONLY = {"header", "checkpoint", "store", "sidefiles", "names", "rules", "inputs"}
+NO_TORCH = {
+    "header", "checkpoint", "names", "rules", "sidefiles", "steps", "plan", "store", "inplace", "journal", "inputs",
+    "operation", "updates", "status", "reader",
+}  # fmt: skip
+STANDARD_ONLY = {"header", "checkpoint", "store", "inplace", "sidefiles", "names", "rules", "inputs", "operation"}
 
 
 def imports(module: str) -> tuple[set[str], set[str]]:

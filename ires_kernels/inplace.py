@@ -1,0 +1,316 @@
+"""The files of a model that is updated in place: who may be, where they are meanwhile, and how they come back.
+
+Names and bytes only. While an update is unfinished everything that a loader looks for (weights, index, config.json) is
+in the hidden folder TARGET/.ires-unfinished, so that nothing takes a half-updated model for one; renaming moves no
+bytes. For a target that is a single file it is .NAME.ires-unfinished beside it. The same folder holds the lock, the
+journal, the new side files until they are installed (new/), the ones they replace (old/), and what says how far it got:
+
+    operation.json   the weights may be part old, part new. Before it exists nothing was touched
+    finished.json    all is new; what is left to do is to move the files back
+    rollback.json    the old bytes are being put back
+
+Every move can be done again: whoever takes up an interrupted one looks at where the files are.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ires_kernels.store import MARKER, StoreError, fsync_folder, lock, named, write_file
+
+PHASES = ("operation", "finished", "rollback")
+_WORK, _UNDO, _REPLACED = ".ires-unfinished", ".ires-undo", ".ires-replaced"
+_COPY = "Copy the model (`cp -rL`) and update the copy, or write a new folder with -o OUT."
+
+
+def work_folder(target: Path) -> Path:
+    """Where the files of an unfinished update of `target` are."""
+    return _beside(target, _WORK)
+
+
+def unfinished(target: Path) -> str | None:
+    """How far an unfinished update of `target` got, one of PHASES; None where none has begun."""
+    work = work_folder(target)
+    try:
+        return next((name for name in PHASES if (work / f"{name}.json").exists()), None)
+    except (OSError, ValueError):  # whoever opens the model finds out why
+        return None
+
+
+def undo_folders(target: Path) -> list[Path]:
+    """What --keep-undo kept of earlier updates, the last one last."""
+    return [path for _, path in _numbered(target, _UNDO)]
+
+
+def check(target: Path, names: Iterable[str]) -> None:
+    """Refuse with StoreError to update these files of `target`, a model folder or a single file."""
+    folder = _folder(target)
+    if target.is_symlink():
+        raise StoreError(
+            f"{target}: is a symbolic link to {os.path.realpath(target)}. Give that path, if it is the model to change."
+        )
+    cache = _hub_cache(target)
+    if cache:
+        raise StoreError(f"{target}: lies in the Hugging Face cache {cache}, whose files serve several models. {_COPY}")
+    for path in (folder / name for name in names):
+        status = os.lstat(path)
+        if stat.S_ISLNK(status.st_mode):
+            raise StoreError(f"{path}: is a symbolic link to {os.path.realpath(path)}. {_COPY}")
+        if not stat.S_ISREG(status.st_mode):
+            raise StoreError(f"{path}: is no regular file. {_COPY}")
+        if status.st_nlink > 1:
+            raise StoreError(f"{path}: has {status.st_nlink} hard links, so other models change with it. {_COPY}")
+        if not status.st_mode & 0o222:
+            raise StoreError(f"{path}: is read-only. `chmod u+w` it, if it is to be changed.")
+        if os.path.ismount(path):
+            raise StoreError(f"{path}: is a mount point. {_COPY}")
+        try:
+            os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be written: {error.strerror}. {_COPY}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StoreError(f"{folder}: no permission to make files in it, which the journal needs. {_COPY}")
+
+
+class Workplace:
+    """The hidden folder of an update, locked by this process. Make one with `begin` or `take`; `close` unlocks it."""
+
+    def __init__(self, target: Path, fd: int, *, sync: bool = True) -> None:
+        self.target = target
+        self.folder = _folder(target)
+        self.work = work_folder(target)
+        self.sync = sync
+        self._lock = fd
+
+    @classmethod
+    def begin(cls, target: Path, *, sync: bool = True) -> Workplace:
+        """Make the folder. Raises StoreError when an update is under way or unfinished."""
+        work = work_folder(target)
+        with named(work):
+            try:
+                os.mkdir(work)
+            except FileExistsError:
+                place = cls.take(target)
+                if place.phase() is not None:
+                    place.close()
+                    raise StoreError(
+                        f"{target}: an update in place is unfinished. `ires resume {target}` finishes it, "
+                        f"`ires rollback {target}` takes it back where that is possible."
+                    ) from None
+                place.remove()  # nothing had begun
+                return cls.begin(target, sync=sync)
+            return cls(target, lock(work / MARKER, os.O_CREAT | os.O_EXCL), sync=sync)
+
+    @classmethod
+    def take(cls, target: Path) -> Workplace:
+        """The folder that an interrupted update left. Raises StoreError when it is in use, or is not ours."""
+        work = work_folder(target)
+        if not work.is_dir() or work.is_symlink():
+            raise StoreError(f"{target}: no update in place is unfinished.")
+        strange = set(os.listdir(work)) - {MARKER} and not any((work / f"{name}.json").exists() for name in PHASES)
+        if strange and not (work / MARKER).exists():
+            raise StoreError(f"{work}: is in the way, and nothing that an update in place left. Move it or delete it.")
+        with named(work):
+            return cls(target, lock(work / MARKER, os.O_CREAT))
+
+    def close(self) -> None:
+        """Unlock."""
+        fd, self._lock = self._lock, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def phase(self) -> str | None:
+        """One of PHASES; None before the first."""
+        return unfinished(self.target)
+
+    def read(self) -> bytes:
+        """What `write` wrote."""
+        path = self.work / f"{self.phase()}.json"
+        with named(path):
+            return path.read_bytes()
+
+    def write(self, content: bytes) -> None:
+        """Make the update one that has begun: `content` is what it takes to go on with it."""
+        path = self.work / "operation.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.unlink(missing_ok=True)
+        write_file(temporary, [content], sync=True)  # always: without it nobody knows what the folder is
+        with named(path):
+            os.rename(temporary, path)
+            fsync_folder(self.work)
+            fsync_folder(self.folder)
+
+    def advance(self, phase: str) -> None:
+        """Go on to another phase."""
+        with named(self.work):
+            self._sync(self.work, self.folder)
+            os.rename(self.work / f"{self.phase()}.json", self.work / f"{phase}.json")
+            self._sync(self.work)
+
+    def move_in(self, names: Iterable[str]) -> None:
+        """Hide the files of the model."""
+        self._move(self.folder, self.work, names)
+
+    def move_out(self, names: Iterable[str]) -> None:
+        """Give the files of the model back."""
+        self._move(self.work, self.folder, names)
+
+    def _move(self, source: Path, target: Path, names: Iterable[str]) -> None:
+        with named(self.work):
+            for name in names:
+                if (source / name).exists():
+                    if (target / name).exists():
+                        raise StoreError(
+                            f"{target / name}: has appeared while an update in place had its {name} in {source}. "
+                            "Move one of them elsewhere."
+                        )
+                    os.rename(source / name, target / name)
+            self._sync(target, source)
+
+    def stage(self, name: str, chunks: Iterable[bytes]) -> None:
+        """Keep a side file for `install`. `name` may have one folder in it."""
+        path = self.work / "new" / name
+        with named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():  # of a run that was interrupted
+                path.unlink()
+            write_file(path, chunks, sync=self.sync)
+            self._sync(path.parent, self.work)
+
+    def install(self, names: Iterable[str], dropped: Iterable[str] = ()) -> None:
+        """Put staged files where they belong. What they replace, and the `dropped` files, go to old/."""
+        dropped = list(dropped)
+        with named(self.work):
+            for name in [*names, *dropped]:
+                place, new, old = self.folder / name, self.work / "new" / name, self.work / "old" / name
+                if not new.exists() and name not in dropped:
+                    continue  # it is there already
+                if os.path.lexists(place) and not old.exists():
+                    old.parent.mkdir(parents=True, exist_ok=True)
+                    os.rename(place, old)
+                if new.exists():
+                    place.parent.mkdir(exist_ok=True)
+                    os.rename(new, place)
+            self._sync_below("old")
+            self._sync(self.folder)
+
+    def uninstall(self, names: Iterable[str], dropped: Iterable[str] = ()) -> None:
+        """Take `install` back."""
+        with named(self.work):
+            for name in [*names, *dropped]:
+                place, new, old = self.folder / name, self.work / "new" / name, self.work / "old" / name
+                if name not in dropped and not new.exists() and place.exists():
+                    new.parent.mkdir(parents=True, exist_ok=True)
+                    os.rename(place, new)
+                if old.exists():
+                    os.rename(old, place)
+            self._sync(self.folder)
+
+    def replaced(self) -> list[str]:
+        """What is in old/."""
+        old = self.work / "old"
+        return sorted(f"{path.relative_to(old)}" for path in old.rglob("*") if path.is_file())
+
+    def keep(self) -> Path:
+        """End the update, but keep all that taking it back needs; returns where."""
+        kept = self._next(_UNDO)
+        with named(self.work):
+            os.rename(self.work, kept)
+            self._sync(self.folder)
+        self.close()
+        return kept
+
+    def remove(self, *, drop: Sequence[str] = ()) -> Path | None:
+        """End the update, and keep only the files in old/ that are not in `drop`; returns where these are."""
+        kept = None
+        with named(self.work):
+            for name in drop:
+                (self.work / "old" / name).unlink(missing_ok=True)
+            if self.replaced():
+                kept = self._next(_REPLACED)
+                os.rename(self.work / "old", kept)
+                self._sync(self.folder)
+            phase = self.phase()
+            names = set(os.listdir(self.work))
+            strange = names - {"journal", "log", "new", "old", "operation.tmp", MARKER, f"{phase}.json"}
+            if strange:
+                raise StoreError(f"{self.work}: holds {', '.join(sorted(strange))}. Move that to where it belongs.")
+            for name in names - {MARKER, f"{phase}.json"}:
+                path = self.work / name
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            self._sync(self.work)
+            if phase is not None:
+                (self.work / f"{phase}.json").unlink()
+            (self.work / MARKER).unlink()
+            self.work.rmdir()
+            self._sync(self.folder)
+        self.close()
+        return kept
+
+    def _next(self, kind: str) -> Path:
+        taken = _numbered(self.target, kind)
+        return _beside(self.target, f"{kind}-{taken[-1][0] + 1 if taken else 1}")
+
+    def _sync(self, *folders: Path) -> None:
+        if self.sync:
+            for folder in folders:
+                fsync_folder(folder)
+
+    def _sync_below(self, name: str) -> None:
+        for folder, _, _ in os.walk(self.work / name):
+            self._sync(Path(folder))
+
+
+def take_undo(target: Path) -> Workplace:
+    """Make the last undo that was kept the unfinished update that it was. Raises StoreError where there is none."""
+    kept = undo_folders(target)
+    if not kept:
+        raise StoreError(
+            f"{target}: no update in place is unfinished, and none was kept to be taken back (--keep-undo does that)."
+        )
+    with named(kept[-1]):
+        os.rename(kept[-1], work_folder(target))
+        fsync_folder(_folder(target))
+    return Workplace.take(target)
+
+
+def _folder(target: Path) -> Path:
+    return target if target.is_dir() else target.parent
+
+
+def _beside(target: Path, suffix: str) -> Path:
+    """A hidden name in a model folder, or beside a single file."""
+    folder = _folder(target)
+    return folder / suffix if folder == target else folder / f".{target.name}{suffix}"
+
+
+def _numbered(target: Path, kind: str) -> list[tuple[int, Path]]:
+    first = _beside(target, kind)
+    found = []
+    for path in first.parent.glob(f"{first.name}-*"):
+        number = path.name[len(first.name) + 1 :]
+        found += [(int(number), path)] if number.isdecimal() else []
+    return sorted(found)
+
+
+def _hub_cache(target: Path) -> Path | None:
+    """The cache of the Hugging Face Hub that `target` lies in, by its settings or by its looks."""
+    real = Path(os.path.realpath(target))
+    home = os.environ.get("HF_HOME") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
+    )
+    settings = [os.environ.get("HF_HUB_CACHE"), os.environ.get("HUGGINGFACE_HUB_CACHE"), os.path.join(home, "hub")]
+    for cache in (Path(os.path.realpath(path)) for path in settings if path):
+        if cache in real.parents:
+            return cache
+    for parent in real.parents:
+        if parent.name in ("snapshots", "blobs") and parent.parent.name.startswith(("models--", "datasets--")):
+            return parent.parent.parent
+    return None

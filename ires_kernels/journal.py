@@ -1,0 +1,305 @@
+"""The undo journal of an update in place: before bytes of a file change, the old ones are on the disk elsewhere.
+
+Bytes only. The windows of an update, each a range of one file, are numbered in the order in which they are changed:
+
+    1  the old bytes of window k go to slot k % slots of the journal, then fdatasync(journal)
+    2  the new bytes are written by whoever computes them
+    3  fdatasync(file), then a record of window k goes to the log, then fdatasync(log): the slot may be used again
+
+A thread of its own does 1 ahead of the writers and 3 behind them, with two windows at most in between. So after a crash
+the windows with a record are new, every other window is old or has its old bytes in a slot, and `recover` puts those
+back. With as many slots as windows no old bytes are ever overwritten, and `restore` gives back all of them. With no
+slots only a run that ended in order, and said so in the log, can be gone on with.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+import xxhash
+
+from ires_kernels.store import allocate, named, write_all
+
+AHEAD = 2
+"""Windows that are saved before the first of them must be new; slots of a ring."""
+
+_MAGIC = b"iresundo"
+_HEAD = struct.Struct("<8sQQQ")  # magic, number of the window, offset in its file, bytes
+_BLOCK = 4096  # of a slot's head, so that what it holds is aligned
+_CHUNK = 1 << 20
+_RECORD = struct.Struct("<I16s")  # length and xxh3_128 of a record of the log
+_BEGUN, _ENDED = b"", b"ended"  # without undo, in the log around the records of a run
+
+
+class Extent(NamedTuple):
+    """Bytes [start, stop) of the file `file`."""
+
+    file: str
+    start: int
+    stop: int
+
+
+class JournalError(ValueError):
+    """What cannot be brought back, and why."""
+
+
+class Journal:
+    """The journal in `folder` of an update of `files`, open for reading and writing, by name.
+
+    slots  0: no undo; AHEAD: a ring; as many as windows: all old bytes are kept
+    """
+
+    def __init__(
+        self, folder: Path, files: Mapping[str, int], windows: Sequence[Extent], slots: int, *, sync: bool
+    ) -> None:
+        self.windows = windows
+        self.records: list[bytes] = []
+        """Of the windows that are new, in order."""
+        self._files = files
+        self._path, self._log_path = folder / "journal", folder / "log"
+        self._slots = slots
+        self._sync = sync
+        sizes = [_BLOCK + -(-(window.stop - window.start) // _BLOCK) * _BLOCK for window in windows]
+        if slots < len(windows):
+            sizes = [max(sizes, default=0)] * slots
+        self._offsets = [0, *accumulate(sizes)]
+        with named(self._path):
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+            self._fd = os.open(self._path, flags, 0o600)
+            self._log = os.open(self._log_path, flags, 0o600)
+        self._log_end = 0
+        self._ended = False
+        self._saved = 0  # windows whose old bytes are safe, or need not be
+        self._written: dict[int, bytes] = {}  # records of windows that are written, and not in the log
+        self._closing = self._failed = False
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def allocate(self) -> None:
+        """Reserve the space of all slots. Raises OSError where there is none."""
+        if self._slots:
+            allocate(self._fd, self._offsets[-1], self._path)
+
+    def recover(self) -> None:
+        """Read the log, and put back the old bytes of every window that has no record.
+
+        Raises JournalError where there is no undo and the run before did not end in order.
+        """
+        self._read_log()
+        done = len(self.records)
+        if not self._slots:
+            if not self._ended and self._log_end:
+                raise JournalError(
+                    "was interrupted in the middle of a window, and --no-undo kept no old bytes: it is part old and "
+                    "part new. Copy the model again"
+                )
+            return
+        self._put_back(self._held(range(done, len(self.windows))))
+
+    def check_restorable(self) -> None:
+        """Raise JournalError where the old bytes of some window that is new are gone."""
+        self._read_log()
+        if not self._slots and self._log_end:
+            raise JournalError("--no-undo kept no old bytes")
+        held = self._held(range(len(self.records)))
+        if len(held) < len(self.records):
+            raise JournalError(
+                f"{len(self.records)} of its {len(self.windows)} windows are new, and the old bytes of {len(held)} of "
+                "them are still there (--keep-undo keeps all). It can only be finished"
+            )
+
+    def restore(self) -> None:
+        """Put back the old bytes of all windows, having called `check_restorable`."""
+        self._put_back(self._held(range(len(self.windows))))
+
+    def start(self) -> None:
+        """Begin to save; from now on `wait` and `complete`, then `close`."""
+        if not self._slots:
+            self._append(_BEGUN)
+        self._saved = len(self.records) if self._slots else len(self.windows)
+        self._thread = threading.Thread(target=self._run, name="ires-journal")
+        self._thread.start()
+
+    def wait(self, number: int) -> None:
+        """Return when window `number` may be written. Raises what went wrong, or InterruptedError after `stop`."""
+        with self._changed:
+            while self._saved <= number and self._error is None and not self._closing:
+                self._changed.wait()
+            if self._saved <= number or self._error is not None:
+                raise self._error or InterruptedError("the update has stopped")
+
+    def write(self, file: str, data: memoryview, offset: int) -> None:
+        """Write new bytes, having waited for their window."""
+        write_all(self._files[file], data, offset, Path(file))
+
+    def complete(self, number: int, record: bytes) -> None:
+        """All of window `number` is written; `record` will be among `records`."""
+        with self._changed:
+            self._written[number] = record
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """The writers have failed: whoever waits is woken, and nothing more is saved."""
+        self._failed = True
+        self._wake()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Bring the log up to what was written, and end. Raises what went wrong."""
+        if self._thread is not None:
+            self._wake()
+            self._thread.join()
+            self._thread = None
+        for fd in (self._fd, self._log):
+            os.close(fd)
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            settled = len(self.records)
+            for number in range(settled, len(self.windows)):
+                if number - settled >= AHEAD:
+                    if not self._settle(settled):
+                        break
+                    settled += 1
+                if self._slots and not self._closing:
+                    self._save(number)
+                    with self._changed:
+                        self._saved = number + 1
+                        self._changed.notify_all()
+            while settled < len(self.windows) and self._settle(settled):
+                settled += 1
+            if not self._slots and not self._failed:
+                for name in self._files:
+                    self._fdatasync(name)
+                self._append(_ENDED)
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _settle(self, number: int) -> bool:
+        """Wait for the new bytes of a window, make them durable, and log it; False when they will not come."""
+        with self._changed:
+            while number not in self._written and not self._closing:
+                self._changed.wait()
+            if number not in self._written:
+                return False
+            record = self._written.pop(number)
+        if self._slots:
+            self._fdatasync(self.windows[number].file)
+        self._append(record)
+        self.records.append(record)
+        return True
+
+    def _save(self, number: int) -> None:
+        window = self.windows[number]
+        offset = self._offsets[number % self._slots]
+        length = window.stop - window.start
+        head = _HEAD.pack(_MAGIC, number, window.start, length)
+        hasher = xxhash.xxh3_128(head + window.file.encode())
+        buffer = memoryview(bytearray(min(_CHUNK, length)))
+        for done in range(0, length, _CHUNK):
+            part = buffer[: length - done]
+            _read_all(self._files[window.file], part, window.start + done, window.file)
+            hasher.update(part)
+            write_all(self._fd, part, offset + _BLOCK + done, self._path)
+        write_all(self._fd, head + hasher.digest(), offset, self._path)
+        if self._sync:
+            with named(self._path):
+                os.fdatasync(self._fd)
+
+    def _held(self, numbers: Iterable[int]) -> dict[int, int]:
+        """Those of the windows whose old bytes are in a slot, and where these begin."""
+        held = {}
+        for number in numbers if self._slots else ():
+            window = self.windows[number]
+            length = window.stop - window.start
+            offset = self._offsets[number % self._slots]
+            raw = os.pread(self._fd, _HEAD.size + 16, offset)
+            if raw[: _HEAD.size] != _HEAD.pack(_MAGIC, number, window.start, length):
+                continue
+            hasher = xxhash.xxh3_128(raw[: _HEAD.size] + window.file.encode())
+            for done in range(0, length, _CHUNK):
+                hasher.update(os.pread(self._fd, min(_CHUNK, length - done), offset + _BLOCK + done))
+            if hasher.digest() == raw[_HEAD.size :]:  # else the run ended while it was saved, before it was changed
+                held[number] = offset + _BLOCK
+        return held
+
+    def _put_back(self, held: Mapping[int, int]) -> None:
+        for number, offset in held.items():
+            window = self.windows[number]
+            length = window.stop - window.start
+            for done in range(0, length, _CHUNK):
+                old = os.pread(self._fd, min(_CHUNK, length - done), offset + done)
+                write_all(self._files[window.file], old, window.start + done, Path(window.file))
+        for name in {self.windows[number].file for number in held}:
+            self._fdatasync(name)
+
+    def _read_log(self) -> None:
+        payloads, self._log_end = _payloads(self._log)
+        self._ended = payloads[-1:] == [_ENDED]
+        self.records[:] = [payload for payload in payloads if payload not in (_BEGUN, _ENDED)]
+
+    def _append(self, payload: bytes) -> None:
+        record = _RECORD.pack(len(payload), xxhash.xxh3_128_digest(payload)) + payload
+        write_all(self._log, record, self._log_end, self._log_path)
+        self._log_end += len(record)
+        if self._sync and (self._slots or payload in (_BEGUN, _ENDED)):
+            with named(self._log_path):
+                os.fdatasync(self._log)
+
+    def _fdatasync(self, name: str) -> None:
+        if self._sync:
+            with named(Path(name)):
+                os.fdatasync(self._files[name])
+
+
+def count_records(folder: Path) -> int:
+    """How many windows of the update in `folder` are new."""
+    try:
+        fd = os.open(folder / "log", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return 0
+    try:
+        return sum(payload not in (_BEGUN, _ENDED) for payload in _payloads(fd)[0])
+    finally:
+        os.close(fd)
+
+
+def _payloads(fd: int) -> tuple[list[bytes], int]:
+    """What a log holds, and where it ends; a torn record at the end is what is done again."""
+    raw = b""
+    while part := os.pread(fd, _CHUNK, len(raw)):
+        raw += part
+    payloads, at = [], 0
+    while len(raw) - at >= _RECORD.size:
+        length, digest = _RECORD.unpack_from(raw, at)
+        payload = raw[at + _RECORD.size : at + _RECORD.size + length]
+        if len(payload) < length or xxhash.xxh3_128_digest(payload) != digest:
+            break
+        payloads.append(payload)
+        at += _RECORD.size + length
+    return payloads, at
+
+
+def _read_all(fd: int, view: memoryview, offset: int, name: str) -> None:
+    with named(Path(name)):
+        done = 0
+        while done < len(view):
+            count = os.preadv(fd, [view[done:]], offset + done)
+            if not count:
+                raise OSError(5, f"the file ends at byte {offset + done}: it was cut while it was updated")
+            done += count

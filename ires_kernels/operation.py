@@ -1,0 +1,105 @@
+"""What it takes to go on with an interrupted merge: the command, as it lies beside the unfinished output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ires_kernels.checkpoint import Checkpoint
+from ires_kernels.header import CheckpointError, parse_json
+from ires_kernels.inputs import StrPath, absolute
+from ires_kernels.rules import Rules
+from ires_kernels.store import boot_id
+
+UNDO = ("ring", "all", "none")
+"""What an update in place keeps of the old bytes: what an interruption needs, all of them, nothing."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A merge as it was asked for and planned."""
+
+    id: str
+    """Plan.id."""
+    version: str
+    """Of this package."""
+    kind: str
+    """apply or extract"""
+    paths: dict[str, str]
+    """By role, absolute."""
+    rules: dict[str, Any]
+    """Rules.to_dict."""
+    sync: bool = True
+    sha256: bool = False
+    tag: str = ""
+    boot: str = field(default_factory=boot_id)
+    """Bytes that were not synced are trusted as long as this is the machine's boot_id."""
+    # of an update in place
+    undo: str = "ring"
+    recipe: str = ""
+    """As id, but the same before and after the target has changed."""
+    names: list[str] = field(default_factory=list)
+    """Files of the target that are hidden."""
+    files: dict[str, list[int]] = field(default_factory=dict)
+    """Size and mtime_ns of the target's weights before."""
+    windows: list[list[Any]] = field(default_factory=list)
+    """(file, start, stop) of everything that changes, in order."""
+    copies: dict[str, str] = field(default_factory=dict)
+    """Second copies of the target's embedding, which can no longer be told from its bytes."""
+    installed: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Side files that come from other models: their origin and xxh3_128, by name."""
+    dropped: list[str] = field(default_factory=list)
+    """Side files of the target that do not go with those."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """What was applied to the target in place before."""
+
+    def to_bytes(self) -> bytes:
+        return (json.dumps(asdict(self), indent=1) + "\n").encode()
+
+    @classmethod
+    def from_bytes(cls, raw: bytes, where: Path) -> Operation:
+        """What `to_bytes` wrote. Raises CheckpointError for anything else."""
+        table = parse_json(raw, f"{where}")
+        try:
+            return cls(**table)
+        except TypeError as error:
+            version = table.get("version")
+            raise CheckpointError(
+                f"{where}: was written by ires_kernels {version}: {error}. Go on with that version."
+            ) from None
+
+    def is_asked_for(self, paths: Mapping[str, StrPath], rules: Rules, tag: str) -> bool:
+        """Whether a command with these arguments means this operation."""
+        same_rules = json.loads(json.dumps(rules.to_dict())) == self.rules
+        return absolute(paths) == self.paths and same_rules and tag == self.tag
+
+    def __str__(self) -> str:
+        roles = ", ".join(f"{role} {path}" for role, path in self.paths.items())
+        return f"{self.kind} {self.id} of {roles}"
+
+
+def same_plan(operation: Operation, plan_id: str, version: str) -> None:
+    """Refuse with CheckpointError to go on with inputs that are not those of the interrupted run."""
+    if operation.version != version:
+        raise CheckpointError(
+            f"the interrupted merge was begun by ires_kernels {operation.version}, and this is {version}. "
+            "Go on with that version, or roll back."
+        )
+    if operation.id != plan_id:
+        roles = ", ".join(path for role, path in operation.paths.items())
+        raise CheckpointError(
+            f"the interrupted merge cannot be gone on with: its inputs are not what they were (now {plan_id}, then "
+            f"{operation.id}). Restore, with their times, the files of {roles}; or roll back."
+        )
+
+
+def as_it_was(checkpoint: Checkpoint, operation: Operation) -> Checkpoint:
+    """The target, half updated, with the sizes and times that its files had before, so that it gives the same Plan."""
+    shards = []
+    for shard in checkpoint.shards:
+        size, mtime = operation.files.get(shard.path.name, (-1, -1))
+        shards.append(replace(shard, file_id=shard.file_id._replace(size=size, mtime_ns=mtime)))
+    return replace(checkpoint, shards=tuple(shards))

@@ -1,0 +1,111 @@
+"""Whether a merge is unfinished, and what to do about it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ires_kernels import inplace
+from ires_kernels.checkpoint import open_checkpoint
+from ires_kernels.header import CheckpointError
+from ires_kernels.inputs import StrPath
+from ires_kernels.journal import count_records
+from ires_kernels.operation import Operation
+from ires_kernels.store import MARKER, is_unfinished, partial_path, read_kept
+
+State = Literal["none", "running", "unfinished", "rolling back", "finished"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """What `status` found; ``print(status)`` tells a person."""
+
+    path: str
+    state: State
+    what: str
+    """In words."""
+    next: tuple[str, ...] = ()
+    """What can be done, a sentence each."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """In JSON types."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.path}: {self.state}: {self.what}", *self.next])
+
+
+def status(path: StrPath) -> Status:
+    """Look at a model, or at an output that is not there yet; changes nothing."""
+    path = Path(path)
+    if is_unfinished(partial_path(path)):
+        return _of_new_folder(path)
+    work = inplace.work_folder(path)
+    if work.is_dir() and not work.is_symlink():
+        return _of_update(path, work)
+    if inplace.undo_folders(path):
+        kept = inplace.undo_folders(path)[-1]
+        return Status(
+            f"{path}", "finished", f"updated in place; {kept} keeps the old bytes",
+            (f"`ires rollback {path}` takes the update back.", f"Delete {kept} when that is no longer wanted."),
+        )  # fmt: skip
+    manifest = open_checkpoint(path).manifest or {}
+    if "operation" not in manifest:
+        return Status(f"{path}", "none", "nothing is unfinished, and no merge made it")
+    how = "in place" if "in_place" in manifest else "as a new folder"
+    return Status(f"{path}", "finished", f"{manifest['operation']} {manifest.get('id')}, {how}")
+
+
+def _of_new_folder(out: Path) -> Status:
+    partial = partial_path(out)
+    names = os.listdir(partial)
+    complete = sum(name.startswith(".ires-") and name.endswith(".done") for name in names)
+    try:
+        what = f"{Operation.from_bytes(read_kept(out), partial)}, {complete} files complete"
+    except CheckpointError:
+        what = f"{complete} files complete"
+    if _is_held(partial / MARKER):
+        return Status(f"{out}", "running", what, ("Wait for it to end.",))
+    return Status(
+        f"{out}", "unfinished", what,
+        (f"`ires resume {out}`, or the same command, goes on.", f"`ires rollback {out}` removes {partial}."),
+    )  # fmt: skip
+
+
+def _of_update(target: Path, work: Path) -> Status:
+    phase = inplace.unfinished(target)
+    if phase is None:
+        return Status(f"{target}", "none", f"an update in place had not begun; {work} is left of it",
+                      (f"`ires rollback {target}` removes that.",))  # fmt: skip
+    operation = Operation.from_bytes((work / f"{phase}.json").read_bytes(), work)
+    done, total = count_records(work), len(operation.windows)
+    what = f"{operation}, in place, {done} of {total} windows new; the model is in {work} until it is finished"
+    if _is_held(work / MARKER):
+        return Status(f"{target}", "running", what, ("Wait for it to end.",))
+    back = f"`ires rollback {target}` takes it back."
+    if phase == "rollback":
+        return Status(f"{target}", "rolling back", what, (f"`ires rollback {target}` goes on.",))
+    steps = [f"`ires resume {target}`, or the same command, goes on."]
+    if operation.undo == "all" or (not done and operation.undo == "ring"):
+        steps.append(back)
+    elif operation.undo == "none":
+        steps.append("It was run with --no-undo: if it was killed, and not stopped, the model must be copied again.")
+    return Status(f"{target}", "unfinished", what, tuple(steps))
+
+
+def _is_held(path: Path) -> bool:
+    """Whether a process has locked the file."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
