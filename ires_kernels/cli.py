@@ -231,9 +231,9 @@ def _apply(arguments: argparse.Namespace) -> int:
     residuals: tuple[str, ...] | list[str]
     if pair:
         residuals = (arguments.instruct, arguments.base)
-        for option, path in (("--instruct", arguments.instruct), ("--base", arguments.base)):
+        for role, path in (("instruct", arguments.instruct), ("base", arguments.base)):
             if kind_of(path) != "model":  # or two residuals would pass
-                arguments.parser.error(f"{option} {path} is a residual, wanted a model")
+                raise ArgumentError(f"{path}: is a residual, wanted a model as {role}.")
     else:
         specs = [_residual(text, arguments.alpha) for text in arguments.residuals]
         residuals, alpha = [path for path, _ in specs], [factor for _, factor in specs]

@@ -34,8 +34,8 @@ def work_folder(target: Path) -> Path:
 
 def unfinished(target: Path) -> str | None:
     """How far an unfinished update of `target` got, one of PHASES; None where none has begun."""
-    work = work_folder(target)
     try:
+        work = work_folder(target)
         return next((name for name in PHASES if (work / f"{name}.json").exists()), None)
     except (OSError, ValueError):  # whoever opens the model finds out why
         return None

@@ -149,8 +149,11 @@ class NewFolder:
             self._lock = lock(self.partial / MARKER, mode)
             try:
                 self._take_over()
-            except BaseException:
+            except StoreError:
                 os.close(self._lock)
+                raise
+            except BaseException as error:
+                self._leave(error)
                 raise
         return self
 
@@ -222,6 +225,9 @@ class NewFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._leave(error)
+
+    def _leave(self, error: BaseException | None) -> None:
         for file in self._files:
             file.abandon()
         if not self._renamed:

@@ -13,13 +13,18 @@ from pathlib import Path
 
 import pytest
 
+from ires_kernels import store
 from ires_kernels.store import MARKER, NewFolder, StoreError, check_destination, is_unfinished, partial_path
+
+
+def new(out: Path, identity: str = "mine", *, sync: bool = True) -> NewFolder:
+    return NewFolder(out, identity, b"kept", sync=sync)
 
 
 def write(out: Path, *, sync: bool = False) -> None:
     """A folder with a file of three parts, one more file, and one in a folder of its own."""
-    with NewFolder(out, sync=sync) as folder:
-        file = folder.create("a.bin", b"head", 10)
+    with new(out, sync=sync) as folder:
+        file = folder.create("a.bin", b"head", 10, lambda: b"learnt")
         file.write(b"789", 7)
         file.write(memoryview(b"456"), 4)
         folder.add("b.json", [b"{", b"}"])
@@ -36,12 +41,14 @@ WRITTEN = {"a.bin": b"head456789", "b.json": b"{}", "sub/c.txt": b""}
 
 def test_the_folder_appears_whole(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with NewFolder(out) as folder:
+    with new(out) as folder:
         file = folder.create("a.bin", b"head", 10)
-        assert (tmp_path / "out.partial" / "a.bin").stat().st_size == 10, "room is reserved at once"
-        assert (tmp_path / "out.partial" / "a.bin").stat().st_blocks > 0
+        there = (tmp_path / "out.partial" / ".ires-a.bin.tmp").stat()
+        assert there.st_size == 10, "room is reserved at once"
+        assert there.st_blocks > 0
         assert is_unfinished(folder.partial)
         file.write(b"456789", 4)
+        assert (tmp_path / "out.partial" / "a.bin").read_bytes() == b"head456789"
         assert not out.exists()
         folder.commit()
         assert contents(out) == {"a.bin": b"head456789"}
@@ -74,13 +81,17 @@ def test_order_of_syncs_and_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "unlink", lambda p: (calls.append(("unlink", os.path.relpath(p, tmp_path))), unlink(p)))
     write(tmp_path / "out", sync=sync)
     expected = [
-        ("fsync", "out.partial/a.bin"),
+        ("fsync", f"out.partial/{MARKER}"),
+        ("fsync", "out.partial/.ires-a.bin.tmp"),
+        ("fsync", "out.partial/.ires-a.bin.done"),
+        ("rename", "out.partial/a.bin"),
         ("fsync", "out.partial/b.json"),
         ("fsync", "out.partial/sub/c.txt"),
         ("fsync", "out.partial/sub"),
         ("fsync", "out.partial"),
         ("rename", "out"),
         ("fsync", "."),
+        ("unlink", "out/.ires-a.bin.done"),
         ("unlink", f"out/{MARKER}"),
     ]
     assert calls == [call for call in expected if sync or call[0] != "fsync"]
@@ -97,8 +108,8 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("call", "count"),
     [(call, 0) for call in ("mkdir", "posix_fallocate", "rename")]
-    + [("pwrite", count) for count in range(3)]
-    + [("fsync", count) for count in range(5)],
+    + [("pwrite", count) for count in range(4)]
+    + [("fsync", count) for count in range(3)],
 )
 def test_a_failing_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, count: int) -> None:
     real, calls = getattr(os, call), iter(range(100))
@@ -118,7 +129,7 @@ def test_a_failing_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
     def interrupted() -> None:
-        with NewFolder(tmp_path / "out") as folder:
+        with new(tmp_path / "out") as folder:
             folder.create("a.bin", b"", 10)
             folder.add("sub/c.txt", [])
             raise KeyboardInterrupt
@@ -148,7 +159,7 @@ def test_a_real_limit_on_file_sizes(tmp_path: Path) -> None:
         from ires_kernels.store import NewFolder
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, {resource.getrlimit(resource.RLIMIT_FSIZE)[1]}))
         try:
-            with NewFolder(Path({f"{tmp_path}/out"!r})) as folder:
+            with NewFolder(Path({f"{tmp_path}/out"!r}), "mine", b"") as folder:
                 folder.create("a.bin", b"", 5000)
         except OSError as error:
             print(error)
@@ -165,7 +176,7 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
         (tmp_path / "theirs.bin").write_bytes(bytes(600_000))
 
         def write_two_files() -> None:
-            with NewFolder(tmp_path / "out") as folder:
+            with new(tmp_path / "out") as folder:
                 folder.create("a.bin", b"", 300_000)
                 folder.create("b.bin", b"", 300_000)
 
@@ -192,14 +203,17 @@ def test_a_folder_that_could_not_be_made_durable_is_there_all_the_same(
     fsync, calls = os.fsync, iter(range(100))
 
     def failing(fd: int) -> None:
-        if next(calls) == 5:  # the parent folder, after the renaming
+        if next(calls) == 7:  # the parent folder, after the renaming
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", failing)
     with pytest.raises(OSError, match="Input/output error"):
         write(tmp_path / "out", sync=True)
-    assert contents(tmp_path / "out") == {**WRITTEN, MARKER: b""}
+    stray = {MARKER: b"mine\nkept", ".ires-a.bin.done": b"learnt"}
+    assert contents(tmp_path / "out") == {**WRITTEN, **stray}
+    store.tidy(tmp_path / "out")
+    assert contents(tmp_path / "out") == WRITTEN
     assert not is_unfinished(tmp_path / "out")
 
 
@@ -212,6 +226,82 @@ def test_the_remains_of_a_killed_run_are_replaced(tmp_path: Path) -> None:
     write(tmp_path / "out")
     assert contents(tmp_path / "out") == WRITTEN
     assert os.listdir(tmp_path) == ["out"]
+
+
+def interrupted(out: Path, identity: str = "mine", *, kind: type[BaseException] = KeyboardInterrupt) -> None:
+    """One file complete, one begun, one of the small ones there."""
+    with pytest.raises(kind), new(out, identity, sync=False) as folder:
+        done = folder.create("a.bin", b"head", 10, lambda: b"learnt")
+        begun = folder.create("b.bin", b"", 10)
+        done.write(b"456789", 4)
+        begun.write(b"xx", 3)
+        folder.add("c.json", [b"{}"])
+        raise kind
+
+
+def test_what_is_complete_is_kept_for_the_same_operation(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    interrupted(out)
+    assert contents(out.with_name("out.partial")) == {
+        MARKER: b"mine\nkept", "a.bin": b"head456789", ".ires-a.bin.done": b"learnt"
+    }  # fmt: skip
+    assert store.read_kept(out) == b"kept"
+    with new(out) as folder:
+        assert folder.finished == {"a.bin": b"learnt"}
+        folder.create("b.bin", b"0123456789", 10)
+        folder.commit()
+    assert contents(out) == {"a.bin": b"head456789", "b.bin": b"0123456789"}
+
+
+def test_what_is_complete_is_not_thrown_away_for_another_operation(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    interrupted(out, "theirs 1")
+    before = contents(partial_path(out))
+    with pytest.raises(StoreError, match=f"1 complete files of another operation. Finish .* `ires rollback {out}`"):
+        write(out)
+    assert contents(partial_path(out)) == before
+    with new(out, "theirs 2") as folder:  # the same, and not to be trusted
+        assert folder.finished == {}
+    assert os.listdir(tmp_path) == []
+    interrupted(out, "theirs")
+    with new(out, "theirs 2") as folder:  # the same, and durable
+        assert folder.finished == {"a.bin": b"learnt"}
+    store.discard(out)
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_bad_input_made_is_worthless(tmp_path: Path) -> None:
+    interrupted(tmp_path / "out", kind=ValueError)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_without_its_record_is_made_again(tmp_path: Path) -> None:
+    interrupted(tmp_path / "out")
+    (tmp_path / "out.partial" / ".ires-a.bin.done").unlink()
+    with new(tmp_path / "out", "another") as folder:
+        assert folder.finished == {}
+
+
+def test_an_empty_folder_in_the_way_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    write(tmp_path / "out")
+    assert contents(tmp_path / "out") == WRITTEN
+
+
+def test_what_is_being_written_cannot_be_discarded(tmp_path: Path) -> None:
+    with new(tmp_path / "out") as folder:
+        with pytest.raises(StoreError, match="another process is writing it"):
+            store.discard(tmp_path / "out")
+        folder.create("a.bin", b"x", 1)
+        folder.commit()
+    assert contents(tmp_path / "out") == {"a.bin": b"x"}
+
+
+def test_a_file_that_is_not_complete_cannot_be_committed(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"a.bin: 3 bytes were not written"), new(tmp_path / "out") as folder:
+        folder.create("a.bin", b"x", 4)
+        folder.commit()
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
@@ -236,11 +326,11 @@ def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
-    with NewFolder(tmp_path / "out") as folder:
+    with new(tmp_path / "out") as folder:
         folder.create("a.bin", b"x", 1)
         with pytest.raises(StoreError, match="another process is writing it"):
             write(tmp_path / "out")
-        assert contents(folder.partial) == {MARKER: b"", "a.bin": b"x"}
+        assert contents(folder.partial) == {MARKER: b"mine\nkept", ".ires-a.bin.tmp": b"x"}
         folder.commit()
     assert contents(tmp_path / "out") == {"a.bin": b"x"}
 
