@@ -8,6 +8,7 @@ journal, the new side files until they are installed (new/), the ones they repla
     operation.json   the weights may be part old, part new. Before it exists nothing was touched
     finished.json    all is new; what is left to do is to move the files back
     rollback.json    the old bytes are being put back
+    restored.json    all is old again; what is left to do is to remove the rest
 
 Every move can be done again: whoever takes up an interrupted one looks at where the files are.
 """
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from ires_kernels.store import MARKER, StoreError, fsync_folder, lock, named, write_file
 
-PHASES = ("operation", "finished", "rollback")
+PHASES = ("operation", "finished", "rollback", "restored")
 _WORK, _UNDO, _REPLACED = ".ires-unfinished", ".ires-undo", ".ires-replaced"
 _COPY = "Copy the model (`cp -rL`) and update the copy, or write a new folder with -o OUT."
 

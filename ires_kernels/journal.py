@@ -155,16 +155,22 @@ class Journal:
             self._closing = True
             self._changed.notify_all()
 
-    def close(self) -> None:
-        """Bring the log up to what was written, and end. Raises what went wrong."""
+    def finish(self) -> None:
+        """Bring the log up to what was written. Raises what went wrong."""
         if self._thread is not None:
             self._wake()
             self._thread.join()
             self._thread = None
-        for fd in (self._fd, self._log):
-            os.close(fd)
         if self._error is not None:
             raise self._error
+
+    def close(self) -> None:
+        """`finish`, and close the journal's own files."""
+        try:
+            self.finish()
+        finally:
+            for fd in (self._fd, self._log):
+                os.close(fd)
 
     def _run(self) -> None:
         try:

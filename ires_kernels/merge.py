@@ -24,7 +24,7 @@ from ires_kernels.plan import MANIFESTS, VERSION, Plan, plan_apply, plan_extract
 from ires_kernels.reader import second_copies
 from ires_kernels.report import Report
 from ires_kernels.rules import ArgumentError, Rules
-from ires_kernels.status import Status, status
+from ires_kernels.state import Status, status
 from ires_kernels.steps import Step
 from ires_kernels.store import (
     NewFolder,

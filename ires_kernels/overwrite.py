@@ -117,7 +117,7 @@ _AGAIN = "nothing was done: this was applied before. To apply it once more on pu
 
 def carry_on(place: Workplace, options: Options, started: float) -> Report:
     """Take an update from wherever it is to its end."""
-    if place.phase() == "rollback":
+    if place.phase() in ("rollback", "restored"):
         raise StoreError(f"{place.target}: is being rolled back. `ires rollback {place.target}` goes on with that.")
     operation = read_operation(place)
     place.sync = operation.sync
@@ -154,17 +154,19 @@ def rollback(place: Workplace) -> str:
         raise StoreError(
             f"{place.target}: all of it is new, and the old bytes were not kept. `ires resume {place.target}` finishes."
         )
-    place.move_in(operation.names)
-    with _journal(place, operation, place.work) as journal:
-        try:
-            journal.check_restorable()
-        except JournalError as error:
-            raise StoreError(f"{place.target}: cannot be rolled back: {error}.") from None
-        if place.phase() != "rollback":
-            place.advance("rollback")
-        journal.restore()
-    place.uninstall(_new_files(place, operation), operation.dropped)
-    place.move_out(operation.names)
+    if place.phase() != "restored":
+        place.move_in(operation.names)
+        with _journal(place, operation, place.work) as journal:
+            try:
+                journal.check_restorable()
+            except JournalError as error:
+                raise StoreError(f"{place.target}: cannot be rolled back: {error}.") from None
+            if place.phase() != "rollback":
+                place.advance("rollback")
+            journal.restore()
+        place.uninstall(_new_files(place, operation), operation.dropped)
+        place.move_out(operation.names)
+        place.advance("restored")
     place.remove()
     return f"{place.target}: is what it was before {operation.kind} {operation.id}."
 

@@ -26,7 +26,7 @@ ARROWS: dict[str, set[str]] = {
     "inputs": {"checkpoint", "header", "inplace", "rules", "store"},
     "operation": {"checkpoint", "header", "inputs", "rules", "store"},
     "updates": {"checkpoint", "header", "names", "plan", "steps"},
-    "status": {"checkpoint", "header", "inplace", "inputs", "journal", "operation", "store"},
+    "state": {"checkpoint", "header", "inplace", "inputs", "journal", "operation", "store"},
     "reader": {"checkpoint", "header", "names", "steps"},
     # tensors, without files
     "backends": {"_native"},
@@ -54,7 +54,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "merge": {
         "checkpoint", "device", "guards", "header", "inplace", "inputs", "manifest", "operation", "overwrite", "plan",
-        "reader", "report", "rules", "statedict", "status", "steps", "store", "stream", "summary", "verification",
+        "reader", "report", "rules", "state", "statedict", "steps", "store", "stream", "summary", "verification",
     },
     "cli": {"header", "inplace", "inputs", "merge", "plan", "rules", "store", "stream", "windows"},
     "__main__": {"cli"},
@@ -63,7 +63,7 @@ ARROWS: dict[str, set[str]] = {
 """What each module may import of this package. Modules that are not here, such as benchmarks, no other imports."""
 NO_TORCH = {
     "header", "checkpoint", "names", "rules", "sidefiles", "steps", "plan", "store", "inplace", "journal", "inputs",
-    "operation", "updates", "status", "reader",
+    "operation", "updates", "state", "reader",
 }  # fmt: skip
 STANDARD_ONLY = {"header", "checkpoint", "store", "inplace", "sidefiles", "names", "rules", "inputs", "operation"}
 

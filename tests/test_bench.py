@@ -130,9 +130,7 @@ class TestVerification:
         assert kernels.verify(case, [1, 2]) == 2 * 2 * len(native.isas())
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in kernels.CASES if not case.stochastic], ids=lambda case: case.name
-)
+@pytest.mark.parametrize("case", [case for case in kernels.CASES if not case.stochastic], ids=lambda case: case.name)
 def test_torch_contenders_do_the_same_work(case):
     """They may round more than once or fuse, so to within a few units in the last place of float32 or bfloat16."""
     out, operands = kernels.make(case, 70_001)

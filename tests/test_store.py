@@ -230,13 +230,18 @@ def test_the_remains_of_a_killed_run_are_replaced(tmp_path: Path) -> None:
 
 def interrupted(out: Path, identity: str = "mine", *, kind: type[BaseException] = KeyboardInterrupt) -> None:
     """One file complete, one begun, one of the small ones there."""
-    with pytest.raises(kind), new(out, identity, sync=False) as folder:
-        done = folder.create("a.bin", b"head", 10, lambda: b"learnt")
-        begun = folder.create("b.bin", b"", 10)
-        done.write(b"456789", 4)
-        begun.write(b"xx", 3)
-        folder.add("c.json", [b"{}"])
-        raise kind
+
+    def run() -> None:
+        with new(out, identity, sync=False) as folder:
+            done = folder.create("a.bin", b"head", 10, lambda: b"learnt")
+            begun = folder.create("b.bin", b"", 10)
+            done.write(b"456789", 4)
+            begun.write(b"xx", 3)
+            folder.add("c.json", [b"{}"])
+            raise kind
+
+    with pytest.raises(kind):
+        run()
 
 
 def test_what_is_complete_is_kept_for_the_same_operation(tmp_path: Path) -> None:
@@ -298,9 +303,13 @@ def test_what_is_being_written_cannot_be_discarded(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_complete_cannot_be_committed(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match=r"a.bin: 3 bytes were not written"), new(tmp_path / "out") as folder:
-        folder.create("a.bin", b"x", 4)
-        folder.commit()
+    def run() -> None:
+        with new(tmp_path / "out") as folder:
+            folder.create("a.bin", b"x", 4)
+            folder.commit()
+
+    with pytest.raises(AssertionError, match=r"a.bin: 3 bytes were not written"):
+        run()
     assert os.listdir(tmp_path) == []
 
 

@@ -86,7 +86,7 @@ def _of_update(target: Path, work: Path) -> Status:
     if _is_held(work / MARKER):
         return Status(f"{target}", "running", what, ("Wait for it to end.",))
     back = f"`ires rollback {target}` takes it back."
-    if phase == "rollback":
+    if phase in ("rollback", "restored"):
         return Status(f"{target}", "rolling back", what, (f"`ires rollback {target}` goes on.",))
     steps = [f"`ires resume {target}`, or the same command, goes on."]
     if operation.undo == "all" or (not done and operation.undo == "ring"):
