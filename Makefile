@@ -14,7 +14,7 @@ help:
 	@echo "make torture    long counts of the random tests"
 	@echo "make bench      kernels and whole merges beside a memory loop, torch, cat and cp"
 	@echo "make peers      whole merges beside mergekit and hand-written loops (installs them in a venv of their own)"
-	@echo "make gpu        on a GPU machine, in the Python at hand: build, all tests and those of the GPU, bench; one table last"
+	@echo "make gpu        on a GPU machine, in the Python at hand: build, all tests, compute-sanitizer, bench"
 	@echo "make lint       ruff and mypy"
 
 # Where torch is importable already, the environment sees it (and what lies beside it) through a .pth file, so that no
@@ -50,8 +50,8 @@ bench: $(VENV)/installed
 peers: $(VENV)/installed
 	$(BIN)/python bench/peers.py
 
-# A GPU machine may have no network: everything comes from the Python at hand, which has torch, pybind11, pytest, hypothesis
-# and setuptools. Each step is a target of its own; `gpu` does them all, whichever fails, and then says which did.
+# A GPU machine may have no network: everything comes from the Python at hand, which has torch, Triton, setuptools,
+# pybind11, rich, xxhash, pytest and hypothesis. Each step is a target of its own; `gpu` does them all, whichever fails, and then says which did.
 GPU_STEPS := gpu-suite gpu-test gpu-sanitize gpu-bench
 BENCH_GPU ?=
 
@@ -71,9 +71,9 @@ gpu-build: gpu-there
 gpu-suite: gpu-there
 	$(PYTHON) -m pytest -q
 
-# In several processes where pytest-xdist is, because Triton compiles hundreds of kernels.
+# In several processes where pytest-xdist is: Triton compiles hundreds of kernels. The largest tests take 14 GB each.
 gpu-test: gpu-there
-	$(PYTHON) -m pytest -q -m gpu $$($(PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null)
+	$(PYTHON) -m pytest -q -m gpu $$($(PYTHON) -c 'import xdist; print("-n 5")' 2>/dev/null)
 
 gpu-sanitize: gpu-there
 	$(PYTHON) tests/sanitize.py

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 STEPS = {
     "gpu-build": "-m pip install -q --no-build-isolation --no-deps -e .",
     "gpu-suite": "-m pytest -q",
-    "gpu-test": "-m pytest -q -m gpu -n 8",
+    "gpu-test": "-m pytest -q -m gpu -n 5",
     "gpu-sanitize": "tests/sanitize.py",
     "gpu-bench": "-m ires_kernels.bench gpu --results bench/results",
 }
@@ -38,7 +38,7 @@ def python(tmp_path: Path) -> Path:
     script = tmp_path / "python"
     script.write_text(
         f"""#!/bin/sh
-        case "$1" in -c) echo "-n 8"; exit 0;; esac
+        case "$1" in -c) echo "-n 5"; exit 0;; esac
         echo "$*" >> {tmp_path}/log
         ! grep -qxF -- "$*" {tmp_path}/failing
         """
