@@ -212,7 +212,8 @@ def _on_gpu(arguments: argparse.Namespace, device: Accelerator, record: dict[str
         record["workloads"].append(result.to_dict())
         rows += result.rows()
         missing += [f"{load.name}: {name}: {why}" for name, why in result.unavailable.items()]
-        console.print(f"{load.name}: {gpu.COPY} {result.gb_per_second(gpu.COPY):,.0f} GB/s", soft_wrap=True)
+        speeds = (f"{name} {result.gb_per_second(name):,.0f}" for name in (gpu.COPY, *names))
+        console.print(f"{load.name}, GB/s read and written: {', '.join(speeds)}", soft_wrap=True)
     with tempfile.TemporaryDirectory(prefix="ires-bench-", dir=arguments.dir) as name:
         folder, (shape,) = Path(name), arguments.shapes
         with console.status(f"writing models of {shape.parameters / 1e6:,.0f} M parameters"):
