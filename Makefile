@@ -5,7 +5,7 @@ TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml setup.py MANIFEST.in $(wildcard csrc/*)
 
-.PHONY: help demo test test-slow torture bench peers lint clean
+.PHONY: help demo test test-slow torture bench peers gpu gpu-there gpu-build gpu-suite gpu-test gpu-sanitize gpu-bench lint clean
 
 help:
 	@echo "make demo       the main job on a generated model: extract, apply, verify, report, load with transformers"
@@ -14,6 +14,7 @@ help:
 	@echo "make torture    long counts of the random tests"
 	@echo "make bench      kernels and whole merges beside a memory loop, torch, cat and cp"
 	@echo "make peers      whole merges beside mergekit and hand-written loops (installs them in a venv of their own)"
+	@echo "make gpu        on a GPU machine, in the Python at hand: build, all tests, compute-sanitizer, bench"
 	@echo "make lint       ruff and mypy"
 
 # Where torch is importable already, the environment sees it (and what lies beside it) through a .pth file, so that no
@@ -48,6 +49,37 @@ bench: $(VENV)/installed
 
 peers: $(VENV)/installed
 	$(BIN)/python bench/peers.py
+
+# A GPU machine may have no network: everything comes from the Python at hand, which has torch, Triton, setuptools,
+# pybind11, rich, xxhash, pytest and hypothesis. Each step is a target of its own; `gpu` does them all, whichever fails, and then says which did.
+GPU_STEPS := gpu-suite gpu-test gpu-sanitize gpu-bench
+BENCH_GPU ?=
+
+gpu: gpu-build
+	@failed=; for step in $(GPU_STEPS); do \
+	    $(MAKE) --no-print-directory $$step || failed="$$failed $$step"; \
+	done; \
+	test -z "$$failed" || { echo "make gpu: failed:$$failed" >&2; exit 1; }
+
+gpu-there:
+	@$(PYTHON) -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null || \
+	    { echo "make gpu: $(PYTHON) has no torch that sees a GPU; run it where nvidia-smi lists one, or PYTHON=..." >&2; exit 1; }
+
+gpu-build: gpu-there
+	IRES_NATIVE=1 IRES_CUDA=1 $(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
+
+gpu-suite: gpu-there
+	$(PYTHON) -m pytest -q
+
+# In several processes where pytest-xdist is: Triton compiles hundreds of kernels. The largest tests take 14 GB each.
+gpu-test: gpu-there
+	$(PYTHON) -m pytest -q -m gpu $$($(PYTHON) -c 'import xdist; print("-n 5")' 2>/dev/null)
+
+gpu-sanitize: gpu-there
+	$(PYTHON) tests/sanitize.py
+
+gpu-bench: gpu-there
+	$(PYTHON) -m ires_kernels.bench gpu --results bench/results $(BENCH_GPU)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

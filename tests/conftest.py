@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -50,3 +51,10 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Every backend that is held against the reference."""
     use(request.param, monkeypatch)
     return str(request.param)
+
+
+@pytest.fixture
+def many_gigabytes() -> Iterator[None]:
+    """For tests that fill a GPU: afterwards the memory goes back to it, because another process may want it."""
+    yield
+    torch.cuda.empty_cache()

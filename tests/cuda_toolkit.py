@@ -40,3 +40,13 @@ def cuobjdump() -> str | None:
     if wheel and wheel.origin:
         places.append(str(Path(wheel.origin).parent / "backends/nvidia/bin/cuobjdump"))
     return next((place for place in places if place and Path(place).is_file()), None)
+
+
+def compute_sanitizer() -> str | None:
+    """From PATH or the toolkit."""
+    places = [shutil.which("compute-sanitizer")]
+    compiler = nvcc()
+    if compiler:
+        places.append(str(Path(compiler).parent / "compute-sanitizer"))
+    places.append("/usr/local/cuda/bin/compute-sanitizer")
+    return next((place for place in places if place and Path(place).is_file()), None)

@@ -19,7 +19,7 @@ from oracle import STORAGE, assert_same, sample, short
 from torch import Tensor
 
 import ires_kernels as ik
-from ires_kernels.backends import Call, native, reference
+from ires_kernels.backends import Call, choose, native, reference
 
 gpu = pytest.mark.gpu
 DEVICE = "cuda"
@@ -188,6 +188,7 @@ def test_300_tensors(rounding: str) -> None:
 
 @gpu
 @pytest.mark.slow
+@pytest.mark.usefixtures("many_gigabytes")
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("mix", [(BF16, BF16, BF16), (BF16, E4M3, FLOAT), (E4M3, E4M3, E4M3)], ids=name)
 def test_more_than_2_to_the_31_elements(mix: tuple[torch.dtype, ...], rounding: str) -> None:
@@ -263,6 +264,43 @@ def test_a_call_can_be_captured_in_a_graph(rounding: str) -> None:
     graph.replay()
     for a, b in zip(there, wanted, strict=True):
         assert_same(a.cpu(), b)
+
+
+@gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_functions(backend: str) -> None:
+    def merge(t: list[Tensor], x: list[Tensor], y: list[Tensor]) -> Tensor:
+        ik.add_difference_(t, x, y, 0.3, rounding="stochastic", seed=5)
+        return ik.subtract(t[0], x[0])
+
+    columns = [[sample(BF16, n, n + k) for n in (5, 4097)] for k in range(3)]
+    there = [[on_gpu(a) for a in column] for column in columns]
+    wanted = merge(*columns)
+    got = torch.compile(merge, fullgraph=True, backend=backend)(*there)
+    assert_same(got.cpu(), wanted)
+    for a, b in zip(there[0], columns[0], strict=True):
+        assert_same(a.cpu(), b)
+
+
+@gpu
+def test_the_choice_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("IRES_BACKEND")
+    assert choose(torch.device(DEVICE)) is native
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    t = torch.zeros(10**6)
+    ik.add_(t, torch.ones(10**6), 0.5)
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    assert t.unique().tolist() == [0.5]
+
+
+@gpu
+def test_no_room_for_a_result() -> None:
+    a = torch.ones(1, dtype=BF16, device=DEVICE)
+    with pytest.raises(torch.OutOfMemoryError):
+        ik.subtract([a, a.expand(1 << 42)], [a, a.expand(1 << 42)])
+    assert a.item() == 1
+    assert ik.subtract(a, a).item() == 0
 
 
 @gpu

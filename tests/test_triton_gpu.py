@@ -149,6 +149,7 @@ def test_lists(stochastic: bool) -> None:
 
 
 @ROUNDINGS
+@pytest.mark.usefixtures("many_gigabytes")
 def test_more_than_2_to_the_31_elements(stochastic: bool) -> None:
     """The whole equals its pieces, and those at its ends and in the middle equal the CPU's."""
     n, step, dtype = 2**31 + 5, 2**26, torch.float8_e5m2

@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from ires_kernels.backends import Call
 from ires_kernels.backends import triton as backend
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -64,8 +65,8 @@ SAME: list[Case] = [
     )
 ]
 CASES = {
-    "cuda:80": NEAREST[:6] + RANDOM[:1],
     "cuda:90": NEAREST + MORE + RANDOM + SLOW_PATHS + SAME,
+    "cuda:80": NEAREST[:6] + RANDOM[:1],
     "cuda:100": NEAREST[:6] + RANDOM,
     "hip:gfx942": NEAREST[:6] + RANDOM[:1],
 }
@@ -73,23 +74,26 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The launches of a case on a GPU."""
+    """The launches of a case on a GPU. All are compiled at once, two processes at a time."""
+    keep = {name: value for name, value in os.environ.items() if not name.startswith(("IRES_", "TRITON_"))}
+    environment = keep | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
 
-    @cache
     def compiled(target: str) -> list[list[Launch]]:
-        keep = {name: value for name, value in os.environ.items() if not name.startswith(("IRES_", "TRITON_"))}
         run = subprocess.run(
             [sys.executable, Path(__file__).with_name("triton_compiled.py"), target],
             input="".join(json.dumps(case) + "\n" for case in CASES[target]),
-            env=keep | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))},
+            env=environment,
             capture_output=True,
             text=True,
         )
         assert run.returncode == 0, run.stderr[-5000:]
         return [json.loads(line) for line in run.stdout.splitlines()]
 
+    with ThreadPoolExecutor(2) as pool:
+        found = dict(zip(CASES, pool.map(compiled, CASES), strict=True))
+
     def of(target: str, case: Case) -> list[Launch]:
-        return compiled(target)[CASES[target].index(case)]
+        return found[target][CASES[target].index(case)]
 
     return of
 
@@ -225,6 +229,40 @@ def test_a_release_that_fuses_is_refused(
     assert status.available == available
     assert ("wanted 3.7 or later" in status.detail) != available
     assert not backend.status.__wrapped__("xpu").available
+
+
+class TestErrors:
+    """What is said when the second of three launches fails; no launch happens here."""
+
+    def fail(self, error: Exception, monkeypatch: pytest.MonkeyPatch) -> str:
+        launched: list[torch.Tensor] = []
+
+        def launch(out: torch.Tensor, *_: Any) -> None:
+            launched.append(out)
+            if len(launched) == 2:
+                raise error
+
+        monkeypatch.setattr(backend, "_target", lambda _: backend._Target(0, 4))
+        monkeypatch.setattr(backend, "_launch", launch)
+        rows = [(torch.zeros(n, dtype=torch.bfloat16), torch.zeros(n)) for n in (0, 3, 5, 7)]
+        call = Call("add", [row[0] for row in rows], rows, (0.5,), False, 0, [0] * 4, 0, None)
+        with pytest.raises(RuntimeError) as raised:
+            backend.run(call)
+        assert len(launched) == 2
+        assert raised.value.__cause__ is error
+        assert isinstance(raised.value, torch.OutOfMemoryError) == isinstance(error, torch.OutOfMemoryError)
+        return str(raised.value)
+
+    def test_an_error_of_the_launch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.fail(ValueError("Triton Error [CUDA]: invalid argument"), monkeypatch) == (
+            "add of 4 tensor(s) on cpu, at tensor 2 of 5 elements, bfloat16 from bfloat16 float32, those before it are "
+            "queued, its own target may have changed: ValueError: Triton Error [CUDA]: invalid argument"
+        )
+
+    def test_no_room(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of the kind that torch raises, so that programs which look for it find it."""
+        message = self.fail(torch.OutOfMemoryError("Tried to allocate 2.00 GiB"), monkeypatch)
+        assert message.endswith("its own target may have changed: OutOfMemoryError: Tried to allocate 2.00 GiB")
 
 
 @cases(NEAREST, RANDOM, gpus="hip")

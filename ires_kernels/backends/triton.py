@@ -74,15 +74,32 @@ def status(device: str = "cuda") -> BackendStatus:
 
 
 def run(call: Call) -> None:
-    """Compute `call` on the current stream of the tensors' device; a tally is counted by plain torch."""
+    """Compute `call` on the current stream of the tensors' device; a tally is counted by plain torch.
+
+    Raises RuntimeError, or torch.OutOfMemoryError, with what was computed, when Triton, the device or torch refuses.
+    """
     device = call.outs[0].device
     with _on(device):
         target = _target(device)
-        for out, operands, stream in zip(call.outs, call.inputs, call.streams, strict=True):
-            if out.numel():
+        for i, (out, operands, stream) in enumerate(zip(call.outs, call.inputs, call.streams, strict=True)):
+            if not out.numel():
+                continue
+            try:
                 _item(call, target, out, operands, stream)
+            except Exception as error:  # Triton's own have no common class
+                kind = torch.OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else RuntimeError
+                raise kind(f"{_described(call, i)}: {type(error).__name__}: {error}") from error
     if call.tally is not None:
         reference.count(call)
+
+
+def _described(call: Call, i: int) -> str:
+    """The operation, the size and the types of an item that failed, and what may have been written by then."""
+    out, operands = call.outs[i], call.inputs[i]
+    dtypes = [str(x.dtype).removeprefix("torch.") for x in (out, *operands)]
+    text = f"{call.op} of {len(call.outs)} tensor(s) on {out.device}, at tensor {i} of {out.numel()} elements, "
+    text += f"{dtypes[0]} from {' '.join(dtypes[1:9])}" + (f" and {len(dtypes) - 9} more" if len(dtypes) > 9 else "")
+    return text + (", those before it are queued" if i else "") + ", its own target may have changed"
 
 
 def _item(call: Call, target: _Target, out: Tensor, operands: tuple[Tensor, ...], stream: int) -> None:

@@ -1,7 +1,8 @@
 """``python -m ires_kernels.bench``: how fast the kernels and whole merges are here, beside what limits them.
 
 Everything is checked against the reference arithmetic before the clock starts, contenders take turns in one run, and
-what is reported are medians and quartiles of the rounds' ratios. The cases are in kernels and merges.
+what is reported are medians and quartiles of the rounds' ratios. The cases are in kernels and merges, and those of
+``gpu``, for a GPU machine, in gpu and gpu_merges.
 Exit codes: 0 measured, whatever the numbers; 1 a result was wrong, nothing was timed; 2 wrong usage.
 """
 
@@ -23,34 +24,43 @@ from rich.console import Console
 from rich.table import Table
 
 from ires_kernels.backends import backends, choose
-from ires_kernels.bench import kernels, merges
+from ires_kernels.bench import gpu, gpu_merges, kernels, merges
+from ires_kernels.bench.accelerator import Accelerator, open_cuda
 from ires_kernels.bench.contenders import TORCH
 from ires_kernels.bench.kernels import CASES, VerificationError
 from ires_kernels.bench.measure import Quartiles, machine
 from ires_kernels.synthetic import SHAPES, count_of, shape_of, write_triple
 
 ELEMENTS = 1 << 27  # of each tensor: far beyond any cache
-MODEL = "llama-1b"
+ON_GPU = 1 << 30
+MODEL, LIST = "llama-1b", "llama-8b"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Verify, measure, print; returns the exit code."""
+def main(argv: Sequence[str] | None = None, device: Accelerator | None = None) -> int:
+    """Verify, measure, print; returns the exit code. `device` stands in for the GPU that ``gpu`` would open."""
     arguments = _parse(argv)
     console = Console(stderr=arguments.json == "-", highlight=False)
     if not console.is_terminal:
         console.width = 120
     try:
-        choose(torch.device(arguments.device))
+        if arguments.what == "gpu":
+            device = device or open_cuda(arguments.device or "cuda")
+            choose(device.place)
+        else:
+            choose(torch.device(arguments.device or "cpu"))
     except RuntimeError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    if torch.device(arguments.device).type != "cpu":
-        print(f"bench: measures tensors on the CPU only, got {arguments.device}", file=sys.stderr)
+    if arguments.what != "gpu" and torch.device(arguments.device or "cpu").type != "cpu":
+        print(f"bench: {arguments.what} measures tensors on the CPU only, got {arguments.device}", file=sys.stderr)
         return 2
     record: dict[str, Any] = {"machine": machine(), "backends": {k: v._asdict() for k, v in backends().items()}}
     record |= {"verified": [], "kernels": [], "merges": [], "gates": []}
     console.print(_machine_line(record["machine"]))
     try:
+        if arguments.what == "gpu":
+            assert device is not None
+            _on_gpu(arguments, device, record, console)
         if arguments.what in ("kernels", "all"):
             _kernels(arguments, record, console)
         if arguments.what in ("merge", "all"):
@@ -58,13 +68,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VerificationError as error:
         print(f"bench: wrong result: {error}", file=sys.stderr)
         return 1
-    _print_gates(console, record["gates"])
+    if arguments.what != "gpu":
+        _print_gates(console, record["gates"])
     if arguments.json:
         text = json.dumps(record, indent=1) + "\n"
         if arguments.json == "-":
             sys.stdout.write(text)
         else:
             Path(arguments.json).write_text(text)
+    if arguments.results:
+        assert device is not None
+        path = Path(arguments.results, f"{_file_name(device.name, record['machine']['commit'])}.json")
+        path.write_text(json.dumps(record, indent=1) + "\n")
     if arguments.plot:
         from ires_kernels.bench.plot import draw
 
@@ -86,13 +101,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         return [_at_least_one(part) for part in text.split(",")]
 
     parser = argparse.ArgumentParser(prog="python -m ires_kernels.bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("what", nargs="?", choices=["kernels", "merge", "all"], default="all")
+    parser.add_argument("what", nargs="?", choices=["kernels", "merge", "all", "gpu"], default="all")
     parser.add_argument(
         "--size",
         metavar="N",
         help=f"elements of a tensor, or parameters of a model: 250M, 500MB (16 bits each), {', '.join(SHAPES)} "
-        f"(default: {ELEMENTS:,} elements, and {MODEL})",
+        f"(default: {ELEMENTS:,} elements, on a GPU {ON_GPU:,}, and {MODEL})",
     )
+    parser.add_argument("--list", metavar="NAME", choices=SHAPES, default=LIST, help="gpu: tensors of one call")
+    parser.add_argument("--model", metavar="N", default=MODEL, help="gpu: size of the models to merge")
     parser.add_argument("--sizes", metavar="N,N,…", default="", help="merges of more sizes, for the cost per byte")
     parser.add_argument(
         "--threads",
@@ -106,16 +123,24 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cold", action="store_true", help="drop the inputs of merges from the page cache each time")
     parser.add_argument("--dir", metavar="FOLDER", help="where models are written and removed (default: $TMPDIR)")
     parser.add_argument("--json", metavar="FILE", help="write everything as JSON; - for stdout, and tables to stderr")
-    parser.add_argument("--plot", metavar="FILE", help="draw it: .png, .svg or .pdf; needs matplotlib")
-    parser.add_argument("--device", default="cpu", help="where the tensors are (default: cpu)")
+    parser.add_argument("--results", metavar="FOLDER", help="gpu: write the JSON there as <gpu>-<commit>.json")
+    parser.add_argument("--plot", metavar="FILE", help="draw it: .png, .svg or .pdf; needs matplotlib; not for gpu")
+    parser.add_argument("--device", help="where the tensors are (default: cpu; for gpu: cuda)")
     arguments = parser.parse_args(argv)
-    size = arguments.size
+    size, on_gpu = arguments.size, arguments.what == "gpu"
+    if on_gpu and arguments.plot:
+        parser.error("--plot draws kernels and merges on the CPU, not gpu")
+    if arguments.results and not (on_gpu and Path(arguments.results).is_dir()):
+        parser.error(f"--results {arguments.results}: wanted a folder that exists, and only for gpu")
     try:
         if arguments.what != "merge":
+            default = ON_GPU if on_gpu else ELEMENTS
             arguments.elements = (
-                ELEMENTS if size is None else SHAPES[size].parameters if size in SHAPES else count_of(size)
+                default if size is None else SHAPES[size].parameters if size in SHAPES else count_of(size)
             )
-        if arguments.what != "kernels":
+        if on_gpu:
+            arguments.shapes = [shape_of(arguments.model)]
+        elif arguments.what != "kernels":
             arguments.shapes = [shape_of(text) for text in [size or MODEL, *filter(None, arguments.sizes.split(","))]]
     except ValueError as error:
         parser.error(f"{error}")
@@ -169,6 +194,46 @@ def _merges(arguments: argparse.Namespace, record: dict[str, Any], console: Cons
         record["gates"] += result.gates()
     record["gates"] += merges.cost_per_byte(results)
     _print_merges(console, results)
+
+
+def _on_gpu(arguments: argparse.Namespace, device: Accelerator, record: dict[str, Any], console: Console) -> None:
+    record |= {"gpu": device.facts(), "workloads": []}
+    names = gpu.available(device.place)
+    loads = gpu.workloads(arguments.elements, SHAPES[arguments.list], arguments.list)
+    loads = [load for load in loads if re.search(arguments.cases, load.name)]
+    compared = sum(gpu.verify(load, device) for load in loads)
+    line = f"{compared} results of {len(loads)} workloads ({', '.join(names)}) equal the reference bit for bit"
+    _verified(record, console, line)
+    rows, missing = [], []
+    for load in loads:
+        with console.status(load.name):
+            result = gpu.measure(load, device, arguments.rounds, with_compiled=not arguments.no_compile)
+        device.release()
+        record["workloads"].append(result.to_dict())
+        rows += result.rows()
+        missing += [f"{load.name}: {name}: {why}" for name, why in result.unavailable.items()]
+        speeds = (f"{name} {result.gb_per_second(name):,.0f}" for name in (gpu.COPY, *names))
+        console.print(f"{load.name}, GB/s read and written: {', '.join(speeds)}", soft_wrap=True)
+    with tempfile.TemporaryDirectory(prefix="ires-bench-", dir=arguments.dir) as name:
+        folder, (shape,) = Path(name), arguments.shapes
+        with console.status(f"writing models of {shape.parameters / 1e6:,.0f} M parameters"):
+            triple = write_triple(folder, shape)
+        compared = merges.verify(triple, folder, device=f"{device.place}")
+        line = f"merge on the device: {compared:,} elements equal the reference bit for bit"
+        _verified(record, console, line)
+        with console.status("merging"):
+            merged = gpu_merges.measure(triple, folder, device, arguments.rounds)
+    rows += merged.rows()
+    record |= {"merge_on_gpu": merged.to_dict(), "comparisons": rows}
+    for line in missing:
+        console.print(f"not measured: {line}", soft_wrap=True, markup=False)
+    _print_gpu(console, device, names, rows)
+
+
+def _file_name(gpu_name: str, commit: str | None) -> str:
+    """Such as nvidia-h200-1a2b3c4, with a + behind it where files differ from the commit."""
+    head, plus, _ = (commit or "unknown").partition("+")
+    return re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()).strip("-") + f"-{head[:7]}{plus}"
 
 
 def _powers_of_two(limit: int) -> list[int]:
@@ -243,6 +308,19 @@ def _print_merges(console: Console, results: list[merges.Result]) -> None:
                 f"{median * 1e9 / result.traffic[name]:.3f}",
                 f"{result.memory / 1e6:.0f}" if one_pass else "",
             )
+    console.print(table)
+
+
+def _print_gpu(console: Console, device: Accelerator, names: list[str], rows: list[dict[str, Any]]) -> None:
+    """The last table: what was measured of each backend, beside what is wanted (information only)."""
+    table = _table(f"{device.name}: median and quartiles; what is wanted informs and fails nothing", "what")
+    for name in ("wanted", *names):
+        table.add_column(name, justify="right")
+    for row in rows:
+        sign = "≤" if row["at_most"] else "≥"
+        wanted = "" if row["wanted"] is None else f"{sign} {row['wanted']:g}"
+        found = (row["measured"].get(name) for name in names)
+        table.add_row(row["what"], wanted, *(_shown(Quartiles(**x) if x else None) for x in found))
     console.print(table)
 
 

@@ -1,7 +1,8 @@
 """What people write in torch for the same operations: the contenders that are not ours.
 
 The plain expression (`EAGER`), the same with float32 in between (`UPCAST`), a loop over pieces with reused float32
-scratch, of the best size (`CHUNKED`), and the expression compiled by torch (`COMPILED`).
+scratch, of the best size (`CHUNKED`), and the expression compiled by torch (`COMPILED`). For lists of tensors on a GPU,
+a chain of torch's own functions for lists (`FOREACH`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 ALPHA = 0.7
-EAGER, UPCAST, CHUNKED, COMPILED = "eager", "eager f32", "chunked f32", "compiled"
+EAGER, UPCAST, CHUNKED, COMPILED, FOREACH = "eager", "eager f32", "chunked f32", "compiled", "foreach"
 TORCH = (EAGER, UPCAST, CHUNKED, COMPILED)
 _CHUNKS = [1 << i for i in range(14, 21, 2)]
 
@@ -28,26 +29,37 @@ def torch_contenders(op: str, stochastic: bool, chunk: int) -> dict[str, Way]:
     chunked = _Chunked(op, stochastic, chunk)
     if stochastic:
         return {CHUNKED: chunked}
-    result: dict[str, Way]
+    result = expressions(op)
+    return {**result, CHUNKED: chunked, COMPILED: compiled(result[UPCAST])}
+
+
+def expressions(op: str) -> dict[str, Way]:
+    """EAGER and UPCAST."""
     if op == "subtract":
-        result = {
+        return {
             EAGER: lambda out, x: out.copy_(x[0] - x[1]),
             UPCAST: lambda out, x: out.copy_(x[0].float() - x[1].float()),
         }
-    elif op == "add":
-        result = {
+    if op == "add":
+        return {
             EAGER: lambda out, x: out.add_(_addable(x[1], out), alpha=ALPHA),
             UPCAST: lambda out, x: out.copy_(out.float() + ALPHA * x[1].float()),
         }
+    return {
+        EAGER: lambda out, x: out.add_(x[1] - x[2], alpha=ALPHA),
+        UPCAST: lambda out, x: out.copy_(out.float() + ALPHA * (x[1].float() - x[2].float())),
+    }
+
+
+def foreach(op: str, outs: list[Tensor], columns: Sequence[list[Tensor]]) -> None:
+    """FOREACH: "add" or "add_difference" of whole lists, rounded to the stored type after every step."""
+    if op == "add":
+        torch._foreach_add_(outs, [_addable(x, out) for x, out in zip(columns[1], outs, strict=True)], alpha=ALPHA)
     else:
-        result = {
-            EAGER: lambda out, x: out.add_(x[1] - x[2], alpha=ALPHA),
-            UPCAST: lambda out, x: out.copy_(out.float() + ALPHA * (x[1].float() - x[2].float())),
-        }
-    return {**result, CHUNKED: chunked, COMPILED: _compiled(result[UPCAST])}
+        torch._foreach_add_(outs, torch._foreach_sub(columns[1], columns[2]), alpha=ALPHA)
 
 
-def _compiled(way: Way) -> Way:
+def compiled(way: Way) -> Way:
     """Compiles on the first call: importing the compiler alone takes seconds, and may fail."""
     compile_once = cache(lambda: torch.compile(way, dynamic=False))
     return lambda out, x: compile_once()(out, x)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,8 +23,9 @@ from ires_kernels.bench.contenders import ALPHA, CHUNKED, COMPILED, EAGER, TORCH
 from ires_kernels.bench.measure import Quartiles, Times, interleave, ratio
 
 MEMORY = "memory"
-_CHECKED = (1 << 18) + 3  # elements compared of each kind of data
+CHECKED = (1 << 18) + 3  # elements compared of each kind of data
 
+T = TypeVar("T", Tensor, list[Tensor])
 BF16, F16, F32, E4M3 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
@@ -49,8 +50,8 @@ class Case:
         """Read and written."""
         return sum(dtype.itemsize for dtype in self.dtypes)
 
-    def run(self, out: Tensor, operands: Sequence[Tensor]) -> None:
-        """Our side of it, through the public functions."""
+    def run(self, out: T, operands: Sequence[T]) -> None:
+        """Our side of it, through the public functions: tensors, or a list of tensors for each."""
         rounding = "stochastic" if self.stochastic else "nearest"
         if self.op == "subtract":
             ops.subtract(operands[0], operands[1], out=out, rounding=rounding)
@@ -85,18 +86,13 @@ def ours() -> list[str]:
 
 
 @contextmanager
-def chosen(name: str, threads: int) -> Iterator[None]:
-    """Make the tensor operations use instruction set `name` (or "reference"), and torch too, so many threads."""
+def forced(backend: str, isa: str = "") -> Iterator[None]:
+    """Make the tensor operations use one backend, and of native one instruction set."""
     before = {key: os.environ.get(key) for key in ("IRES_BACKEND", "IRES_ISA")}
-    token, torch_threads = kernel_threads.set(threads), torch.get_num_threads()
-    os.environ["IRES_BACKEND"] = "reference" if name == "reference" else "native"
-    os.environ["IRES_ISA"] = "" if name == "reference" else name
-    torch.set_num_threads(threads)
+    os.environ |= {"IRES_BACKEND": backend, "IRES_ISA": isa}
     try:
         yield
     finally:
-        torch.set_num_threads(torch_threads)
-        kernel_threads.reset(token)
         for key, value in before.items():
             if value is None:
                 del os.environ[key]
@@ -104,22 +100,39 @@ def chosen(name: str, threads: int) -> Iterator[None]:
                 os.environ[key] = value
 
 
+@contextmanager
+def chosen(name: str, threads: int) -> Iterator[None]:
+    """Make the tensor operations use instruction set `name` (or "reference"), and torch too, so many threads."""
+    token, torch_threads = kernel_threads.set(threads), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with forced("reference") if name == "reference" else forced("native", name):
+            yield
+    finally:
+        torch.set_num_threads(torch_threads)
+        kernel_threads.reset(token)
+
+
 def make(case: Case, elements: int, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
     """Output and operands like a model's weights; a block of 2^20 again and again, of which no contender can profit."""
     generator = torch.Generator().manual_seed(seed)
-    operands: list[Tensor] = []
-    for dtype in case.dtypes[1:]:
-        block = (torch.randn(min(elements, 1 << 20), generator=generator) * 0.02).to(dtype)
-        operand = torch.empty(elements, dtype=dtype)
-        for start in range(0, elements, len(block)):
-            piece = operand[start : start + len(block)]
-            piece.copy_(block[: len(piece)])
-        operands.append(operand)
+    operands = [torch.empty(elements, dtype=dtype) for dtype in case.dtypes[1:]]
+    for operand in operands:
+        fill(operand, generator)
     out = operands[0] if case.op != "subtract" else torch.zeros(elements, dtype=case.dtypes[0])
     return out, operands
 
 
-def _any_bits(case: Case, elements: int) -> tuple[Tensor, list[Tensor]]:
+def fill(operand: Tensor, generator: torch.Generator) -> None:
+    """Weights for a contiguous tensor on any device, from a generator of the CPU."""
+    block = (torch.randn(min(operand.numel(), 1 << 20), generator=generator) * 0.02).to(operand.dtype)
+    block, flat = block.to(operand.device), operand.view(-1)
+    for start in range(0, len(flat), len(block)):
+        piece = flat[start : start + len(block)]
+        piece.copy_(block[: len(piece)])
+
+
+def any_bits(case: Case, elements: int) -> tuple[Tensor, list[Tensor]]:
     """Random bit patterns: every exponent, subnormal numbers, inf, NaN."""
     generator = torch.Generator().manual_seed(1)
     sizes = [elements * dtype.itemsize for dtype in case.dtypes]
@@ -141,7 +154,7 @@ def verify(case: Case, threads: Sequence[int]) -> int:
     Raises VerificationError.
     """
     compared = 0
-    for what, data in (("weights", make(case, _CHECKED)), ("random bit patterns", _any_bits(case, _CHECKED))):
+    for what, data in (("weights", make(case, CHECKED)), ("random bit patterns", any_bits(case, CHECKED))):
         with chosen("reference", 1):
             wanted = _result(case, data, case.run)
         for name in ours():
@@ -151,7 +164,7 @@ def verify(case: Case, threads: Sequence[int]) -> int:
                 if wrong:
                     raise VerificationError(
                         f"{case.name}: {name} (threads {count}) differs from the reference backend in "
-                        f"{wrong:,} of {_CHECKED:,} elements ({what}). Nothing was timed."
+                        f"{wrong:,} of {CHECKED:,} elements ({what}). Nothing was timed."
                     )
                 compared += 1
     return compared
@@ -244,7 +257,7 @@ def contenders(
 def measure(case: Case, elements: int, threads: int, rounds: int, *, compiled: bool = True) -> Result:
     """Time all contenders of `case` in one run."""
     out, operands = make(case, elements)
-    begin = (out[:_CHECKED], [operand[:_CHECKED] for operand in operands])
+    begin = (out[:CHECKED], [operand[:CHECKED] for operand in operands])
     if compiled:
         torch.compiler.reset()  # or it gives up on compiling the same expression for other dtypes and threads
     with chosen("reference", threads):

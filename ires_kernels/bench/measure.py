@@ -45,16 +45,24 @@ class Quartiles(NamedTuple):
         return self._asdict()
 
 
+def wall_clock(run: Callable[[], object]) -> float:
+    """Seconds from the call of `run` to its return."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
 def interleave(
     contenders: Mapping[str, Callable[[], object]],
     rounds: int,
     *,
     before: Callable[[str], object] | None = None,
     after: Callable[[str], object] | None = None,
+    timer: Callable[[Callable[[], object]], float] = wall_clock,
 ) -> Times:
-    """Run every contender once a round and time it; each round starts with another one.
+    """Let every contender run once a round and time it; each round starts with another one.
 
-    `before` and `after` get the name of the contender and are not timed.
+    `before` and `after` get the name of the contender and are not timed. `timer` runs what it gets and returns seconds.
     """
     times: Times = {name: [] for name in contenders}
     names = list(contenders)
@@ -66,9 +74,7 @@ def interleave(
                 continue
             if before:
                 before(name)
-            started = time.perf_counter()
-            contenders[name]()
-            times[name].append(time.perf_counter() - started)
+            times[name].append(timer(contenders[name]))
             if after:
                 after(name)
     return times
@@ -169,12 +175,12 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this file is in, with a + where files differ from it; None outside of one."""
+    """Of the checkout that this file is in, with a + where files differ from it; elsewhere what IRES_COMMIT says."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, check=True, text=True).stdout.strip()
         status = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, check=True, text=True)
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("IRES_COMMIT")
     return head + ("+" if status.stdout else "")

@@ -127,14 +127,15 @@ def forget(folders: Iterable[Path]) -> None:
         os.close(fd)
 
 
-def verify(triple: Triple, folder: Path, threads: int | None = None) -> int:
+def verify(triple: Triple, folder: Path, threads: int | None = None, device: str = "cpu") -> int:
     """Merge, and compare both ends of every tensor with the reference arithmetic; returns how many elements.
 
     Raises VerificationError.
     """
     out = folder / "out"
     try:
-        merge.apply(triple.target, (triple.instruct, triple.base), out=out, sync=False, threads=threads)
+        pair = (triple.instruct, triple.base)
+        merge.apply(triple.target, pair, out=out, sync=False, threads=threads, device=device)
         return _compare(triple, out)
     finally:
         shutil.rmtree(out, ignore_errors=True)
