@@ -78,16 +78,19 @@ def test_merges(tmp_path, capsys):
     first, second = record["merges"]
     assert first["parameters"] == 131_392
     assert first["model_bytes"] == 2 * 131_392
-    jobs = [merges.COPY, merges.ONE_PASS, merges.SYNCED, merges.EXTRACT, merges.APPLY]
+    jobs = [
+        merges.COPY, merges.ONE_PASS, merges.BARE, merges.SYNCED, merges.EXTRACT, merges.APPLY, merges.RING,
+        merges.RING_SYNCED,
+    ]  # fmt: skip
     assert list(first["contenders"]) == jobs
-    assert list(second["contenders"]) == jobs[:2]
+    assert list(second["contenders"]) == jobs[:3]
     for entry in record["merges"]:
         assert entry["private_memory_bytes"] > 0
         assert entry["ns_per_byte"] > 0
         for contender in entry["contenders"].values():
             quartiles_of(contender, "of_copy")
         quartiles_of(entry["contenders"][merges.COPY], "of_copy")
-    assert [gate["gate"] for gate in record["gates"]] == [256, 1.0, 256, 1.0, 0.15]
+    assert [gate["gate"] for gate in record["gates"]] == [256, 1.0, 0.6, 256, 1.0, 0.6, 0.15]
     assert list(work.iterdir()) == []
 
 

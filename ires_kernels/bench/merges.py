@@ -29,6 +29,7 @@ from ires_kernels.windows import TORCH_DTYPES
 
 COPY = "cat + cp"
 ONE_PASS, SYNCED, EXTRACT, APPLY = "one pass", "one pass, fsync", "extract f32", "apply f32"
+BARE, RING, RING_SYNCED = "in place, no undo", "in place", "in place, fsync"
 _CHECKED = 1 << 14  # elements compared at each end of a tensor
 
 # What `watch` runs: the first line of its output is the memory before the package is imported.
@@ -80,6 +81,10 @@ class Result:
         if of_copy and not self.cold:
             what = f"one pass without fsync, {size} / cat + cp"
             rows.append({"what": what, "gate": 1.0, "reach": 0.6, "measured": of_copy.median, "at_most": True})
+        of_copy = self.of_copy(BARE)
+        if of_copy and not self.cold:
+            what = f"in place without undo and fsync, {size} / cat + cp"
+            rows.append({"what": what, "gate": 0.6, "reach": 0.43, "measured": of_copy.median, "at_most": True})
         return rows
 
     def to_dict(self) -> dict[str, Any]:
@@ -178,34 +183,47 @@ def measure(
     only_one_pass: bool = False,
 ) -> Result:
     """Time the merges of `triple` into new folders below `folder`, and copying, in one run."""
-    out, residual = folder / "out", folder / "residual"
+    out, residual, changed = folder / "out", folder / "residual", folder / "changed"
     pair = (triple.instruct, triple.base)
     size = triple.nbytes
     residual_size = 4 * triple.parameters
+    turns = iter(range(1 << 30))
+
+    def in_place(undo: str, sync: bool) -> object:
+        # The tag makes it another application to what the one before has left.
+        tag = f"{next(turns)}"
+        return merge.apply(changed, pair, in_place=True, undo=undo, sync=sync, tag=tag, threads=threads)
+
     contenders: dict[str, Callable[[], object]] = {
         COPY: lambda: copy(triple, out),
         ONE_PASS: lambda: merge.apply(triple.target, pair, out=out, sync=False, threads=threads),
+        BARE: lambda: in_place("none", False),
     }
-    traffic = {COPY: 4 * size, ONE_PASS: 4 * size}
+    traffic = {COPY: 4 * size, ONE_PASS: 4 * size, BARE: 4 * size}
     if not only_one_pass:
         contenders |= {
             SYNCED: lambda: merge.apply(triple.target, pair, out=out, threads=threads),
             EXTRACT: lambda: merge.extract(triple.base, triple.instruct, out, sync=False, threads=threads),
             APPLY: lambda: merge.apply(triple.target, residual, out=out, sync=False, threads=threads),
+            RING: lambda: in_place("ring", False),
+            RING_SYNCED: lambda: in_place("ring", True),
         }
         traffic |= {SYNCED: 4 * size, EXTRACT: 2 * size + residual_size, APPLY: 2 * size + residual_size}
+        traffic |= {RING: 4 * size, RING_SYNCED: 4 * size}  # the journal apart
         merge.extract(triple.base, triple.instruct, residual, sync=False, threads=threads)
 
     def before(_: str) -> None:
         if cold:
-            forget([triple.base, triple.instruct, triple.target, residual])
+            forget([triple.base, triple.instruct, triple.target, residual, changed])
 
     try:
-        times = interleave(contenders, rounds, before=before, after=lambda _: shutil.rmtree(out))
+        shutil.copytree(triple.target, changed)
+        times = interleave(contenders, rounds, before=before, after=lambda _: shutil.rmtree(out, ignore_errors=True))
         memory = private_memory(triple, out, threads)
     finally:
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(residual, ignore_errors=True)
+        shutil.rmtree(changed, ignore_errors=True)
     return Result(triple, threads, cold, times, traffic, memory)
 
 
