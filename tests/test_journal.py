@@ -238,6 +238,26 @@ def test_a_power_cut_in_the_recovery_itself(tmp_path: Path, monkeypatch: pytest.
             check_after_a_cut(there, "ring")
 
 
+@pytest.mark.parametrize("how", ["recover", "restore"])
+def test_what_is_put_back_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """After it the journal may go."""
+    folder = made(tmp_path / "d")
+    with Opened(folder, len(WINDOWS)) as opened:
+        opened.allocate()
+        update(opened)
+        opened.finish()
+    if how == "recover":  # no window has its record
+        (folder / "log").write_bytes(b"")
+    with Opened(folder, len(WINDOWS)) as opened, monkeypatch.context() as patch:
+        disk = Disk(folder, patch)
+        opened.check_restorable()
+        getattr(opened, how)()
+    luck = random.Random(7)
+    for turn in range(20):
+        disk.after_a_cut(len(disk.ops), luck, tmp_path / f"{turn}")
+        assert contents(tmp_path / f"{turn}") == OLD
+
+
 @pytest.mark.parametrize("call", ["pwrite", "fdatasync", "preadv"])
 @pytest.mark.parametrize("slots", [2, len(WINDOWS)])
 def test_every_call_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, slots: int) -> None:
