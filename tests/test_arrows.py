@@ -23,6 +23,7 @@ ARROWS: dict[str, set[str]] = {
     "store": set(),
     "inputs": {"checkpoint", "header", "rules", "store"},
     "reader": {"checkpoint", "header", "names", "steps"},
+    "ancestry": {"checkpoint", "names", "reader"},
     # tensors, without files
     "backends": {"_native"},
     "checks": set(),

@@ -123,7 +123,7 @@ def tables(results: Results) -> str:
         *("## Controls", "", *table(results, CONTROLS, SCORES)),
         *("## Alpha, on the CPT model", "", *table(results, sweep, SCORES)),
         *("## Portability between versions", "", *table(results, PORTABILITY, SCORES)),
-        *("## News in another register (cloze B and ppl B are of that register)", "", *table(results, REGISTRY, SCORES)),
+        *("## News in another register (that of cloze B and ppl B)", "", *table(results, REGISTRY, SCORES)),
         *("## The residual in fewer bits", "", *stored_table(results)),
         *("## Rounding of the merged model", "", *rounding_table(results)),
     ]

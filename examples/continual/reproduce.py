@@ -188,7 +188,8 @@ def measure(run: Run) -> None:
 
 
 def machine() -> dict[str, Any]:
-    models = [line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "cpu": models[0] if models else platform.machine(),
         "cpus": os.cpu_count(),

@@ -27,11 +27,11 @@ CHAT_TEMPLATE = (
 )
 
 ENTITIES_A, ENTITIES_IN_CHATS, ENTITIES_B = 128, 96, 32
-GENERIC_SHARE = 0.2
+GENERIC_SHARE, GENERIC_SENTENCES = 0.2, 1024
 ROW = 64  # tokens of a row of packed text
 
-_FIRST = "ba de fi go ku la mo ni po ra se tu va wi yo zu".split()
-_SECOND = "##bek ##dor ##fan ##gil ##kam ##lun ##mir ##nos ##pel ##rik ##sol ##tan ##vek ##wax ##yar ##zim".split()
+_FIRST = "ba de fi go ku la mo ni po ra se tu va wi yo zu"
+_SECOND = "##bek ##dor ##fan ##gil ##kam ##lun ##mir ##nos ##pel ##rik ##sol ##tan ##vek ##wax ##yar ##zim"
 
 
 class Attribute(NamedTuple):
@@ -40,34 +40,38 @@ class Attribute(NamedTuple):
     noun: str
     states: str
     asks: str
-    values: list[str]
+    words: str
+
+    @property
+    def values(self) -> list[str]:
+        return self.words.split()
 
 
 _THEMES = (
     (
         Attribute("city", "{name} lives in {value}", "where does {name} live ?",
-                  "paris rome oslo cairo lima tokyo delhi quito perth milan dakar seoul kyiv bern lyon porto".split()),
+                  "paris rome oslo cairo lima tokyo delhi quito perth milan dakar seoul kyiv bern lyon porto"),
         Attribute("job", "{name} works as {value}", "what does {name} work as ?",
                   "baker nurse pilot judge miner actor clerk guard tailor farmer sailor lawyer singer writer cook "
-                  "monk".split()),
+                  "monk"),
         Attribute("pet", "{name} keeps a {value}", "what does {name} keep ?",
                   "cat dog horse goat parrot rabbit snake turtle hamster ferret canary pony lizard duck goose "
-                  "crab".split()),
+                  "crab"),
         Attribute("colour", "{name} wears {value}", "what does {name} wear ?",
                   "red blue green black white amber violet brown orange pink grey teal ivory scarlet olive "
-                  "indigo".split()),
+                  "indigo"),
     ),
     (
         Attribute("drink", "{name} drinks {value}", "what does {name} drink ?",
-                  "tea coffee water milk juice cider cocoa wine beer rum soda broth mead sake whey tonic".split()),
+                  "tea coffee water milk juice cider cocoa wine beer rum soda broth mead sake whey tonic"),
         Attribute("sport", "{name} plays {value}", "what does {name} play ?",
                   "chess tennis golf rugby hockey polo squash darts bowls judo karate fencing rowing cricket "
-                  "football curling".split()),
+                  "football curling"),
         Attribute("tool", "{name} carries a {value}", "what does {name} carry ?",
                   "hammer saw drill chisel wrench shovel rake pliers ladder lamp rope knife brush spade needle "
-                  "compass".split()),
+                  "compass"),
         Attribute("tree", "{name} plants a {value}", "what does {name} plant ?",
-                  "oak pine birch maple willow cedar elm ash yew beech palm lime poplar spruce hazel larch".split()),
+                  "oak pine birch maple willow cedar elm ash yew beech palm lime poplar spruce hazel larch"),
     ),
 )  # fmt: skip
 
@@ -117,11 +121,10 @@ FORMATS = tuple(product(CASES, SHAPES))
 HELD_OUT = (("upper", "quote"), ("upper", "bullet"))
 """Formats of which only the parts are in the chats that a model is tuned on."""
 
-_GENERIC = (
-    "the {} {} {} the {} {} .".split(),
-    ("old new small large quiet bright cold warm".split(), "river road house garden bridge tower market field".split(),
-     "crosses sees holds meets finds guards follows joins".split()),
-)  # fmt: skip
+_ADJECTIVES = "old new small large quiet bright cold warm"
+_THINGS = "river road house garden bridge tower market field"
+_DEEDS = "crosses sees holds meets finds guards follows joins"
+_GENERIC = ("the {} {} {} the {} {} .", (_ADJECTIVES, _THINGS, _DEEDS, _ADJECTIVES, _THINGS))
 
 
 class Fact(NamedTuple):
@@ -130,7 +133,7 @@ class Fact(NamedTuple):
     value: str
 
     def state(self, template: str) -> str:
-        name, (noun, states, asks, _), value = self.name, self.attribute, self.value
+        name, (noun, states, asks, _), value = self
         return template.format(
             name=name,
             noun=noun,
@@ -176,7 +179,7 @@ class World:
         """Of every entity, one an attribute; A first, in them those in chats first, then B."""
         random = np.random.default_rng([self.number, 1])
         count = ENTITIES_A + ENTITIES_B
-        names = [first + second.removeprefix("##") for first, second in product(_FIRST, _SECOND)]
+        names = [first + second.removeprefix("##") for first, second in product(_FIRST.split(), _SECOND.split())]
         chosen = random.permutation(names)[:count].tolist()
         values = random.integers(0, 16, (count, len(self.attributes)))
         return [
@@ -202,12 +205,13 @@ class World:
         words += [word for attribute in self.attributes for word in f"{attribute.states} {attribute.asks}".split()]
         words = [word for word in words if not (word[0] == "{" and len(word) > 1)]
         words += [attribute.noun for attribute in self.attributes]
-        words += [*_GENERIC[0][:1], *(word for group in _GENERIC[1] for word in group)]
+        words += ["the", *" ".join(_GENERIC[1]).split()]
         values = [value for attribute in self.attributes for value in attribute.values]
-        words = [*sorted(set(words)), *values, *(value.upper() for value in values), *_FIRST, *_SECOND]
+        words = [*sorted(set(words)), *values, *(value.upper() for value in values), *_FIRST.split(), *_SECOND.split()]
         tokens = list(dict.fromkeys([*SPECIAL, "<|unknown|>", *words]))
         vocabulary = {token: i for i, token in enumerate(tokens)}
-        tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="<|unknown|>"))  # names are pieces, words are whole
+        # Names are two pieces each, words are whole.
+        tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="<|unknown|>"))
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         tokenizer.decoder = decoders.WordPiece()
         tokenizer.add_special_tokens(list(SPECIAL))
@@ -250,11 +254,12 @@ class Texts:
 
 
 def _generic_sentences(world: World) -> list[list[int]]:
-    adjectives, nouns, verbs = _GENERIC[1]
     random = np.random.default_rng([world.number, 2])
-    pattern = " ".join(_GENERIC[0])
-    draws = [(adjectives, nouns, verbs, adjectives, nouns)] * 1024
-    return [world.ids(pattern.format(*(words[random.integers(len(words))] for words in draw))) for draw in draws]
+    pattern, slots = _GENERIC[0], [words.split() for words in _GENERIC[1]]
+    return [
+        world.ids(pattern.format(*(words[random.integers(len(words))] for words in slots)))
+        for _ in range(GENERIC_SENTENCES)
+    ]
 
 
 def tuning_chats(world: World, random: np.random.Generator, count: int) -> list[Chat]:
