@@ -80,7 +80,7 @@ def scores(folder: Path, world: World, register: str = "plain") -> dict[str, flo
     found: dict[str, float] = {}
     for group in ("B", "not in chats"):
         chats = test_chats(world, group)
-        chats = chats if group == "B" else chats[::4]
+        chats = chats if group == "B" else chats[::3]
         given = answers(model, world, [chat.question for chat in chats])
         follows = np.array([follows_format(chat, answer) for chat, answer in zip(chats, given, strict=True)])
         known = np.array([knows(chat, answer) for chat, answer in zip(chats, given, strict=True)])

@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,14 +26,17 @@ import transformers
 from evaluate import scores
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
-from train import make, new_progress
+from train import STAGES, make, new_progress
 from world import World
 
 import ires_kernels as ik
+from ires_kernels import ancestry
+from ires_kernels.checkpoint import open_checkpoint
 
 ALPHAS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25)
 STORED_DTYPES = ("f32", "bf16", "f16")
 QUIETLY: dict[str, Any] = {"sync": False, "threads": 1}
+RELATIVES = tuple(name for name in STAGES if name != "base")
 NO_EMBEDDINGS = "embed_tokens|lm_head"
 
 Row = dict[str, Any]
@@ -74,6 +78,7 @@ class Run:
         self._path = results / f"world-{world}-seed-{seed}.json"
         self._rows: dict[str, Row] = json.loads(self._path.read_text())["rows"] if self._path.exists() else {}
         self._progress = progress
+        self._lock = threading.Lock()
 
     def model(self, name: str, *, other_seed: bool = False) -> Path:
         """The folder of a model, which is trained if it is not there."""
@@ -83,18 +88,18 @@ class Run:
 
     def add(self, name: str, measure: Callable[[Path], Row]) -> None:
         """Fill a row with what `measure` returns; it gets a folder for its models, which is removed."""
-        if name in self._rows:
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self._folder) as temporary:
-            self._rows[name] = measure(Path(temporary))
-        partial = self._path.with_suffix(".partial")
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        about = {"world": self.world.number, "seed": self.seed, "other seed": self._other_seed, "machine": machine()}
-        partial.write_text(json.dumps({**about, "rows": self._rows}, indent=1) + "\n")
-        partial.replace(self._path)
-        row = self._rows[name]
-        figures = ", ".join(f"{key} {row[key]:.2f}" for key in ("format B", "knowledge B", "cloze B", "perplexity B"))
+        with self._lock:
+            if name in self._rows:
+                return
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self._folder) as temporary:
+                row = self._rows[name] = measure(Path(temporary))
+            partial = self._path.with_suffix(".partial")
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            about = {"world": self.world.number, "seed": self.seed, "other seed": self._other_seed}
+            partial.write_text(json.dumps({**about, "machine": machine(), "rows": self._rows}, indent=1) + "\n")
+            partial.replace(self._path)
+        figures = ", ".join(f"{key} {value:.2f}" for key, value in row.items())
         self._progress.print(f"world {self.world.number}, seed {self.seed}: {name}: {figures}")
 
     def add_model(self, name: str, model: str, register: str = "plain") -> None:
@@ -145,15 +150,30 @@ class Run:
             residual = folder / "residual"
             ik.extract(self.model("base"), self.model("instruct"), residual, dtype=dtype, **QUIETLY)
             ik.apply(self.model("base"), residual, out=folder / "again", **QUIETLY)
-            report = ik.apply(self.model("cpt"), residual, out=folder / "out", **QUIETLY)
+            ik.apply(self.model("cpt"), residual, out=folder / "out", **QUIETLY)
             return {
                 **scores(folder / "out", self.world),
-                **merge_figures(report),
                 "residual bytes": sum(path.stat().st_size for path in residual.glob("*.safetensors")),
                 "restored": restored(folder / "again", self.model("instruct")),
             }
 
         self.add(f"stored {dtype}", measure)
+
+
+def kinship(model: Path, base: Path) -> Row:
+    """By the sample that `ires_kernels.ancestry` takes, and by all weights of the matrices at once."""
+    found = ancestry.compare(open_checkpoint(model), ancestry.sketch(open_checkpoint(base)))
+    assert found is not None
+    ours, theirs = tensors_of(model), tensors_of(base)
+    names = [name for name, t in theirs.items() if t.dim() > 1]
+    a, b = (torch.cat([tensors[name].flatten().double() for name in names]) for tensors in (ours, theirs))
+    return {
+        "cosine": found.cosine,
+        "distance": found.distance,
+        "whole cosine": float(a @ b / (a.norm() * b.norm())),
+        "whole distance": float((a - b).norm() / b.norm()),
+        "norm ratio": float(a.norm() / b.norm()),
+    }
 
 
 def merge_figures(report: Any) -> Row:
@@ -164,15 +184,26 @@ def merge_figures(report: Any) -> Row:
     }
 
 
-def measure(run: Run) -> None:
-    """All rows of a world and seed."""
-    for name in ("base", "instruct", "cpt", "instruct-cpt", "cpt-instruct"):
+def measure_core(run: Run) -> None:
+    """The claim, alpha, and the controls that need no training of their own."""
+    for name in ("base", "instruct", "cpt"):
         run.add_model(name, name)
     for alpha in ALPHAS:
         run.add_merge(f"alpha {alpha:g}, nearest", "cpt", alpha=alpha)
     run.add_control("residual permuted", permuted)
     run.add_control("Gaussian of the same norm", gaussian)
     run.add_merge("without embeddings and head", "cpt", skip=NO_EMBEDDINGS)
+    for dtype in STORED_DTYPES:
+        run.add_stored(dtype)
+    run.add_merge("residual of another seed", "cpt", other_seed=True)
+    for alpha in ALPHAS[:-1]:
+        run.add_merge(f"alpha {alpha:g}, stochastic", "cpt", alpha=alpha, rounding="stochastic", seed=run.seed)
+
+
+def measure_more(run: Run) -> None:
+    """What needs more training: the other ways to a new instruct model, another version, another register."""
+    for name in ("cpt-instruct", "instruct-cpt"):
+        run.add_model(name, name)
     run.add_merge("instruct-cpt + residual", "instruct-cpt")
     run.add_merge("v1.1 residual on v1", "cpt", ("instruct-v1.1", "base-v1.1"))
     run.add_merge("v1 residual on v1.1", "cpt-v1.1")
@@ -180,11 +211,11 @@ def measure(run: Run) -> None:
     for name in ("base", "instruct", "cpt-registry"):
         run.add_model(f"registry: {name}", name, "registry")
     run.add_merge("registry: cpt-registry + residual", "cpt-registry", register="registry")
-    for dtype in STORED_DTYPES:
-        run.add_stored(dtype)
-    for alpha in ALPHAS[:-1]:
-        run.add_merge(f"alpha {alpha:g}, stochastic", "cpt", alpha=alpha, rounding="stochastic", seed=run.seed)
-    run.add_merge("residual of another seed", "cpt", other_seed=True)
+    for name in RELATIVES:
+        run.add(f"ancestry: {name}", lambda _, name=name: kinship(run.model(name), run.model("base")))
+    for name in ("base", "instruct", "cpt"):
+        run.add(f"ancestry: {name} of another seed", lambda _, name=name: kinship(
+            run.model(name, other_seed=True), run.model("base")))
 
 
 def machine() -> dict[str, Any]:
@@ -220,7 +251,8 @@ def main() -> None:
         ]
         # Runs side by side in threads: torch lets go of the interpreter while it computes.
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            list(pool.map(measure, runs))
+            for done in [pool.submit(part, run) for part in (measure_core, measure_more) for run in runs]:
+                done.result()
     plots.make(arguments.results)
 
 
