@@ -5,10 +5,11 @@ TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml setup.py MANIFEST.in $(wildcard csrc/*)
 
-.PHONY: help demo test test-slow torture bench peers lint clean
+.PHONY: help demo reproduce test test-slow torture bench peers lint clean
 
 help:
-	@echo "make demo       the main job on a generated model: extract, apply, verify, report, load with transformers"
+	@echo "make demo       a tiny model follows instructions again; then the same job on a large one, for speed"
+	@echo "make reproduce  train the tiny models from scratch, 3 seeds of 2 worlds, and measure everything (hours)"
 	@echo "make test       the test suite (minutes)"
 	@echo "make test-slow  the exhaustive tests as well"
 	@echo "make torture    long counts of the random tests"
@@ -33,6 +34,10 @@ $(VENV)/installed: $(BIN)/python $(SOURCES)
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
+
+# It is polite to whatever else runs, and goes on where it was stopped.
+reproduce: $(VENV)/installed
+	nice -n 19 $(BIN)/python examples/continual/reproduce.py
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q
