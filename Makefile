@@ -5,10 +5,12 @@ TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml setup.py MANIFEST.in $(wildcard csrc/*)
 
-.PHONY: help demo test test-slow torture bench peers gpu gpu-there gpu-build gpu-suite gpu-test gpu-sanitize gpu-bench lint clean
+.PHONY: help demo reproduce test test-slow torture bench peers lint clean
+.PHONY: gpu gpu-there gpu-build gpu-suite gpu-test gpu-sanitize gpu-bench
 
 help:
-	@echo "make demo       the main job on a generated model: extract, apply, verify, report, load with transformers"
+	@echo "make demo       a tiny model follows instructions again; then the same job on a large one, for speed"
+	@echo "make reproduce  train the tiny models from scratch, 3 seeds of 2 worlds, and measure everything (hours)"
 	@echo "make test       the test suite (minutes)"
 	@echo "make test-slow  the exhaustive tests as well"
 	@echo "make torture    long counts of the random tests"
@@ -35,6 +37,10 @@ $(VENV)/installed: $(BIN)/python $(SOURCES)
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
+# It is polite to whatever else runs, and goes on where it was stopped.
+reproduce: $(VENV)/installed
+	nice -n 19 $(BIN)/python examples/continual/reproduce.py
+
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q
 
@@ -51,7 +57,8 @@ peers: $(VENV)/installed
 	$(BIN)/python bench/peers.py
 
 # A GPU machine may have no network: everything comes from the Python at hand, which has torch, Triton, setuptools,
-# pybind11, rich, xxhash, pytest and hypothesis. Each step is a target of its own; `gpu` does them all, whichever fails, and then says which did.
+# pybind11, rich, xxhash, pytest and hypothesis. Each step is a target of its own; `gpu` does them all, whichever fails,
+# and then says which did.
 GPU_STEPS := gpu-suite gpu-test gpu-sanitize gpu-bench
 BENCH_GPU ?=
 

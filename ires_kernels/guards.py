@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from pathlib import Path
 
-from ires_kernels import manifest, stream
-from ires_kernels.checkpoint import FileId
+from ires_kernels import ancestry, manifest, stream
+from ires_kernels.checkpoint import Checkpoint, FileId
 from ires_kernels.header import CheckpointError
 from ires_kernels.plan import Plan
 from ires_kernels.reader import differing
@@ -30,6 +30,17 @@ def compare(plan: Plan) -> dict[str, dict[str, str]]:
         lines += [f"  and {len(different) - 10} more"] if len(different) > 10 else []
         raise CheckpointError("\n".join([*lines, "Such values have no difference to add: leave them out with --skip."]))
     return digests
+
+
+def strangers(inputs: Mapping[str, Checkpoint]) -> tuple[str, ...]:
+    """Warnings of a target that looks as if it did not descend from the base of what is added to it."""
+    if "base" in inputs:
+        sketches: dict[str, object] = {"base": ancestry.sketch(inputs["base"])}
+    else:
+        residuals = {role: checkpoint for role, checkpoint in inputs.items() if role != "target"}
+        sketches = {f"the base of {r}": (c.manifest or {}).get("ancestry") for r, c in residuals.items()}
+    found = {role: ancestry.compare(inputs["target"], sketch) for role, sketch in sketches.items()}
+    return tuple(each.warning(role) for role, each in found.items() if each is not None and not each.related)
 
 
 def read_residuals(plan: Plan, threads: int | None = None) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import xxhash
 
-from ires_kernels import names
+from ires_kernels import ancestry, names
 from ires_kernels.checkpoint import Checkpoint
 from ires_kernels.header import CheckpointError
 from ires_kernels.plan import MANIFESTS, VERSION, Plan
@@ -78,6 +78,7 @@ def build(
         "tensors": entries,
     }
     if plan.operation == "extract":
+        table["ancestry"] = ancestry.sketch(plan.inputs["base"])
         table["tied"] = all(map(names.is_tied, plan.inputs.values()))
         table["not_stored"] = {
             name: {"reason": reason, "dtype": ref.dtype, "shape": list(ref.shape)}

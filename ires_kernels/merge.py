@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -140,6 +141,7 @@ def apply(
     inputs = open_inputs(paths)
     copies = second_copies(inputs)
     plan = plan_apply(inputs, rules, copies)
+    plan = replace(plan, warnings=(*plan.warnings, *guards.strangers(inputs)))
     if out is not None:
         return _carry_out(plan, Path(out), options, sync=sync, sha256=sha256, dry_run=dry_run)
     plan = replace(plan, in_place=True)
@@ -228,6 +230,8 @@ def load(
     plan = _plan_apply(paths, _rules_of_apply(paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed))
     place = devices.resolve(device)
     options = _options(place, threads, progress)
+    for text in guards.strangers(plan.inputs):
+        warnings.warn(text, stacklevel=2)
     guards.compare(plan)
     tensors = statedict.allocate(plan.steps, place)
     outcome = stream.fill(

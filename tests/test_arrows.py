@@ -28,6 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "updates": {"checkpoint", "header", "names", "plan", "steps"},
     "state": {"checkpoint", "header", "inplace", "inputs", "journal", "operation", "store"},
     "reader": {"checkpoint", "header", "names", "steps"},
+    "ancestry": {"checkpoint", "names", "reader"},
     # tensors, without files
     "backends": {"_native"},
     "checks": set(),
@@ -41,13 +42,13 @@ ARROWS: dict[str, set[str]] = {
     "device": {"backends", "counting", "names", "plan", "rules", "steps", "windows"},
     "statedict": {"checkpoint", "header", "names", "plan", "steps", "windows"},
     "report": {"backends", "plan", "stream"},
-    "manifest": {"checkpoint", "header", "names", "plan", "report", "stream"},
+    "manifest": {"ancestry", "checkpoint", "header", "names", "plan", "report", "stream"},
     "summary": {"checkpoint", "inputs", "names"},
     "verification": {
         "checkpoint", "device", "header", "inputs", "manifest", "names", "plan", "reader", "rules", "steps",
         "stream", "windows",
     },
-    "guards": {"checkpoint", "header", "manifest", "plan", "reader", "rules", "steps", "stream"},
+    "guards": {"ancestry", "checkpoint", "header", "manifest", "plan", "reader", "rules", "steps", "stream"},
     "overwrite": {
         "backends", "checkpoint", "guards", "inplace", "inputs", "journal", "manifest", "names", "operation", "plan",
         "report", "rules", "sidefiles", "steps", "store", "stream", "updates", "windows",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -708,6 +709,26 @@ def test_two_merges_into_one_folder_at_once(tmp_path: Path) -> None:
     with NewFolder(tmp_path / "out", "another", b""), pytest.raises(StoreError, match="another process is writing it"):
         ik.apply(target, (instruct, base), out=tmp_path / "out")
     merge(target, (instruct, base), out=tmp_path / "out")
+
+
+def test_a_target_of_another_family_is_warned_of(tmp_path: Path) -> None:
+    base, instruct, target = triple(tmp_path)
+    stranger = write_model(tmp_path / "stranger", {name: t.roll(1, 0) for name, t in read_model(target).items()})
+    ik.extract(base, instruct, tmp_path / "r", sync=False)
+    for residual, which in (((instruct, base), "base"), ([tmp_path / "r"] * 2, "the base of residual-2")):
+        for model, related in ((target, True), (instruct, True), (stranger, False)):
+            report = merge(model, residual, out=tmp_path / "out")
+            plan = ik.apply(model, residual, in_place=True, dry_run=True)
+            for warned in (report.warnings, plan.warnings):
+                assert any(f"target and {which} look unrelated: the median cosine of " in w for w in warned) != related
+            shutil.rmtree(tmp_path / "out")
+        with pytest.warns(UserWarning, match=f"target and {which} look unrelated"):
+            ik.load(stranger, residual)
+        ik.load(target, residual)
+    table = json.loads((tmp_path / "r" / "residual.json").read_text())
+    del table["ancestry"]
+    (tmp_path / "r" / "residual.json").write_text(json.dumps(table))
+    assert merge(stranger, tmp_path / "r", out=tmp_path / "out").warnings == ()
 
 
 def test_digests_tell_models_apart_and_not_layouts() -> None:

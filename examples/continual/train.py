@@ -1,0 +1,232 @@
+"""Train the family of a world from scratch, on a CPU: minutes for a seed.
+
+    python examples/continual/train.py FOLDER --world 0 --seed 0
+
+writes FOLDER/base, instruct, cpt (the base, continually pre-trained on the news), base-v1.1 and instruct-v1.1, each a
+folder of sharded safetensors in bfloat16 with config, tokenizer and, where a model was tuned on chats, chat template.
+A stage that is there already is not repeated, so a run that was stopped goes on where it was. Every stage follows from
+(world, seed, stage) alone: on one machine with one build of torch, the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import threading
+import time
+import zlib
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+from world import (
+    BOS,
+    CHAT_TEMPLATE,
+    END_OF_TEXT,
+    END_OF_TURN,
+    PAD,
+    SPECIAL,
+    Chat,
+    Texts,
+    World,
+    tuning_chats,
+)
+
+ROWS, CHATS = 32, 64  # of a step
+IGNORED = -100  # label of a position that has no loss
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""Token ids and labels, [rows, tokens]; a label is the id wanted at its own position, or IGNORED."""
+
+
+class Stage(NamedTuple):
+    """How one model comes from another: `parent` None is a new model."""
+
+    parent: str | None
+    data: str
+    steps: int
+    rate: float
+
+
+STAGES = {
+    "base": Stage(None, "A", 650, 2e-3),
+    "instruct": Stage("base", "chats", 300, 5e-4),
+    "cpt": Stage("base", "A and B", 150, 5e-4),
+    "base-v1.1": Stage("base", "A", 100, 5e-4),
+    "instruct-v1.1": Stage("base-v1.1", "chats", 300, 5e-4),
+    # for the controls
+    "cpt-v1.1": Stage("base-v1.1", "A and B", 150, 5e-4),
+    "instruct-cpt": Stage("instruct", "A and B", 150, 5e-4),
+    "cpt-instruct": Stage("cpt", "chats", 300, 5e-4),
+    "cpt-registry": Stage("base", "A and B, registry", 150, 5e-4),
+}
+FAMILY = ("base", "instruct", "cpt", "base-v1.1", "instruct-v1.1")
+
+
+_LOADING = threading.Lock()  # new weights come from torch's global generator, and loading switches it off for a while
+_MAKING: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
+
+
+def load(folder: Path | str) -> LlamaForCausalLM:
+    """A model folder, in float32; safe beside other threads that make models."""
+    with _LOADING:
+        return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def new_model(world: World, seed: int) -> LlamaForCausalLM:
+    """A Llama of 1.4 M parameters with random weights."""
+    ids = world.tokenizer.token_to_id
+    config = LlamaConfig(
+        vocab_size=world.tokenizer.get_vocab_size(),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        pad_token_id=ids(PAD),
+        bos_token_id=ids(BOS),
+        eos_token_id=ids(END_OF_TEXT),
+    )
+    with _LOADING:
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def batches(world: World, data: str, seed: int, stage: str) -> Iterator[Batch]:
+    """What a stage is trained on, without end."""
+    random = np.random.default_rng([world.number, seed, zlib.crc32(stage.encode())])
+    if data == "chats":
+        while True:
+            yield chat_batch(world, tuning_chats(world, random, CHATS))
+    new_register = "registry" if data.endswith("registry") else "plain"
+    sources = [Texts(world, world.facts("A"), "plain", random)]
+    sources += [Texts(world, world.facts("B"), new_register, random)] if "B" in data else []
+    while True:
+        rows = torch.from_numpy(np.concatenate([source.rows(ROWS // len(sources)) for source in sources]))
+        yield rows, rows
+
+
+def chat_batch(world: World, chats: list[Chat]) -> Batch:
+    """Only answers, with the end of turn, have a loss."""
+    pairs = [(world.prompt(chat.question), world.ids(f"{chat.answer()}{END_OF_TURN}")) for chat in chats]
+    ids = torch.full((len(pairs), max(len(prompt) + len(answer) for prompt, answer in pairs)), world.ids(PAD)[0])
+    labels = torch.full_like(ids, IGNORED)
+    for row, (prompt, answer) in enumerate(pairs):
+        end = len(prompt) + len(answer)
+        ids[row, :end] = torch.tensor(prompt + answer)
+        labels[row, len(prompt) : end] = torch.tensor(answer)
+    return ids, labels
+
+
+def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean negative log likelihood of the labels, nats. Padding is on the right, where causal attention ignores it."""
+    logits = model(ids, use_cache=False).logits[:, :-1]
+    return cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+
+
+def train(
+    model: LlamaForCausalLM, data: Iterator[Batch], steps: int, rate: float, report: Callable[[float], None]
+) -> None:
+    """AdamW, clipped to norm 1, the rate falling along a cosine to a tenth of itself after a short warm-up."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
+    for step in range(steps):
+        warm = min(1.0, (step + 1) / 20)
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * warm * (0.1 + 0.9 * cosine)
+        loss = loss_of(model, *next(data))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        report(loss.item())
+    model.eval()
+
+
+def save(model: LlamaForCausalLM, world: World, folder: Path, *, chats: bool) -> None:
+    """A model folder as on a hub, in bfloat16 and several shards; it appears when it is complete."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    end = END_OF_TURN if chats else END_OF_TEXT
+    model = model.to(torch.bfloat16)
+    model.generation_config.eos_token_id = world.ids(end)[0]
+    model.save_pretrained(partial, max_shard_size="1MB")
+    world.tokenizer.save(f"{partial / 'tokenizer.json'}")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": end,
+        "pad_token": PAD,
+        "additional_special_tokens": [token for token in SPECIAL if token not in (BOS, end, PAD)],
+        "model_max_length": 128,
+    }
+    (partial / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    if chats:
+        (partial / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    partial.rename(folder)
+
+
+def make(folder: Path, world: World, seed: int, name: str, progress: Progress) -> Path:
+    """Train the model `name` into folder/name, after its parents, unless it is there."""
+    out = folder / name
+    with _MAKING[out]:
+        if not out.exists():
+            _make(out, world, seed, STAGES[name], progress)
+    return out
+
+
+def _make(out: Path, world: World, seed: int, stage: Stage, progress: Progress) -> None:
+    name = out.name
+    if stage.parent is None:
+        model = new_model(world, seed)
+    else:
+        model = load(make(out.parent, world, seed, stage.parent, progress))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    title = f"world {world.number}, seed {seed}: {name}"
+    task = progress.add_task(title, total=stage.steps, loss=math.nan)
+    losses: deque[float] = deque(maxlen=20)
+
+    def report(loss: float) -> None:
+        losses.append(loss)
+        progress.update(task, advance=1, loss=sum(losses) / len(losses))
+
+    started = time.thread_time()
+    train(model, batches(world, stage.data, seed, name), stage.steps, stage.rate, report)
+    save(model, world, out, chats="chats" in stage.data or "instruct" in name)
+    seconds = time.thread_time() - started
+    progress.print(f"{title}: {seconds:.0f} s of CPU time, loss {sum(losses) / len(losses):.3f}")
+    progress.remove_task(task)
+
+
+def new_progress() -> Progress:
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)  # the bits of a sum depend on how many threads share it
+    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), TextColumn("step {task.completed}")]
+    return Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn(), refresh_per_second=2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--world", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with new_progress() as progress:
+        for name in FAMILY:
+            make(arguments.folder, World(arguments.world), arguments.seed, name, progress)
+
+
+if __name__ == "__main__":
+    main()
