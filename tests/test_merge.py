@@ -715,7 +715,7 @@ def test_a_target_of_another_family_is_warned_of(tmp_path: Path) -> None:
     base, instruct, target = triple(tmp_path)
     stranger = write_model(tmp_path / "stranger", {name: t.roll(1, 0) for name, t in read_model(target).items()})
     ik.extract(base, instruct, tmp_path / "r", sync=False)
-    for residual, which in (((instruct, base), "base"), ([tmp_path / "r"] * 2, "the base of residual-2")):
+    for residual, which in (((instruct, base), "base"), (tmp_path / "r", "the base of residual")):
         for model, related in ((target, True), (instruct, True), (stranger, False)):
             report = merge(model, residual, out=tmp_path / "out")
             plan = ik.apply(model, residual, in_place=True, dry_run=True)
