@@ -29,7 +29,8 @@ from torch import Tensor
 
 from ires_kernels import names
 from ires_kernels.checkpoint import Checkpoint, TensorRef
-from ires_kernels.reader import Files, read_into
+from ires_kernels.reader import Files
+from ires_kernels.store import read_into
 
 TENSORS, BLOCKS, BLOCK = 256, 4, 16  # sampled tensors at most; runs of elements in each; elements of a run
 THRESHOLD = 0.3

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from ires_kernels.store import allocate, named, write_all
+from ires_kernels.store import allocate, named, read_into, write_all
 
 AHEAD = 2
 """Windows that are saved before the first of them must be new; slots of a ring."""
@@ -219,7 +219,7 @@ class Journal:
         buffer = memoryview(bytearray(min(_CHUNK, length)))
         for done in range(0, length, _CHUNK):
             part = buffer[: length - done]
-            _read_all(self._files[window.file], part, window.start + done, window.file)
+            read_into(self._files[window.file], part, window.start + done, Path(window.file))
             hasher.update(part)
             write_all(self._fd, part, offset + _BLOCK + done, self._path)
         write_all(self._fd, head + hasher.digest(), offset, self._path)
@@ -299,13 +299,3 @@ def _payloads(fd: int) -> tuple[list[bytes], int]:
         payloads.append(payload)
         at += _RECORD.size + length
     return payloads, at
-
-
-def _read_all(fd: int, view: memoryview, offset: int, name: str) -> None:
-    with named(Path(name)):
-        done = 0
-        while done < len(view):
-            count = os.preadv(fd, [view[done:]], offset + done)
-            if not count:
-                raise OSError(5, f"the file ends at byte {offset + done}: it was cut while it was updated")
-            done += count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from ires_kernels import names
 from ires_kernels.checkpoint import Checkpoint, FileId, TensorRef
 from ires_kernels.header import CheckpointError
 from ires_kernels.steps import Comparison
+from ires_kernels.store import read_into
 
 _CHUNK = 1 << 19  # bytes at a time
 
@@ -45,19 +45,6 @@ class Files:
     def close(self) -> None:
         while self._open:
             os.close(self._open.popitem()[1])
-
-
-def read_into(fd: int, view: memoryview, offset: int, path: Path) -> None:
-    """Fill `view` from the file."""
-    try:
-        done = os.preadv(fd, [view], offset)
-        while done < len(view):
-            count = os.preadv(fd, [view[done:]], offset + done)
-            if not count:
-                raise OSError(errno.EIO, f"the file ends at byte {offset + done}: it shrank while it was read")
-            done += count
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, f"{path}") from error
 
 
 def differing(

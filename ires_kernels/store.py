@@ -322,6 +322,17 @@ def write_all(fd: int, data: bytes | memoryview, offset: int, path: Path) -> Non
             done += os.pwrite(fd, data[done:], offset + done)
 
 
+def read_into(fd: int, view: memoryview, offset: int, path: Path) -> None:
+    """Fill `view` from the file. Raises OSError with `path` in it, also where the file ends too early."""
+    with named(path):
+        done = os.preadv(fd, [view], offset)
+        while done < len(view):
+            count = os.preadv(fd, [view[done:]], offset + done)
+            if not count:
+                raise OSError(errno.EIO, f"the file ends at byte {offset + done}: it shrank while it was read")
+            done += count
+
+
 def write_file(path: Path, chunks: Iterable[bytes], *, sync: bool) -> None:
     """A new file from its bytes."""
     with named(path), open(path, "xb") as file:

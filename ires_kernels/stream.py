@@ -34,9 +34,10 @@ from ires_kernels.backends import threads as kernel_threads
 from ires_kernels.checkpoint import FileId
 from ires_kernels.header import CheckpointError
 from ires_kernels.names import FLOATS
-from ires_kernels.reader import Files, read_into
+from ires_kernels.reader import Files
 from ires_kernels.rules import Rules
 from ires_kernels.steps import Step
+from ires_kernels.store import read_into
 from ires_kernels.windows import ComputeError, Cpu, Processors, Slot
 
 _MOST_THREADS = 1024  # whatever was asked for

@@ -21,9 +21,10 @@ from ires_kernels.header import DTYPE_BITS
 from ires_kernels.inputs import StrPath, open_inputs
 from ires_kernels.names import FLOATS
 from ires_kernels.plan import Plan, plan_apply, plan_extract, size
-from ires_kernels.reader import read_into, second_copies
+from ires_kernels.reader import second_copies
 from ires_kernels.rules import ArgumentError, Rules
 from ires_kernels.steps import Step
+from ires_kernels.store import read_into
 from ires_kernels.stream import Progress
 from ires_kernels.windows import TORCH_DTYPES, Processors
 

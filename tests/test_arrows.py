@@ -27,8 +27,8 @@ ARROWS: dict[str, set[str]] = {
     "operation": {"checkpoint", "header", "inputs", "rules", "store"},
     "updates": {"checkpoint", "header", "names", "plan", "steps"},
     "state": {"checkpoint", "header", "inplace", "inputs", "journal", "operation", "store"},
-    "reader": {"checkpoint", "header", "names", "steps"},
-    "ancestry": {"checkpoint", "names", "reader"},
+    "reader": {"checkpoint", "header", "names", "steps", "store"},
+    "ancestry": {"checkpoint", "names", "reader", "store"},
     # tensors, without files
     "backends": {"_native"},
     "checks": set(),
@@ -37,7 +37,7 @@ ARROWS: dict[str, set[str]] = {
     "ops": {"backends", "checks", "launch", "library"},
     # merges
     "windows": {"backends", "names", "ops", "rules", "steps"},
-    "stream": {"backends", "checkpoint", "header", "names", "reader", "rules", "steps", "windows"},
+    "stream": {"backends", "checkpoint", "header", "names", "reader", "rules", "steps", "store", "windows"},
     "counting": {"backends"},
     "device": {"backends", "counting", "names", "plan", "rules", "steps", "windows"},
     "statedict": {"checkpoint", "header", "names", "plan", "steps", "windows"},
@@ -46,7 +46,7 @@ ARROWS: dict[str, set[str]] = {
     "summary": {"checkpoint", "inputs", "names"},
     "verification": {
         "checkpoint", "device", "header", "inputs", "manifest", "names", "plan", "reader", "rules", "steps",
-        "stream", "windows",
+        "store", "stream", "windows",
     },
     "guards": {"ancestry", "checkpoint", "header", "manifest", "plan", "reader", "rules", "steps", "stream"},
     "overwrite": {

@@ -353,7 +353,7 @@ def test_a_file_that_was_cut(tmp_path: Path) -> None:
             os.truncate(folder / "a", 1500)
             update(opened)
 
-    with pytest.raises(OSError, match="the file ends at byte 1500: it was cut") as caught:
+    with pytest.raises(OSError, match="the file ends at byte 1500: it shrank") as caught:
         cut_and_update()
     assert caught.value.filename == "a"
 
