@@ -5,13 +5,14 @@ TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml setup.py MANIFEST.in $(wildcard csrc/*)
 
-.PHONY: help demo test test-slow torture bench peers lint clean
+.PHONY: help demo test test-slow torture sanitize bench peers lint clean
 
 help:
 	@echo "make demo       the main job on a generated model: extract, apply, verify, report, load with transformers"
 	@echo "make test       the test suite (minutes)"
 	@echo "make test-slow  the exhaustive tests as well"
 	@echo "make torture    long counts of the random tests"
+	@echo "make sanitize   the compiled code under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make bench      kernels and whole merges beside a memory loop, torch, cat and cp"
 	@echo "make peers      whole merges beside mergekit and hand-written loops (installs them in a venv of their own)"
 	@echo "make lint       ruff and mypy"
@@ -42,6 +43,9 @@ test-slow: $(VENV)/installed
 
 torture: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m torture
+
+sanitize: $(VENV)/installed
+	$(BIN)/python tests/sanitize.py
 
 bench: $(VENV)/installed
 	$(BIN)/python -m ires_kernels.bench all

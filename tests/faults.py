@@ -1,4 +1,4 @@
-"""faults.c for Python: builds the library, names its faults, and runs commands under it in children of one warm process.
+"""faults.c for Python: builds the library, and runs commands under it in children of one warm process.
 
 To import torch takes seconds and an injection needs a process of its own; so one process imports everything under
 LD_PRELOAD and forks for every command.
@@ -10,6 +10,7 @@ import ctypes
 import functools
 import json
 import os
+import resource
 import shutil
 import signal
 import struct
@@ -23,8 +24,8 @@ from typing import Any, NamedTuple
 
 SOURCE = Path(__file__).with_name("faults.c")
 KINDS = (
-    "any", "read", "pwrite", "write", "fsync", "fdatasync", "rename", "unlink", "link", "fallocate", "ftruncate", "open",
-    "mkdir", "chmod", "mmap", "msync", "close",
+    "any", "read", "pwrite", "write", "fsync", "fdatasync", "rename", "unlink", "link", "fallocate", "ftruncate",
+    "open", "mkdir", "chmod", "mmap", "msync", "close",
 )  # fmt: skip
 """Kinds of calls, in the order of faults.c."""
 HUNG = 60  # seconds after which a command is ended
@@ -92,9 +93,8 @@ class Warm:
         held        called when the fault "hold" has stopped the command, which is killed after that
         file_size   RLIMIT_FSIZE of the command, in bytes
         """
-        self._ask(
-            argv=list(argv), cwd=os.path.realpath(cwd), fault=fault, kill_after=kill_after, file_size=file_size
-        )  # fmt: skip
+        child = {"cwd": os.path.realpath(cwd), "fault": fault or Fault("any", 0, "count"), "file_size": file_size}
+        self._ask(argv=list(argv), kill_after=kill_after, child=child)
         answer = self._answer()
         if "held" in answer:
             try:
@@ -139,7 +139,7 @@ def serve(folder: str) -> None:
         if pid == 0:
             code = 4
             try:
-                prepare(folder, **question)
+                prepare(folder, **question["child"])
                 code = cli.main(question["argv"])
             except SystemExit as stop:  # argparse
                 code = int(stop.code or 0)
@@ -160,19 +160,15 @@ def serve(folder: str) -> None:
         print(json.dumps({"code": os.waitstatus_to_exitcode(status), "seconds": seconds}), flush=True)
 
 
-def prepare(
-    folder: str, argv: list[str], cwd: str, fault: list[Any] | None, kill_after: float | None, file_size: int | None
-) -> None:
+def prepare(folder: str, cwd: str, fault: list[Any], file_size: int | None) -> None:
     """In the child: its files, its folder, and its fault."""
     for name, fd in (("out", 1), ("err", 2)):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), fd)
     signal.alarm(HUNG)
     os.chdir(cwd)
     if file_size is not None:
-        import resource
-
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    kind, n, action = fault or ("any", 0, "count")
+    kind, n, action = fault
     arm = ctypes.CDLL(None).faults_arm
     arm.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_char_p]
     assert arm(cwd.encode(), kind.encode(), n, action.encode(), f"{folder}/counts".encode()) == 0, fault

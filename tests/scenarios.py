@@ -1,4 +1,4 @@
-"""Commands to interrupt: what they start from, how to go on after them, and what must be there at any moment and at last.
+"""Commands to interrupt: what they start from, how to go on, and what must be there at any moment and at last.
 
 A scenario runs in a world: a folder of small models that transformers itself has made, in several shards. Whatever
 happens to the command, three things hold, and `World.broken` says which does not: the inputs are as they were; a folder
@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -163,8 +163,9 @@ class World:
             done = self.warm.run(command, self.folder, fault)
             assert (done.code == 0) == (fault is None), done
 
-    def run(self, command: Sequence[str], fault: Fault | None = None, *, kill_after: float | None = None) -> Done:
-        return self.warm.run(command, self.folder, fault, kill_after=kill_after)
+    def run(self, command: Sequence[str], fault: Fault | None = None, **options: Any) -> Done:
+        """The command in the world's folder, with the options of Warm.run."""
+        return self.warm.run(command, self.folder, fault, **options)
 
     def found(self) -> dict[str, Contents]:
         """The contents of every folder."""
