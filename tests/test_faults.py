@@ -110,7 +110,9 @@ def faults(calls: dict[str, int], sample: int | None) -> list[Fault]:
     if sample is None:
         return [fault for group in groups for fault in group]
     rng = random.Random(1)
-    return [rng.choice(group) for group in rng.sample(groups, min(sample, len(groups)))]
+    chosen = [rng.choice(group) for group in rng.sample(groups, min(sample, len(groups)))]
+    lost = [Fault(kind, n + 1, "EIO") for kind in sorted(MUST_FAIL) for n in range(calls[kind])]
+    return chosen + rng.sample(lost, min(sample, len(lost)))
 
 
 def inject(world: World, fault: Fault) -> tuple[str, str]:
@@ -158,7 +160,7 @@ def sweep(world: World, sample: int | None) -> Counter[str]:
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_faults(scenario: Scenario, warm: Warm, models: Path, scratch: Path) -> None:
-    counts = sweep(World(warm, models, scratch / "world", scenario), sample=25)
+    counts = sweep(World(warm, models, scratch / "world", scenario), sample=16)
     assert counts["killed"] > 3
     assert counts["reported"] > 3
 
