@@ -126,9 +126,16 @@ def weights(found: Contents) -> Contents:
 
 
 def loads(folder: Path) -> bool:
-    """Whether a loader finds a model: a config, and weights or an index of the usual name."""
-    usual = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-    return (folder / "config.json").exists() and any((folder / name).exists() for name in usual)
+    """Whether a loader finds a model: a config, and the weights of the usual name or all that an index names."""
+    if not (folder / "config.json").exists():
+        return False
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists() or not index.exists():
+        return (folder / "model.safetensors").exists()
+    try:
+        return all((folder / name).exists() for name in json.loads(index.read_bytes())["weight_map"].values())
+    except ValueError:
+        return False
 
 
 class World:
@@ -141,8 +148,9 @@ class World:
         self.folder = folder
         self.old = {name: contents(models / name) for name in MODELS}
         self.wanted = self._uninterrupted(scenario.end)
-        self.new = [self.wanted, self._uninterrupted(scenario.before[0][0])] if scenario.before else [self.wanted]
-        """What any command of the scenario makes."""
+        self.merge = next(c for c in (scenario.command, *(c for c, _ in scenario.before)) if c[0] in ("apply", "extract"))
+        """The command that makes something new; the others bring it to an end or take it back."""
+        self.new = self._uninterrupted(self.merge)
 
     def _uninterrupted(self, command: tuple[str, ...] | None) -> dict[str, Contents]:
         """Every folder of the world after a command."""
@@ -171,9 +179,9 @@ class World:
         """The contents of every folder."""
         return {path.name: contents(path) for path in sorted(self.folder.iterdir()) if path.is_dir()}
 
-    def complete(self) -> bool:
-        """Whether the wanted result is there, and nothing else."""
-        return self.found() == self.wanted
+    def complete(self, command: tuple[str, ...] | None = None) -> bool:
+        """Whether the wanted result is there, or that of `command`, and nothing else."""
+        return self.found() == (self.new if command == self.merge else self.wanted)
 
     def broken(self) -> str:
         """What is wrong at this moment, whatever has happened so far; "" if nothing is."""
@@ -183,7 +191,7 @@ class World:
                 return f"the input {name} was changed"
         for name, now in found.items():
             final = name.removesuffix(".partial")
-            whole = [weights(folders[final]) for folders in (self.old, *self.new) if final in folders]
+            whole = [weights(folders[final]) for folders in (self.old, self.new) if final in folders]
             if loads(self.folder / name) and weights(now) not in whole:
                 return f"{name} loads and is neither the old model nor the new one"
             if not name.endswith(".partial"):
@@ -195,9 +203,13 @@ class World:
     def finish(self) -> str:
         """Go on to the end, without another interruption; what is wrong then, or ""."""
         was_complete = self.complete()
-        done = self.run(self.scenario.again)
+        command = self.scenario.again
+        done = self.run(command)
+        if done.code == 2 and command[0] == "resume" and not was_complete:  # not begun, or given up: from the start
+            command = self.merge
+            done = self.run(command)
         if done.code != 0 and not (was_complete and done.code == 2):  # there was nothing left to do
-            return f"`ires {' '.join(self.scenario.again)}` exits with {done.code}: {done.err}"
+            return f"`ires {' '.join(command)}` exits with {done.code}: {done.err}"
         if not self.complete():
             return f"in the end the result differs from an uninterrupted run in {self._differences()}"
         return ""

@@ -123,7 +123,7 @@ def inject(world: World, fault: Fault) -> tuple[str, str]:
     wrong = world.broken()
     if wrong:
         return "corrupt", wrong
-    if done.code == 0 and not world.complete():
+    if done.code == 0 and not world.complete(world.scenario.command):
         return "silent", "exit code 0 without the whole result"
     if done.code == 0 and fault.kind in MUST_FAIL and fault.action in ("EIO", "gone"):
         return "silent", "exit code 0 although the disk said that data may be lost"
@@ -161,8 +161,8 @@ def sweep(world: World, sample: int | None) -> Counter[str]:
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_faults(scenario: Scenario, warm: Warm, models: Path, scratch: Path) -> None:
     counts = sweep(World(warm, models, scratch / "world", scenario), sample=16)
-    assert counts["killed"] > 3
-    assert counts["reported"] > 3
+    assert counts["killed"]
+    assert counts["reported"]
 
 
 @pytest.mark.torture

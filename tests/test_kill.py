@@ -40,8 +40,7 @@ class Judge:
     def __init__(self, world: World) -> None:
         self.world = world
         names = ("target", "out")
-        folders = [world.old, *world.new]
-        self.models = [stored(found[name]) for found in folders for name in names if name in found]
+        self.models = [stored(found[name]) for found in (world.old, world.new) for name in names if name in found]
 
     def wrong(self) -> str:
         wrong = self.world.broken()
@@ -86,8 +85,9 @@ def rounds(world: World, judge: Judge, count: int, seed: int) -> Counter[str]:
                 done = world.run(command, fault)
             counts["killed" if done.code == -9 else "ended before"] += 1
             where = f"{world.scenario.name}, round {number}: {' '.join(command)} {how}"
-            # Whoever comes too late for one more kill may be told that there is nothing left to do.
-            assert done.code in (0, -9) or (done.code == 2 and world.complete()), f"{where}: {done}"
+            # Who comes too late for one more kill is told that there is nothing left to do, or nothing begun.
+            late = done.code == 2 and (world.complete() or command[0] == "resume")
+            assert done.code in (0, -9) or late, f"{where}: {done}"
             wrong = judge.wrong()
             assert not wrong, f"{where}: {wrong}"
             command = world.scenario.again

@@ -97,7 +97,7 @@ def rounds(world: World, disk: Disk, count: int, seed: int) -> Counter[str]:
             counts[outcome[done.code]] += 1
             wrong = world.broken()
             assert not wrong, f"{where}: {wrong}"
-            assert done.code != 0 or world.complete(), f"{where}: exit code 0, and the result is not on the disk"
+            assert done.code != 0 or world.complete(command), f"{where}: exit code 0, and the result is not on the disk"
             command = world.scenario.again
         wrong = world.finish()
         assert not wrong, f"{where}, then again: {wrong}"
