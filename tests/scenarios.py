@@ -148,7 +148,9 @@ class World:
         self.folder = folder
         self.old = {name: contents(models / name) for name in MODELS}
         self.wanted = self._uninterrupted(scenario.end)
-        self.merge = next(c for c in (scenario.command, *(c for c, _ in scenario.before)) if c[0] in ("apply", "extract"))
+        self.merge = next(
+            c for c in (scenario.command, *(c for c, _ in scenario.before)) if c[0] in ("apply", "extract")
+        )
         """The command that makes something new; the others bring it to an end or take it back."""
         self.new = self._uninterrupted(self.merge)
 
