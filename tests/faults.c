@@ -4,6 +4,7 @@
 //   gcc -shared -fPIC -O1 -o faults.so faults.c -ldl
 //   FAULTS_ROOT=/some/folder FAULTS_KIND=fsync FAULTS_N=3 FAULTS_ACTION=EIO LD_PRELOAD=./faults.so program
 //
+// With FAULTS_LATER=M the process is killed before the M-th call after that one, in the midst of cleaning up.
 // FAULTS_ROOT is a real path, without links. With no FAULTS_KIND calls are only counted. FAULTS_COUNTS names a file to
 // keep the counts in, one 64-bit number a kind in the order of `names`; it is mapped, so what a killed process did is
 // in it. A process that forks arms each child anew with faults_arm.
@@ -45,7 +46,7 @@ typedef enum {
 
 static char root[PATH_MAX];
 static Kind chosen;
-static uint64_t chosen_n;
+static uint64_t chosen_n, killed_later, last_call;
 static Action action;
 static int error, gone;
 static uint64_t own_counts[KINDS], *counts = own_counts;
@@ -54,7 +55,7 @@ static uint64_t own_counts[KINDS], *counts = own_counts;
 #define REAL(f) ({ static __typeof__(&f) real; if (!real) real = (__typeof__(&f))dlsym(RTLD_NEXT, #f); real; })
 
 // The numbers of calls so far are set to 0. Returns -1 for a kind or an action that does not exist.
-int faults_arm(const char* folder, const char* kind, uint64_t n, const char* what, const char* counts_file) {
+int faults_arm(const char* folder, const char* kind, uint64_t n, const char* what, uint64_t later, const char* counts_file) {
     static const struct { const char* name; Action action; int error; } actions[] = {
         {"count", PASS, 0}, {"EIO", ERROR, EIO}, {"ENOSPC", ERROR, ENOSPC}, {"EDQUOT", ERROR, EDQUOT}, {"EROFS", ERROR, EROFS},
         {"EOPNOTSUPP", ERROR, EOPNOTSUPP}, {"gone", GONE, EIO}, {"short", SHORT, 0}, {"kill", KILL, 0},
@@ -70,6 +71,8 @@ int faults_arm(const char* folder, const char* kind, uint64_t n, const char* wha
     action = actions[a].action;
     error = actions[a].error;
     gone = 0;
+    killed_later = later;
+    last_call = 0;
     if (*counts_file) {
         const int fd = REAL(open)(counts_file, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
         if (fd < 0 || REAL(ftruncate)(fd, sizeof own_counts)) return -1;
@@ -84,9 +87,10 @@ int faults_arm(const char* folder, const char* kind, uint64_t n, const char* wha
 
 __attribute__((constructor)) static void arm_from_environment(void) {
     const char *folder = getenv("FAULTS_ROOT"), *kind = getenv("FAULTS_KIND"), *n = getenv("FAULTS_N");
-    const char *what = getenv("FAULTS_ACTION"), *file = getenv("FAULTS_COUNTS");
+    const char *what = getenv("FAULTS_ACTION"), *later = getenv("FAULTS_LATER"), *file = getenv("FAULTS_COUNTS");
     if (!folder) return;
-    if (faults_arm(folder, kind ? kind : "any", n ? strtoull(n, NULL, 10) : 0, what ? what : "count", file ? file : "")) {
+    if (faults_arm(folder, kind ? kind : "any", n ? strtoull(n, NULL, 10) : 0, what ? what : "count",
+                   later ? strtoull(later, NULL, 10) : 0, file ? file : "")) {
         fprintf(stderr, "faults: cannot use FAULTS_KIND, FAULTS_ACTION or FAULTS_COUNTS\n");
         _exit(127);
     }
@@ -141,25 +145,28 @@ static int of_memory(const void* address) {
 
 static int for_writing(int flags) { return (flags & O_ACCMODE) != O_RDONLY || (flags & O_CREAT); }
 
+static void die_if(int now) {
+    if (!now) return;
+    kill(getpid(), SIGKILL);
+    for (;;) pause();
+}
+
 // Counts a call and says what becomes of it.
 static Action struck(Kind kind) {
     const uint64_t of_all = __atomic_add_fetch(&counts[ANY], 1, __ATOMIC_RELAXED);
     const uint64_t of_kind = __atomic_add_fetch(&counts[kind], 1, __ATOMIC_RELAXED);
+    const uint64_t last = __atomic_load_n(&last_call, __ATOMIC_RELAXED);
+    die_if(last && of_all >= last);
     if (__atomic_load_n(&gone, __ATOMIC_RELAXED)) return ERROR;
     const uint64_t n = chosen == ANY ? of_all : chosen == kind ? of_kind : 0;
     if (!chosen_n || n != chosen_n) return PASS;
+    if (killed_later) __atomic_store_n(&last_call, of_all + killed_later, __ATOMIC_RELAXED);
     if (action == GONE) {
         __atomic_store_n(&gone, 1, __ATOMIC_RELAXED);
         return ERROR;
     }
     if (action == HOLD) kill(getpid(), SIGSTOP);
     return action;
-}
-
-static void die_if(int now) {
-    if (!now) return;
-    kill(getpid(), SIGKILL);
-    for (;;) pause();
 }
 
 // A call without bytes: `fails` is what it returns after setting errno.

@@ -32,11 +32,12 @@ HUNG = 60  # seconds after which a command is ended
 
 
 class Fault(NamedTuple):
-    """What happens to the n-th call of a kind, counted from 1."""
+    """What happens to the n-th call of a kind, counted from 1; and so many calls after it the process is killed."""
 
     kind: str
     n: int
     action: str
+    later: int = 0
 
 
 class Done(NamedTuple):
@@ -168,10 +169,11 @@ def prepare(folder: str, cwd: str, fault: list[Any], file_size: int | None) -> N
     os.chdir(cwd)
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    kind, n, action = fault
+    kind, n, action, later = fault
     arm = ctypes.CDLL(None).faults_arm
-    arm.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_char_p]
-    assert arm(cwd.encode(), kind.encode(), n, action.encode(), f"{folder}/counts".encode()) == 0, fault
+    text, number = ctypes.c_char_p, ctypes.c_uint64
+    arm.argtypes = [text, text, number, text, number, text]
+    assert arm(cwd.encode(), kind.encode(), n, action.encode(), later, f"{folder}/counts".encode()) == 0, fault
 
 
 if __name__ == "__main__":

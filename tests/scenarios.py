@@ -178,8 +178,10 @@ class World:
         return self.warm.run(command, self.folder, fault, **options)
 
     def found(self) -> dict[str, Contents]:
-        """The contents of every folder."""
-        return {path.name: contents(path) for path in sorted(self.folder.iterdir()) if path.is_dir()}
+        """The contents of every folder in which there is anything."""
+        return {
+            path.name: contents(path) for path in sorted(self.folder.iterdir()) if path.is_dir() and any(path.iterdir())
+        }
 
     def complete(self, command: tuple[str, ...] | None = None) -> bool:
         """Whether the wanted result is there, or that of `command`, and nothing else."""

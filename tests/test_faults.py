@@ -58,12 +58,12 @@ os.close(file)
 TWICE = {"pwrite", "read", "close"}  # Python's mmap closes a descriptor of its own
 
 
-def under_the_library(folder: Path, **variables: object) -> subprocess.CompletedProcess[str]:
-    """EVERY_CALL in a process of its own."""
+def under_the_library(folder: Path, program: str = EVERY_CALL, **variables: object) -> subprocess.CompletedProcess[str]:
+    """A program in a process of its own."""
     folder.mkdir()
     environment = {"LD_PRELOAD": f"{library()}", "FAULTS_ROOT": f"{folder}", "FAULTS_COUNTS": f"{folder}.counts"}
     return subprocess.run(
-        [sys.executable, "-c", EVERY_CALL],
+        [sys.executable, "-c", program],
         cwd=folder,
         env={**os.environ, **environment, **{name: str(value) for name, value in variables.items()}},
         capture_output=True,
@@ -92,6 +92,13 @@ def test_the_library_makes_calls_fail(tmp_path: Path, kind: str) -> None:
         assert (tmp_path / "b" / "d" / "g").exists()
         done = under_the_library(tmp_path / "c", FAULTS_KIND=kind, FAULTS_N=1, FAULTS_ACTION="kill-after")
         assert (done.returncode, (tmp_path / "c" / "d" / "h").exists()) == (-9, True)
+
+
+def test_the_library_kills_while_errors_are_handled(tmp_path: Path) -> None:
+    program = "import os; os.mkdir('a')\ntry: os.mkdir('b')\nfinally: [os.mkdir(c) for c in 'cde']"
+    fault = {"FAULTS_KIND": "mkdir", "FAULTS_N": 2, "FAULTS_ACTION": "EIO", "FAULTS_LATER": 2}
+    assert under_the_library(tmp_path / "w", program, **fault).returncode == -9
+    assert sorted(path.name for path in (tmp_path / "w").iterdir()) == ["a", "c"]
 
 
 def test_a_fault_that_does_not_exist_is_an_error(tmp_path: Path) -> None:

@@ -70,24 +70,29 @@ def rounds(world: World, judge: Judge, count: int, seed: int) -> Counter[str]:
     rng = random.Random(seed)
     world.begin()
     uninterrupted = world.run(world.scenario.command)
+    calls = uninterrupted.calls["any"]
     counts: Counter[str] = Counter()
     for number in range(count):
         world.begin()
         command = world.scenario.command
         for _ in range(rng.choice([1, 1, 2, 3])):
-            if rng.random() < 0.5:
+            way, n = rng.choice(["moment", "call", "call", "error"]), rng.randint(1, calls)
+            if way == "moment":
                 moment = rng.uniform(0, 1.2 * uninterrupted.seconds)
                 how = f"after {moment:.4f} s"
                 done = world.run(command, kill_after=moment)
             else:
-                fault = Fault("any", rng.randint(1, uninterrupted.calls["any"]), rng.choice(["kill", "kill-after"]))
-                how = f"at call {fault.n} of {uninterrupted.calls['any']}, {fault.action}"
+                fault = Fault("any", n, rng.choice(["kill", "kill-after"]))
+                if way == "error":  # and killed while it cleans up
+                    fault = Fault("any", n, "EIO", rng.randint(1, 16))
+                how = f"at call {n} of {calls}, {fault}"
                 done = world.run(command, fault)
             counts["killed" if done.code == -9 else "ended before"] += 1
             where = f"{world.scenario.name}, round {number}: {' '.join(command)} {how}"
             # Who comes too late for one more kill is told that there is nothing left to do, or nothing begun.
             late = done.code == 2 and (world.complete() or command[0] == "resume")
-            assert done.code in (0, -9) or late, f"{where}: {done}"
+            failed = way == "error" and done.code in (2, 3)
+            assert done.code in (0, -9) or late or failed, f"{where}: {done}"
             wrong = judge.wrong()
             assert not wrong, f"{where}: {wrong}"
             command = world.scenario.again
