@@ -67,7 +67,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def rounds(world: World, judge: Judge, count: int, seed: int) -> Counter[str]:
     """Kill a scenario's command, then what should repair that, some times over; and let it end at last."""
-    rng = random.Random(seed)
+    rng = random.Random(f"{world.scenario.name} {seed}")
     world.begin()
     uninterrupted = world.run(world.scenario.command)
     calls = uninterrupted.calls["any"]

@@ -65,7 +65,7 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
 
 def rounds(world: World, disk: Disk, count: int, seed: int) -> Counter[str]:
     """Cut the power of a scenario's command, and sometimes of the one that repairs; let it end at last."""
-    rng = random.Random(seed)
+    rng = random.Random(f"{world.scenario.name} {seed}")
     world.begin()
     uninterrupted = world.run(world.scenario.command)
     calls = uninterrupted.calls["any"]
