@@ -5,7 +5,7 @@ TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml setup.py MANIFEST.in $(wildcard csrc/*)
 
-.PHONY: help demo reproduce test test-slow torture bench peers lint clean
+.PHONY: help demo reproduce test test-slow torture sanitize bench peers lint clean
 .PHONY: gpu gpu-there gpu-build gpu-suite gpu-test gpu-sanitize gpu-bench
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test       the test suite (minutes)"
 	@echo "make test-slow  the exhaustive tests as well"
 	@echo "make torture    long counts of the random tests"
+	@echo "make sanitize   the compiled code under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make bench      kernels and whole merges beside a memory loop, torch, cat and cp"
 	@echo "make peers      whole merges beside mergekit and hand-written loops (installs them in a venv of their own)"
 	@echo "make gpu        on a GPU machine, in the Python at hand: build, all tests, compute-sanitizer, bench"
@@ -50,6 +51,9 @@ test-slow: $(VENV)/installed
 torture: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m torture
 
+sanitize: $(VENV)/installed
+	$(BIN)/python tests/sanitize.py
+
 bench: $(VENV)/installed
 	$(BIN)/python -m ires_kernels.bench all
 
@@ -83,7 +87,7 @@ gpu-test: gpu-there
 	$(PYTHON) -m pytest -q -m gpu $$($(PYTHON) -c 'import xdist; print("-n 5")' 2>/dev/null)
 
 gpu-sanitize: gpu-there
-	$(PYTHON) tests/sanitize.py
+	$(PYTHON) tests/compute_sanitizer.py
 
 gpu-bench: gpu-there
 	$(PYTHON) -m ires_kernels.bench gpu --results bench/results $(BENCH_GPU)

@@ -5,6 +5,8 @@ Otherwise a machine without a C++ compiler gets a working, slower package and `i
 
 The extension has GPU kernels where nvcc is found: in CUDA_HOME, on PATH, or in /usr/local/cuda. IRES_CUDA=0 leaves them
 out, IRES_CUDA=1 makes their absence an error.
+
+IRES_SANITIZE=address,undefined builds with these sanitizers, for tests/sanitize.py.
 """
 
 import os
@@ -22,6 +24,9 @@ from setuptools.command.build_ext import build_ext
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-fvisibility=hidden"]
 # The last two are for immintrin.h.
 FLAGS += ["-pthread", "-g0", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+SANITIZE = [f"-fsanitize={os.environ['IRES_SANITIZE']}"] if os.environ.get("IRES_SANITIZE") else []
+if SANITIZE:
+    FLAGS += [*SANITIZE, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g1"]
 # loops.cpp is compiled once per entry: name (csrc/cpu.cpp lists the same) -> flags.
 ISAS = {"v4": ["-march=x86-64-v4"], "v3": ["-march=x86-64-v3"], "v2": ["-march=x86-64-v2"]}
 if platform.machine().lower() not in ("x86_64", "amd64"):
@@ -136,7 +141,7 @@ def extension():
             include_dirs=["csrc", pybind11.get_include()],
             depends=[*(f"csrc/{name}.h" for name in headers), "csrc/loops.cpp", "csrc/cuda.cu"],
             extra_compile_args=FLAGS,
-            extra_link_args=["-pthread"],
+            extra_link_args=["-pthread", *SANITIZE],
             language="c++",
             optional=os.environ.get("IRES_NATIVE") != "1",
         )

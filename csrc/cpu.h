@@ -37,7 +37,8 @@ struct Run {
 };
 
 struct Loops {
-    // Computes one run on the calling thread. `tally` may be null; if it is not, `out` must not alias an input.
+    // Computes one run on the calling thread. `tally` may be null; if it is not, `out` must not alias an input. A scaling
+    // has no update that could be lost, so it has no tally.
     void (*run)(const Operation&, const Run&, Tally* tally);
     // Touches the same bytes as `run` would, with no arithmetic worth the name: the ceiling the benchmarks divide by.
     // False: no such loop for these element sizes.

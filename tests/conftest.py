@@ -1,15 +1,22 @@
-"""Fixtures that run a test once per backend, and per instruction set of the native one."""
+"""Fixtures: every backend and instruction set; small models, and a process that runs commands on them under faults."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 from ires_kernels.backends import native
+
+if TYPE_CHECKING:
+    from faults import Warm
 
 # The same examples in every run; the environment a backend fixture sets may serve all examples of a test.
 settings.register_profile(
@@ -58,3 +65,35 @@ def many_gigabytes() -> Iterator[None]:
     """For tests that fill a GPU: afterwards the memory goes back to it, because another process may want it."""
     yield
     torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    """The command line in children of one process, under the library of faults."""
+    from faults import Warm, compiler
+
+    if compiler() is None:
+        pytest.skip("faults.c needs a C compiler")
+    process = Warm()
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the models of scenarios.py."""
+    from scenarios import make_models
+
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Iterator[Path]:
+    """An empty folder, in memory where there is room for that: for tests that start hundreds of times."""
+    memory = "/dev/shm"
+    if not os.access(memory, os.W_OK) or shutil.disk_usage(memory).free < 1 << 28:
+        yield tmp_path
+        return
+    folder = Path(tempfile.mkdtemp(dir=memory))
+    yield folder
+    shutil.rmtree(folder)

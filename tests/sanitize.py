@@ -1,65 +1,73 @@
-"""The GPU kernels under compute-sanitizer: a program for `make gpu`.
+"""The compiled code under the sanitizers; `make sanitize` runs this.
 
-Memcheck finds accesses beyond an allocation and at addresses that do not suit their width; racecheck, threads of a
-block in each other's way. The calls are those of test_small_cases.py. There every tensor is an allocation of its own,
-because torch's allocator, which hands out parts of large ones, would hide what goes beyond a tensor.
-
-Exit codes: 0 clean, or the tool is not there or cannot attach to this GPU, which is said; 1 it found something, or a
-result was wrong.
+AddressSanitizer and UndefinedBehaviorSanitizer: the extension is built with them into build/sanitize, and the kernel
+tests run on it. ThreadSanitizer: threads.cpp calls the loops directly, since Python under it reports much of its own.
 """
 
 from __future__ import annotations
 
 import os
-import re
+import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import cuda_toolkit
+ROOT = Path(__file__).parent.parent
+BUILD = ROOT / "build" / "sanitize"
+CHECKS = "address,undefined,float-cast-overflow"
+TESTS = ("ops", "numerics", "stochastic", "stats", "counting", "checks", "merge", "load")
+ISAS = {"v4": ["-march=x86-64-v4"], "v3": ["-march=x86-64-v3"], "v2": ["-march=x86-64-v2"]}
+if platform.machine() != "x86_64":
+    ISAS = {"portable": []}
 
-HERE = Path(__file__).parent
-# torch asks CUDA for things that some devices do not have; those errors are none of a kernel's accesses.
-TOOLS = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
-CALLS = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(HERE / "test_small_cases.py")]
-PROBE = [sys.executable, "-c", "import torch; torch.zeros(1, device='cuda').add_(1).cpu()"]
+
+def call(*command: str, **variables: str) -> None:
+    print(" ".join(command), flush=True)
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, check=False)
+    if done.returncode:
+        sys.exit(f"{command[0]} failed with exit code {done.returncode}")
 
 
-def sanitized(sanitizer: str, tool: str, command: list[str]) -> tuple[int, str]:
-    """Run a command under a tool; returns its exit code, 1 for findings, and all output."""
-    done = subprocess.run(
-        [sanitizer, "--tool", tool, "--error-exitcode", "1", *TOOLS[tool], *command],
-        cwd=HERE.parent,
-        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
+def runtime(compiler: str, name: str) -> str:
+    """Where the compiler keeps a library of the sanitizers."""
+    found = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    return found.stdout.strip()
+
+
+def memory_and_undefined_behaviour(compiler: str) -> None:
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", f"{BUILD}", "--build-lib", f"{BUILD / 'lib'}"]
+    call(*command, IRES_SANITIZE=CHECKS, IRES_NATIVE="1", IRES_CUDA="0", CC=compiler, CXX=compiler)
+    call(
+        # Not `python -m pytest`, which looks for the package in this folder first.
+        f"{Path(sys.executable).with_name('pytest')}",
+        "-q",
+        *(f"tests/test_{name}.py" for name in TESTS),
+        "-p",
+        "sanitized",
+        PYTHONPATH=f"{BUILD / 'lib'}:{ROOT / 'tests'}",
+        LD_PRELOAD=" ".join(runtime(compiler, name) for name in ("libasan.so", "libubsan.so", "libstdc++.so")),
+        # Python and torch free little at the end; and a test asks for more memory than there is.
+        ASAN_OPTIONS="detect_leaks=0:abort_on_error=1:allocator_may_return_null=1",
+        UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=1",
     )
-    return done.returncode, done.stdout
 
 
-def main() -> int:
-    sanitizer = cuda_toolkit.compute_sanitizer()
-    if not sanitizer:
-        print("compute-sanitizer: not found on PATH or in the CUDA toolkit; not checked")
-        return 0
-    code, output = sanitized(sanitizer, "memcheck", PROBE)
-    if code:
-        print(f"compute-sanitizer: cannot attach to torch on this GPU; not checked\n{output[-1000:]}")
-        return 0
-    failed = False
-    for tool in TOOLS:
-        code, output = sanitized(sanitizer, tool, CALLS)
-        passed = re.search(r"\d+ passed", output)
-        if code == 0 and passed:
-            print(f"compute-sanitizer {tool}: clean, {passed.group()}")
-        else:
-            print(f"compute-sanitizer {tool}: exit code {code}, {passed.group() if passed else 'no test passed'}")
-            print(output[-10_000:])
-            failed = True
-    return int(failed)
+def threads(compiler: str) -> None:
+    flags = ["-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-pthread", "-fsanitize=thread", "-Icsrc"]
+    objects = []
+    for isa, extra in ISAS.items():
+        objects.append(f"{BUILD / f'loops_{isa}.o'}")
+        call(compiler, *flags, *extra, f"-DIRES_ISA={isa}", "-c", "csrc/loops.cpp", "-o", objects[-1])
+    program = f"{BUILD / 'threads'}"
+    call(compiler, *flags, "tests/threads.cpp", "csrc/cpu.cpp", *objects, "-o", program)
+    call(program, TSAN_OPTIONS="halt_on_error=1")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    found = shutil.which("g++")
+    if found is None:
+        sys.exit("needs g++ and its sanitizers")
+    BUILD.mkdir(parents=True, exist_ok=True)
+    threads(found)
+    memory_and_undefined_behaviour(found)

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ires_kernels.checkpoint import Checkpoint, FileId, open_checkpoint
 from ires_kernels.header import CheckpointError, build_header, tensor_bytes
@@ -483,6 +485,31 @@ def fuzz_index(folder: Path, rounds: int, seed: int) -> dict[str, int]:
             }
             assert stored(checkpoint) == {name: name.encode() * 12 for name in weight_map}
     return counts
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.sampled_from([A, B]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abcd") | st.text(max_size=3), inner),
+    max_leaves=10,
+)
+FILES = st.sampled_from([A, B, f"../{A}", f"./{A}", f"sub/{A}", "", "."])
+
+
+@settings(max_examples=300)
+@given(
+    st.fixed_dictionaries(
+        {}, optional={"weight_map": st.dictionaries(st.sampled_from("abcde"), FILES | JSON) | JSON, "metadata": JSON}
+    )
+    | JSON
+)
+def test_any_json_as_an_index(sharded: Path, index: Any) -> None:
+    """It is opened where it says what is so, and refused elsewhere."""
+    text = json.dumps(index)
+    (sharded / INDEX).write_text(text)
+    if agrees(text, {A: "d c", B: "b a"}):
+        assert set(open_checkpoint(sharded).tensors) == set("abcd")
+    else:
+        refusal(sharded)
 
 
 def test_fuzz_index(sharded: Path) -> None:

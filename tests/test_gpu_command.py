@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compute_sanitizer
 import cuda_toolkit
 import pytest
-import sanitize
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -19,7 +19,7 @@ STEPS = {
     "gpu-build": "-m pip install -q --no-build-isolation --no-deps -e .",
     "gpu-suite": "-m pytest -q",
     "gpu-test": "-m pytest -q -m gpu -n 5",
-    "gpu-sanitize": "tests/sanitize.py",
+    "gpu-sanitize": "tests/compute_sanitizer.py",
     "gpu-bench": "-m ires_kernels.bench gpu --results bench/results",
 }
 
@@ -107,7 +107,7 @@ class TestSanitize:
         return script
 
     def test_clean(self, tool: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert sanitize.main() == 0
+        assert compute_sanitizer.main() == 0
         assert capsys.readouterr().out.splitlines() == [
             "compute-sanitizer memcheck: clean, 14 passed",
             "compute-sanitizer racecheck: clean, 14 passed",
@@ -122,20 +122,20 @@ class TestSanitize:
     def test_findings_fail(self, which: str, tool: Path, capsys: pytest.CaptureFixture[str]) -> None:
         tool.with_name(f"{which}.code").write_text("1")
         tool.with_name(f"{which}.out").write_text("Invalid __global__ write of size 16 bytes\n14 passed")
-        assert sanitize.main() == 1
+        assert compute_sanitizer.main() == 1
         out = capsys.readouterr().out
         assert f"compute-sanitizer {which}: exit code 1, 14 passed\nInvalid __global__ write" in out
         assert out.count(": clean") == 1
 
     def test_tests_that_were_all_skipped_are_not_clean(self, tool: Path, capsys: pytest.CaptureFixture[str]) -> None:
         tool.with_name("memcheck.out").write_text("28 skipped in 1 s")
-        assert sanitize.main() == 1
+        assert compute_sanitizer.main() == 1
         assert "compute-sanitizer memcheck: exit code 0, no test passed\n28 skipped" in capsys.readouterr().out
 
     def test_a_tool_that_cannot_attach_says_so(self, tool: Path, capsys: pytest.CaptureFixture[str]) -> None:
         tool.with_name("probe.code").write_text("1")
         tool.with_name("probe.out").write_text("Device not supported")
-        assert sanitize.main() == 0
+        assert compute_sanitizer.main() == 0
         assert capsys.readouterr().out == (
             "compute-sanitizer: cannot attach to torch on this GPU; not checked\nDevice not supported\n"
         )
@@ -143,5 +143,5 @@ class TestSanitize:
 
     def test_without_the_tool(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         monkeypatch.setattr(cuda_toolkit, "compute_sanitizer", lambda: None)
-        assert sanitize.main() == 0
+        assert compute_sanitizer.main() == 0
         assert "compute-sanitizer: not found" in capsys.readouterr().out

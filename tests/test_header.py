@@ -614,8 +614,21 @@ def mutate_bytes(rng: random.Random, raw: bytes) -> bytes:
     return bytes(out)
 
 
-def compare(raw: bytes) -> str:
-    """Feed one file to both readers; fail where this one accepts too much or refuses without a known reason."""
+REFUSALS = (
+    "header is empty", "wanted at least 8 for the length", "wanted at most 100000000", "truncated in the header",
+    "header begins with", "not valid JSON", "is not JSON", "codec can't", "duplicate key", "__metadata__ is",
+    "wanted an object of exactly", "dtype is", "shape is", "wanted integers >= 0", "2^63 - 1 bits",
+    "wanted whole bytes", "data_offsets is", "data offset begin", "data offset end", "which hold", "gap before",
+    "overlap before", "bytes missing", "bytes too many",
+)  # fmt: skip
+"""A part of every message for what is wrong inside of a file; the fuzz has to get to each."""
+
+
+def compare(raw: bytes, seen: set[str] | None = None) -> str:
+    """Feed one file to both readers; fail where this one accepts too much or refuses without a known reason.
+
+    Adds to `seen` the refusals that were met.
+    """
     found = library(raw)
     refusal = ""
     try:
@@ -623,6 +636,8 @@ def compare(raw: bytes) -> str:
     except CheckpointError as error:
         refusal = str(error)
     if refusal:
+        if seen is not None:
+            seen.update(part for part in REFUSALS if part in refusal)
         assert isinstance(found, str) or any(reason in refusal for reason in STRICTER), (raw, refusal)
         return "rejected" if isinstance(found, str) else "stricter"
     if not is_known(parsed):
@@ -632,7 +647,9 @@ def compare(raw: bytes) -> str:
     return "accepted"
 
 
-def fuzz(rounds: int, seed: int) -> dict[str, int]:
+def fuzz(rounds: int, seed: int) -> tuple[dict[str, int], set[str]]:
+    """Numbers of outcomes, and the refusals that were met."""
+    seen: set[str] = set()
     rng = random.Random(seed)
     counts = {"accepted": 0, "rejected": 0, "stricter": 0, "unknown": 0}
     for _ in range(rounds):
@@ -645,12 +662,13 @@ def fuzz(rounds: int, seed: int) -> dict[str, int]:
         raw = pack(render(rng, tuple(pairs)) + " " * rng.choice([0, 0, 3]), data)
         trimmed = data[: rng.choice([size, size, size, max(size - 1, 0)])] + bytes(rng.choice([0, 0, 0, 1]))
         for candidate in (raw, pack(text, trimmed), mutate_bytes(rng, raw), mutate_bytes(rng, pack(text, data))):
-            counts[compare(candidate)] += 1
-    return counts
+            counts[compare(candidate, seen)] += 1
+    return counts, seen
 
 
 def test_fuzz_against_the_library() -> None:
-    counts = fuzz(10_000, seed=20240917)
+    counts, seen = fuzz(10_000, seed=20240917)
+    assert seen == set(REFUSALS)
     assert counts["accepted"] > 10_000  # also mutations survive: the comparison is not only of refusals
     assert counts["rejected"] > 10_000
     assert counts["stricter"] > 300
@@ -659,7 +677,8 @@ def test_fuzz_against_the_library() -> None:
 @pytest.mark.torture
 @pytest.mark.parametrize("seed", range(10))
 def test_fuzz_long(seed: int) -> None:
-    counts = fuzz(50_000, seed)
+    counts, seen = fuzz(50_000, seed)
+    assert seen == set(REFUSALS)
     assert min(counts["accepted"], counts["rejected"], counts["stricter"]) > 2_000
 
 
