@@ -6,6 +6,7 @@ folder, and index and shards agree in both directions, or the checkpoint is refu
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 from ires_kernels.header import CheckpointError, Header, brief, parse_json, read_header, sniff
 from ires_kernels.inplace import unfinished
+from ires_kernels.store import is_unfinished
 
 Kind = Literal["model", "residual"]
 
@@ -106,6 +108,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(
             f"{path}: an update in place of this model still runs or was interrupted. `ires status {path}` says more."
         )
+    if is_unfinished(path):
+        raise CheckpointError(f"{path}: is the unfinished output of a merge that still runs or was interrupted.")
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
@@ -295,6 +299,8 @@ def _read_bytes(path: Path) -> bytes | None:
             return None
         raise CheckpointError(f"{path}: is a link to a file that is gone. Copy or download it again.") from None
     except OSError as error:
+        if error.errno == errno.EIO:
+            raise
         raise CheckpointError(f"{path}: {_unreachable(path, error)}") from None
 
 

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except (CheckpointError, StoreError, ArgumentError) as error:
-        return _fail(2, f"{error}")
+        return _fail(2, f"{error}", _unfinished(arguments))
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -77,6 +77,8 @@ class Stopped(KeyboardInterrupt):
 
 
 def _stop(number: int, _: FrameType | None) -> None:
+    for other in (signal.SIGTERM, signal.SIGHUP):  # once is enough: what follows brings things in order
+        signal.signal(other, signal.SIG_IGN)
     raise Stopped(number)
 
 
@@ -354,21 +356,33 @@ def _progress(arguments: argparse.Namespace, what: str) -> Iterator[Progress | N
         yield lambda done, todo: bar.update(task, completed=done, total=todo)
 
 
+def _path(arguments: argparse.Namespace) -> Path | None:
+    """What a command writes, None if it only reads."""
+    if arguments.run not in (_extract, _apply, _resume, _rollback):
+        return None
+    return Path(os.path.abspath(getattr(arguments, "path", None) or arguments.out or arguments.target))
+
+
+def _unfinished(arguments: argparse.Namespace) -> str:
+    """What is unfinished there and what to do about it; nothing where nothing is."""
+    path = _path(arguments)
+    try:
+        if path is not None and (unfinished(path) or is_unfinished(partial_path(path))):
+            return f"{merge.status(path)}"
+    except (OSError, ValueError):  # what cannot be looked at cannot be told
+        return f"`ires status {path}` says what is left of it."
+    return ""
+
+
 def _state(arguments: argparse.Namespace) -> str:
     """What a failed merge has left, and the next step."""
-    if arguments.run not in (_extract, _apply, _resume, _rollback):
-        return ""
-    given = getattr(arguments, "path", None) or arguments.out or arguments.target
-    path = Path(given)
-    try:
-        if unfinished(path) or is_unfinished(partial_path(path)):
-            return f"{merge.status(path)}"
-        if arguments.run is _rollback or (getattr(arguments, "in_place", False) and path.exists()):
-            return f"{path} is as it was, or finished: `ires status {path}` says which."
-        if path.exists():
-            return f"There is something at {path}: `ires verify {path}` says whether it is the complete output."
-    except (OSError, CheckpointError):  # what cannot be looked at cannot be told
-        return f"`ires status {path}` says what is left of it."
+    path = _path(arguments)
+    if path is None or _unfinished(arguments):
+        return _unfinished(arguments)
+    if arguments.run is _rollback or (getattr(arguments, "in_place", False) and path.exists()):
+        return f"{path} is as it was, or finished: `ires status {path}` says which."
+    if path.exists():
+        return f"There is something at {path}: `ires verify {path}` says whether it is the complete output."
     return f"{path} was not written and nothing is left of it."
 
 

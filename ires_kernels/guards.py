@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
 from ires_kernels import ancestry, manifest, stream
@@ -72,14 +72,46 @@ def check_residuals(plan: Plan, outcome: Outcome) -> None:
                     )
 
 
-def check_unchanged(plan: Plan, *, but: Container[str] = ()) -> None:
-    """Refuse inputs whose files are no longer those that were validated; not of the roles `but`, which we change."""
+def check_unchanged(plan: Plan, *, but: Container[str] = (), current: Mapping[Path, FileId] | None = None) -> None:
+    """Refuse inputs whose files are no longer those that were validated; not of the roles `but`, which we change.
+
+    current  what they were when they were opened, if the plan has another time for them
+    """
     for role, checkpoint in plan.inputs.items():
-        if role not in but and (changed := checkpoint.changed()):
-            raise CheckpointError(f"{changed[0]}: changed while it was read. Wait for its writer, then start again.")
+        if role in but:
+            continue
+        for shard in checkpoint.shards:
+            if _now(shard.path) != (shard.file_id if current is None else current[shard.path]):
+                raise CheckpointError(
+                    f"{shard.path}: changed while it was read. Wait for its writer, then start again."
+                )
 
 
-def have_stamps(files: Mapping[str, Path], recorded: Mapping[str, list[int]]) -> bool:
-    """Whether files have the sizes and mtime_ns that were recorded of them, and all of these are there."""
-    found = {name: [file_id.size, file_id.mtime_ns] for name, path in files.items() if (file_id := FileId.of(path))}
-    return all(found.get(name) == list(stamp) for name, stamp in recorded.items())
+def check_contents(plan: Plan, outcome: Outcome, changed: Iterable[Path], current: Mapping[Path, FileId]) -> None:
+    """Refuse files of inputs that have other times than when an update began, if what was read of them is not there."""
+    changed = set(changed)
+    refs = {
+        f"{role} {name}": checkpoint.tensors[name]
+        for role, checkpoint in plan.inputs.items()
+        for name in outcome.inputs.get(role, {})
+        if name in checkpoint.tensors and checkpoint.tensors[name].path in changed
+    }
+    steps = [
+        Step(name, ref.dtype, ref.shape, "copy", ("input",), (ref,), file=f"{ref.path}", nbytes=ref.nbytes)
+        for name, ref in refs.items()
+    ]
+    found = stream.run(steps, current, Rules(), lambda *_: None).outputs
+    for name, digest in found.items():
+        role, _, tensor = name.partition(" ")
+        if digest != outcome.inputs[role][tensor]:
+            raise CheckpointError(
+                f"{refs[name].path}: is not the file that the interrupted merge has read: its tensor {tensor!r} is "
+                "another. Put that one back, then go on; or roll back."
+            )
+
+
+def _now(path: Path) -> FileId | None:
+    try:
+        return FileId.of(path)
+    except OSError:
+        return None

@@ -3,11 +3,14 @@
 Names and bytes only. While an update is unfinished everything that a loader looks for (weights, index, config.json) is
 in the hidden folder TARGET/.ires-unfinished, so that nothing takes a half-updated model for one; renaming moves no
 bytes. For a target that is a single file it is .NAME.ires-unfinished beside it. The same folder holds the lock, the
-journal, the new side files until they are installed (new/), the ones they replace (old/), and what says how far it got:
+journal, the model's files (model/), the new side files until they are installed (new/), the ones they replace (old/),
+and what says how far it got:
 
     operation.json   the weights may be part old, part new. Before it exists nothing was touched
-    finished.json    all is new; what is left to do is to move the files back
-    rollback.json    the old bytes are being put back
+    installing.json  the weights are new; the side files are being replaced
+    finished.json    all is new; what is left to do is to move the model's files back
+    withdraw.json    the weights' old bytes are being put back; the side files had not been replaced
+    rollback.json    the weights' old bytes, and then the side files, are being put back
     restored.json    all is old again; what is left to do is to remove the rest
 
 Every move can be done again: whoever takes up an interrupted one looks at where the files are.
@@ -15,15 +18,17 @@ Every move can be done again: whoever takes up an interrupted one looks at where
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from ires_kernels.store import MARKER, StoreError, fsync_folder, lock, named, write_file
+from ires_kernels.store import MARKER, StoreError, allocate, fsync_folder, lock, named, write_file
 
-PHASES = ("operation", "finished", "rollback", "restored")
+PHASES = ("operation", "installing", "finished", "withdraw", "rollback", "restored")
 _WORK, _UNDO, _REPLACED = ".ires-unfinished", ".ires-undo", ".ires-replaced"
 _COPY = "Copy the model (`cp -rL`) and update the copy, or write a new folder with -o OUT."
 
@@ -57,6 +62,7 @@ def check(target: Path, names: Iterable[str]) -> None:
     cache = _hub_cache(target)
     if cache:
         raise StoreError(f"{target}: lies in the Hugging Face cache {cache}, whose files serve several models. {_COPY}")
+    mounts = _mount_points()
     for path in (folder / name for name in names):
         status = os.lstat(path)
         if stat.S_ISLNK(status.st_mode):
@@ -67,7 +73,7 @@ def check(target: Path, names: Iterable[str]) -> None:
             raise StoreError(f"{path}: has {status.st_nlink} hard links, so other models change with it. {_COPY}")
         if not status.st_mode & 0o222:
             raise StoreError(f"{path}: is read-only. `chmod u+w` it, if it is to be changed.")
-        if os.path.ismount(path):
+        if os.path.realpath(path) in mounts:  # also of a file of the same file system
             raise StoreError(f"{path}: is a mount point. {_COPY}")
         try:
             os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
@@ -84,6 +90,8 @@ class Workplace:
         self.target = target
         self.folder = _folder(target)
         self.work = work_folder(target)
+        self.model = self.work / "model"
+        """Where the model's files are meanwhile."""
         self.sync = sync
         self._lock = fd
 
@@ -111,7 +119,7 @@ class Workplace:
         """The folder that an interrupted update left. Raises StoreError when it is in use, or is not ours."""
         work = work_folder(target)
         if not work.is_dir() or work.is_symlink():
-            raise StoreError(f"{target}: no update in place is unfinished.")
+            raise StoreError(f"{target}: nothing is unfinished there: no update in place, and no new folder.")
         strange = set(os.listdir(work)) - {MARKER} and not any((work / f"{name}.json").exists() for name in PHASES)
         if strange and not (work / MARKER).exists():
             raise StoreError(f"{work}: is in the way, and nothing that an update in place left. Move it or delete it.")
@@ -141,6 +149,7 @@ class Workplace:
         temporary.unlink(missing_ok=True)
         write_file(temporary, [content], sync=True)  # always: without it nobody knows what the folder is
         with named(path):
+            self.model.mkdir(exist_ok=True)
             os.rename(temporary, path)
             fsync_folder(self.work)
             fsync_folder(self.folder)
@@ -152,13 +161,23 @@ class Workplace:
             os.rename(self.work / f"{self.phase()}.json", self.work / f"{phase}.json")
             self._sync(self.work)
 
+    def reserve(self, size: int) -> None:
+        """Take room that `release` gives back. Raises OSError where there is none."""
+        path = self.work / "reserve"
+        with named(path), open(path, "wb") as file:
+            allocate(file.fileno(), size, path)
+
+    def release(self) -> None:
+        """Give the room back."""
+        (self.work / "reserve").unlink(missing_ok=True)
+
     def move_in(self, names: Iterable[str]) -> None:
         """Hide the files of the model."""
-        self._move(self.folder, self.work, names)
+        self._move(self.folder, self.model, names)
 
     def move_out(self, names: Iterable[str]) -> None:
         """Give the files of the model back."""
-        self._move(self.work, self.folder, names)
+        self._move(self.model, self.folder, names)
 
     def _move(self, source: Path, target: Path, names: Iterable[str]) -> None:
         with named(self.work):
@@ -166,11 +185,11 @@ class Workplace:
                 if (source / name).exists():
                     if (target / name).exists():
                         raise StoreError(
-                            f"{target / name}: has appeared while an update in place had its {name} in {source}. "
-                            "Move one of them elsewhere."
+                            f"{source / name} and {target / name} are both there, and one of them is the file that is "
+                            "updated. Move the other one elsewhere."
                         )
                     os.rename(source / name, target / name)
-            self._sync(target, source)
+            self._sync(*(folder for folder in (target, source) if folder.exists()))
 
     def stage(self, name: str, chunks: Iterable[bytes]) -> None:
         """Keep a side file for `install`. `name` may have one folder in it."""
@@ -180,7 +199,7 @@ class Workplace:
             if path.exists():  # of a run that was interrupted
                 path.unlink()
             write_file(path, chunks, sync=self.sync)
-            self._sync(path.parent, self.work)
+            self._sync(path.parent, self.work / "new", self.work)
 
     def install(self, names: Iterable[str], dropped: Iterable[str] = ()) -> None:
         """Put staged files where they belong. What they replace, and the `dropped` files, go to old/."""
@@ -188,33 +207,42 @@ class Workplace:
         with named(self.work):
             for name in [*names, *dropped]:
                 place, new, old = self.folder / name, self.work / "new" / name, self.work / "old" / name
-                if not new.exists() and name not in dropped:
+                if not os.path.lexists(new) and name not in dropped:
                     continue  # it is there already
-                if os.path.lexists(place) and not old.exists():
+                if os.path.lexists(place) and not os.path.lexists(old):
                     old.parent.mkdir(parents=True, exist_ok=True)
                     os.rename(place, old)
-                if new.exists():
+                if os.path.lexists(new):
+                    _take_after(new, old)
                     place.parent.mkdir(exist_ok=True)
                     os.rename(new, place)
             self._sync_below("old")
             self._sync(self.folder)
 
-    def uninstall(self, names: Iterable[str], dropped: Iterable[str] = ()) -> None:
-        """Take `install` back."""
+    def uninstall(self, names: Iterable[str], dropped: Iterable[str], is_ours: Callable[[str], bool]) -> None:
+        """Take `install` back. What has come in place of the files since, `is_ours` not being true of it, is kept."""
+        dropped = list(dropped)
         with named(self.work):
             for name in [*names, *dropped]:
                 place, new, old = self.folder / name, self.work / "new" / name, self.work / "old" / name
-                if name not in dropped and not new.exists() and place.exists():
-                    new.parent.mkdir(parents=True, exist_ok=True)
-                    os.rename(place, new)
-                if old.exists():
+                theirs = self.work / "edited" / name
+                if os.path.lexists(place) and not os.path.lexists(new) and not os.path.lexists(theirs):
+                    if name in dropped:
+                        to = theirs if os.path.lexists(old) else None  # else it is the old one, back already
+                    else:
+                        to = new if is_ours(name) else theirs
+                    if to is not None:
+                        to.parent.mkdir(parents=True, exist_ok=True)
+                        os.rename(place, to)
+                if os.path.lexists(old):
                     os.rename(old, place)
+            self._sync_below("edited")
             self._sync(self.folder)
 
-    def replaced(self) -> list[str]:
-        """What is in old/."""
-        old = self.work / "old"
-        return sorted(f"{path.relative_to(old)}" for path in old.rglob("*") if path.is_file())
+    def left_over(self) -> list[str]:
+        """Those of old/ and edited/ that have files, which are not to be lost."""
+        tops = [self.work / "old", self.work / "edited"]
+        return [top.name for top in tops if any(names for _, _, names in os.walk(top))]
 
     def keep(self) -> Path:
         """End the update, but keep all that taking it back needs; returns where."""
@@ -226,31 +254,37 @@ class Workplace:
         return kept
 
     def remove(self, *, drop: Sequence[str] = ()) -> Path | None:
-        """End the update, and keep only the files in old/ that are not in `drop`; returns where these are."""
+        """End the update, and keep only what is `left_over`, `drop` apart; returns where that is."""
         kept = None
         with named(self.work):
             for name in drop:
                 (self.work / "old" / name).unlink(missing_ok=True)
-            if self.replaced():
+            for top in self.left_over():
                 kept = self._next(_REPLACED)
-                os.rename(self.work / "old", kept)
+                os.rename(self.work / top, kept)
                 self._sync(self.folder)
             phase = self.phase()
             names = set(os.listdir(self.work))
-            strange = names - {"journal", "log", "new", "old", "operation.tmp", MARKER, f"{phase}.json"}
+            model = os.listdir(self.model) if "model" in names else []
+            known = {"journal", "log", "reserve", "new", "old", "edited", "model", "operation.tmp", MARKER}
+            strange = [*(names - known - {f"{phase}.json"}), *model]
             if strange:
                 raise StoreError(f"{self.work}: holds {', '.join(sorted(strange))}. Move that to where it belongs.")
             for name in names - {MARKER, f"{phase}.json"}:
                 path = self.work / name
                 if path.is_dir():
                     shutil.rmtree(path)
-                else:
+                elif path.exists():
                     path.unlink()
             self._sync(self.work)
             if phase is not None:
                 (self.work / f"{phase}.json").unlink()
             (self.work / MARKER).unlink()
-            self.work.rmdir()
+            try:
+                self.work.rmdir()
+            except OSError as error:  # another process has just begun in it
+                if error.errno != errno.ENOTEMPTY:
+                    raise
             self._sync(self.folder)
         self.close()
         return kept
@@ -270,16 +304,33 @@ class Workplace:
 
 
 def take_undo(target: Path) -> Workplace:
-    """Make the last undo that was kept the unfinished update that it was. Raises StoreError where there is none."""
-    kept = undo_folders(target)
-    if not kept:
-        raise StoreError(
-            f"{target}: no update in place is unfinished, and none was kept to be taken back (--keep-undo does that)."
-        )
-    with named(kept[-1]):
-        os.rename(kept[-1], work_folder(target))
+    """Make the last undo that was kept the unfinished update that it was."""
+    kept = undo_folders(target)[-1]
+    with named(kept):
+        os.rename(kept, work_folder(target))
         fsync_folder(_folder(target))
     return Workplace.take(target)
+
+
+def _take_after(new: Path, old: Path) -> None:
+    """Give a file the mode and, where allowed, the owner of the one that it replaces."""
+    if not old.is_symlink() and old.exists():
+        status = old.stat()
+        os.chmod(new, stat.S_IMODE(status.st_mode))
+        if (status.st_uid, status.st_gid) != (os.getuid(), os.getgid()):
+            try:
+                os.chown(new, status.st_uid, status.st_gid)
+            except PermissionError:
+                return  # only root may give files away
+
+
+def _mount_points() -> set[str]:
+    try:
+        table = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
+    except OSError:
+        return set()
+    fields = [line.split(" ")[4] for line in table.splitlines()]
+    return {re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field) for field in fields}
 
 
 def _folder(target: Path) -> Path:

@@ -10,7 +10,6 @@ from ires_kernels.checkpoint import Checkpoint, Kind, open_checkpoint
 from ires_kernels.header import CheckpointError
 from ires_kernels.inplace import unfinished
 from ires_kernels.rules import ArgumentError
-from ires_kernels.store import is_unfinished
 
 StrPath = str | os.PathLike[str]
 
@@ -24,8 +23,6 @@ def open_inputs(paths: Mapping[str, StrPath]) -> dict[str, Checkpoint]:
     """Open checkpoints by role. Refuses a residual where a model belongs, a model for a residual, unfinished output."""
     inputs = {}
     for role, path in paths.items():
-        if is_unfinished(Path(path)):
-            raise CheckpointError(f"{path}: is the unfinished output of a merge that still runs or was interrupted.")
         checkpoint = open_checkpoint(path)
         wanted = "residual" if role.startswith("residual") else "model"
         if checkpoint.kind != wanted:

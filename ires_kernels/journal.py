@@ -8,8 +8,9 @@ Bytes only. The windows of an update, each a range of one file, are numbered in 
 
 A thread of its own does 1 ahead of the writers and 3 behind them, with two windows at most in between. So after a crash
 the windows with a record are new, every other window is old or has its old bytes in a slot, and `recover` puts those
-back. With as many slots as windows no old bytes are ever overwritten, and `restore` gives back all of them. With no
-slots only a run that ended in order, and said so in the log, can be gone on with.
+back: as long as journal and log are the ones that were written, so missing or cut ones are refused. With as many slots
+as windows no old bytes are ever overwritten, and `restore` gives back all of them. With no slots only a run that ended
+in order, and said so in the log, can be gone on with.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import struct
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -52,11 +54,23 @@ class JournalError(ValueError):
 class Journal:
     """The journal in `folder` of an update of `files`, open for reading and writing, by name.
 
-    slots  0: no undo; AHEAD: a ring; as many as windows: all old bytes are kept
+    slots     0: no undo; AHEAD: a ring; as many as windows: all old bytes are kept
+    log_size  bytes that the log has at least; zeros after its records
+    new       make it, with all the space that it will need; otherwise it is the one that was made before
+
+    Raises OSError where there is no space, JournalError for a journal or log that is not what it was.
     """
 
     def __init__(
-        self, folder: Path, files: Mapping[str, int], windows: Sequence[Extent], slots: int, *, sync: bool
+        self,
+        folder: Path,
+        files: Mapping[str, int],
+        windows: Sequence[Extent],
+        slots: int,
+        log_size: int,
+        *,
+        sync: bool,
+        new: bool,
     ) -> None:
         self.windows = windows
         self.records: list[bytes] = []
@@ -69,23 +83,39 @@ class Journal:
         if slots < len(windows):
             sizes = [max(sizes, default=0)] * slots
         self._offsets = [0, *accumulate(sizes)]
-        with named(self._path):
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-            self._fd = os.open(self._path, flags, 0o600)
-            self._log = os.open(self._log_path, flags, 0o600)
         self._log_end = 0
-        self._ended = False
+        self._begun = self._ended = False
         self._saved = 0  # windows whose old bytes are safe, or need not be
         self._written: dict[int, bytes] = {}  # records of windows that are written, and not in the log
         self._closing = self._failed = False
         self._error: BaseException | None = None
         self._changed = threading.Condition()
+        self._first = threading.Lock()  # without undo, before the first write
         self._thread: threading.Thread | None = None
+        self._over = threading.Event()
+        self._fd = self._open(self._path, self._offsets[-1] if slots else 0, new)
+        try:
+            self._log = self._open(self._log_path, log_size, new)
+        except BaseException:
+            os.close(self._fd)
+            raise
 
-    def allocate(self) -> None:
-        """Reserve the space of all slots. Raises OSError where there is none."""
-        if self._slots:
-            allocate(self._fd, self._offsets[-1], self._path)
+    @staticmethod
+    def _open(path: Path, size: int, new: bool) -> int:
+        try:
+            with named(path):
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if new else 0), 0o600)
+        except FileNotFoundError:
+            raise JournalError(f"{path} is gone, and nobody knows which of its bytes are new") from None
+        try:
+            if new:
+                allocate(fd, size, path)
+            elif os.fstat(fd).st_size < size:
+                raise JournalError(f"{path} was cut, and nobody knows which of its bytes are new")
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
     def recover(self) -> None:
         """Read the log, and put back the old bytes of every window that has no record.
@@ -93,12 +123,19 @@ class Journal:
         Raises JournalError where there is no undo and the run before did not end in order.
         """
         self._read_log()
+        # What was read may be nowhere but in memory, where the run before was killed; and slots are used again by it.
+        with named(self._log_path):
+            raw = memoryview(bytearray(self._log_end))
+            read_into(self._log, raw, 0, self._log_path)
+            write_all(self._log, raw, 0, self._log_path)
+            if self._sync:
+                os.fdatasync(self._log)
         done = len(self.records)
         if not self._slots:
-            if not self._ended and self._log_end:
+            if self._begun and not self._ended:
                 raise JournalError(
-                    "was interrupted in the middle of a window, and --no-undo kept no old bytes: it is part old and "
-                    "part new. Copy the model again"
+                    "it was interrupted in the middle of a window, and --no-undo kept no old bytes: "
+                    "it is part old and part new"
                 )
             return
         self._put_back(self._held(range(done, len(self.windows))))
@@ -106,7 +143,7 @@ class Journal:
     def check_restorable(self) -> None:
         """Raise JournalError where the old bytes of some window that is new are gone."""
         self._read_log()
-        if not self._slots and self._log_end:
+        if not self._slots and self._begun:
             raise JournalError("--no-undo kept no old bytes")
         held = self._held(range(len(self.records)))
         if len(held) < len(self.records):
@@ -121,8 +158,7 @@ class Journal:
 
     def start(self) -> None:
         """Begin to save; from now on `wait` and `complete`, then `close`."""
-        if not self._slots:
-            self._append(_BEGUN)
+        self._begun = False
         self._saved = len(self.records) if self._slots else len(self.windows)
         self._thread = threading.Thread(target=self._run, name="ires-journal")
         self._thread.start()
@@ -137,6 +173,11 @@ class Journal:
 
     def write(self, file: str, data: memoryview, offset: int) -> None:
         """Write new bytes, having waited for their window."""
+        if not self._slots and not self._begun:
+            with self._first:
+                if not self._begun:
+                    self._append(_BEGUN)
+                    self._begun = True
         write_all(self._files[file], data, offset, Path(file))
 
     def complete(self, number: int, record: bytes) -> None:
@@ -159,6 +200,9 @@ class Journal:
         """Bring the log up to what was written. Raises what went wrong."""
         if self._thread is not None:
             self._wake()
+            while not self._over.is_set():  # not join, which an interrupt ends: the thread writes to files closed next
+                with suppress(KeyboardInterrupt):
+                    self._over.wait()
             self._thread.join()
             self._thread = None
         if self._error is not None:
@@ -187,7 +231,7 @@ class Journal:
                         self._changed.notify_all()
             while settled < len(self.windows) and self._settle(settled):
                 settled += 1
-            if not self._slots and not self._failed:
+            if not self._slots and self._begun and not self._failed:
                 for name in self._files:
                     self._fdatasync(name)
                 self._append(_ENDED)
@@ -195,6 +239,8 @@ class Journal:
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
+        finally:
+            self._over.set()
 
     def _settle(self, number: int) -> bool:
         """Wait for the new bytes of a window, make them durable, and log it; False when they will not come."""
@@ -234,28 +280,34 @@ class Journal:
             window = self.windows[number]
             length = window.stop - window.start
             offset = self._offsets[number % self._slots]
-            raw = os.pread(self._fd, _HEAD.size + 16, offset)
+            raw = bytes(self._read(_HEAD.size + 16, offset))
             if raw[: _HEAD.size] != _HEAD.pack(_MAGIC, number, window.start, length):
                 continue
             hasher = xxhash.xxh3_128(raw[: _HEAD.size] + window.file.encode())
             for done in range(0, length, _CHUNK):
-                hasher.update(os.pread(self._fd, min(_CHUNK, length - done), offset + _BLOCK + done))
+                hasher.update(self._read(min(_CHUNK, length - done), offset + _BLOCK + done))
             if hasher.digest() == raw[_HEAD.size :]:  # else the run ended while it was saved, before it was changed
                 held[number] = offset + _BLOCK
         return held
+
+    def _read(self, count: int, offset: int) -> memoryview:
+        view = memoryview(bytearray(count))
+        read_into(self._fd, view, offset, self._path)
+        return view
 
     def _put_back(self, held: Mapping[int, int]) -> None:
         for number, offset in held.items():
             window = self.windows[number]
             length = window.stop - window.start
             for done in range(0, length, _CHUNK):
-                old = os.pread(self._fd, min(_CHUNK, length - done), offset + done)
+                old = self._read(min(_CHUNK, length - done), offset + done)
                 write_all(self._files[window.file], old, window.start + done, Path(window.file))
         for name in {self.windows[number].file for number in held}:
             self._fdatasync(name)
 
     def _read_log(self) -> None:
         payloads, self._log_end = _payloads(self._log)
+        self._begun = bool(payloads)
         self._ended = payloads[-1:] == [_ENDED]
         self.records[:] = [payload for payload in payloads if payload not in (_BEGUN, _ENDED)]
 

@@ -37,6 +37,7 @@ def build(
     report: Report,
     others: Mapping[str, dict[str, str]],
     *,
+    paths: Mapping[str, str] | None = None,
     sha256: Mapping[str, str] | None = None,
     in_place: Mapping[str, Any] | None = None,
     previous: Mapping[str, str | None] | None = None,
@@ -44,6 +45,7 @@ def build(
     """The manifest as JSON text.
 
     others    the output's other files, by name, with their hash and origin
+    paths     where the inputs are, if that is not where they were opened
     sha256    of whole files, by name
     in_place  what is special about an update in place: the hash of a tensor that was not read is then the `previous`
               one, or null, and that of what the target held is not known
@@ -69,7 +71,10 @@ def build(
         "operation": plan.operation,
         "id": plan.id,
         "digest": digest((n, d, s, h) for n, d, s, h in hashes if h) if all(h for *_, h in hashes) else None,
-        "inputs": {role: _input(checkpoint, outcome.inputs.get(role, {})) for role, checkpoint in plan.inputs.items()},
+        "inputs": {
+            role: _input(checkpoint, outcome.inputs.get(role, {}), (paths or {}).get(role, f"{checkpoint.path}"))
+            for role, checkpoint in plan.inputs.items()
+        },
         "rules": plan.rules.to_dict(),
         "report": report.numbers(),
         "files": dict(others),
@@ -112,10 +117,11 @@ def tensors(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
 def history_entry(table: Mapping[str, Any]) -> dict[str, Any]:
     """What the manifest of an update in place leaves of itself in that of the next one."""
     inputs = table.get("inputs", {})
+    keys = ("path", "digest", "files")
     return {
         "id": table.get("id"),
         "recipe": table.get("in_place", {}).get("recipe"),
-        "inputs": {role: {key: entry.get(key) for key in ("path", "digest")} for role, entry in inputs.items()},
+        "inputs": {role: {key: entry.get(key) for key in keys} for role, entry in inputs.items()},
         "rules": table.get("rules"),
         "report": table.get("report"),
     }
@@ -146,15 +152,19 @@ def digest(tensors: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
     return xxhash.xxh3_128_hexdigest("".join(lines).encode())
 
 
-def _input(checkpoint: Checkpoint, hashes: Mapping[str, str]) -> dict[str, Any]:
+def stamps(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
+    """Size and time of its weights, by name."""
+    return {
+        shard.path.name: {"size": shard.file_id.size, "mtime_ns": shard.file_id.mtime_ns} for shard in checkpoint.shards
+    }
+
+
+def _input(checkpoint: Checkpoint, hashes: Mapping[str, str], path: str) -> dict[str, Any]:
     """Where an input was, and its digest if all of its tensors were read."""
     whole = hashes.keys() >= checkpoint.tensors.keys()
     refs = checkpoint.tensors.values()
     return {
-        "path": os.path.abspath(checkpoint.path),
+        "path": os.path.abspath(path),
         "digest": digest((ref.name, ref.dtype, ref.shape, hashes[ref.name]) for ref in refs) if whole else None,
-        "files": {
-            shard.path.name: {"size": shard.file_id.size, "mtime_ns": shard.file_id.mtime_ns}
-            for shard in checkpoint.shards
-        },
+        "files": stamps(checkpoint),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ import xxhash
 from torch import Tensor
 
 from ires_kernels import device as devices
-from ires_kernels import guards, inplace, manifest, overwrite, statedict, stream
+from ires_kernels import guards, inplace, manifest, overwrite, statedict, store, stream
 from ires_kernels.checkpoint import open_checkpoint
 from ires_kernels.inplace import Workplace
 from ires_kernels.inputs import StrPath, absolute, open_inputs, roles_of_apply
@@ -137,7 +138,8 @@ def apply(
     rules = _rules_of_apply(paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed)
     options = _options(device, threads, progress)
     if in_place and inplace.unfinished(Path(target)):
-        return _go_on_in_place(Path(target), paths, rules, tag, options)
+        asked = {"undo": undo, "sync": sync, "sha256": sha256, "tag": tag}
+        return _go_on_in_place(Path(target), paths, rules, asked, options, dry_run)
     inputs = open_inputs(paths)
     copies = second_copies(inputs)
     plan = plan_apply(inputs, rules, copies)
@@ -159,7 +161,7 @@ def resume(
 
     Raises StoreError where nothing is unfinished, CheckpointError where the inputs have changed since.
     """
-    path, options = Path(path), _options(device, threads, progress)
+    path, options = Path(os.path.abspath(path)), _options(device, threads, progress)
     started = time.perf_counter()
     if is_unfinished(partial_path(path)):
         operation = Operation.from_bytes(read_kept(path), partial_path(path))
@@ -174,7 +176,7 @@ def resume(
     try:
         if place.phase() is None:
             place.remove()
-            raise StoreError(f"{path}: the update in place had not begun. Give the command again.")
+            raise StoreError(f"{path}: no update in place was under way. `ires status {path}` says what the model is.")
         return overwrite.carry_on(place, options, started)
     finally:
         place.close()
@@ -185,16 +187,13 @@ def rollback(path: StrPath) -> str:
 
     Raises StoreError where there is nothing to take back, or where the old bytes are gone; then nothing was changed.
     """
-    path = Path(path)
+    path = Path(os.path.abspath(path))
     if is_unfinished(partial_path(path)):
         discard(path)
         return f"{partial_path(path)}: was removed."
     if not inplace.work_folder(path).is_dir():
-        if inplace.undo_folders(path) and not overwrite.unchanged(open_checkpoint(path)):
-            raise StoreError(f"{path}: was changed since its update in place, and cannot be rolled back.")
-        place = inplace.take_undo(path)
-    else:
-        place = Workplace.take(path)
+        return overwrite.rollback_kept(path)
+    place = Workplace.take(path)
     try:
         return overwrite.rollback(place)
     finally:
@@ -286,16 +285,25 @@ def _options(device: str | torch.device, threads: int | None, progress: Progress
     return Options(devices.processors(devices.resolve(device)), threads, progress)
 
 
-def _go_on_in_place(target: Path, paths: Mapping[str, StrPath], rules: Rules, tag: str, options: Options) -> Report:
+def _go_on_in_place(
+    target: Path,
+    paths: Mapping[str, StrPath],
+    rules: Rules,
+    asked: Mapping[str, object],
+    options: Options,
+    dry_run: bool,
+) -> Report:
     """Finish an interrupted update, if it is the one that is asked for."""
     place = Workplace.take(target)
     try:
         operation = overwrite.read_operation(place)
-        if not operation.is_asked_for(paths, rules, tag):
+        if not operation.is_asked_for(paths, rules, **asked):
             raise StoreError(
                 f"{target}: another update in place is unfinished: {operation}. `ires resume {target}` finishes it, "
                 f"`ires rollback {target}` takes it back where that is possible."
             )
+        if dry_run:
+            raise StoreError(f"{target}: this very update is unfinished, and without --dry-run would be gone on with.")
         return overwrite.carry_on(place, options, time.perf_counter())
     finally:
         place.close()
@@ -345,7 +353,7 @@ def _carry_out(
         others = {}
         for side in plan.side_files:
             hasher = xxhash.xxh3_128()
-            folder.add(side.name, overwrite.chunks(side.source, hasher))
+            folder.add(side.name, store.chunks(side.source, hasher))
             others[side.name] = {"from": side.role, "xxh3_128": hasher.hexdigest()}
         for name, content in plan.documents:
             folder.add(name, [content])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ires_kernels.checkpoint import Checkpoint
-from ires_kernels.header import CheckpointError, parse_json
+from ires_kernels.header import CheckpointError
 from ires_kernels.inputs import StrPath, absolute
 from ires_kernels.rules import Rules
 from ires_kernels.store import boot_id
@@ -43,8 +43,10 @@ class Operation:
     """As id, but the same before and after the target has changed."""
     names: list[str] = field(default_factory=list)
     """Files of the target that are hidden."""
-    files: dict[str, list[int]] = field(default_factory=dict)
-    """Size and mtime_ns of the target's weights before."""
+    stamps: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    """Size and mtime_ns of the weights of all inputs before, by role and name."""
+    log_size: int = 0
+    """Bytes that are reserved for the log."""
     windows: list[list[Any]] = field(default_factory=list)
     """(file, start, stop) of everything that changes, in order."""
     copies: dict[str, str] = field(default_factory=dict)
@@ -52,7 +54,7 @@ class Operation:
     installed: dict[str, dict[str, str]] = field(default_factory=dict)
     """Side files that come from other models: their origin and xxh3_128, by name."""
     dropped: list[str] = field(default_factory=list)
-    """Side files of the target that do not go with those."""
+    """Files of the target that are no longer true beside the new ones."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """What was applied to the target in place before."""
 
@@ -62,19 +64,21 @@ class Operation:
     @classmethod
     def from_bytes(cls, raw: bytes, where: Path) -> Operation:
         """What `to_bytes` wrote. Raises CheckpointError for anything else."""
-        table = parse_json(raw, f"{where}")
+        version = None
         try:
-            return cls(**table)
-        except TypeError as error:
+            table = json.loads(raw)  # not as strictly as what others wrote: paths may be no UTF-8
             version = table.get("version")
+            return cls(**table)
+        except (TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{where}: was written by ires_kernels {version}: {error}. Go on with that version."
             ) from None
 
-    def is_asked_for(self, paths: Mapping[str, StrPath], rules: Rules, tag: str) -> bool:
+    def is_asked_for(self, paths: Mapping[str, StrPath], rules: Rules, **options: object) -> bool:
         """Whether a command with these arguments means this operation."""
         same_rules = json.loads(json.dumps(rules.to_dict())) == self.rules
-        return absolute(paths) == self.paths and same_rules and tag == self.tag
+        same_options = all(getattr(self, name) == value for name, value in options.items())
+        return absolute(paths) == self.paths and same_rules and same_options
 
     def __str__(self) -> str:
         roles = ", ".join(f"{role} {path}" for role, path in self.paths.items())
@@ -89,17 +93,24 @@ def same_plan(operation: Operation, plan_id: str, version: str) -> None:
             "Go on with that version, or roll back."
         )
     if operation.id != plan_id:
-        roles = ", ".join(path for role, path in operation.paths.items())
+        paths = ", ".join(operation.paths.values())
         raise CheckpointError(
             f"the interrupted merge cannot be gone on with: its inputs are not what they were (now {plan_id}, then "
-            f"{operation.id}). Restore, with their times, the files of {roles}; or roll back."
+            f"{operation.id}). Restore the files of {paths} that were changed or replaced since, with their times; "
+            "or roll back."
         )
 
 
-def as_it_was(checkpoint: Checkpoint, operation: Operation) -> Checkpoint:
-    """The target, half updated, with the sizes and times that its files had before, so that it gives the same Plan."""
-    shards = []
+def as_it_was(checkpoint: Checkpoint, stamps: Mapping[str, list[int]]) -> tuple[Checkpoint, list[Path]]:
+    """A checkpoint with the times that its files had when the operation began, so that it gives the same Plan.
+
+    Also returns the files that have other times now. Those of another size are left as they are.
+    """
+    shards, changed = [], []
     for shard in checkpoint.shards:
-        size, mtime = operation.files.get(shard.path.name, (-1, -1))
-        shards.append(replace(shard, file_id=shard.file_id._replace(size=size, mtime_ns=mtime)))
-    return replace(checkpoint, shards=tuple(shards))
+        size, mtime = stamps.get(shard.path.name, (-1, -1))
+        if size == shard.file_id.size and mtime != shard.file_id.mtime_ns:
+            changed.append(shard.path)
+            shard = replace(shard, file_id=shard.file_id._replace(mtime_ns=mtime))
+        shards.append(shard)
+    return replace(checkpoint, shards=tuple(shards)), changed

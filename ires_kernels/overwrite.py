@@ -14,17 +14,16 @@ import os
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
-from ires_kernels import guards, inplace, manifest, sidefiles, stream, updates
+from ires_kernels import guards, inplace, manifest, records, sidefiles, store, stream, updates
 from ires_kernels.backends import Tally
-from ires_kernels.checkpoint import Checkpoint, FileId
+from ires_kernels.checkpoint import Checkpoint, FileId, open_checkpoint
 from ires_kernels.inplace import Workplace
 from ires_kernels.inputs import absolute, open_inputs
 from ires_kernels.journal import AHEAD, Extent, Journal, JournalError
@@ -38,8 +37,6 @@ from ires_kernels.store import StoreError, boot_id
 from ires_kernels.stream import Done, Outcome, Progress
 from ires_kernels.updates import Window
 from ires_kernels.windows import Processors
-
-_CHUNK = 1 << 20  # bytes at a time of a side file
 
 
 @dataclass(frozen=True)
@@ -68,24 +65,24 @@ def apply(
     steps = updates.changes(plan)
     names = hidden_names(target)
     inplace.check(target.path, names)
-    history = applied(target)
     recipe = plan.recipe(tag)
-    if any(entry.get("recipe") == recipe for entry in history):
-        entry = next(entry for entry in history if entry.get("recipe") == recipe)
-        return Report.recorded(plan.operation, plan.id, target.path, entry["report"], _AGAIN)
+    history = records.applied(target)
+    before = records.repeated(plan, recipe, history)
+    if before is not None:
+        return Report.recorded(plan.operation, plan.id, target.path, before["report"], _AGAIN)
     guards.compare(plan)
     if dry_run:
         return plan
     if not steps:
         return Report.of(plan, Outcome(), target.path, time.perf_counter() - started)
     guards.read_residuals(plan, options.threads)
-    guards.check_unchanged(plan)
 
     windows = updates.windows(steps)
     with ExitStack() as stack:
         place = Workplace.begin(target.path, sync=sync)
         stack.callback(place.close)
         try:
+            guards.check_unchanged(plan)  # also by another process that held the lock before
             installed, dropped = _stage(place, plan)
             operation = Operation(
                 plan.id, VERSION, plan.operation,
@@ -94,50 +91,59 @@ def apply(
                 undo=undo,
                 recipe=recipe,
                 names=names,
-                files={shard.path.name: [shard.file_id.size, shard.file_id.mtime_ns] for shard in target.shards},
+                stamps={role: stamps(checkpoint) for role, checkpoint in plan.inputs.items()},
+                log_size=_NAMES + sum(_OF_TENSOR + 4 * len(step.name) for step in steps) + _OF_WINDOW * len(windows),
                 windows=[[window.file, window.start, window.stop] for window in windows],
                 copies=dict(copies),
                 installed=installed,
                 dropped=dropped,
                 history=history,
             )  # fmt: skip
-            with _journal(place, operation, place.folder) as journal:
-                journal.allocate()
-            place.write(operation.to_bytes())
+            content = operation.to_bytes()
+            place.reserve(_NAMES + sum(_OF_TENSOR + 4 * len(step.name) for step in plan.steps) + len(content))
+            with _journal(place.work, operation, place.folder, new=True):
+                place.write(content)
         except BaseException:
             if place.phase() is None:
                 place.remove()  # nothing was touched
             raise
-        return carry_on(place, options, started)
+        return carry_on(place, options, started, fresh=True)
 
 
-_FINISHED = "all weights had been updated before; what was left to do was to give the files their places"
 _AGAIN = "nothing was done: this was applied before. To apply it once more on purpose, give it another --tag."
+_FINISHED = "all weights had been updated before; what was left to do was to give the files their places"
+# Bytes that are reserved for the log and the manifest, so that neither finds the disk full when the weights are new.
+_NAMES, _OF_TENSOR, _OF_WINDOW = 1 << 16, 768, 512
 
 
-def carry_on(place: Workplace, options: Options, started: float) -> Report:
-    """Take an update from wherever it is to its end."""
-    if place.phase() in ("rollback", "restored"):
+def carry_on(place: Workplace, options: Options, started: float, *, fresh: bool = False) -> Report:
+    """Take an update from wherever it is to its end; a `fresh` one has just begun."""
+    if place.phase() in ("withdraw", "rollback", "restored"):
         raise StoreError(f"{place.target}: is being rolled back. `ires rollback {place.target}` goes on with that.")
     operation = read_operation(place)
     place.sync = operation.sync
+    report = None
     if place.phase() == "operation":
+        _check_boot(place, operation)
         place.move_in(operation.names)
-        plan, current = _plan_again(place, operation)
+        plan, current, changed = _plan_again(place, operation)
+        same_plan(operation, plan.id, VERSION)
         steps = updates.changes(plan)
         windows = updates.windows(steps)
-        same_plan(operation, plan.id, VERSION)
         assert [[w.file, w.start, w.stop] for w in windows] == operation.windows
-        outcome = _overwrite(place, operation, plan, current, steps, windows, options)
-        compared = guards.compare(plan)
-        outcome.update(Outcome(inputs=compared))
+        if not fresh:
+            guards.read_residuals(plan, options.threads)
+        outcome = _overwrite(place, operation, plan, current, changed, steps, windows, options)
+        outcome.update(Outcome(inputs=guards.compare(plan)))
         guards.check_residuals(plan, outcome)
-        guards.check_unchanged(plan, but=_roles_of_target(plan))
+        guards.check_unchanged(plan, but=plan.roles_of_target(), current=current)
         report = Report.of(plan, outcome, place.target, time.perf_counter() - started)
         _write_manifest(place, operation, plan, outcome, report)
+        place.advance("installing")
+    if place.phase() == "installing":
         place.install(_new_files(place, operation), operation.dropped)
         place.advance("finished")
-    else:
+    if report is None:
         table = json.loads((place.folder / _manifest_name(place)).read_bytes())
         report = Report.recorded(operation.kind, operation.id, place.target, table["report"], _FINISHED)
     return replace(report, notes=(*report.notes, *_finish(place, operation)))
@@ -150,36 +156,88 @@ def rollback(place: Workplace) -> str:
         return f"{place.target}: nothing had been changed."
     operation = read_operation(place)
     place.sync = operation.sync
-    if place.phase() == "finished" and operation.undo != "all":
+    if place.phase() in ("installing", "finished") and operation.undo != "all":
         raise StoreError(
             f"{place.target}: all of it is new, and the old bytes were not kept. `ires resume {place.target}` finishes."
         )
+    kept = None
     if place.phase() != "restored":
+        if operation.undo != "all":  # else every old byte is there, with a hash
+            _check_boot(place, operation)
         place.move_in(operation.names)
-        with _journal(place, operation, place.work) as journal:
-            try:
-                journal.check_restorable()
-            except JournalError as error:
-                raise StoreError(f"{place.target}: cannot be rolled back: {error}.") from None
-            if place.phase() != "rollback":
+        with _refused(place, "cannot be rolled back: "), _journal(place.work, operation, place.model) as journal:
+            journal.check_restorable()
+            if place.phase() == "operation":
+                place.advance("withdraw")
+            elif place.phase() in ("installing", "finished"):
                 place.advance("rollback")
             journal.restore()
-        place.uninstall(_new_files(place, operation), operation.dropped)
+        if place.phase() == "rollback":
+            place.uninstall(_new_files(place, operation), operation.dropped, _is_ours(place, operation))
         place.move_out(operation.names)
         place.advance("restored")
-    place.remove()
-    return f"{place.target}: is what it was before {operation.kind} {operation.id}."
+    kept = place.remove()
+    edited = f" What you had edited since is in {kept}." if kept else ""
+    return f"{place.target}: is what it was before {operation.kind} {operation.id}.{edited}"
+
+
+def rollback_kept(target: Path) -> str:
+    """Take back the last update, whose old bytes were kept. Raises StoreError where it cannot be, changing nothing."""
+    kept = inplace.undo_folders(target)
+    if not kept:
+        raise StoreError(
+            f"{target}: nothing is unfinished there, and no update in place was kept to be taken back "
+            "(--keep-undo does that)."
+        )
+    operation = Operation.from_bytes((kept[-1] / "finished.json").read_bytes(), kept[-1])
+    checkpoint = open_checkpoint(target)
+    table = checkpoint.manifest or {}
+    last = table.get("in_place", {})
+    if (table.get("id"), last.get("recipe")) != (operation.id, operation.recipe):
+        raise StoreError(
+            f"{target}: {kept[-1]} keeps what {operation.kind} {operation.id} has changed, and that is not the last "
+            "that was applied here: it cannot be taken back any more. Delete it."
+        )
+    if not records.unchanged(checkpoint, table):
+        raise StoreError(f"{target}: was changed since its update in place, and cannot be rolled back.")
+    inplace.check(target, operation.names)
+    try:
+        with _journal(kept[-1], operation, target if target.is_dir() else target.parent):
+            pass  # it is all there
+    except JournalError as error:
+        raise StoreError(f"{target}: cannot be rolled back: {error}. The model is as the update has left it.") from None
+    place = inplace.take_undo(target)
+    try:
+        return rollback(place)
+    finally:
+        place.close()
 
 
 def read_operation(place: Workplace) -> Operation:
-    """The operation of an update, known to have trustworthy bytes. Raises StoreError where they are not."""
-    operation = Operation.from_bytes(place.read(), place.work)
+    """The operation of an update."""
+    return Operation.from_bytes(place.read(), place.work)
+
+
+def _check_boot(place: Workplace, operation: Operation) -> None:
     if not operation.sync and operation.boot != boot_id():
         raise StoreError(
             f"{place.target}: the machine was restarted in the middle of an update with --no-sync, so its bytes may be "
-            f"anything. Copy the model again; what is left of this one is in {place.work}."
+            f"anything. {_copy_again(place)}"
         )
-    return operation
+
+
+def _copy_again(place: Workplace) -> str:
+    return f"Delete {place.work} and copy the model again."
+
+
+@contextmanager
+def _refused(place: Workplace, what: str = "") -> Iterator[None]:
+    """Say of which model a journal does not have what is needed, and what to do then."""
+    try:
+        yield
+    except JournalError as error:
+        way = "" if "finished" in f"{error}" else f" {_copy_again(place)}"
+        raise StoreError(f"{place.target}: {what}{error}.{way}") from None
 
 
 def hidden_names(target: Checkpoint) -> list[str]:
@@ -190,28 +248,9 @@ def hidden_names(target: Checkpoint) -> list[str]:
     return names
 
 
-def applied(target: Checkpoint) -> list[dict[str, Any]]:
-    """What was applied to this model in place, as long as its bytes are still the result of that; the last one last."""
-    entry = (target.manifest or {}).get("in_place")
-    if not isinstance(entry, dict) or not unchanged(target):
-        return []
-    return [*entry.get("history", []), manifest.history_entry(target.manifest or {})]
-
-
-def unchanged(target: Checkpoint) -> bool:
-    """Whether the model is what its manifest of an update in place says: by size and time, or else by all hashes."""
-    entry = (target.manifest or {}).get("in_place", {})
-    if guards.have_stamps({shard.path.name: shard.path for shard in target.shards}, entry.get("files", {})):
-        return True
-    recorded = manifest.tensors(target)
-    refs = [ref for name, ref in target.tensors.items() if recorded.get(name, {}).get("xxh3_128")]
-    steps = [
-        Step(ref.name, ref.dtype, ref.shape, "copy", ("target",), (ref,), file=ref.path.name, nbytes=ref.nbytes)
-        for ref in refs
-    ]
-    file_ids = {shard.path: shard.file_id for shard in target.shards}
-    found = stream.run(steps, file_ids, Rules(), lambda *_: None).outputs
-    return all(recorded[name]["xxh3_128"] == digest for name, digest in found.items())
+def stamps(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    """Size and mtime_ns of its weights, by name."""
+    return {shard.path.name: [shard.file_id.size, shard.file_id.mtime_ns] for shard in checkpoint.shards}
 
 
 def _stage(place: Workplace, plan: Plan) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -222,15 +261,15 @@ def _stage(place: Workplace, plan: Plan) -> tuple[dict[str, dict[str, str]], lis
     for side in plan.side_files:
         if side.role != "target" and not _same(side.source, place.folder / side.name):
             hasher = xxhash.xxh3_128()
-            place.stage(side.name, chunks(side.source, hasher))
+            place.stage(side.name, store.chunks(side.source, hasher))
             installed[side.name] = {"from": side.role, "xxh3_128": hasher.hexdigest()}
     dropped = sidefiles.replaced_by(plan.inputs["target"], plan.side_files)
     return installed, dropped + [name for name in [_sums_name(place)] if (place.folder / name).exists()]
 
 
 @contextmanager
-def _journal(place: Workplace, operation: Operation, where: Path) -> Iterator[Journal]:
-    """The journal of an update of the target's files, which are in the folder `where` now."""
+def _journal(work: Path, operation: Operation, where: Path, *, new: bool = False) -> Iterator[Journal]:
+    """The journal in the folder `work` of an update of the target's files, which are in the folder `where` now."""
     windows = [Extent(*window) for window in operation.windows]
     slots = {"none": 0, "ring": min(AHEAD, len(windows)), "all": len(windows)}[operation.undo]
     with ExitStack() as stack:
@@ -238,23 +277,23 @@ def _journal(place: Workplace, operation: Operation, where: Path) -> Iterator[Jo
         for name in {window.file for window in windows}:
             files[name] = os.open(where / name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             stack.callback(os.close, files[name])
-        journal = Journal(place.work, files, windows, slots, sync=operation.sync)
+        journal = Journal(work, files, windows, slots, operation.log_size, sync=operation.sync, new=new)
         stack.callback(journal.close)
         yield journal
 
 
-def _plan_again(place: Workplace, operation: Operation) -> tuple[Plan, dict[Path, FileId]]:
-    """The plan of an update whose target is hidden, and what the files of the inputs are now."""
-    hidden = place.work if place.folder == place.target else place.work / place.target.name
+def _plan_again(place: Workplace, operation: Operation) -> tuple[Plan, dict[Path, FileId], list[Path]]:
+    """The plan of an update whose target is hidden, what the inputs' files are now, and which have other times."""
+    hidden = place.model if place.folder == place.target else place.model / place.target.name
     target = operation.paths["target"]
     inputs = open_inputs({role: hidden if path == target else path for role, path in operation.paths.items()})
     current = {shard.path: shard.file_id for checkpoint in inputs.values() for shard in checkpoint.shards}
-    before = {
-        role: as_it_was(checkpoint, operation) if operation.paths[role] == target else checkpoint
-        for role, checkpoint in inputs.items()
-    }
+    before, changed = {}, []
+    for role, checkpoint in inputs.items():
+        before[role], others = as_it_was(checkpoint, operation.stamps.get(role, {}))
+        changed += others if operation.paths[role] != target else []
     plan = plan_apply(before, Rules.from_dict(operation.rules), operation.copies)
-    return replace(plan, in_place=True), current
+    return replace(plan, in_place=True), current, changed
 
 
 def _overwrite(
@@ -262,24 +301,23 @@ def _overwrite(
     operation: Operation,
     plan: Plan,
     current: Mapping[Path, FileId],
+    changed: Sequence[Path],
     steps: Sequence[Step],
     windows: Sequence[Window],
     options: Options,
 ) -> Outcome:
     """Change what is not changed yet."""
     outcome = Outcome()
-    with _journal(place, operation, place.work) as journal:
-        try:
-            journal.recover()
-        except JournalError as error:
-            raise StoreError(f"{place.target}: {error}.") from None
+    with _refused(place), _journal(place.work, operation, place.model) as journal:
+        journal.recover()
         done: dict[str, Done] = {}
         for record in journal.records:
             table = json.loads(record)
             outcome.update(Outcome.from_dict(table["outcome"]))
             part = table["part"]
             done = {part["name"]: Done(part["elements"], Tally(**part["tally"]))} if part else {}
-        file_ids = {path: FileId.of(path) if path.parent == place.work else known for path, known in current.items()}
+        guards.check_contents(plan, outcome, changed, current)
+        file_ids = {path: FileId.of(path) if path.parent == place.model else known for path, known in current.items()}
         writer = _Writer(windows, journal, outcome)
         journal.start()
         return stream.run(
@@ -287,7 +325,7 @@ def _overwrite(
             file_ids,
             plan.rules,
             writer.write,
-            hashed={role for role in plan.inputs if role not in _roles_of_target(plan)},
+            hashed=plan.inputs.keys() - plan.roles_of_target(),
             processors=options.processors,
             threads=options.threads,
             progress=options.progress,
@@ -341,31 +379,35 @@ class _Writer:
 
 
 def _write_manifest(place: Workplace, operation: Operation, plan: Plan, outcome: Outcome, report: Report) -> None:
-    weights = {name: FileId.of(place.work / name) for name in operation.files}
+    weights = {shard.path.name: shard.path for shard in plan.inputs["target"].shards}
+    if operation.sync:
+        for path in weights.values():  # with their times, by which a repetition is told
+            store.fsync_file(path)
+    file_ids = {name: FileId.of(path) for name, path in weights.items()}
     entry = {
         "recipe": operation.recipe,
         "undo": operation.undo,
-        "files": {name: [file_id.size, file_id.mtime_ns] for name, file_id in weights.items()},
+        "files": {name: [file_id.size, file_id.mtime_ns] for name, file_id in file_ids.items()},
         "history": operation.history,
     }
-    sums = manifest.sha256({name: place.work / name for name in weights}) if operation.sha256 else {}
-    if operation.sync:
-        for name in weights:  # with their times, by which a repetition is told
-            _fsync(place.work / name)
+    sums = manifest.sha256(weights) if operation.sha256 else {}
     previous: dict[str, str | None] = {}
     if operation.history:  # else what an older manifest says may no longer be true
         previous = _recorded_hashes(place)
-    content = manifest.build(plan, outcome, report, operation.installed, sha256=sums, in_place=entry, previous=previous)
+    others, paths = operation.installed, operation.paths
+    content = manifest.build(plan, outcome, report, others, paths=paths, sha256=sums, in_place=entry, previous=previous)
+    place.release()
     place.stage(_manifest_name(place), [content])
     if sums:
         place.stage(_sums_name(place), [manifest.sums_file(sums)])
 
 
 def _recorded_hashes(place: Workplace) -> dict[str, str | None]:
-    """What the manifest of the update before says of the tensors."""
-    name = _manifest_name(place)
-    old = place.work / "old" / name  # where it is when this update was interrupted late
-    table = json.loads((old if old.exists() else place.folder / name).read_bytes())
+    """What the manifest of the update before says of the tensors, where there is one."""
+    try:
+        table = json.loads((place.folder / _manifest_name(place)).read_bytes())
+    except FileNotFoundError:
+        return {}
     return {tensor: entry.get("xxh3_128") for tensor, entry in table["tensors"].items()}
 
 
@@ -373,7 +415,8 @@ def _finish(place: Workplace, operation: Operation) -> list[str]:
     """The files are complete: show them, and remove what is no longer needed; returns what was kept and where."""
     place.move_out(operation.names)
     if operation.undo == "all":
-        return [f"`ires rollback {place.target}` takes it back; until then {place.keep()} keeps the old bytes"]
+        undo = place.keep()
+        return [f"`ires rollback {place.target}` takes it back; until then {undo} keeps the old bytes"]
     kept = place.remove(drop=[_manifest_name(place)])
     return [f"files that came from another model replaced those that are now in {kept}"] if kept else []
 
@@ -391,26 +434,17 @@ def _new_files(place: Workplace, operation: Operation) -> list[str]:
     return [*operation.installed, _manifest_name(place), *([_sums_name(place)] if operation.sha256 else [])]
 
 
-def _roles_of_target(plan: Plan) -> set[str]:
-    place = plan.inputs["target"].path.resolve()
-    return {role for role, checkpoint in plan.inputs.items() if checkpoint.path.resolve() == place}
+def _is_ours(place: Workplace, operation: Operation) -> Callable[[str], bool]:
+    """Whether a side file is the one that the update has installed, and not what somebody made of it since."""
 
+    def is_ours(name: str) -> bool:
+        content = (place.folder / name).read_bytes()
+        if name in operation.installed:
+            return xxhash.xxh3_128_hexdigest(content) == operation.installed[name]["xxh3_128"]
+        return name != _manifest_name(place) or operation.id.encode() in content
 
-def chunks(path: Path, hasher: xxhash.xxh3_128) -> Iterator[bytes]:
-    """A file by pieces, hashed on the way."""
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            hasher.update(chunk)
-            yield chunk
+    return is_ours
 
 
 def _same(one: Path, other: Path) -> bool:
     return other.is_file() and one.read_bytes() == other.read_bytes()
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

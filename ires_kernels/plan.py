@@ -8,6 +8,7 @@ printing it is a dry run, and the same inputs and rules give the same Plan every
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -82,21 +83,27 @@ class Plan:
             return sum(step.nbytes for step in self._active())
         return sum(file.size for file in self.files)
 
+    def roles_of_target(self) -> set[str]:
+        """The target, and every other role in which it is given as well."""
+        place = os.path.realpath(self.inputs["target"].path)
+        return {role for role, checkpoint in self.inputs.items() if os.path.realpath(checkpoint.path) == place}
+
     def recipe(self, tag: str = "") -> str:
-        """What is done to the target in place, as the same hash before and after, to tell a repetition."""
-        target = self.inputs["target"]
-        place = target.path.resolve()
-        table = {
-            "inputs": {
-                role: "target" if checkpoint.path.resolve() == place else _identities(checkpoint)
-                for role, checkpoint in self.inputs.items()
-                if role != "target"
-            },
-            "target": [[shard.path.name, _header_digest(shard.header.tensors.items())] for shard in target.shards],
-            "rules": self.rules.to_dict(),
-            "tag": tag,
-        }
-        return _hash(table)
+        """What is done to the target in place, as the same hash before and after, to tell a repetition.
+
+        Files of other times but the same size and header are the same here: `guards` looks into them.
+        """
+        rules = self.rules.to_dict()
+        if self.rules.rounding == "nearest":
+            del rules["seed"]
+        own = self.roles_of_target()
+        headers = {
+            role: "target" if role in own and role != "target" else [
+                [_header_digest(shard.header.tensors.items()), shard.file_id.size] for shard in checkpoint.shards
+            ]
+            for role, checkpoint in self.inputs.items()
+        }  # fmt: skip
+        return _hash({"inputs": headers, "rules": rules, "tag": tag})
 
     def _active(self) -> Iterable[Step]:
         return (step for step in self.steps if not (self.in_place and step.reason))
@@ -304,11 +311,8 @@ def _operation_id(plan: Plan) -> str:
         "operation": plan.operation,
         "inputs": {role: _identities(checkpoint) for role, checkpoint in plan.inputs.items()},
         "rules": plan.rules.to_dict(),
-        "side_files": [
-            [file.name, file.role, file.size, file.mtime_ns]
-            for file in plan.side_files
-            if not (plan.in_place and file.role == "target")
-        ],
+        # In place they are copied before anything begins, and are no part of what is gone on with.
+        "side_files": [[f.name, f.role, f.size, f.mtime_ns] for f in plan.side_files if not plan.in_place],
     }
     return _hash(table)
 

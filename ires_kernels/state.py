@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from ires_kernels.header import CheckpointError
 from ires_kernels.inputs import StrPath
 from ires_kernels.journal import count_records
 from ires_kernels.operation import Operation
-from ires_kernels.store import MARKER, is_unfinished, partial_path, read_kept
+from ires_kernels.store import MARKER, is_locked, is_unfinished, partial_path, read_kept
 
 State = Literal["none", "running", "unfinished", "rolling back", "finished"]
 
@@ -40,7 +39,14 @@ class Status:
 
 def status(path: StrPath) -> Status:
     """Look at a model, or at an output that is not there yet; changes nothing."""
-    path = Path(path)
+    path = Path(os.path.abspath(path))
+    try:
+        return _look(path)
+    except FileNotFoundError:  # it went on between two looks
+        return _look(path)
+
+
+def _look(path: Path) -> Status:
     if is_unfinished(partial_path(path)):
         return _of_new_folder(path)
     work = inplace.work_folder(path)
@@ -67,7 +73,7 @@ def _of_new_folder(out: Path) -> Status:
         what = f"{Operation.from_bytes(read_kept(out), partial)}, {complete} files complete"
     except CheckpointError:
         what = f"{complete} files complete"
-    if _is_held(partial / MARKER):
+    if is_locked(partial / MARKER):
         return Status(f"{out}", "running", what, ("Wait for it to end.",))
     return Status(
         f"{out}", "unfinished", what,
@@ -76,17 +82,17 @@ def _of_new_folder(out: Path) -> Status:
 
 
 def _of_update(target: Path, work: Path) -> Status:
+    if is_locked(work / MARKER):
+        return Status(f"{target}", "running", "an update in place", ("Wait for it to end.",))
     phase = inplace.unfinished(target)
     if phase is None:
-        return Status(f"{target}", "none", f"an update in place had not begun; {work} is left of it",
+        return Status(f"{target}", "none", f"no update in place is under way; {work} is left of one",
                       (f"`ires rollback {target}` removes that.",))  # fmt: skip
     operation = Operation.from_bytes((work / f"{phase}.json").read_bytes(), work)
     done, total = count_records(work), len(operation.windows)
     what = f"{operation}, in place, {done} of {total} windows new; the model is in {work} until it is finished"
-    if _is_held(work / MARKER):
-        return Status(f"{target}", "running", what, ("Wait for it to end.",))
     back = f"`ires rollback {target}` takes it back."
-    if phase in ("rollback", "restored"):
+    if phase in ("withdraw", "rollback", "restored"):
         return Status(f"{target}", "rolling back", what, (f"`ires rollback {target}` goes on.",))
     steps = [f"`ires resume {target}`, or the same command, goes on."]
     if operation.undo == "all" or (not done and operation.undo == "ring"):
@@ -94,18 +100,3 @@ def _of_update(target: Path, work: Path) -> Status:
     elif operation.undo == "none":
         steps.append("It was run with --no-undo: if it was killed, and not stopped, the model must be copied again.")
     return Status(f"{target}", "unfinished", what, tuple(steps))
-
-
-def _is_held(path: Path) -> bool:
-    """Whether a process has locked the file."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False

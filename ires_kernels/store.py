@@ -18,15 +18,26 @@ import fcntl
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 MARKER = ".ires-lock"
 """The lock file: a line with the identity of the operation, then what `NewFolder` was given to keep there."""
 _SUFFIX = ".partial"
 _HIDDEN, _TEMPORARY, _RECORD = ".ires-", ".tmp", ".done"
+
+
+_CHUNK = 1 << 20  # bytes at a time of a side file
+
+
+class Hasher(Protocol):
+    """Of hashlib, xxhash and the like."""
+
+    def update(self, data: bytes, /) -> None: ...
 
 
 class StoreError(ValueError):
@@ -59,7 +70,7 @@ def check_destination(out: Path, inputs: Iterable[Path]) -> None:
 
 def is_unfinished(folder: Path) -> bool:
     """Whether `folder` is the remains of a run that never finished, or one under way."""
-    return folder.name.endswith(_SUFFIX) and (folder / MARKER).exists()
+    return folder.name.endswith(_SUFFIX) and os.path.exists(folder / MARKER)
 
 
 class NewFile:
@@ -264,6 +275,7 @@ def discard(out: Path) -> None:
                 else:
                     path.unlink()
             partial.rmdir()
+            fsync_folder(partial.parent)
         finally:
             os.close(fd)
 
@@ -285,7 +297,13 @@ def lock(path: Path, mode: int = 0) -> int:
     except FileExistsError:
         raise StoreError(f"{path.parent}: another process has just taken it. Wait for it to end.") from None
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for _ in range(20):  # `is_locked` of another process may look at it just now
+            with suppress(BlockingIOError):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.01)
+        else:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         mine, there = os.fstat(fd), os.stat(path, follow_symlinks=False)
         if (mine.st_dev, mine.st_ino) != (there.st_dev, there.st_ino):
             raise FileNotFoundError(errno.ENOENT, "another process has just finished with it; try again")
@@ -295,6 +313,21 @@ def lock(path: Path, mode: int = 0) -> int:
             raise StoreError(f"{path.parent}: another process is writing it. Wait for it to end.") from None
         raise
     return fd
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 @contextmanager
@@ -310,6 +343,8 @@ def named(path: Path) -> Iterator[None]:
 
 def partial_path(out: Path) -> Path:
     """Where `out` is written until it is complete."""
+    if out.name in ("", ".."):  # of a path such as "."
+        out = Path(os.path.abspath(out))
     return out.with_name(out.name + _SUFFIX)
 
 
@@ -356,6 +391,20 @@ def allocate(fd: int, size: int, path: Path) -> None:
         free = disk.f_bavail * disk.f_frsize
         text = f"{error.strerror}: {size} bytes are needed, {free} are free. Make room, or write to another disk"
         raise OSError(error.errno, text, f"{path}") from error
+
+
+def chunks(path: Path, hasher: Hasher) -> Iterator[bytes]:
+    """A file by pieces, hashed on the way."""
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            hasher.update(chunk)
+            yield chunk
+
+
+def fsync_file(path: Path) -> None:
+    """Make the bytes and times of a file durable."""
+    with named(path), open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def fsync_folder(path: str | os.PathLike[str]) -> None:

@@ -7,6 +7,7 @@ windows do, so none of these has a part in two of it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
@@ -71,54 +72,61 @@ def changes(plan: Plan) -> tuple[Step, ...]:
                 f"cannot apply in place: {brief(step.name)} is {step.inputs[0].dtype} in {step.inputs[0].path} "
                 f"and would become {step.dtype}, which takes other bytes. {_DTYPE}"
             )
+    for name, content in plan.documents:
+        if name == "config.json" and json.loads(content) != plan.inputs["target"].config:
+            raise CheckpointError(
+                f"cannot apply in place: {name} of the target says another dtype than {plan.rules.dtype}, though its "
+                f"weights are that. {_DTYPE}"
+            )
     merged = [step for step in plan.steps if not step.reason]
     _check_aliases(plan, merged)
+    refs = [step.inputs[0] for step in merged]
     return tuple(
         replace(step, file=ref.path.name, offset=ref.offset, nbytes=ref.nbytes)
-        for step in merged
-        for ref in step.inputs[:1]
+        for step, ref in zip(merged, refs, strict=True)
     )
 
 
 def windows(steps: Iterable[Step]) -> tuple[Window, ...]:
     """Cut what `changes` gave into windows, in the order of the steps."""
-    cut: list[Window] = []
+    extents: list[tuple[str, int, int]] = []
+    groups: list[list[Segment]] = []
     for step in steps:
         width = FLOATS[step.dtype]
         for first in range(0, step.nbytes // width, UNIT):
             segment = Segment(step, first, min(UNIT, step.nbytes // width - first))
             start, stop = step.offset + first * width, step.offset + segment.stop
-            last = cut[-1] if cut else None
-            if last and last.file == step.file and 0 <= start - last.stop <= GAP and stop - last.start <= WINDOW:
-                cut[-1] = last._replace(stop=stop, segments=_joined(last.segments, segment))
+            file, begin, end = extents[-1] if extents else ("", 0, 0)
+            if file == step.file and 0 <= start - end <= GAP and stop - begin <= WINDOW:
+                extents[-1] = file, begin, stop
+                last = groups[-1][-1]
+                if last.step is step:
+                    groups[-1][-1] = last._replace(length=last.length + segment.length)
+                else:
+                    groups[-1].append(segment)
             else:
-                cut.append(Window(step.file, start, stop, (segment,)))
-    return tuple(cut)
-
-
-def _joined(segments: tuple[Segment, ...], new: Segment) -> tuple[Segment, ...]:
-    last = segments[-1]
-    if last.step is new.step:
-        return (*segments[:-1], last._replace(length=last.length + new.length))
-    return (*segments, new)
+                extents.append((step.file, start, stop))
+                groups.append([segment])
+    return tuple(Window(*extent, tuple(group)) for extent, group in zip(extents, groups, strict=True))
 
 
 def _check_aliases(plan: Plan, merged: Iterable[Step]) -> None:
     """An input may be the target itself, whose elements are read before they are written, and no other way round."""
-    own = {_file(shard.file_id): shard.path for shard in plan.inputs["target"].shards}
     files = {shard.path: _file(shard.file_id) for checkpoint in plan.inputs.values() for shard in checkpoint.shards}
-    for role, checkpoint in plan.inputs.items():
-        if role != "target" and checkpoint.path.resolve() != plan.inputs["target"].path.resolve():
-            for shard in checkpoint.shards:
-                if _file(shard.file_id) in own:
-                    raise CheckpointError(
-                        f"cannot apply in place: {shard.path} of {role} is the target's own file "
-                        f"{own[_file(shard.file_id)]} under another name. {_ALIAS}"
-                    )
+    own = {files[shard.path]: shard.path for shard in plan.inputs["target"].shards}
+    others = {role: checkpoint for role, checkpoint in plan.inputs.items() if role not in plan.roles_of_target()}
+    for role, checkpoint in others.items():
+        for shard in checkpoint.shards:
+            if files[shard.path] in own:
+                raise CheckpointError(
+                    f"cannot apply in place: {shard.path} of {role} is the target's own file "
+                    f"{own[files[shard.path]]} under another name. {_ALIAS}"
+                )
     for step in merged:
-        target, *others = step.inputs
-        for role, ref in zip(step.roles[1:], others, strict=True):
-            if files[ref.path] in own and (ref.path, ref.offset) != (target.path, target.offset):
+        target = step.inputs[0]
+        for role, ref in zip(step.roles[1:], step.inputs[1:], strict=True):
+            same = (files[ref.path], ref.offset) == (files[target.path], target.offset)
+            if files[ref.path] in own and not same:
                 raise CheckpointError(
                     f"cannot apply in place: {brief(step.name)} needs {brief(ref.name)} of {role}, "
                     f"which is the target and would be overwritten. {_ALIAS}"

@@ -15,7 +15,7 @@ ARROWS: dict[str, set[str]] = {
     # files, without torch
     "header": set(),
     "inplace": {"store"},
-    "checkpoint": {"header", "inplace"},
+    "checkpoint": {"header", "inplace", "store"},
     "names": {"checkpoint"},
     "rules": {"header"},
     "sidefiles": {"checkpoint"},
@@ -23,7 +23,7 @@ ARROWS: dict[str, set[str]] = {
     "plan": {"checkpoint", "header", "names", "rules", "sidefiles", "steps"},
     "store": set(),
     "journal": {"store"},
-    "inputs": {"checkpoint", "header", "inplace", "rules", "store"},
+    "inputs": {"checkpoint", "header", "inplace", "rules"},
     "operation": {"checkpoint", "header", "inputs", "rules", "store"},
     "updates": {"checkpoint", "header", "names", "plan", "steps"},
     "state": {"checkpoint", "header", "inplace", "inputs", "journal", "operation", "store"},
@@ -49,9 +49,10 @@ ARROWS: dict[str, set[str]] = {
         "store", "stream", "windows",
     },
     "guards": {"ancestry", "checkpoint", "header", "manifest", "plan", "reader", "rules", "steps", "stream"},
+    "records": {"checkpoint", "manifest", "plan", "rules", "steps", "store", "stream"},
     "overwrite": {
         "backends", "checkpoint", "guards", "inplace", "inputs", "journal", "manifest", "names", "operation", "plan",
-        "report", "rules", "sidefiles", "steps", "store", "stream", "updates", "windows",
+        "records", "report", "rules", "sidefiles", "steps", "store", "stream", "updates", "windows",
     },
     "merge": {
         "checkpoint", "device", "guards", "header", "inplace", "inputs", "manifest", "operation", "overwrite", "plan",

@@ -80,6 +80,11 @@ def visible(folder: Path) -> dict[str, bytes]:
     }
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Everything that is not hidden."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
 def manifest(folder: Path) -> dict[str, Any]:
     table: dict[str, Any] = json.loads((folder / "ires.json").read_text())
     return table
@@ -205,10 +210,11 @@ STRIDES = {"pwrite": 13, "fdatasync": 11, "fsync": 3, "rename": 1, "unlink": 1, 
 @pytest.mark.parametrize("call", STRIDES)
 def test_cut_off_at_any_call_and_gone_on_with(models: tuple[Path, Path, Path], call: str, undo: str) -> None:
     base, instruct, target = models
+    apply(target, (instruct, base), alpha=0.1, skip="embed")
     whole = copy(target, "whole")
     options: dict[str, Any] = {"alpha": 0.3, "rounding": "stochastic", "skip": "norm", "threads": 2, "undo": undo}
     apply(whole, (instruct, base), **options)
-    before, wanted = visible(target), visible(whole)
+    before, wanted = files_of(target), visible(whole)
     states = set()
     for number in range(0, 10**6, STRIDES[call]):
         other = copy(target, f"cut{number}")
@@ -222,7 +228,6 @@ def test_cut_off_at_any_call_and_gone_on_with(models: tuple[Path, Path, Path], c
         found = ik.status(other)
         states.add(found.state)
         if found.state == "unfinished":
-            assert not list(other.glob("*.safetensors")) or visible(other) == before or number, "hidden"
             with pytest.raises(CheckpointError, match="an update in place of this model still runs or was interrupted"):
                 ik.inspect(other)
             report = ik.resume(other)
@@ -236,7 +241,7 @@ def test_cut_off_at_any_call_and_gone_on_with(models: tuple[Path, Path, Path], c
         assert report.numbers() == manifest(other)["report"]
         if undo == "all":
             ik.rollback(other)
-            assert visible(other) == before
+            assert files_of(other) == before
         shutil.rmtree(other)
     else:
         pytest.fail("the calls never end")
@@ -247,9 +252,10 @@ def test_cut_off_at_any_call_and_gone_on_with(models: tuple[Path, Path, Path], c
 @pytest.mark.parametrize("call", ["pwrite", "fdatasync", "rename", "unlink"])
 def test_a_rollback_that_is_cut_off(models: tuple[Path, Path, Path], call: str) -> None:
     base, instruct, target = models
+    apply(target, (instruct, base), alpha=0.1, skip="embed")
     whole = copy(target, "whole")
     apply(whole, (instruct, base), undo="all", sync=False)
-    before = visible(target)
+    before = files_of(target)
     for number in range(10**6):
         other = copy(whole, f"cut{number}")
         with pytest.MonkeyPatch.context() as patch:
@@ -271,8 +277,8 @@ def test_a_rollback_that_is_cut_off(models: tuple[Path, Path, Path], call: str) 
             ik.rollback(other)
         elif found.state == "finished" or list(other.glob(".ires-un*")):
             ik.rollback(other)
-        assert visible(other) == before
-        assert not [path.name for path in other.iterdir() if path.name.startswith(".ires")]
+        assert files_of(other) == before
+        assert [path.name for path in other.iterdir() if path.name.startswith(".ires")] == [".ires-replaced-1"]
         shutil.rmtree(other)
     else:
         pytest.fail("the calls never end")
@@ -329,7 +335,8 @@ def test_without_undo_a_failure_in_the_middle_is_final(
             apply(target, (instruct, base), undo="none")
     assert any("must be copied again" in line for line in ik.status(target).next)
     with pytest.raises(
-        StoreError, match=r"--no-undo kept no old bytes: it is part old and part new. Copy the model again"
+        StoreError,
+        match=r"--no-undo kept no old bytes: it is part old and part new. Delete .* and copy the model again",
     ):
         ik.resume(target)
     with pytest.raises(StoreError, match="cannot be rolled back: --no-undo kept no old bytes"):
@@ -398,21 +405,27 @@ def test_another_command_does_not_take_up_what_is_unfinished(models: tuple[Path,
 def test_inputs_that_changed_meanwhile(models: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     base, instruct, _ = models
     target = unfinished(models)
-    file = next(instruct.glob("*.safetensors"))
-    status = file.stat()
-    os.utime(file, ns=(1, 1))
-    with pytest.raises(CheckpointError, match="cannot be gone on with: its inputs are not what they were"):
+    (instruct / "tokenizer.json").write_text("{  }")  # it was copied before anything began
+    file = sorted(instruct.glob("*.safetensors"))[0]
+    raw = file.read_bytes()
+    file.write_bytes(raw[:-40] + bytes(40))
+    with pytest.raises(
+        CheckpointError, match=r"is not the file that the interrupted merge has read: its tensor '.*' is an"
+    ):
         ik.resume(target)
-    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
-    (instruct / "tokenizer.json").write_text("{  }")
-    with pytest.raises(CheckpointError, match="its inputs are not what they were"):
+    file.write_bytes(raw + b" ")
+    with pytest.raises(CheckpointError, match="bytes too many at the end"):
         ik.resume(target)
-    shutil.copy(target / ".ires-unfinished" / "new" / "tokenizer.json", instruct / "tokenizer.json")
+    file.write_bytes(raw)
     with monkeypatch.context() as patch:
         patch.setattr(overwrite, "VERSION", "99")
         with pytest.raises(CheckpointError, match=r"was begun by ires_kernels .*, and this is 99"):
             ik.resume(target)
-    assert base
+    for path in [*base.iterdir(), *instruct.iterdir()]:
+        os.utime(path)
+    ik.resume(target)  # the same bytes with other times
+    assert (target / "tokenizer.json").read_text() == SIDE["instruct"]["tokenizer.json"]
+    assert ik.verify(target)
 
 
 @pytest.mark.usefixtures("small")
@@ -549,10 +562,244 @@ def test_undo_can_be_stacked_and_is_refused_for_what_changed(models: tuple[Path,
         assert visible(target) == state
     assert not list(target.glob(".ires*"))
     assert not (target / "ires.json").exists()
-    with pytest.raises(StoreError, match="no update in place is unfinished, and none was kept to be taken back"):
+    with pytest.raises(
+        StoreError, match="nothing is unfinished there, and no update in place was kept to be taken back"
+    ):
         ik.rollback(target)
-    with pytest.raises(StoreError, match="no update in place is unfinished"):
+    with pytest.raises(StoreError, match="nothing is unfinished there: no update in place, and no new folder"):
         ik.resume(target)
+
+
+def test_only_the_last_update_can_be_taken_back(models: tuple[Path, Path, Path]) -> None:
+    base, instruct, target = models
+    apply(target, (instruct, base), skip="norm", undo="all")
+    apply(target, (instruct, base), tag="2")
+    before = snapshot(target)
+    with pytest.raises(StoreError, match=r"and that is not the last that was applied here: it cannot be taken back"):
+        ik.rollback(target)
+    (target / "ires.json").unlink()
+    with pytest.raises(StoreError, match=r"and that is not the last that was applied here: it cannot be taken back"):
+        ik.rollback(target)
+    assert snapshot(target).items() <= before.items()
+
+
+def test_a_rollback_spares_what_shares_its_bytes(models: tuple[Path, Path, Path]) -> None:
+    base, instruct, target = models
+    apply(target, (instruct, base), undo="all")
+    hard_link(target)
+    before = snapshot(target)
+    with pytest.raises(StoreError, match="has 2 hard links"):
+        ik.rollback(target)
+    assert snapshot(target) == before
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("undo", ["ring", "all"])
+def test_taking_back_what_was_interrupted_keeps_what_was_before(models: tuple[Path, Path, Path], undo: str) -> None:
+    base, instruct, target = models
+    apply(target, (instruct, base), alpha=0.5)
+    before = files_of(target)
+    with pytest.MonkeyPatch.context() as patch:
+        cut_off(patch, journal.Journal, "write", 1)
+        with pytest.raises(Cut):
+            apply(target, (instruct, base), threads=1, undo=undo)
+    ik.rollback(target)
+    assert files_of(target) == before
+    assert "nothing was done" in f"{apply(target, (instruct, base), alpha=0.5)}"
+
+
+def test_what_was_edited_after_an_update_is_kept(models: tuple[Path, Path, Path]) -> None:
+    base, instruct, target = models
+    before = files_of(target)
+    apply(target, (instruct, base), undo="all")
+    (target / "chat_template.jinja").write_text("mine")
+    (target / "vocab.json").write_text("mine as well")
+    said = ik.rollback(target)
+    kept = target / ".ires-replaced-1"
+    assert files_of(target) == before
+    assert files_of(kept) == {"chat_template.jinja": b"mine", "vocab.json": b"mine as well"}
+    assert f"What you had edited since is in {kept}." in said
+
+
+def test_side_files_that_are_links(tmp_path: Path, models: tuple[Path, Path, Path]) -> None:
+    base, instruct, target = models
+    (target / "tokenizer.json").rename(tmp_path / "shared.json")
+    (target / "tokenizer.json").symlink_to("../shared.json")
+    apply(target, (instruct, base), undo="all")
+    assert not (target / "tokenizer.json").is_symlink()
+    ik.rollback(target)
+    assert (target / "tokenizer.json").read_text() == "{ }"
+    apply(target, (instruct, base), undo="ring")
+    assert (target / ".ires-replaced-1" / "tokenizer.json").is_symlink()
+    assert (tmp_path / "shared.json").read_text() == "{ }"
+
+
+def test_new_files_are_as_accessible_as_the_old_ones(models: tuple[Path, Path, Path]) -> None:
+    base, instruct, target = models
+    (target / "tokenizer.json").chmod(0o640)
+    old = os.umask(0o077)
+    try:
+        apply(target, (instruct, base))
+    finally:
+        os.umask(old)
+    assert (target / "tokenizer.json").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("how", ["touch", "seed", "file"])
+def test_the_same_again_in_another_guise(tmp_path: Path, how: str) -> None:
+    base, instruct, target = triple(tmp_path)
+    ik.extract(base, instruct, tmp_path / "r", sync=False)
+    for residual in ((instruct, base), tmp_path / "r"):
+        other = copy(target, f"other{isinstance(residual, tuple)}")
+        apply(other, residual)
+        before = files_of(other)
+        if how == "touch":
+            for path in [*instruct.iterdir(), *base.iterdir(), *(tmp_path / "r").iterdir()]:
+                os.utime(path)
+        again = other / "model.safetensors" if how == "file" else other
+        assert "nothing was done" in f"{apply(again, residual, seed=5 if how == 'seed' else 0)}"
+        assert files_of(other) == before
+
+
+def test_another_model_of_the_same_shape_is_no_repetition(models: tuple[Path, Path, Path]) -> None:
+    base, instruct, target = models
+    apply(target, (instruct, base), alpha=0.5)
+    before = visible(target)
+    for path in instruct.glob("*.safetensors"):
+        raw = path.read_bytes()
+        path.write_bytes(raw[:-2] + bytes(2))
+    apply(target, (instruct, base), alpha=0.5)
+    assert visible(target) != before
+    for path in instruct.glob("*.safetensors"):
+        os.utime(path)
+    assert "nothing was done" in f"{apply(target, (instruct, base), alpha=0.5)}"
+    apply(target, (instruct, base), alpha=0.5, skip="norm", tag="not all of it is read")
+    for path in instruct.glob("*.safetensors"):
+        os.utime(path)
+    with pytest.raises(StoreError, match=r"this looks like .*, which was applied before, but the files of the other"):
+        apply(target, (instruct, base), alpha=0.5, skip="norm", tag="not all of it is read")
+
+
+def test_another_process_between_the_check_and_the_lock(
+    models: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, instruct, target = models
+    begin = Workplace.begin
+
+    def late(*arguments: Any, **options: Any) -> Workplace:
+        monkeypatch.setattr(Workplace, "begin", begin)
+        apply(target, (instruct, base))
+        return begin(*arguments, **options)
+
+    monkeypatch.setattr(Workplace, "begin", late)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        apply(target, (instruct, base))
+    assert "nothing was done" in f"{apply(target, (instruct, base))}"
+    assert not (target / ".ires-unfinished").exists()
+
+
+@pytest.mark.usefixtures("small")
+def test_a_dry_run_does_not_go_on(models: tuple[Path, Path, Path]) -> None:
+    base, instruct, _ = models
+    target = unfinished(models)
+    before = snapshot(target)
+    with pytest.raises(StoreError, match="this very update is unfinished, and without --dry-run would be gone on with"):
+        apply(target, (instruct, base), dry_run=True)
+    for options in ({"undo": "all"}, {"sha256": True}, {"sync": False}):
+        with pytest.raises(StoreError, match="another update in place is unfinished"):
+            apply(target, (instruct, base), **options)
+    assert snapshot(target) == before
+
+
+def test_the_target_gives_side_files_as_an_input(tmp_path: Path, models: tuple[Path, Path, Path]) -> None:
+    base, _, target = models
+    (target / "chat_template.jinja").write_text("{{ mine }}")
+    before = visible(target)
+    apply(target, (target, base), alpha=0.5)
+    changed = {name for name, raw in visible(target).items() if before.get(name) != raw}
+    assert all(name.endswith(".safetensors") for name in changed)
+    assert manifest(target)["inputs"]["instruct"]["path"] == f"{target}"
+    (tmp_path / "link").symlink_to(target)
+    assert "nothing was done" in f"{apply(target, (tmp_path / 'link', base), alpha=0.5)}"
+
+
+def test_an_undo_outlives_a_restart(models: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    base, instruct, target = models
+    before = visible(target)
+    apply(target, (instruct, base), undo="all", sync=False)
+    monkeypatch.setattr(overwrite, "boot_id", lambda: "another")
+    ik.rollback(target)
+    assert visible(target) == before
+
+
+@pytest.mark.parametrize("name", ["journal", "log"])
+def test_a_damaged_undo_leaves_the_model_alone(models: tuple[Path, Path, Path], name: str) -> None:
+    base, instruct, target = models
+    apply(target, (instruct, base), undo="all")
+    (target / ".ires-undo-1" / name).unlink()
+    with pytest.raises(StoreError, match="is gone, and nobody knows"):
+        ik.rollback(target)
+    assert ik.status(target).state == "finished"
+    assert ik.verify(target)
+
+
+@pytest.mark.usefixtures("small")
+def test_without_undo_a_failure_before_the_first_write_is_none(
+    models: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, instruct, target = models
+
+    def broken(*_: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "a disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "read_into", broken)
+        with pytest.raises(OSError, match="Input/output error"):
+            apply(target, (instruct, base), undo="none")
+    ik.resume(target)
+    assert ik.verify(target)
+
+
+def test_names_of_all_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("plain", "with space", "zeile\nzwei", os.fsdecode(b"no-utf8-\xff"), "journal", "log", "new"):
+        root = tmp_path / name
+        root.mkdir()
+        base, instruct, target = triple(root)
+        apply(target, (instruct, base), undo="all")
+        ik.rollback(target)
+        file = target / name
+        (target / "model.safetensors").rename(file)
+        with pytest.MonkeyPatch.context() as patch:
+            cut_off(patch, journal.Journal, "write", 0)
+            with pytest.raises(Cut):
+                apply(file, (instruct, base))
+        ik.resume(file)
+        assert ik.verify(file)
+        monkeypatch.chdir(target)
+        assert ik.status(".").state == "finished" or file.exists()
+        for command in ("rollback", "resume"):
+            assert main([command, "."]) == 2
+
+
+def test_a_config_that_does_not_fit_the_weights(models: tuple[Path, Path, Path]) -> None:
+    base, instruct, target = models
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
+    with pytest.raises(CheckpointError, match=r"config.json of the target says another dtype than BF16"):
+        apply(target, (instruct, base), dtype="bf16")
+
+
+@pytest.mark.root
+def test_a_bind_mount(tmp_path: Path, models: tuple[Path, Path, Path]) -> None:
+    base, instruct, target = models
+    file = next(target.glob("*.safetensors"))
+    shutil.copy(file, tmp_path / "elsewhere")
+    subprocess.run(["mount", "--bind", f"{tmp_path}/elsewhere", f"{file}"], check=True)
+    try:
+        with pytest.raises(StoreError, match="is a mount point"):
+            apply(target, (instruct, base))
+    finally:
+        subprocess.run(["umount", f"{file}"], check=True)
 
 
 def test_alpha_0_changes_nothing(models: tuple[Path, Path, Path]) -> None:
@@ -802,7 +1049,7 @@ def test_nothing_loads_what_is_unfinished(models: tuple[Path, Path, Path]) -> No
     for loader in (AutoConfig, AutoModelForCausalLM):
         with pytest.raises((OSError, ValueError)):
             loader.from_pretrained(target)
-    assert not list(target.glob("**/[!.]*.safetensors")) or list(target.glob(".ires-unfinished/*.safetensors"))
+    assert not list(target.glob("**/[!.]*.safetensors")) or list(target.glob(".ires-unfinished/model/*.safetensors"))
     assert not list(target.glob("*.safetensors"))
     assert not (target / "config.json").exists()
 

@@ -24,6 +24,7 @@ WINDOWS = [
     Extent("b", 0, 3000), Extent("b", 3000, 5000), Extent("a", 6000, 6100),
 ]  # fmt: skip
 SIZES = {"a": 7000, "b": 5000}
+LOG = 4096
 UNDO = {"ring": 2, "all": len(WINDOWS)}
 
 
@@ -51,7 +52,8 @@ class Opened:
 
     def __init__(self, folder: Path, slots: int, *, sync: bool = True) -> None:
         self.fds = {name: os.open(folder / name, os.O_RDWR) for name in SIZES}
-        self.journal = Journal(folder, self.fds, WINDOWS, slots, sync=sync)
+        new = not (folder / "log").exists()
+        self.journal = Journal(folder, self.fds, WINDOWS, slots, LOG, sync=sync, new=new)
 
     def __enter__(self) -> Journal:
         return self.journal
@@ -114,7 +116,6 @@ def update(opened: Journal, *, writers: int = 2, first: int = 0, stop: int = len
 def test_all_is_new_in_the_end(tmp_path: Path, slots: int, writers: int) -> None:
     folder = made(tmp_path / "d")
     with Opened(folder, slots) as opened:
-        opened.allocate()
         if slots:
             blocks = (folder / "journal").stat().st_size
             assert blocks <= slots * (4096 + 4096), "no more room than the slots take"
@@ -198,14 +199,12 @@ def check_after_a_cut(folder: Path, undo: str) -> None:
 @pytest.mark.parametrize("undo", UNDO)
 def test_a_power_cut_at_every_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undo: str) -> None:
     folder = made(tmp_path / "d")
-    with Opened(folder, UNDO[undo]) as opened:
-        opened.allocate()
-        with monkeypatch.context() as patch:
-            disk = Disk(folder, patch)
-            opened.recover()
-            update(opened)
-            opened.finish()
-    assert sum(op[0] == "sync" for op in disk.ops) == 3 * len(WINDOWS), "journal, file and log, once a window"
+    with Opened(folder, UNDO[undo]) as opened, monkeypatch.context() as patch:
+        disk = Disk(folder, patch)
+        opened.recover()
+        update(opened)
+        opened.finish()
+    assert sum(op[0] == "sync" for op in disk.ops) == 3 * len(WINDOWS) + 1, "journal, file and log, once a window"
     luck = random.Random(5)
     finished = 0
     for at in range(len(disk.ops) + 1):
@@ -219,12 +218,10 @@ def test_a_power_cut_at_every_point(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_power_cut_in_the_recovery_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = made(tmp_path / "d")
-    with Opened(folder, 2) as opened:
-        opened.allocate()
-        with monkeypatch.context() as patch:
-            disk = Disk(folder, patch)
-            update(opened, stop=4)
-            opened.finish()
+    with Opened(folder, 2) as opened, monkeypatch.context() as patch:
+        disk = Disk(folder, patch)
+        update(opened, stop=4)
+        opened.finish()
     luck = random.Random(6)
     for turn, at in enumerate(range(5, len(disk.ops), 3)):
         where = tmp_path / f"first-{turn}"
@@ -243,11 +240,10 @@ def test_what_is_put_back_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """After it the journal may go."""
     folder = made(tmp_path / "d")
     with Opened(folder, len(WINDOWS)) as opened:
-        opened.allocate()
         update(opened)
         opened.finish()
     if how == "recover":  # no window has its record
-        (folder / "log").write_bytes(b"")
+        (folder / "log").write_bytes(bytes(LOG))
     with Opened(folder, len(WINDOWS)) as opened, monkeypatch.context() as patch:
         disk = Disk(folder, patch)
         opened.check_restorable()
@@ -274,7 +270,6 @@ def test_every_call_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         error = None
         try:
             with Opened(folder, slots) as opened:
-                opened.allocate()
                 opened.recover()
                 with monkeypatch.context() as patch:
                     patch.setattr(os, call, failing)
@@ -310,7 +305,6 @@ def test_without_undo_only_a_run_that_ended_in_order_is_gone_on_with(tmp_path: P
 def test_a_ring_says_what_it_no_longer_has(tmp_path: Path) -> None:
     folder = made(tmp_path / "d")
     with Opened(folder, 2) as opened:
-        opened.allocate()
         update(opened, stop=2)
     with Opened(folder, 2) as opened:
         opened.check_restorable()
@@ -318,7 +312,6 @@ def test_a_ring_says_what_it_no_longer_has(tmp_path: Path) -> None:
         assert contents(folder) == OLD
     folder = made(tmp_path / "e")
     with Opened(folder, 2) as opened:
-        opened.allocate()
         update(opened, stop=4)
     text = r"4 of its 6 windows are new, .* of \d of them"
     with Opened(folder, 2) as opened, pytest.raises(JournalError, match=text):
@@ -328,7 +321,6 @@ def test_a_ring_says_what_it_no_longer_has(tmp_path: Path) -> None:
 def test_waiting_ends_when_the_writers_fail(tmp_path: Path) -> None:
     folder = made(tmp_path / "d")
     with Opened(folder, 2) as opened:
-        opened.allocate()
         opened.start()
         opened.wait(0)
 
@@ -349,7 +341,6 @@ def test_a_file_that_was_cut(tmp_path: Path) -> None:
 
     def cut_and_update() -> None:
         with Opened(folder, 2) as opened:
-            opened.allocate()
             os.truncate(folder / "a", 1500)
             update(opened)
 
@@ -358,9 +349,25 @@ def test_a_file_that_was_cut(tmp_path: Path) -> None:
     assert caught.value.filename == "a"
 
 
+@pytest.mark.parametrize("name", ["journal", "log"])
+@pytest.mark.parametrize("what", ["gone", "cut"])
+def test_without_all_of_it_nothing_is_gone_on_with(tmp_path: Path, name: str, what: str) -> None:
+    folder = made(tmp_path / "d")
+    with Opened(folder, 2) as opened:
+        update(opened, stop=3)
+    if what == "gone":
+        (folder / name).unlink()
+        (folder / f"{name}.elsewhere").write_text("")
+    else:
+        os.truncate(folder / name, 1000)
+    before = contents(folder)
+    with pytest.raises(JournalError, match=f"{name} (is gone|was cut), and nobody knows which of its bytes are new"):
+        Journal(folder, {}, WINDOWS, 2, LOG, sync=False, new=False)
+    assert contents(folder) == before
+
+
 def test_slots_are_no_larger_than_what_they_hold(tmp_path: Path) -> None:
     folder = made(tmp_path / "d")
-    with Opened(folder, len(WINDOWS)) as opened:
-        opened.allocate()
+    with Opened(folder, len(WINDOWS)):
         assert (folder / "journal").stat().st_size == len(WINDOWS) * 2 * 4096
     assert journal.AHEAD == 2

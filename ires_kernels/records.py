@@ -1,0 +1,91 @@
+"""What was applied to a model in place before, as its manifest tells; and whether the model still is what that made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ires_kernels import manifest, stream
+from ires_kernels.checkpoint import Checkpoint, TensorRef
+from ires_kernels.plan import Plan
+from ires_kernels.rules import Rules
+from ires_kernels.steps import Step
+from ires_kernels.store import StoreError
+
+
+def applied(target: Checkpoint) -> list[dict[str, Any]]:
+    """What was applied to this model, as long as its bytes are still the result of that; the last one last."""
+    found: list[dict[str, Any]] = []
+    for table in _manifests(target):
+        entry = table.get("in_place")
+        if isinstance(entry, dict) and unchanged(target, table):
+            found += [*entry.get("history", []), manifest.history_entry(table)]
+    return found
+
+
+def repeated(plan: Plan, recipe: str, history: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The entry of the history that is what `plan` would do; files are compared by size and time, or else by hash.
+
+    Raises StoreError where that cannot be told.
+    """
+    for entry in history:
+        if entry.get("recipe") == recipe:
+            others = plan.inputs.keys() - plan.roles_of_target()
+            same = [_is_same(plan.inputs[role], entry.get("inputs", {}).get(role, {})) for role in sorted(others)]
+            if None in same:
+                raise StoreError(
+                    f"{plan.inputs['target'].path}: this looks like {entry.get('id')}, which was applied before, but "
+                    "the files of the other models have other times now. To apply it once more, give it a --tag."
+                )
+            if all(same):
+                return entry
+    return None
+
+
+def unchanged(target: Checkpoint, table: Mapping[str, Any]) -> bool:
+    """Whether the model is what the manifest of an update in place says: by size and time, or else by all hashes."""
+    recorded = table.get("in_place", {}).get("files", {})
+    if not all(shard.path.name in recorded for shard in target.shards):
+        return False
+    now = {shard.path.name: [shard.file_id.size, shard.file_id.mtime_ns] for shard in target.shards}
+    if all(recorded[name] == stamp for name, stamp in now.items()):
+        return True
+    hashes = {name: entry.get("xxh3_128") for name, entry in table.get("tensors", {}).items()}
+    refs = [ref for name, ref in target.tensors.items() if hashes.get(name)]
+    found = _hashes(target, refs)
+    return bool(found) and all(hashes[name] == digest for name, digest in found.items())
+
+
+def _is_same(checkpoint: Checkpoint, recorded: Mapping[str, Any]) -> bool | None:
+    """Whether an input is the one that was recorded; None when nobody knows."""
+    if recorded.get("files") == manifest.stamps(checkpoint):
+        return True
+    if recorded.get("digest") is None:
+        return None
+    refs = checkpoint.tensors.values()
+    now = _hashes(checkpoint, refs)
+    return bool(manifest.digest((r.name, r.dtype, r.shape, now[r.name]) for r in refs) == recorded["digest"])
+
+
+def _hashes(checkpoint: Checkpoint, refs: Iterable[TensorRef]) -> dict[str, str]:
+    steps = [
+        Step(ref.name, ref.dtype, ref.shape, "copy", ("input",), (ref,), file=ref.path.name, nbytes=ref.nbytes)
+        for ref in refs
+    ]
+    file_ids = {shard.path: shard.file_id for shard in checkpoint.shards}
+    return stream.run(steps, file_ids, Rules(), lambda *_: None).outputs
+
+
+def _manifests(target: Checkpoint) -> list[Mapping[str, Any]]:
+    """That of the model, and that of the same file under its other name: alone, or as the weights of its folder."""
+    tables: list[Mapping[str, Any]] = [target.manifest or {}]
+    if len(target.shards) == 1:
+        file = target.shards[0].path
+        other = file.with_name(f"{file.name}.ires.json") if target.path.is_dir() else file.with_name("ires.json")
+        try:
+            table = json.loads(other.read_bytes())
+        except (OSError, ValueError):
+            return tables
+        tables += [table] if isinstance(table, dict) else []
+    return tables
