@@ -64,6 +64,8 @@ def check(target: Path, names: Iterable[str]) -> None:
         raise StoreError(f"{target}: lies in the Hugging Face cache {cache}, whose files serve several models. {_COPY}")
     mounts = _mount_points()
     for path in (folder / name for name in names):
+        if not _is_utf8(path.name):
+            raise StoreError(f"{path!r}: its name is not UTF-8, and a manifest cannot tell it. Rename the file.")
         status = os.lstat(path)
         if stat.S_ISLNK(status.st_mode):
             raise StoreError(f"{path}: is a symbolic link to {os.path.realpath(path)}. {_COPY}")
@@ -310,6 +312,14 @@ def take_undo(target: Path) -> Workplace:
         os.rename(kept, work_folder(target))
         fsync_folder(_folder(target))
     return Workplace.take(target)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _take_after(new: Path, old: Path) -> None:

@@ -89,7 +89,7 @@ def build(
             name: {"reason": reason, "dtype": ref.dtype, "shape": list(ref.shape)}
             for name, (reason, ref) in plan.not_stored.items()
         }
-    return (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+    return (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode(errors="replace")
 
 
 def read(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -408,9 +408,10 @@ def test_inputs_that_changed_meanwhile(models: tuple[Path, Path, Path], monkeypa
     (instruct / "tokenizer.json").write_text("{  }")  # it was copied before anything began
     file = sorted(instruct.glob("*.safetensors"))[0]
     raw = file.read_bytes()
-    file.write_bytes(raw[:-40] + bytes(40))
+    start = 8 + int.from_bytes(raw[:8], "little")
+    file.write_bytes(raw[:start] + bytes(40) + raw[start + 40 :])
     with pytest.raises(
-        CheckpointError, match=r"is not the file that the interrupted merge has read: its tensor '.*' is an"
+        CheckpointError, match=r"not the file that the interrupted merge has read: its tensor '.*' is an"
     ):
         ik.resume(target)
     file.write_bytes(raw + b" ")
@@ -776,8 +777,7 @@ def test_names_of_all_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ik.resume(file)
         assert ik.verify(file)
         monkeypatch.chdir(target)
-        assert ik.status(".").state == "finished" or file.exists()
-        for command in ("rollback", "resume"):
+        for command in ("status", "rollback", "resume"):
             assert main([command, "."]) == 2
 
 
