@@ -770,6 +770,10 @@ def test_names_of_all_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ik.rollback(target)
         file = target / name
         (target / "model.safetensors").rename(file)
+        if "utf8" in name:
+            with pytest.raises(StoreError, match="its name is not UTF-8"):
+                apply(file, (instruct, base))
+            continue
         with pytest.MonkeyPatch.context() as patch:
             cut_off(patch, journal.Journal, "write", 0)
             with pytest.raises(Cut):
