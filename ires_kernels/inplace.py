@@ -79,7 +79,7 @@ def check(target: Path, names: Iterable[str]) -> None:
             raise StoreError(f"{path}: is a mount point. {_COPY}")
         try:
             os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
-        except OSError as error:
+        except PermissionError as error:
             raise StoreError(f"{path}: cannot be written: {error.strerror}. {_COPY}") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise StoreError(f"{folder}: no permission to make files in it, which the journal needs. {_COPY}")
