@@ -44,6 +44,10 @@ class FileId(NamedTuple):
         status = os.stat(path)
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
+    def stamp(self) -> dict[str, int]:
+        """What survives a move to another disk."""
+        return {"size": self.size, "mtime_ns": self.mtime_ns}
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:

@@ -48,7 +48,11 @@ class Extent(NamedTuple):
 
 
 class JournalError(ValueError):
-    """What cannot be brought back, and why."""
+    """Why nobody knows any more which bytes are new."""
+
+
+class UndoGone(JournalError):
+    """Why old bytes cannot be brought back; the update can still be finished."""
 
 
 class Journal:
@@ -140,16 +144,17 @@ class Journal:
             return
         self._put_back(self._held(range(done, len(self.windows))))
 
-    def check_restorable(self) -> None:
-        """Raise JournalError where the old bytes of some window that is new are gone."""
+    def check_restorable(self, *, ended: bool) -> None:
+        """Raise UndoGone where old bytes are gone: of a window that is new, or once the run has `ended`, of any."""
         self._read_log()
         if not self._slots and self._begun:
             raise JournalError("--no-undo kept no old bytes")
-        held = self._held(range(len(self.records)))
-        if len(held) < len(self.records):
-            raise JournalError(
-                f"{len(self.records)} of its {len(self.windows)} windows are new, and the old bytes of {len(held)} of "
-                "them are still there (--keep-undo keeps all). It can only be finished"
+        new = len(self.windows) if ended else len(self.records)
+        held = self._held(range(new))
+        if len(held) < new:
+            raise UndoGone(
+                f"{new} of its {len(self.windows)} windows are new, and the old bytes of {len(held)} of them are still "
+                "there (--keep-undo keeps all)"
             )
 
     def restore(self) -> None:

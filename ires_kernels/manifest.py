@@ -154,9 +154,7 @@ def digest(tensors: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
 
 def stamps(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
     """Size and time of its weights, by name."""
-    return {
-        shard.path.name: {"size": shard.file_id.size, "mtime_ns": shard.file_id.mtime_ns} for shard in checkpoint.shards
-    }
+    return {shard.path.name: shard.file_id.stamp() for shard in checkpoint.shards}
 
 
 def _input(checkpoint: Checkpoint, hashes: Mapping[str, str], path: str) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Operation:
     """As id, but the same before and after the target has changed."""
     names: list[str] = field(default_factory=list)
     """Files of the target that are hidden."""
-    stamps: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    stamps: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
     """Size and mtime_ns of the weights of all inputs before, by role and name."""
     log_size: int = 0
     """Bytes that are reserved for the log."""
@@ -101,16 +101,16 @@ def same_plan(operation: Operation, plan_id: str, version: str) -> None:
         )
 
 
-def as_it_was(checkpoint: Checkpoint, stamps: Mapping[str, list[int]]) -> tuple[Checkpoint, list[Path]]:
+def as_it_was(checkpoint: Checkpoint, stamps: Mapping[str, Mapping[str, int]]) -> tuple[Checkpoint, list[Path]]:
     """A checkpoint with the times that its files had when the operation began, so that it gives the same Plan.
 
     Also returns the files that have other times now. Those of another size are left as they are.
     """
     shards, changed = [], []
     for shard in checkpoint.shards:
-        size, mtime = stamps.get(shard.path.name, (-1, -1))
-        if size == shard.file_id.size and mtime != shard.file_id.mtime_ns:
+        known = stamps.get(shard.path.name, {})
+        if known != shard.file_id.stamp() and known.get("size") == shard.file_id.size:
             changed.append(shard.path)
-            shard = replace(shard, file_id=shard.file_id._replace(mtime_ns=mtime))
+            shard = replace(shard, file_id=shard.file_id._replace(**known))
         shards.append(shard)
     return replace(checkpoint, shards=tuple(shards)), changed

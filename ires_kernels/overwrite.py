@@ -26,7 +26,7 @@ from ires_kernels.backends import Tally
 from ires_kernels.checkpoint import Checkpoint, FileId, open_checkpoint
 from ires_kernels.inplace import Workplace
 from ires_kernels.inputs import absolute, open_inputs
-from ires_kernels.journal import AHEAD, Extent, Journal, JournalError
+from ires_kernels.journal import AHEAD, Extent, Journal, JournalError, UndoGone
 from ires_kernels.names import FLOATS
 from ires_kernels.operation import Operation, as_it_was, same_plan
 from ires_kernels.plan import VERSION, Plan, plan_apply
@@ -91,7 +91,7 @@ def apply(
                 undo=undo,
                 recipe=recipe,
                 names=names,
-                stamps={role: stamps(checkpoint) for role, checkpoint in plan.inputs.items()},
+                stamps={role: manifest.stamps(checkpoint) for role, checkpoint in plan.inputs.items()},
                 log_size=_NAMES + sum(_OF_TENSOR + 4 * len(step.name) for step in steps) + _OF_WINDOW * len(windows),
                 windows=[[window.file, window.start, window.stop] for window in windows],
                 copies=dict(copies),
@@ -160,13 +160,13 @@ def rollback(place: Workplace) -> str:
         raise StoreError(
             f"{place.target}: all of it is new, and the old bytes were not kept. `ires resume {place.target}` finishes."
         )
-    kept = None
     if place.phase() != "restored":
-        if operation.undo != "all":  # else every old byte is there, with a hash
+        ended = place.phase() not in ("operation", "withdraw")
+        if not ended:  # else all old bytes are there, with their hashes, or it is refused
             _check_boot(place, operation)
         place.move_in(operation.names)
         with _refused(place, "cannot be rolled back: "), _journal(place.work, operation, place.model) as journal:
-            journal.check_restorable()
+            journal.check_restorable(ended=ended)
             if place.phase() == "operation":
                 place.advance("withdraw")
             elif place.phase() in ("installing", "finished"):
@@ -235,9 +235,10 @@ def _refused(place: Workplace, what: str = "") -> Iterator[None]:
     """Say of which model a journal does not have what is needed, and what to do then."""
     try:
         yield
+    except UndoGone as error:
+        raise StoreError(f"{place.target}: {what}{error}. `ires resume {place.target}` finishes it.") from None
     except JournalError as error:
-        way = "" if "finished" in f"{error}" else f" {_copy_again(place)}"
-        raise StoreError(f"{place.target}: {what}{error}.{way}") from None
+        raise StoreError(f"{place.target}: {what}{error}. {_copy_again(place)}") from None
 
 
 def hidden_names(target: Checkpoint) -> list[str]:
@@ -246,11 +247,6 @@ def hidden_names(target: Checkpoint) -> list[str]:
     if target.path.is_dir():
         names += [name for name in (target.index_name, "config.json") if name and (target.path / name).exists()]
     return names
-
-
-def stamps(checkpoint: Checkpoint) -> dict[str, list[int]]:
-    """Size and mtime_ns of its weights, by name."""
-    return {shard.path.name: [shard.file_id.size, shard.file_id.mtime_ns] for shard in checkpoint.shards}
 
 
 def _stage(place: Workplace, plan: Plan) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -387,7 +383,7 @@ def _write_manifest(place: Workplace, operation: Operation, plan: Plan, outcome:
     entry = {
         "recipe": operation.recipe,
         "undo": operation.undo,
-        "files": {name: [file_id.size, file_id.mtime_ns] for name, file_id in file_ids.items()},
+        "files": {name: file_id.stamp() for name, file_id in file_ids.items()},
         "history": operation.history,
     }
     sums = manifest.sha256(weights) if operation.sha256 else {}

@@ -48,8 +48,7 @@ def unchanged(target: Checkpoint, table: Mapping[str, Any]) -> bool:
     recorded = table.get("in_place", {}).get("files", {})
     if not all(shard.path.name in recorded for shard in target.shards):
         return False
-    now = {shard.path.name: [shard.file_id.size, shard.file_id.mtime_ns] for shard in target.shards}
-    if all(recorded[name] == stamp for name, stamp in now.items()):
+    if all(recorded[name] == stamp for name, stamp in manifest.stamps(target).items()):
         return True
     hashes = {name: entry.get("xxh3_128") for name, entry in table.get("tensors", {}).items()}
     refs = [ref for name, ref in target.tensors.items() if hashes.get(name)]

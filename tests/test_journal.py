@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from ires_kernels import journal
-from ires_kernels.journal import Extent, Journal, JournalError, count_records
+from ires_kernels.journal import Extent, Journal, JournalError, UndoGone, count_records
 
 SECTOR = 512
 WINDOWS = [
@@ -188,7 +188,7 @@ def check_after_a_cut(folder: Path, undo: str) -> None:
         done = len(opened.records)
         assert contents(folder) == expected(done)
         if undo == "all":
-            opened.check_restorable()
+            opened.check_restorable(ended=False)
             opened.restore()
             assert contents(folder) == OLD
             return
@@ -246,7 +246,7 @@ def test_what_is_put_back_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (folder / "log").write_bytes(bytes(LOG))
     with Opened(folder, len(WINDOWS)) as opened, monkeypatch.context() as patch:
         disk = Disk(folder, patch)
-        opened.check_restorable()
+        opened.check_restorable(ended=False)
         getattr(opened, how)()
     luck = random.Random(7)
     for turn in range(20):
@@ -299,7 +299,7 @@ def test_without_undo_only_a_run_that_ended_in_order_is_gone_on_with(tmp_path: P
     with Opened(folder, 0) as opened, pytest.raises(JournalError, match="part old and part new"):
         opened.recover()
     with Opened(folder, 0) as opened, pytest.raises(JournalError, match="--no-undo kept no old bytes"):
-        opened.check_restorable()
+        opened.check_restorable(ended=False)
 
 
 def test_a_ring_says_what_it_no_longer_has(tmp_path: Path) -> None:
@@ -307,15 +307,17 @@ def test_a_ring_says_what_it_no_longer_has(tmp_path: Path) -> None:
     with Opened(folder, 2) as opened:
         update(opened, stop=2)
     with Opened(folder, 2) as opened:
-        opened.check_restorable()
+        opened.check_restorable(ended=False)
         opened.restore()
         assert contents(folder) == OLD
     folder = made(tmp_path / "e")
     with Opened(folder, 2) as opened:
         update(opened, stop=4)
     text = r"4 of its 6 windows are new, .* of \d of them"
-    with Opened(folder, 2) as opened, pytest.raises(JournalError, match=text):
-        opened.check_restorable()
+    with Opened(folder, 2) as opened, pytest.raises(UndoGone, match=text):
+        opened.check_restorable(ended=False)
+    with Opened(folder, 2) as opened, pytest.raises(UndoGone, match="6 of its 6 windows are new"):
+        opened.check_restorable(ended=True)
 
 
 def test_waiting_ends_when_the_writers_fail(tmp_path: Path) -> None:
