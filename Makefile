@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
+WORKERS ?= 2
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml setup.py MANIFEST.in $(wildcard csrc/*)
 
@@ -43,7 +44,7 @@ reproduce: $(VENV)/installed
 	nice -n 19 $(BIN)/python examples/continual/reproduce.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS)
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m "not gpu and not root and not torture"
