@@ -360,7 +360,7 @@ def _path(arguments: argparse.Namespace) -> Path | None:
     """What a command writes, None if it only reads."""
     if arguments.run not in (_extract, _apply, _resume, _rollback):
         return None
-    return Path(os.path.abspath(getattr(arguments, "path", None) or arguments.out or arguments.target))
+    return Path(getattr(arguments, "path", None) or arguments.out or arguments.target)
 
 
 def _unfinished(arguments: argparse.Namespace) -> str:
@@ -377,12 +377,16 @@ def _unfinished(arguments: argparse.Namespace) -> str:
 def _state(arguments: argparse.Namespace) -> str:
     """What a failed merge has left, and the next step."""
     path = _path(arguments)
-    if path is None or _unfinished(arguments):
-        return _unfinished(arguments)
-    if arguments.run is _rollback or (getattr(arguments, "in_place", False) and path.exists()):
-        return f"{path} is as it was, or finished: `ires status {path}` says which."
-    if path.exists():
-        return f"There is something at {path}: `ires verify {path}` says whether it is the complete output."
+    unfinished_there = _unfinished(arguments)
+    if path is None or unfinished_there:
+        return unfinished_there
+    try:
+        if arguments.run is _rollback or (getattr(arguments, "in_place", False) and path.exists()):
+            return f"{path} is as it was, or finished: `ires status {path}` says which."
+        if path.exists():
+            return f"There is something at {path}: `ires verify {path}` says whether it is the complete output."
+    except OSError:
+        return f"`ires status {path}` says what is left of it."
     return f"{path} was not written and nothing is left of it."
 
 

@@ -298,7 +298,7 @@ class Workplace:
     def _sync(self, *folders: Path) -> None:
         if self.sync:
             for folder in folders:
-                fsync_folder(folder)
+                fsync_folder(folder, self._lock)
 
     def _sync_below(self, name: str) -> None:
         for folder, _, _ in os.walk(self.work / name):

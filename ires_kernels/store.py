@@ -230,7 +230,7 @@ class NewFolder:
             os.rename(self.partial, self.out)
             self._renamed = True
             if self._sync:
-                fsync_folder(self.out.parent)
+                fsync_folder(self.out.parent, self._lock)
             tidy(self.out)
 
     def __exit__(
@@ -275,7 +275,7 @@ def discard(out: Path) -> None:
                 else:
                     path.unlink()
             partial.rmdir()
-            fsync_folder(partial.parent)
+            fsync_folder(partial.parent, fd)
         finally:
             os.close(fd)
 
@@ -407,13 +407,19 @@ def fsync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def fsync_folder(path: str | os.PathLike[str]) -> None:
-    """Make durable which names the folder has."""
+def fsync_folder(path: str | os.PathLike[str], witness: int = -1) -> None:
+    """Make durable which names the folder has.
+
+    witness  descriptor of a file beside it: on XFS fsync of a folder is silent when the file system has just gone down,
+             and that of a file is not
+    """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
+    if witness >= 0:
+        os.fsync(witness)
 
 
 def boot_id() -> str:

@@ -91,6 +91,7 @@ def test_order_of_syncs_and_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("fsync", "out.partial"),
         ("rename", "out"),
         ("fsync", "."),
+        ("fsync", f"out/{MARKER}"),
         ("unlink", "out/.ires-a.bin.done"),
         ("unlink", f"out/{MARKER}"),
     ]
