@@ -39,7 +39,7 @@ class Status:
 
 def status(path: StrPath) -> Status:
     """Look at a model, or at an output that is not there yet; changes nothing."""
-    path = Path(os.path.abspath(path))
+    path = Path(path)
     try:
         return _look(path)
     except FileNotFoundError:  # it went on between two looks
