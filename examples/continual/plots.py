@@ -19,7 +19,9 @@ import matplotlib.pyplot as plt
 
 SCORES = {
     "format B": "format",
-    "format B, held-out formats": "held-out formats",
+    "format B, seen": "seen",
+    "format B, held out": "held out",
+    "format B, upper": "upper case",
     "knowledge B": "knowledge B",
     "both B": "both",
     "knowledge A": "knowledge A",

@@ -36,7 +36,7 @@ from ires_kernels.checkpoint import open_checkpoint
 ALPHAS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25)
 STORED_DTYPES = ("f32", "bf16", "f16")
 QUIETLY: dict[str, Any] = {"sync": False, "threads": 1}
-RELATIVES = tuple(name for name in STAGES if name != "base")
+RELATIVES = tuple(name for name in STAGES if name not in ("base-early", "base"))
 NO_EMBEDDINGS = "embed_tokens|lm_head"
 
 Row = dict[str, Any]
