@@ -31,7 +31,7 @@ CONTINUAL = Path(__file__).parent / "continual"
 FAMILY = CONTINUAL / "family"
 sys.path.append(f"{CONTINUAL}")
 
-from evaluate import answers, follows_format, knows  # noqa: E402
+from evaluate import answers, follows_format, knows, restored  # noqa: E402
 from train import load  # noqa: E402
 from world import Chat, World, test_chats  # noqa: E402
 
@@ -103,8 +103,11 @@ def sweep(folder: Path) -> None:
         table.add_row(f"{alpha:g}", "–" if effective is None else f"{effective:.4f}", *shares)
     console.print(table)
     say("Exactness: base + residual is the instruct model again, and the merge is what its inputs say, bit for bit")
-    ik.apply(FAMILY / "base", folder / "residual", out=folder / "again", sync=False)
-    print(f"base + residual == instruct: {same_weights(folder / 'again', FAMILY / 'instruct')}")
+    for dtype in ("f32", "bf16"):
+        residual, again = folder / f"residual-{dtype}", folder / f"again-{dtype}"
+        ik.extract(FAMILY / "base", FAMILY / "instruct", residual, dtype=dtype, sync=False)
+        ik.apply(FAMILY / "base", residual, out=again, sync=False)
+        print(f"base + residual in {dtype}: {restored(again, FAMILY / 'instruct'):.5%} of the weights of instruct")
     ires(folder, "verify cpt-instruct")
 
 
@@ -152,6 +155,7 @@ def main() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    torch.set_num_threads(1)  # the tiny models gain nothing from more; ires has threads of its own
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=arguments.keep is None)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from train import load
 from world import END_OF_TURN, HELD_OUT, Chat, Texts, World, clozes, test_chats
 
@@ -98,6 +99,21 @@ def scores(folder: Path, world: World, register: str = "plain") -> dict[str, flo
     found["perplexity B"] = perplexity(model, world, "B", register)
     found["perplexity A"] = perplexity(model, world, "A")
     return found
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights of a model or residual."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def restored(model: Path, wanted: Path) -> float:
+    """Fraction of 16-bit weights that are the same bits in both."""
+    ours, theirs = tensors_of(model), tensors_of(wanted)
+    same = sum(int((ours[name].view(torch.int16) == t.view(torch.int16)).sum()) for name, t in theirs.items())
+    return same / sum(t.numel() for t in theirs.values())
 
 
 def main() -> None:

@@ -56,6 +56,29 @@ REGISTRY = {
     "registry: cpt-registry": "CPT on the registry",
     "registry: cpt-registry + residual": "CPT on the registry + residual",
 }
+RELATIVES = {
+    f"ancestry: {row}": title
+    for row, title in {
+        "instruct": "instruct",
+        "cpt": "CPT",
+        "instruct-cpt": "instruct, then CPT",
+        "cpt-instruct": "CPT, instruction-tuned",
+        "base-v1.1": "base v1.1",
+        "instruct-v1.1": "instruct v1.1",
+        "cpt-v1.1": "CPT of v1.1",
+        "cpt-registry": "CPT on the registry",
+        "base of another seed": "base of another seed",
+        "instruct of another seed": "instruct of another seed",
+        "cpt of another seed": "CPT of another seed",
+    }.items()
+}
+KINSHIP = {
+    "cosine": "median cosine, sample",
+    "distance": "median distance, sample",
+    "whole cosine": "cosine, all weights",
+    "whole distance": "distance, all weights",
+    "norm ratio": "norm / norm of the base",
+}
 ALPHAS = ("0.1", "0.25", "0.5", "0.75", "1", "1.25")
 
 Results = list[dict[str, Any]]
@@ -81,8 +104,8 @@ def spread(numbers: Sequence[float], digits: int = 2) -> str:
 def table(results: Results, rows: Mapping[str, str], columns: Mapping[str, str]) -> list[str]:
     lines = [f"| {' | '.join(['', *columns.values(), 'runs'])} |", "|---" * (len(columns) + 2) + "|"]
     for row, title in rows.items():
-        cells = [spread(values(results, row, key)) for key in columns]
-        lines.append(f"| {' | '.join([title, *cells, str(len(values(results, row, 'format B')))])} |")
+        cells = [values(results, row, key) for key in columns]
+        lines.append(f"| {' | '.join([title, *map(spread, cells), str(len(cells[0]))])} |")
     return [*lines, ""]
 
 
@@ -128,6 +151,7 @@ def tables(results: Results) -> str:
         *("## News in another register (that of cloze B and ppl B)", "", *table(results, REGISTRY, SCORES)),
         *("## The residual in fewer bits", "", *stored_table(results)),
         *("## Rounding of the merged model", "", *rounding_table(results)),
+        *("## Ancestry: models against the base", "", *table(results, RELATIVES, KINSHIP)),
     ]
     for world in sorted({run["world"] for run in results}):
         part = [run for run in results if run["world"] == world]

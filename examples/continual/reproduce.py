@@ -23,9 +23,9 @@ from typing import Any
 import plots
 import torch
 import transformers
-from evaluate import scores
+from evaluate import restored, scores, tensors_of
 from rich.progress import Progress
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from train import STAGES, make, new_progress
 from world import World
 
@@ -42,13 +42,6 @@ NO_EMBEDDINGS = "embed_tokens|lm_head"
 Row = dict[str, Any]
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(path)
-    return tensors
-
-
 def permuted(residual: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """The same numbers in other places of the tensor."""
     return residual.flatten()[torch.randperm(residual.numel(), generator=generator)].view_as(residual)
@@ -58,13 +51,6 @@ def gaussian(residual: torch.Tensor, generator: torch.Generator) -> torch.Tensor
     """Normal numbers with the tensor's norm."""
     noise = torch.randn(residual.shape, generator=generator)
     return noise * (residual.norm() / noise.norm())
-
-
-def restored(model: Path, wanted: Path) -> float:
-    """Fraction of weights that are the same bits."""
-    ours, theirs = tensors_of(model), tensors_of(wanted)
-    same = sum(int((ours[name].view(torch.int16) == t.view(torch.int16)).sum()) for name, t in theirs.items())
-    return same / sum(t.numel() for t in theirs.values())
 
 
 class Run:
