@@ -29,6 +29,11 @@ SCORES = {
     "perplexity B": "ppl B",
     "perplexity A": "ppl A",
 }
+PARTS = {
+    f"{score} B, {part}": f"{score}, {title}"
+    for part, title in (("seen", "seen"), ("held out", "held out"), ("upper", "upper case"))
+    for score in ("format", "knowledge")
+}
 CLAIM = {
     "base": "base",
     "instruct": "instruct",
@@ -145,6 +150,7 @@ def tables(results: Results) -> str:
         f"Made by `plots.py` from the JSON files here; mean ± sample standard deviation over {runs}.",
         "",
         *("## The claim", "", *table(results, CLAIM, SCORES)),
+        *("## The same by kind of format", "", *table(results, CLAIM, PARTS)),
         *("## Controls", "", *table(results, CONTROLS, SCORES)),
         *("## Alpha, on the CPT model", "", *table(results, sweep, SCORES)),
         *("## Portability between versions", "", *table(results, PORTABILITY, SCORES)),
@@ -153,7 +159,8 @@ def tables(results: Results) -> str:
         *("## Rounding of the merged model", "", *rounding_table(results)),
         *("## Ancestry: models against the base", "", *table(results, RELATIVES, KINSHIP)),
     ]
-    for world in sorted({run["world"] for run in results}):
+    worlds = sorted({run["world"] for run in results})
+    for world in worlds if len(worlds) > 1 else []:
         part = [run for run in results if run["world"] == world]
         lines += [f"## World {world} alone", "", *table(part, CLAIM, SCORES)]
     return "\n".join(lines)
@@ -195,7 +202,7 @@ def alpha_plot(results: Results, folder: Path) -> None:
 
 def trade_plot(results: Results, folder: Path) -> None:
     """Format against knowledge and against perplexity: one point a model, the path of alpha between them."""
-    names = {row: title.replace("**", "") for row, title in CLAIM.items()}
+    names = {row: title.replace("**", "") for row, title in CLAIM.items() if values(results, row, "format B")}
     path = ["cpt", *(f"alpha {alpha}, nearest" for alpha in ALPHAS)]
     figure, panels = plt.subplots(1, 2, figsize=(10.5, 4.4), sharey=True)
     for axes, key in zip(panels, ("knowledge B", "perplexity B"), strict=True):
