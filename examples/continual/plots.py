@@ -193,7 +193,7 @@ def alpha_plot(results: Results, folder: Path) -> None:
         low, high = [m - s for m, s in points], [m + s for m, s in points]
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     top.set(ylabel="share", ylim=(-0.03, 1.03), title=f"CPT base + alpha · residual, {len(results)} runs, mean ± sd")
-    bottom.set(xlabel="alpha", ylabel="perplexity", yscale="log")
+    bottom.set(xlabel="alpha", ylabel="perplexity")
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
         axes.legend()
@@ -214,7 +214,7 @@ def trade_plot(results: Results, folder: Path) -> None:
         for row, title in names.items():
             (x, dx), (y, dy) = _centre(results, row, key), _centre(results, row, "format B")
             axes.errorbar(x, y, xerr=dx, yerr=dy, marker="o", capsize=3, linestyle="", label=title)
-        axes.set(xlabel=SCORES[key], xscale="log" if key.startswith("perplexity") else "linear")
+        axes.set(xlabel=SCORES[key])
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="format", ylim=(-0.05, 1.05))
     panels[1].legend(fontsize="small")
