@@ -183,3 +183,23 @@ def test_trained_models_are_relatives_and_a_permutation_is_a_stranger(tmp_path: 
     found = ancestry.compare(open_checkpoint(tmp_path / "model.safetensors"), sketch)
     assert found is not None
     assert not found.related
+
+
+def test_the_controls_are_of_the_residual_s_size() -> None:
+    pytest.importorskip("matplotlib")
+    import reproduce
+
+    residual = torch.randn(40, 30, generator=torch.Generator().manual_seed(1)) ** 3
+    mixed = reproduce.permuted(residual, torch.Generator().manual_seed(2))
+    noise = reproduce.gaussian(residual, torch.Generator().manual_seed(2))
+    assert torch.equal(mixed.flatten().sort().values, residual.flatten().sort().values)
+    assert noise.norm() == pytest.approx(residual.norm(), rel=1e-5)
+    for control in (mixed, noise):
+        assert abs(torch.nn.functional.cosine_similarity(control.flatten(), residual.flatten(), dim=0)) < 0.15
+
+
+def test_the_tables_are_those_of_the_recorded_runs() -> None:
+    pytest.importorskip("matplotlib")
+    import plots
+
+    assert (CONTINUAL / "results" / "tables.md").read_text() == plots.tables(plots.read(CONTINUAL / "results"))

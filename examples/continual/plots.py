@@ -120,7 +120,7 @@ def stored_table(results: Results) -> list[str]:
         row = f"stored {dtype}"
         sizes = values(results, row, "residual bytes")
         if sizes:
-            cells = [f"{round(statistics.mean(sizes)):,}", spread(values(results, row, "restored"), 4)]
+            cells = [f"{round(statistics.mean(sizes)):,}", spread(values(results, row, "restored"), 6)]
             cells += [spread(values(results, row, key)) for key in ("format B", "knowledge B")]
             lines.append(f"| {' | '.join([dtype, *cells, str(len(sizes))])} |")
     return [*lines, ""]
