@@ -193,7 +193,7 @@ def test_the_controls_are_of_the_residual_s_size() -> None:
     mixed = reproduce.permuted(residual, torch.Generator().manual_seed(2))
     noise = reproduce.gaussian(residual, torch.Generator().manual_seed(2))
     assert torch.equal(mixed.flatten().sort().values, residual.flatten().sort().values)
-    assert noise.norm() == pytest.approx(residual.norm(), rel=1e-5)
+    assert float(noise.norm()) == pytest.approx(float(residual.norm()), rel=1e-5)
     for control in (mixed, noise):
         assert abs(torch.nn.functional.cosine_similarity(control.flatten(), residual.flatten(), dim=0)) < 0.15
 

@@ -166,6 +166,10 @@ def tables(results: Results) -> str:
     return "\n".join(lines)
 
 
+def write_tables(folder: Path) -> None:
+    (folder / "tables.md").write_text(tables(read(folder)))
+
+
 def _save(figure: Any, folder: Path, name: str) -> None:
     figure.tight_layout()
     figure.savefig(folder / f"{name}.png", dpi=150)
@@ -224,8 +228,8 @@ def trade_plot(results: Results, folder: Path) -> None:
 
 def make(folder: Path) -> None:
     """tables.md, alpha.png, alpha.svg, trade.png and trade.svg, from the runs that are complete in what they show."""
+    write_tables(folder)
     results = read(folder)
-    (folder / "tables.md").write_text(tables(results))
     alpha_plot(results, folder)
     trade_plot(results, folder)
 

@@ -85,6 +85,7 @@ class Run:
             about = {"world": self.world.number, "seed": self.seed, "other seed": self._other_seed}
             partial.write_text(json.dumps({**about, "machine": machine(), "rows": self._rows}, indent=1) + "\n")
             partial.replace(self._path)
+            plots.write_tables(self._path.parent)
         figures = ", ".join(f"{key} {value:.2f}" for key, value in row.items())
         self._progress.print(f"world {self.world.number}, seed {self.seed}: {name}: {figures}")
 
