@@ -56,10 +56,13 @@ def every(chats: list[Chat], count: int) -> list[Chat]:
 
 
 def marked(chat: Chat, answer: str) -> Text:
-    """An answer, green where it is right in value and format, yellow for the format alone, else red."""
-    follows, known = follows_format(chat, answer), knows(chat, answer)
-    style = "green" if follows and known else "yellow" if follows else "red"
-    mark = "✓" if follows and known else "~" if follows else "✗"
+    """An answer and what is right about it."""
+    mark, style = {
+        (True, True): ("✓", "green"),
+        (True, False): ("f", "yellow"),
+        (False, True): ("v", "yellow"),
+        (False, False): ("✗", "red"),
+    }[follows_format(chat, answer), knows(chat, answer)]
     return Text(f"{mark} {answer}", style)
 
 
@@ -77,7 +80,7 @@ def talk(folder: Path) -> None:
         "CPT + residual": folder / "cpt-instruct",
     }
     chats = every(test_chats(world, "B"), PROMPTS)
-    say("Five questions about the news: ✓ value and format are right, ~ the format is, ✗ neither")
+    say("Five questions about the news: ✓ value and format are right, f only the format, v only the value, ✗ neither")
     table = Table("prompt", "truth", *models)
     columns = [answers(load(path), world, [chat.question for chat in chats]) for path in models.values()]
     for chat, *given in zip(chats, *columns, strict=True):
