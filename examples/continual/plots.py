@@ -217,7 +217,8 @@ def trade_plot(results: Results, folder: Path) -> None:
         )  # fmt: skip
         for row, title in names.items():
             (x, dx), (y, dy) = _centre(results, row, key), _centre(results, row, "format B")
-            axes.errorbar(x, y, xerr=dx, yerr=dy, marker="o", capsize=3, linestyle="", label=f"{title} ({len(values(results, row, key))})")
+            label = f"{title} ({len(values(results, row, key))})"
+            axes.errorbar(x, y, xerr=dx, yerr=dy, marker="o", capsize=3, linestyle="", label=label)
         axes.set(xlabel=SCORES[key])
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="format", ylim=(-0.05, 1.05))
