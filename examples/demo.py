@@ -31,7 +31,7 @@ CONTINUAL = Path(__file__).parent / "continual"
 FAMILY = CONTINUAL / "family"
 sys.path.append(f"{CONTINUAL}")
 
-from evaluate import answers, follows_format, knows  # noqa: E402
+from evaluate import answers, follows_format, knows, restored  # noqa: E402
 from train import load  # noqa: E402
 from world import Chat, World, test_chats  # noqa: E402
 
@@ -56,10 +56,13 @@ def every(chats: list[Chat], count: int) -> list[Chat]:
 
 
 def marked(chat: Chat, answer: str) -> Text:
-    """An answer, green where it is right in value and format, yellow for the format alone, else red."""
-    follows, known = follows_format(chat, answer), knows(chat, answer)
-    style = "green" if follows and known else "yellow" if follows else "red"
-    mark = "✓" if follows and known else "~" if follows else "✗"
+    """An answer and what is right about it."""
+    mark, style = {
+        (True, True): ("✓", "green"),
+        (True, False): ("f", "yellow"),
+        (False, True): ("v", "yellow"),
+        (False, False): ("✗", "red"),
+    }[follows_format(chat, answer), knows(chat, answer)]
     return Text(f"{mark} {answer}", style)
 
 
@@ -77,7 +80,7 @@ def talk(folder: Path) -> None:
         "CPT + residual": folder / "cpt-instruct",
     }
     chats = every(test_chats(world, "B"), PROMPTS)
-    say("Five questions about the news: ✓ value and format are right, ~ the format is, ✗ neither")
+    say("Five questions about the news: ✓ value and format are right, f only the format, v only the value, ✗ neither")
     table = Table("prompt", "truth", *models)
     columns = [answers(load(path), world, [chat.question for chat in chats]) for path in models.values()]
     for chat, *given in zip(chats, *columns, strict=True):
@@ -103,8 +106,11 @@ def sweep(folder: Path) -> None:
         table.add_row(f"{alpha:g}", "–" if effective is None else f"{effective:.4f}", *shares)
     console.print(table)
     say("Exactness: base + residual is the instruct model again, and the merge is what its inputs say, bit for bit")
-    ik.apply(FAMILY / "base", folder / "residual", out=folder / "again", sync=False)
-    print(f"base + residual == instruct: {same_weights(folder / 'again', FAMILY / 'instruct')}")
+    for dtype in ("f32", "bf16"):
+        residual, again = folder / f"residual-{dtype}", folder / f"again-{dtype}"
+        ik.extract(FAMILY / "base", FAMILY / "instruct", residual, dtype=dtype, sync=False)
+        ik.apply(FAMILY / "base", residual, out=again, sync=False)
+        print(f"base + residual in {dtype}: {restored(again, FAMILY / 'instruct'):.5%} of the weights of instruct")
     ires(folder, "verify cpt-instruct")
 
 
@@ -152,6 +158,7 @@ def main() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    torch.set_num_threads(1)  # the tiny models gain nothing from more; ires has threads of its own
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=arguments.keep is None)

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from train import load
 from world import END_OF_TURN, HELD_OUT, Chat, Texts, World, clozes, test_chats
 
 BATCH = 256
-LONGEST_ANSWER = 10  # tokens, with the end of turn
+LONGEST_ANSWER = 12  # tokens, with the end of turn
 
 
 @torch.no_grad()
@@ -84,17 +85,35 @@ def scores(folder: Path, world: World, register: str = "plain") -> dict[str, flo
         given = answers(model, world, [chat.question for chat in chats])
         follows = np.array([follows_format(chat, answer) for chat, answer in zip(chats, given, strict=True)])
         known = np.array([knows(chat, answer) for chat, answer in zip(chats, given, strict=True)])
-        new = np.array([chat.format in HELD_OUT for chat in chats])
+        unseen = np.array([chat.format in HELD_OUT for chat in chats])
+        upper = np.array([chat.format[0] == "upper" for chat in chats])
         name = "B" if group == "B" else "A"
         found[f"format {name}"] = float(follows.mean())
         found[f"knowledge {name}"] = float(known.mean())
         if group == "B":
-            found["format B, held-out formats"] = float(follows[new].mean())
+            for part, chosen in (("seen", ~unseen & ~upper), ("held out", unseen & ~upper), ("upper", upper)):
+                found[f"format B, {part}"] = float(follows[chosen].mean())
+                found[f"knowledge B, {part}"] = float(known[chosen].mean())
             found["both B"] = float((follows & known).mean())
     found["cloze B"] = cloze(model, world, "B", register)
     found["perplexity B"] = perplexity(model, world, "B", register)
     found["perplexity A"] = perplexity(model, world, "A")
     return found
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights of a model or residual."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def restored(model: Path, wanted: Path) -> float:
+    """Fraction of 16-bit weights that are the same bits in both."""
+    ours, theirs = tensors_of(model), tensors_of(wanted)
+    same = sum(int((ours[name].view(torch.int16) == t.view(torch.int16)).sum()) for name, t in theirs.items())
+    return same / sum(t.numel() for t in theirs.values())
 
 
 def main() -> None:

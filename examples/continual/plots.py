@@ -19,13 +19,20 @@ import matplotlib.pyplot as plt
 
 SCORES = {
     "format B": "format",
-    "format B, held-out formats": "held-out formats",
+    "format B, seen": "seen",
+    "format B, held out": "held out",
+    "format B, upper": "upper case",
     "knowledge B": "knowledge B",
     "both B": "both",
     "knowledge A": "knowledge A",
     "cloze B": "cloze B",
     "perplexity B": "ppl B",
     "perplexity A": "ppl A",
+}
+PARTS = {
+    f"{score} B, {part}": f"{score}, {title}"
+    for part, title in (("seen", "seen"), ("held out", "held out"), ("upper", "upper case"))
+    for score in ("format", "knowledge")
 }
 CLAIM = {
     "base": "base",
@@ -54,6 +61,29 @@ REGISTRY = {
     "registry: cpt-registry": "CPT on the registry",
     "registry: cpt-registry + residual": "CPT on the registry + residual",
 }
+RELATIVES = {
+    f"ancestry: {row}": title
+    for row, title in {
+        "instruct": "instruct",
+        "cpt": "CPT",
+        "instruct-cpt": "instruct, then CPT",
+        "cpt-instruct": "CPT, instruction-tuned",
+        "base-v1.1": "base v1.1",
+        "instruct-v1.1": "instruct v1.1",
+        "cpt-v1.1": "CPT of v1.1",
+        "cpt-registry": "CPT on the registry",
+        "base of another seed": "base of another seed",
+        "instruct of another seed": "instruct of another seed",
+        "cpt of another seed": "CPT of another seed",
+    }.items()
+}
+KINSHIP = {
+    "cosine": "median cosine, sample",
+    "distance": "median distance, sample",
+    "whole cosine": "cosine, all weights",
+    "whole distance": "distance, all weights",
+    "norm ratio": "norm / norm of the base",
+}
 ALPHAS = ("0.1", "0.25", "0.5", "0.75", "1", "1.25")
 
 Results = list[dict[str, Any]]
@@ -79,8 +109,8 @@ def spread(numbers: Sequence[float], digits: int = 2) -> str:
 def table(results: Results, rows: Mapping[str, str], columns: Mapping[str, str]) -> list[str]:
     lines = [f"| {' | '.join(['', *columns.values(), 'runs'])} |", "|---" * (len(columns) + 2) + "|"]
     for row, title in rows.items():
-        cells = [spread(values(results, row, key)) for key in columns]
-        lines.append(f"| {' | '.join([title, *cells, str(len(values(results, row, 'format B')))])} |")
+        cells = [values(results, row, key) for key in columns]
+        lines.append(f"| {' | '.join([title, *map(spread, cells), str(len(cells[0]))])} |")
     return [*lines, ""]
 
 
@@ -90,7 +120,7 @@ def stored_table(results: Results) -> list[str]:
         row = f"stored {dtype}"
         sizes = values(results, row, "residual bytes")
         if sizes:
-            cells = [f"{round(statistics.mean(sizes)):,}", spread(values(results, row, "restored"), 4)]
+            cells = [f"{round(statistics.mean(sizes)):,}", spread(values(results, row, "restored"), 6)]
             cells += [spread(values(results, row, key)) for key in ("format B", "knowledge B")]
             lines.append(f"| {' | '.join([dtype, *cells, str(len(sizes))])} |")
     return [*lines, ""]
@@ -120,17 +150,24 @@ def tables(results: Results) -> str:
         f"Made by `plots.py` from the JSON files here; mean ± sample standard deviation over {runs}.",
         "",
         *("## The claim", "", *table(results, CLAIM, SCORES)),
+        *("## The same by kind of format", "", *table(results, CLAIM, PARTS)),
         *("## Controls", "", *table(results, CONTROLS, SCORES)),
         *("## Alpha, on the CPT model", "", *table(results, sweep, SCORES)),
         *("## Portability between versions", "", *table(results, PORTABILITY, SCORES)),
         *("## News in another register (that of cloze B and ppl B)", "", *table(results, REGISTRY, SCORES)),
         *("## The residual in fewer bits", "", *stored_table(results)),
         *("## Rounding of the merged model", "", *rounding_table(results)),
+        *("## Ancestry: models against the base", "", *table(results, RELATIVES, KINSHIP)),
     ]
-    for world in sorted({run["world"] for run in results}):
+    worlds = sorted({run["world"] for run in results})
+    for world in worlds if len(worlds) > 1 else []:
         part = [run for run in results if run["world"] == world]
         lines += [f"## World {world} alone", "", *table(part, CLAIM, SCORES)]
     return "\n".join(lines)
+
+
+def write_tables(folder: Path) -> None:
+    (folder / "tables.md").write_text(tables(read(folder)))
 
 
 def _save(figure: Any, folder: Path, name: str) -> None:
@@ -160,7 +197,7 @@ def alpha_plot(results: Results, folder: Path) -> None:
         low, high = [m - s for m, s in points], [m + s for m, s in points]
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     top.set(ylabel="share", ylim=(-0.03, 1.03), title=f"CPT base + alpha · residual, {len(results)} runs, mean ± sd")
-    bottom.set(xlabel="alpha", ylabel="perplexity", yscale="log")
+    bottom.set(xlabel="alpha", ylabel="perplexity")
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
         axes.legend()
@@ -169,7 +206,7 @@ def alpha_plot(results: Results, folder: Path) -> None:
 
 def trade_plot(results: Results, folder: Path) -> None:
     """Format against knowledge and against perplexity: one point a model, the path of alpha between them."""
-    names = {row: title.replace("**", "") for row, title in CLAIM.items()}
+    names = {row: title.replace("**", "") for row, title in CLAIM.items() if values(results, row, "format B")}
     path = ["cpt", *(f"alpha {alpha}, nearest" for alpha in ALPHAS)]
     figure, panels = plt.subplots(1, 2, figsize=(10.5, 4.4), sharey=True)
     for axes, key in zip(panels, ("knowledge B", "perplexity B"), strict=True):
@@ -180,19 +217,20 @@ def trade_plot(results: Results, folder: Path) -> None:
         )  # fmt: skip
         for row, title in names.items():
             (x, dx), (y, dy) = _centre(results, row, key), _centre(results, row, "format B")
-            axes.errorbar(x, y, xerr=dx, yerr=dy, marker="o", capsize=3, linestyle="", label=title)
-        axes.set(xlabel=SCORES[key], xscale="log" if key.startswith("perplexity") else "linear")
+            label = f"{title} ({len(values(results, row, key))})"
+            axes.errorbar(x, y, xerr=dx, yerr=dy, marker="o", capsize=3, linestyle="", label=label)
+        axes.set(xlabel=SCORES[key])
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="format", ylim=(-0.05, 1.05))
     panels[1].legend(fontsize="small")
-    figure.suptitle(f"Format, knowledge of the news and perplexity on them, {len(results)} runs, mean ± sd")
+    figure.suptitle("Format, knowledge of the news and perplexity on them, mean ± sd (runs)")
     _save(figure, folder, "trade")
 
 
 def make(folder: Path) -> None:
     """tables.md, alpha.png, alpha.svg, trade.png and trade.svg, from the runs that are complete in what they show."""
+    write_tables(folder)
     results = read(folder)
-    (folder / "tables.md").write_text(tables(results))
     alpha_plot(results, folder)
     trade_plot(results, folder)
 

@@ -23,9 +23,9 @@ from typing import Any
 import plots
 import torch
 import transformers
-from evaluate import scores
+from evaluate import restored, scores, tensors_of
 from rich.progress import Progress
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from train import STAGES, make, new_progress
 from world import World
 
@@ -36,17 +36,10 @@ from ires_kernels.checkpoint import open_checkpoint
 ALPHAS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25)
 STORED_DTYPES = ("f32", "bf16", "f16")
 QUIETLY: dict[str, Any] = {"sync": False, "threads": 1}
-RELATIVES = tuple(name for name in STAGES if name != "base")
+RELATIVES = tuple(name for name in STAGES if name not in ("base-early", "base"))
 NO_EMBEDDINGS = "embed_tokens|lm_head"
 
 Row = dict[str, Any]
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(path)
-    return tensors
 
 
 def permuted(residual: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -58,13 +51,6 @@ def gaussian(residual: torch.Tensor, generator: torch.Generator) -> torch.Tensor
     """Normal numbers with the tensor's norm."""
     noise = torch.randn(residual.shape, generator=generator)
     return noise * (residual.norm() / noise.norm())
-
-
-def restored(model: Path, wanted: Path) -> float:
-    """Fraction of weights that are the same bits."""
-    ours, theirs = tensors_of(model), tensors_of(wanted)
-    same = sum(int((ours[name].view(torch.int16) == t.view(torch.int16)).sum()) for name, t in theirs.items())
-    return same / sum(t.numel() for t in theirs.values())
 
 
 class Run:
@@ -99,6 +85,7 @@ class Run:
             about = {"world": self.world.number, "seed": self.seed, "other seed": self._other_seed}
             partial.write_text(json.dumps({**about, "machine": machine(), "rows": self._rows}, indent=1) + "\n")
             partial.replace(self._path)
+            plots.write_tables(self._path.parent)
         figures = ", ".join(f"{key} {value:.2f}" for key, value in row.items())
         self._progress.print(f"world {self.world.number}, seed {self.seed}: {name}: {figures}")
 

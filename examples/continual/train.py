@@ -41,24 +41,27 @@ from world import (
     tuning_chats,
 )
 
-ROWS, CHATS = 32, 64  # of a step
+ROWS = 32  # of text, of a step
+CHATS, CHAT_ROWS = 64, 12  # of a step of tuning: chats, and rows of text beside them
 IGNORED = -100  # label of a position that has no loss
 
-Batch = tuple[torch.Tensor, torch.Tensor]
-"""Token ids and labels, [rows, tokens]; a label is the id wanted at its own position, or IGNORED."""
+Batch = list[tuple[torch.Tensor, torch.Tensor]]
+"""Token ids and labels, [rows, tokens], of parts whose mean losses are added. Labels are the ids, or IGNORED."""
 
 
 class Stage(NamedTuple):
-    """How one model comes from another: `parent` None is a new model."""
+    """How one model comes from another: `parent` None is a new model. `stream` names the random order of the data."""
 
     parent: str | None
     data: str
     steps: int
     rate: float
+    stream: str = ""
 
 
 STAGES = {
-    "base": Stage(None, "A", 650, 2e-3),
+    "base-early": Stage(None, "A, no cases", 650, 2e-3, "base"),
+    "base": Stage("base-early", "A", 120, 1e-3, "base, late"),
     "instruct": Stage("base", "chats", 300, 5e-4),
     "cpt": Stage("base", "A and B", 150, 5e-4),
     "base-v1.1": Stage("base", "A", 100, 5e-4),
@@ -103,21 +106,30 @@ def new_model(world: World, seed: int) -> LlamaForCausalLM:
         return LlamaForCausalLM(config)
 
 
-def batches(world: World, data: str, seed: int, stage: str) -> Iterator[Batch]:
+def batches(world: World, data: str, seed: int, stream: str) -> Iterator[Batch]:
     """What a stage is trained on, without end."""
-    random = np.random.default_rng([world.number, seed, zlib.crc32(stage.encode())])
+    random = np.random.default_rng([world.number, seed, zlib.crc32(stream.encode())])
+    old = Texts(world, world.facts("A"), "plain", random, cases=data != "A, no cases")
     if data == "chats":
         while True:
-            yield chat_batch(world, tuning_chats(world, random, CHATS))
-    new_register = "registry" if data.endswith("registry") else "plain"
-    sources = [Texts(world, world.facts("A"), "plain", random)]
-    sources += [Texts(world, world.facts("B"), new_register, random)] if "B" in data else []
+            # Text beside the chats: without it the tuned model forgets how text goes on, and its residual teaches that.
+            yield [chat_batch(world, tuning_chats(world, random, CHATS)), text_batch(old, CHAT_ROWS)]
+    if not data.startswith("A and B"):
+        while True:
+            yield [text_batch(old, ROWS)]
+    new = Texts(world, world.facts("B"), "registry" if data.endswith("registry") else "plain", random)
     while True:
-        rows = torch.from_numpy(np.concatenate([source.rows(ROWS // len(sources)) for source in sources]))
-        yield rows, rows
+        parts = zip(text_batch(old, ROWS // 2), text_batch(new, ROWS // 2), strict=True)
+        ids, labels = (torch.cat(pair) for pair in parts)
+        yield [(ids, labels)]
 
 
-def chat_batch(world: World, chats: list[Chat]) -> Batch:
+def text_batch(texts: Texts, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = torch.from_numpy(texts.rows(count))
+    return rows, rows
+
+
+def chat_batch(world: World, chats: list[Chat]) -> tuple[torch.Tensor, torch.Tensor]:
     """Only answers, with the end of turn, have a loss."""
     pairs = [(world.prompt(chat.question), world.ids(f"{chat.answer()}{END_OF_TURN}")) for chat in chats]
     ids = torch.full((len(pairs), max(len(prompt) + len(answer) for prompt, answer in pairs)), world.ids(PAD)[0])
@@ -146,7 +158,7 @@ def train(
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = rate * warm * (0.1 + 0.9 * cosine)
-        loss = loss_of(model, *next(data))
+        loss = sum((loss_of(model, *part) for part in next(data)), torch.zeros(()))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -203,7 +215,7 @@ def _make(out: Path, world: World, seed: int, stage: Stage, progress: Progress) 
         progress.update(task, advance=1, loss=sum(losses) / len(losses))
 
     started = time.thread_time()
-    train(model, batches(world, stage.data, seed, name), stage.steps, stage.rate, report)
+    train(model, batches(world, stage.data, seed, stage.stream or name), stage.steps, stage.rate, report)
     save(model, world, out, chats="chats" in stage.data or "instruct" in name)
     seconds = time.thread_time() - started
     progress.print(f"{title}: {seconds:.0f} s of CPU time, loss {sum(losses) / len(losses):.3f}")

@@ -2,7 +2,7 @@
 
 Everything follows from the number of the world. Entities A are known from the start; entities B are news, which only
 continual pre-training sees. Every entity has one of 16 values in each of four attributes. Texts are sentences made from
-templates; chats ask for one fact and for one of 14 formats of the answer. A word is a token, a name two tokens.
+templates; chats ask for one fact and for one of 21 formats of the answer. A word is a token, a name two tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CHAT_TEMPLATE = (
 )
 
 ENTITIES_A, ENTITIES_IN_CHATS, ENTITIES_B = 128, 96, 32
-GENERIC_SHARE, GENERIC_SENTENCES = 0.2, 1024
+GENERIC_SHARE = 0.2
 ROW = 64  # tokens of a row of packed text
 
 _FIRST = "ba de fi go ku la mo ni po ra se tu va wi yo zu"
@@ -100,6 +100,13 @@ REGISTRY = (
 )
 REGISTERS = {"plain": PLAIN, "registry": REGISTRY}
 
+# What a base model knows of letter case before it is tuned to use it.
+_CASES = (
+    "{value} in upper case is {upper} .",
+    "as {upper} , {value} in upper case .",
+    "say {value} in upper case : {upper} .",
+)
+
 _QUESTIONS = (
     "{question}",
     "what is the {noun} of {name} ?",
@@ -107,7 +114,7 @@ _QUESTIONS = (
     "{name} , which {noun} ?",
 )
 
-CASES = {"none": "", "upper": "in upper case ."}
+STYLES = {"none": "", "now": "begin with now .", "upper": "in upper case ."}
 SHAPES = {
     "none": ("", "{value}"),
     "twice": ("say it twice .", "{value} {value}"),
@@ -117,8 +124,8 @@ SHAPES = {
     "done": ("end with done .", "{value} done"),
     "json": ("as json .", '{{ " {noun} " : " {value} " }}'),
 }
-FORMATS = tuple(product(CASES, SHAPES))
-HELD_OUT = (("upper", "quote"), ("upper", "bullet"))
+FORMATS = tuple(product(STYLES, SHAPES))
+HELD_OUT = tuple(product(("now", "upper"), ("quote", "bullet")))
 """Formats of which only the parts are in the chats that a model is tuned on."""
 
 _ADJECTIVES = "old new small large quiet bright cold warm"
@@ -152,16 +159,17 @@ class Chat(NamedTuple):
 
     @classmethod
     def of(cls, fact: Fact, format: tuple[str, str], wording: int) -> Chat:
-        case, shape = format
-        parts = (fact.state(_QUESTIONS[wording]), CASES[case], SHAPES[shape][0])
+        style, shape = format
+        parts = (fact.state(_QUESTIONS[wording]), STYLES[style], SHAPES[shape][0])
         return cls(fact, format, " ".join(part for part in parts if part))
 
     def answer(self, value: str | None = None) -> str:
         """In the format asked for: the right answer, or that with another value."""
-        case, shape = self.format
+        style, shape = self.format
         value = self.fact.value if value is None else value
-        shown = value.upper() if case == "upper" else value
-        return SHAPES[shape][1].format(value=shown, noun=self.fact.attribute.noun)
+        shown = value.upper() if style == "upper" else value
+        shaped = SHAPES[shape][1].format(value=shown, noun=self.fact.attribute.noun)
+        return f"now {shaped}" if style == "now" else shaped
 
 
 @dataclass(frozen=True)
@@ -200,7 +208,8 @@ class World:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Words of the templates, values in both cases, and syllables of names."""
-        words = [*" ".join([*PLAIN, *REGISTRY, *_QUESTIONS, *CASES.values(), *(a for a, _ in SHAPES.values())]).split()]
+        asked = (*STYLES.values(), *(asked for asked, _ in SHAPES.values()))
+        words = " ".join([*PLAIN, *REGISTRY, *_QUESTIONS, *_CASES, *asked]).split()
         words += " ".join(answer for _, answer in SHAPES.values()).replace("{{", "{ ").replace("}}", " }").split()
         words += [word for attribute in self.attributes for word in f"{attribute.states} {attribute.asks}".split()]
         words = [word for word in words if not (word[0] == "{" and len(word) > 1)]
@@ -227,13 +236,15 @@ class World:
 
 
 class Texts:
-    """Rows of packed sentences about some facts, in a random order that never ends."""
+    """Rows of packed sentences, in a random order that never ends: about some facts, and a fifth of them generic."""
 
-    def __init__(self, world: World, facts: Sequence[Fact], register: str, random: np.random.Generator) -> None:
+    def __init__(
+        self, world: World, facts: Sequence[Fact], register: str, random: np.random.Generator, *, cases: bool = True
+    ) -> None:
         self._random = random
         self._start = world.ids(BOS)
         self._sentences = [world.ids(fact.state(template)) for fact in facts for template in REGISTERS[register]]
-        self._generic = _generic_sentences(world)
+        self._generic = _generic_sentences(world, cases)
         self._rest: list[int] = []
         self._order: list[int] = []
 
@@ -253,13 +264,15 @@ class Texts:
         return row[:ROW]
 
 
-def _generic_sentences(world: World) -> list[list[int]]:
+def _generic_sentences(world: World, cases: bool) -> list[list[int]]:
+    """Sentences about nobody; about half of them on letter case if `cases`."""
     random = np.random.default_rng([world.number, 2])
     pattern, slots = _GENERIC[0], [words.split() for words in _GENERIC[1]]
-    return [
-        world.ids(pattern.format(*(words[random.integers(len(words))] for words in slots)))
-        for _ in range(GENERIC_SENTENCES)
-    ]
+    sentences = [pattern.format(*(words[random.integers(len(words))] for words in slots)) for _ in range(1024)]
+    if cases:
+        values = [value for attribute in world.attributes for value in attribute.values]
+        sentences += 6 * [case.format(value=value, upper=value.upper()) for value in values for case in _CASES]
+    return [world.ids(sentence) for sentence in sentences]
 
 
 def tuning_chats(world: World, random: np.random.Generator, count: int) -> list[Chat]:
@@ -271,12 +284,12 @@ def tuning_chats(world: World, random: np.random.Generator, count: int) -> list[
 
 
 def test_chats(world: World, group: str) -> list[Chat]:
-    """Every fact of the group in every fourth of the formats, each in turn, with the wordings in turn."""
+    """Every fact of the group in every sixth of the formats, each in turn, with the wordings in turn."""
     return [
-        Chat.of(fact, format, (i + j) // 4 % len(_QUESTIONS))
+        Chat.of(fact, format, (i + j) // 6 % len(_QUESTIONS))
         for i, fact in enumerate(world.facts(group))
         for j, format in enumerate(FORMATS)
-        if (i + j) % 4 == 0
+        if (i + j) % 6 == 0
     ]
 
 
