@@ -313,7 +313,7 @@ def _carry_out(
     plan: Plan, out: Path, options: Options, *, sync: bool, sha256: bool, dry_run: bool = False
 ) -> Report | Plan:
     """Write a new folder."""
-    recorded = _written_before(plan, out)
+    recorded = _written_before(plan, out, sha256)
     if recorded is not None and not dry_run:
         return recorded
     check_destination(out, [checkpoint.path for checkpoint in plan.inputs.values()])
@@ -373,11 +373,11 @@ def _record(outcome: Outcome, group: Iterable[Step]) -> bytes:
     return json.dumps(outcome.of(group).to_dict()).encode()
 
 
-def _written_before(plan: Plan, out: Path) -> Report | None:
+def _written_before(plan: Plan, out: Path, sha256: bool) -> Report | None:
     """The report of this very plan, if it was carried out: perhaps by a run that was killed as it ended."""
     try:
         table = json.loads((out / MANIFESTS[plan.operation]).read_bytes())
-        if not isinstance(table, dict) or table.get("id") != plan.id:
+        if not isinstance(table, dict) or table.get("id") != plan.id or (sha256 and "sha256" not in table):
             return None
         files = {shard.path.name: shard.file_id.size for shard in open_checkpoint(out).shards}
     except (OSError, ValueError):
