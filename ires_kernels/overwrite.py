@@ -434,7 +434,10 @@ def _is_ours(place: Workplace, operation: Operation) -> Callable[[str], bool]:
     """Whether a side file is the one that the update has installed, and not what somebody made of it since."""
 
     def is_ours(name: str) -> bool:
-        content = (place.folder / name).read_bytes()
+        path = place.folder / name
+        if path.is_symlink() or not path.is_file():
+            return False
+        content = path.read_bytes()
         if name in operation.installed:
             return xxhash.xxh3_128_hexdigest(content) == operation.installed[name]["xxh3_128"]
         return name != _manifest_name(place) or operation.id.encode() in content
