@@ -52,17 +52,20 @@ def _look(path: Path) -> Status:
     work = inplace.work_folder(path)
     if work.is_dir() and not work.is_symlink():
         return _of_update(path, work)
-    if inplace.undo_folders(path):
-        kept = inplace.undo_folders(path)[-1]
-        return Status(
-            f"{path}", "finished", f"updated in place; {kept} keeps the old bytes",
-            (f"`ires rollback {path}` takes the update back.", f"Delete {kept} when that is no longer wanted."),
-        )  # fmt: skip
     manifest = open_checkpoint(path).manifest or {}
+    kept = inplace.undo_folders(path)
+    if kept:
+        operation = Operation.from_bytes((kept[-1] / "finished.json").read_bytes(), kept[-1])
+        if operation.id == manifest.get("id"):
+            return Status(
+                f"{path}", "finished", f"updated in place; {kept[-1]} keeps the old bytes",
+                (f"`ires rollback {path}` takes the update back.", f"Delete {kept[-1]} when that is no longer wanted."),
+            )  # fmt: skip
     if "operation" not in manifest:
         return Status(f"{path}", "none", "nothing is unfinished, and no merge made it")
     how = "in place" if "in_place" in manifest else "as a new folder"
-    return Status(f"{path}", "finished", f"{manifest['operation']} {manifest.get('id')}, {how}")
+    useless = tuple(f"{folder} is of an earlier update, and cannot take back anything: delete it." for folder in kept)
+    return Status(f"{path}", "finished", f"{manifest['operation']} {manifest.get('id')}, {how}", useless)
 
 
 def _of_new_folder(out: Path) -> Status:

@@ -125,7 +125,8 @@ def verify(
         unknown = given.keys() - made_of.keys()
         if unknown:
             raise ArgumentError(f"{out}: was not made of {', '.join(sorted(unknown))} but of {', '.join(made_of)}.")
-        paths = {role: given.get(role) or made_of[role]["path"] for role in made_of}
+        moved = {entry["path"]: given[role] for role, entry in made_of.items() if role in given}
+        paths = {role: given.get(role) or moved.get(entry["path"], entry["path"]) for role, entry in made_of.items()}
         rules, opened = Rules.from_dict(table["rules"]), open_inputs(paths)
         if table["operation"] == "apply":
             plan = plan_apply(opened, rules, second_copies(opened))

@@ -172,7 +172,9 @@ def test_a_damaged_residual_is_found_before_anything_changes(tmp_path: Path, mod
 def test_the_target_as_an_input(models: tuple[Path, Path, Path]) -> None:
     """base + (instruct - base) where base is changed: P1."""
     _, instruct, target = models
+    original = copy(target, "original")
     apply(target, (instruct, target))
+    assert ik.verify(target, inputs={"target": original}), "which is the base as well"
     for name, t in read_model(instruct).items():
         assert torch.equal(read_model(target)[name].view(torch.int16), t.view(torch.int16)), name
     before = snapshot(target)
@@ -574,7 +576,9 @@ def test_undo_can_be_stacked_and_is_refused_for_what_changed(models: tuple[Path,
 def test_only_the_last_update_can_be_taken_back(models: tuple[Path, Path, Path]) -> None:
     base, instruct, target = models
     apply(target, (instruct, base), skip="norm", undo="all")
+    assert "takes the update back" in f"{ik.status(target)}"
     apply(target, (instruct, base), tag="2")
+    assert "is of an earlier update, and cannot take back anything: delete it" in f"{ik.status(target)}"
     before = snapshot(target)
     with pytest.raises(StoreError, match=r"and that is not the last that was applied here: it cannot be taken back"):
         ik.rollback(target)
