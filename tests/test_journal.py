@@ -305,7 +305,14 @@ def test_without_undo_only_a_run_that_ended_in_order_is_gone_on_with(tmp_path: P
 def test_a_ring_says_what_it_no_longer_has(tmp_path: Path) -> None:
     folder = made(tmp_path / "d")
     with Opened(folder, 2) as opened:
-        update(opened, stop=2)
+        opened.start()
+        opened.wait(1)
+        for file, start, stop in WINDOWS[
+            :2
+        ]:  # not complete: the old bytes of these two are the only ones that are kept
+            opened.write(file, memoryview(NEW[file][start:stop]), start)
+        opened.stop()
+    assert contents(folder) == expected(2)
     with Opened(folder, 2) as opened:
         opened.check_restorable(ended=False)
         opened.restore()
