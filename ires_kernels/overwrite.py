@@ -38,6 +38,11 @@ from ires_kernels.stream import Done, Outcome, Progress
 from ires_kernels.updates import Window
 from ires_kernels.windows import Processors
 
+_AGAIN = "nothing was done: this was applied before. To apply it once more on purpose, give it another --tag."
+_FINISHED = "all weights had been updated before; what was left to do was to give the files their places"
+# Bytes that are reserved for the log and the manifest, so that neither finds the disk full when the weights are new.
+_ROOM, _OF_TENSOR, _OF_WINDOW = 1 << 16, 768, 512
+
 
 @dataclass(frozen=True)
 class Options:
@@ -92,7 +97,7 @@ def apply(
                 recipe=recipe,
                 names=names,
                 stamps={role: manifest.stamps(checkpoint) for role, checkpoint in plan.inputs.items()},
-                log_size=_NAMES + sum(_OF_TENSOR + 4 * len(step.name) for step in steps) + _OF_WINDOW * len(windows),
+                log_size=_ROOM + sum(_OF_TENSOR + 4 * len(step.name) for step in steps) + _OF_WINDOW * len(windows),
                 windows=[[window.file, window.start, window.stop] for window in windows],
                 copies=dict(copies),
                 installed=installed,
@@ -100,7 +105,7 @@ def apply(
                 history=history,
             )  # fmt: skip
             content = operation.to_bytes()
-            place.reserve(_NAMES + sum(_OF_TENSOR + 4 * len(step.name) for step in plan.steps) + len(content))
+            place.reserve(_ROOM + sum(_OF_TENSOR + 4 * len(step.name) for step in plan.steps) + len(content))
             with _journal(place.work, operation, place.folder, new=True):
                 place.write(content)
         except BaseException:
@@ -108,12 +113,6 @@ def apply(
                 place.remove()  # nothing was touched
             raise
         return carry_on(place, options, started, fresh=True)
-
-
-_AGAIN = "nothing was done: this was applied before. To apply it once more on purpose, give it another --tag."
-_FINISHED = "all weights had been updated before; what was left to do was to give the files their places"
-# Bytes that are reserved for the log and the manifest, so that neither finds the disk full when the weights are new.
-_NAMES, _OF_TENSOR, _OF_WINDOW = 1 << 16, 768, 512
 
 
 def carry_on(place: Workplace, options: Options, started: float, *, fresh: bool = False) -> Report:
