@@ -47,6 +47,13 @@ def unfinished(target: Path) -> str | None:
         return None
 
 
+def unfinished_files(folder: Path) -> list[Path]:
+    """The files in a folder that are updated each on its own, and are hidden there."""
+    names = (path.name for path in folder.glob(f".?*{_WORK}"))
+    found = (folder / name.removeprefix(".").removesuffix(_WORK) for name in names)
+    return sorted(path for path in found if unfinished(path))
+
+
 def undo_folders(target: Path) -> list[Path]:
     """What --keep-undo kept of earlier updates, the last one last."""
     return [path for _, path in _numbered(target, _UNDO)]

@@ -129,7 +129,11 @@ def carry_on(place: Workplace, options: Options, started: float, *, fresh: bool 
         same_plan(operation, plan.id, VERSION)
         steps = updates.changes(plan)
         windows = updates.windows(steps)
-        assert [[w.file, w.start, w.stop] for w in windows] == operation.windows
+        if [[window.file, window.start, window.stop] for window in windows] != operation.windows:
+            raise StoreError(
+                f"{place.target}: this ires_kernels cuts the update into other pieces than the one that began it, "
+                f"though both are version {VERSION}. Go on with that one, or try `ires rollback {place.target}`."
+            )
         if not fresh:
             guards.read_residuals(plan, options.threads)
         outcome = _overwrite(place, operation, plan, current, changed, steps, windows, options)

@@ -52,7 +52,12 @@ def _look(path: Path) -> Status:
     work = inplace.work_folder(path)
     if work.is_dir() and not work.is_symlink():
         return _of_update(path, work)
-    manifest = open_checkpoint(path).manifest or {}
+    try:
+        manifest = open_checkpoint(path).manifest or {}
+    except CheckpointError:
+        for file in inplace.unfinished_files(path):  # it is incomplete because of them
+            return _look(file)
+        raise
     kept = inplace.undo_folders(path)
     if kept:
         operation = Operation.from_bytes((kept[-1] / "finished.json").read_bytes(), kept[-1])

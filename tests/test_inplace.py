@@ -404,6 +404,21 @@ def test_another_command_does_not_take_up_what_is_unfinished(models: tuple[Path,
 
 
 @pytest.mark.usefixtures("small")
+def test_what_other_code_cut_into_other_windows(
+    models: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = unfinished(models)
+    before = snapshot(target)
+    with monkeypatch.context() as patch:
+        patch.setattr(updates, "WINDOW", updates.WINDOW // 2)
+        with pytest.raises(StoreError, match="cuts the update into other pieces"):
+            ik.resume(target)
+    assert snapshot(target) == before
+    ik.resume(target)
+    assert ik.verify(target)
+
+
+@pytest.mark.usefixtures("small")
 def test_inputs_that_changed_meanwhile(models: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     base, instruct, _ = models
     target = unfinished(models)
@@ -782,6 +797,7 @@ def test_names_of_all_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             cut_off(patch, journal.Journal, "write", 0)
             with pytest.raises(Cut):
                 apply(file, (instruct, base))
+        assert ik.status(target) == ik.status(file)  # who looks for the model is told where it is
         ik.resume(file)
         assert ik.verify(file)
         monkeypatch.chdir(target)
