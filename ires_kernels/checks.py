@@ -52,6 +52,15 @@ class Names(NamedTuple):
         return f"{self.op}: {arg}{place}"
 
 
+class Rounding(NamedTuple):
+    """How the caller wants results rounded, and with which random bits."""
+
+    mode: str
+    seed: int
+    stream: int | Sequence[int]
+    offset: int
+
+
 # Numbers and options
 
 

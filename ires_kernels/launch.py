@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ires_kernels import checks
 from ires_kernels.backends import Call, Tally, choose
-from ires_kernels.checks import Names
+from ires_kernels.checks import Names, Rounding
 
 
 def apart(
@@ -18,10 +18,7 @@ def apart(
     factors: tuple[float, ...],
     given: list[Tensor] | None,
     dtype: torch.dtype | None,
-    rounding: str,
-    seed: int,
-    stream: int | Sequence[int],
-    offset: int,
+    rounding: Rounding,
     tally: Tally | None,
 ) -> list[Tensor]:
     """Compute into the tensors `given`, or into new ones of `dtype`, or else of the operation's own choice."""
@@ -29,7 +26,7 @@ def apart(
         raise TypeError(f"{names.op}: tally is of type {type(tally).__name__}, wanted an ires_kernels.Tally")
     shape_only = checks.operands(names, inputs, given, in_place=False, tally=tally is not None)
     outs = given or [torch.empty_like(row[0], dtype=dtype or _default_dtype(names.op, row)) for row in inputs]
-    call = _call(names, outs, inputs, factors, rounding, seed, stream, offset, tally)
+    call = _call(names, outs, inputs, factors, rounding, tally)
     _run(call, given or (), shape_only)
     return outs
 
@@ -38,15 +35,12 @@ def in_place(
     names: Names,
     inputs: list[tuple[Tensor, ...]],
     factors: tuple[float, ...],
-    rounding: str,
-    seed: int,
-    stream: int | Sequence[int],
-    offset: int,
+    rounding: Rounding,
 ) -> None:
     """Compute into the first operand of every item; where nothing would be added, only check."""
     shape_only = checks.operands(names, inputs, None, in_place=True)
     outs = [row[0] for row in inputs]
-    call = _call(names, outs, inputs, factors, rounding, seed, stream, offset, None)
+    call = _call(names, outs, inputs, factors, rounding, None)
     if any(factors) or names.op == "scale_":
         _run(call, outs, shape_only)
 
@@ -56,10 +50,7 @@ def _call(
     outs: list[Tensor],
     inputs: list[tuple[Tensor, ...]],
     factors: tuple[float, ...],
-    rounding: str,
-    seed: int,
-    stream: int | Sequence[int],
-    offset: int,
+    rounding: Rounding,
     tally: Tally | None,
 ) -> Call:
     op = names.op
@@ -69,10 +60,10 @@ def _call(
         outs,
         inputs,
         factors,
-        checks.stochastic(rounding, op),
-        checks.unsigned(seed, op, "seed"),
-        checks.streams(stream, len(outs), op),
-        checks.unsigned(offset, op, "offset"),
+        checks.stochastic(rounding.mode, op),
+        checks.unsigned(rounding.seed, op, "seed"),
+        checks.streams(rounding.stream, len(outs), op),
+        checks.unsigned(rounding.offset, op, "offset"),
         tally,
     )
 

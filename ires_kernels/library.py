@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ires_kernels import checks, launch
 from ires_kernels.backends import Tally
-from ires_kernels.checks import Names
+from ires_kernels.checks import Names, Rounding
 
 _TENSORS = {"subtract": ("a", "b"), "add": ("t", "residual"), "scale": ("t",), "add_difference": ("t", "x", "y")}
 _FACTORS = {"subtract": "", "add": ", float[] alpha", "scale": ", float s", "add_difference": ", float alpha"}
@@ -35,17 +35,14 @@ def apart(
     factors: tuple[float, ...],
     given: list[Tensor] | None,
     dtype: torch.dtype | None,
-    rounding: str,
-    seed: int,
-    stream: int | Sequence[int],
-    offset: int,
+    rounding: Rounding,
     tally: Tally | None,
 ) -> list[Tensor]:
     """`launch.apart` by way of the dispatcher."""
     if tally is not None:
         raise RuntimeError(f"{names.op}: tally= counts as it runs and cannot be traced; call it outside torch.compile")
     operator = getattr(torch.ops.ires_kernels, names.op)
-    arguments, options = _pack(names.op, inputs, factors, rounding, seed, stream, offset)
+    arguments, options = _pack(names.op, inputs, factors, rounding)
     if not inputs:
         return []
     if given is None:
@@ -59,14 +56,11 @@ def in_place(
     names: Names,
     inputs: list[tuple[Tensor, ...]],
     factors: tuple[float, ...],
-    rounding: str,
-    seed: int,
-    stream: int | Sequence[int],
-    offset: int,
+    rounding: Rounding,
 ) -> None:
     """`launch.in_place` by way of the dispatcher."""
     operator = getattr(torch.ops.ires_kernels, names.op)
-    arguments, options = _pack(names.op, inputs, factors, rounding, seed, stream, offset)
+    arguments, options = _pack(names.op, inputs, factors, rounding)
     if inputs:
         operator.default(*arguments, **options)
 
@@ -75,19 +69,16 @@ def _pack(
     op: str,
     inputs: list[tuple[Tensor, ...]],
     factors: tuple[float, ...],
-    rounding: str,
-    seed: int,
-    stream: int | Sequence[int],
-    offset: int,
+    rounding: Rounding,
 ) -> tuple[list[Any], dict[str, Any]]:
     """The arguments of an operator. torch.compile traces this: plain Python that it can follow."""
     options = {
-        "rounding": rounding,
-        "seed": _signed(checks.unsigned(seed, op, "seed")),
-        "stream": [_signed(x) for x in checks.streams(stream, len(inputs), op)],
-        "offset": _signed(checks.unsigned(offset, op, "offset")),
+        "rounding": rounding.mode,
+        "seed": _signed(checks.unsigned(rounding.seed, op, "seed")),
+        "stream": [_signed(x) for x in checks.streams(rounding.stream, len(inputs), op)],
+        "offset": _signed(checks.unsigned(rounding.offset, op, "offset")),
     }
-    checks.stochastic(rounding, op)
+    checks.stochastic(rounding.mode, op)
     if op in {"add", "add_"}:
         return [[row[0] for row in inputs], [x for row in inputs for x in row[1:]], list(factors)], options
     width = len(inputs[0]) if inputs else 0
@@ -127,16 +118,16 @@ def _kernel(op: str, *, fake: bool) -> Callable[..., list[Tensor] | None]:
         offset: int = 0,
     ) -> list[Tensor] | None:
         names, inputs, factors = _unpack(op, arguments)
-        random: tuple[int, int | list[int], int] = (0, 0, 0)
+        how = Rounding(rounding, 0, 0, 0)
         if fake:
             factors = (1.0,) * len(factors)
         else:
             factors = tuple(checks.factor(x, f"{op}: a factor") for x in factors)
-            random = (seed % 2**64, [x % 2**64 for x in stream] or 0, offset % 2**64)
+            how = Rounding(rounding, seed % 2**64, [x % 2**64 for x in stream] or 0, offset % 2**64)
         if op.endswith("_"):
-            launch.in_place(names, inputs, factors, rounding, *random)
+            launch.in_place(names, inputs, factors, how)
             return None
-        results = launch.apart(names, inputs, factors, outs, dtype, rounding, *random, None)
+        results = launch.apart(names, inputs, factors, outs, dtype, how, None)
         return results if outs is None else None
 
     return kernel

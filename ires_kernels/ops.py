@@ -30,7 +30,7 @@ from torch.compiler import is_compiling
 
 from ires_kernels import checks, launch, library
 from ires_kernels.backends import Tally
-from ires_kernels.checks import Names
+from ires_kernels.checks import Names, Rounding
 
 Tensors: TypeAlias = Tensor | Sequence[Tensor]
 T = TypeVar("T", Tensor, Sequence[Tensor])
@@ -54,7 +54,7 @@ def subtract(
     """
     names = Names("subtract", ("a", "b"), checks.is_listed(a, "subtract: a"))
     inputs = checks.rows(names, a, b)
-    return cast(T, _apart(names, inputs, (), out, dtype, rounding, seed, stream, offset, tally))
+    return cast(T, _apart(names, inputs, (), out, dtype, Rounding(rounding, seed, stream, offset), tally))
 
 
 def add(
@@ -77,7 +77,7 @@ def add(
     """
     names, inputs = checks.residual_rows("add", t, residual)
     alphas = checks.factors(alpha, _width(inputs), "add: alpha")
-    return cast(T, _apart(names, inputs, alphas, out, dtype, rounding, seed, stream, offset, tally))
+    return cast(T, _apart(names, inputs, alphas, out, dtype, Rounding(rounding, seed, stream, offset), tally))
 
 
 def add_(
@@ -93,7 +93,7 @@ def add_(
     """`add` in place. With every alpha 0, everything is checked and t is left as it is."""
     names, inputs = checks.residual_rows("add_", t, residual)
     alphas = checks.factors(alpha, _width(inputs), "add_: alpha")
-    _in_place(names, inputs, alphas, rounding, seed, stream, offset)
+    _in_place(names, inputs, alphas, Rounding(rounding, seed, stream, offset))
     return t
 
 
@@ -112,7 +112,7 @@ def scale(
     names = Names("scale", ("t",), checks.is_listed(t, "scale: t"))
     inputs = checks.rows(names, t)
     factors = (checks.factor(s, "scale: s"),)
-    return cast(T, _apart(names, inputs, factors, out, dtype, rounding, seed, stream, offset, None))
+    return cast(T, _apart(names, inputs, factors, out, dtype, Rounding(rounding, seed, stream, offset), None))
 
 
 def scale_(
@@ -127,7 +127,7 @@ def scale_(
     """`scale` in place."""
     names = Names("scale_", ("t",), checks.is_listed(t, "scale_: t"))
     inputs = checks.rows(names, t)
-    _in_place(names, inputs, (checks.factor(s, "scale_: s"),), rounding, seed, stream, offset)
+    _in_place(names, inputs, (checks.factor(s, "scale_: s"),), Rounding(rounding, seed, stream, offset))
     return t
 
 
@@ -152,7 +152,7 @@ def add_difference(
     names = Names("add_difference", ("t", "x", "y"), checks.is_listed(t, "add_difference: t"))
     inputs = checks.rows(names, t, x, y)
     factors = (checks.factor(alpha, "add_difference: alpha"),)
-    return cast(T, _apart(names, inputs, factors, out, dtype, rounding, seed, stream, offset, tally))
+    return cast(T, _apart(names, inputs, factors, out, dtype, Rounding(rounding, seed, stream, offset), tally))
 
 
 def add_difference_(
@@ -170,7 +170,7 @@ def add_difference_(
     names = Names("add_difference_", ("t", "x", "y"), checks.is_listed(t, "add_difference_: t"))
     inputs = checks.rows(names, t, x, y)
     factors = (checks.factor(alpha, "add_difference_: alpha"),)
-    _in_place(names, inputs, factors, rounding, seed, stream, offset)
+    _in_place(names, inputs, factors, Rounding(rounding, seed, stream, offset))
     return t
 
 
@@ -180,10 +180,7 @@ def _apart(
     factors: tuple[float, ...],
     out: Tensors | None,
     dtype: torch.dtype | None,
-    rounding: str,
-    seed: int,
-    stream: int | Sequence[int],
-    offset: int,
+    rounding: Rounding,
     tally: Tally | None,
 ) -> Tensors:
     """Compute into out= or into new tensors: one, or a list as the first argument is."""
@@ -191,7 +188,7 @@ def _apart(
         dtype = checks.storage_dtype(dtype, f"{names.op}: dtype")
     given = None if out is None else checks.outputs(names, out, dtype, len(inputs))
     run = library.apart if is_compiling() or dispatch_modes() else launch.apart
-    outs = run(names, inputs, factors, given, dtype, rounding, seed, stream, offset, tally)
+    outs = run(names, inputs, factors, given, dtype, rounding, tally)
     if out is not None:
         return out
     return outs if names.listed else outs[0]
@@ -201,14 +198,11 @@ def _in_place(
     names: Names,
     inputs: list[tuple[Tensor, ...]],
     factors: tuple[float, ...],
-    rounding: str,
-    seed: int,
-    stream: int | Sequence[int],
-    offset: int,
+    rounding: Rounding,
 ) -> None:
     """Compute into the first operand of every item."""
     run = library.in_place if is_compiling() or dispatch_modes() else launch.in_place
-    run(names, inputs, factors, rounding, seed, stream, offset)
+    run(names, inputs, factors, rounding)
 
 
 def _width(inputs: list[tuple[Tensor, ...]]) -> int:
