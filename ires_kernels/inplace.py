@@ -19,6 +19,7 @@ Every move can be done again: whoever takes up an interrupted one looks at where
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import re
 import shutil
@@ -363,7 +364,7 @@ def _beside(target: Path, suffix: str) -> Path:
 def _numbered(target: Path, kind: str) -> list[tuple[int, Path]]:
     first = _beside(target, kind)
     found = []
-    for path in first.parent.glob(f"{first.name}-*"):
+    for path in first.parent.glob(f"{glob.escape(first.name)}-*"):
         number = path.name[len(first.name) + 1 :]
         found += [(int(number), path)] if number.isdecimal() else []
     return sorted(found)

@@ -41,6 +41,7 @@ def build(
     sha256: Mapping[str, str] | None = None,
     in_place: Mapping[str, Any] | None = None,
     previous: Mapping[str, str | None] | None = None,
+    unsynced: str = "",
 ) -> bytes:
     """The manifest as JSON text.
 
@@ -49,6 +50,7 @@ def build(
     sha256    of whole files, by name
     in_place  what is special about an update in place: the hash of a tensor that was not read is then the `previous`
               one, or null, and that of what the target held is not known
+    unsynced  where nothing was fsynced, the boot_id of the machine
     """
     known = {**(previous or {}), **outcome.outputs} if in_place else outcome.outputs
     entries = {
@@ -80,6 +82,7 @@ def build(
         "files": dict(others),
         **({"sha256": dict(sha256)} if sha256 else {}),
         **({"in_place": dict(in_place)} if in_place else {}),
+        **({"unsynced": unsynced} if unsynced else {}),
         "tensors": entries,
     }
     if plan.operation == "extract":

@@ -16,7 +16,7 @@ import xxhash
 from torch import Tensor
 
 from ires_kernels import device as devices
-from ires_kernels import guards, inplace, manifest, overwrite, statedict, store, stream
+from ires_kernels import guards, inplace, manifest, overwrite, records, statedict, store, stream
 from ires_kernels.checkpoint import open_checkpoint
 from ires_kernels.inplace import Workplace
 from ires_kernels.inputs import StrPath, absolute, open_inputs, roles_of_apply
@@ -33,6 +33,7 @@ from ires_kernels.store import (
     StoreError,
     check_destination,
     discard,
+    fsync_all,
     fsync_folder,
     is_unfinished,
     partial_path,
@@ -313,7 +314,7 @@ def _carry_out(
     plan: Plan, out: Path, options: Options, *, sync: bool, sha256: bool, dry_run: bool = False
 ) -> Report | Plan:
     """Write a new folder."""
-    recorded = _written_before(plan, out, sha256)
+    recorded = _written_before(plan, out, sync=sync, sha256=sha256)
     if recorded is not None and not dry_run:
         return recorded
     check_destination(out, [checkpoint.path for checkpoint in plan.inputs.values()])
@@ -362,7 +363,9 @@ def _carry_out(
         if sums:
             folder.add(manifest.SUMS, [manifest.sums_file(sums)])
         report = Report.of(plan, outcome, out, 0.0)
-        folder.add(MANIFESTS[plan.operation], [manifest.build(plan, outcome, report, others, sha256=sums)])
+        unsynced = "" if sync else operation.boot
+        receipt = manifest.build(plan, outcome, report, others, sha256=sums, unsynced=unsynced)
+        folder.add(MANIFESTS[plan.operation], [receipt])
         guards.check_unchanged(plan)
         folder.commit()
     return Report.of(plan, outcome, out, time.perf_counter() - started)
@@ -373,8 +376,11 @@ def _record(outcome: Outcome, group: Iterable[Step]) -> bytes:
     return json.dumps(outcome.of(group).to_dict()).encode()
 
 
-def _written_before(plan: Plan, out: Path, sha256: bool) -> Report | None:
-    """The report of this very plan, if it was carried out: perhaps by a run that was killed as it ended."""
+def _written_before(plan: Plan, out: Path, *, sync: bool, sha256: bool) -> Report | None:
+    """The report of this very plan, if it was carried out: perhaps by a run that was killed as it ended.
+
+    Raises StoreError where the machine has been restarted since, and has lost some of what was not synced.
+    """
     try:
         table = json.loads((out / MANIFESTS[plan.operation]).read_bytes())
         if not isinstance(table, dict) or table.get("id") != plan.id or (sha256 and "sha256" not in table):
@@ -384,7 +390,16 @@ def _written_before(plan: Plan, out: Path, sha256: bool) -> Report | None:
         return None
     if files != {file.name: file.size for file in plan.files}:
         return None
+    if records.is_doubtful(table):
+        found = verify(out, hashes_only=True)
+        if not found:
+            raise StoreError(
+                f"{out}: was written with --no-sync before the machine was restarted, and is not what was written: "
+                f"{[*found.mismatches, *found.problems][0]}. Delete it, then merge again."
+            )
     tidy(out)
+    if sync and "unsynced" in table:
+        fsync_all(out)
     fsync_folder(out.parent)
     return Report.recorded(plan.operation, plan.id, out, table["report"], _THERE)
 

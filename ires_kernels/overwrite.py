@@ -74,6 +74,8 @@ def apply(
     history = records.applied(target)
     before = records.repeated(plan, recipe, history)
     if before is not None:
+        if sync and "unsynced" in (target.manifest or {}):
+            store.fsync_all(target.path)
         return Report.recorded(plan.operation, plan.id, target.path, before["report"], _AGAIN)
     guards.compare(plan)
     if dry_run:
@@ -120,10 +122,10 @@ def carry_on(place: Workplace, options: Options, started: float, *, fresh: bool 
     if place.phase() in ("withdraw", "rollback", "restored"):
         raise StoreError(f"{place.target}: is being rolled back. `ires rollback {place.target}` goes on with that.")
     operation = read_operation(place)
+    _check_boot(place, operation)
     place.sync = operation.sync
     report = None
     if place.phase() == "operation":
-        _check_boot(place, operation)
         place.move_in(operation.names)
         plan, current, changed = _plan_again(place, operation)
         same_plan(operation, plan.id, VERSION)
@@ -223,9 +225,11 @@ def read_operation(place: Workplace) -> Operation:
 
 def _check_boot(place: Workplace, operation: Operation) -> None:
     if not operation.sync and operation.boot != boot_id():
+        kept = operation.undo == "all" and place.phase() != "operation"
+        way = f"`ires rollback {place.target}` gives it the old ones." if kept else _copy_again(place)
         raise StoreError(
             f"{place.target}: the machine was restarted in the middle of an update with --no-sync, so its bytes may be "
-            f"anything. {_copy_again(place)}"
+            f"anything. {way}"
         )
 
 
@@ -394,7 +398,10 @@ def _write_manifest(place: Workplace, operation: Operation, plan: Plan, outcome:
     if operation.history:  # else what an older manifest says may no longer be true
         previous = _recorded_hashes(place)
     others, paths = operation.installed, operation.paths
-    content = manifest.build(plan, outcome, report, others, paths=paths, sha256=sums, in_place=entry, previous=previous)
+    content = manifest.build(
+        plan, outcome, report, others, paths=paths, sha256=sums, in_place=entry, previous=previous,
+        unsynced="" if operation.sync else operation.boot,
+    )  # fmt: skip
     place.release()
     place.stage(_manifest_name(place), [content])
     if sums:

@@ -11,7 +11,7 @@ from ires_kernels.checkpoint import Checkpoint, TensorRef
 from ires_kernels.plan import Plan
 from ires_kernels.rules import Rules
 from ires_kernels.steps import Step
-from ires_kernels.store import StoreError
+from ires_kernels.store import StoreError, boot_id
 
 
 def applied(target: Checkpoint) -> list[dict[str, Any]]:
@@ -19,6 +19,11 @@ def applied(target: Checkpoint) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for table in _manifests(target):
         entry = table.get("in_place")
+        if isinstance(entry, dict) and is_doubtful(table) and not has_hashes(target, table):
+            raise StoreError(
+                f"{target.path}: was updated with --no-sync before the machine was restarted, and is not what that "
+                "wrote. Copy the model again; or, if it was you who changed it since, delete its manifest first."
+            )
         if isinstance(entry, dict) and unchanged(target, table):
             found += [*entry.get("history", []), manifest.history_entry(table)]
     return found
@@ -50,6 +55,16 @@ def unchanged(target: Checkpoint, table: Mapping[str, Any]) -> bool:
         return False
     if all(recorded[name] == stamp for name, stamp in manifest.stamps(target).items()):
         return True
+    return has_hashes(target, table)
+
+
+def is_doubtful(table: Mapping[str, Any]) -> bool:
+    """Whether nobody knows if what the manifest tells of has reached the disk: no fsync, and a restart since."""
+    return table.get("unsynced", "") not in ("", boot_id())
+
+
+def has_hashes(target: Checkpoint, table: Mapping[str, Any]) -> bool:
+    """Whether all tensors of which the manifest has a hash have that."""
     hashes = {name: entry.get("xxh3_128") for name, entry in table.get("tensors", {}).items()}
     refs = [ref for name, ref in target.tensors.items() if hashes.get(name)]
     found = _hashes(target, refs)

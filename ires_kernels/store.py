@@ -17,6 +17,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -405,6 +406,18 @@ def fsync_file(path: Path) -> None:
     """Make the bytes and times of a file durable."""
     with named(path), open(path, "rb") as file:
         os.fsync(file.fileno())
+
+
+def fsync_all(path: Path) -> None:
+    """Make durable a file, or a folder and every file in it, and its name."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            if stat.S_ISREG(os.lstat(os.path.join(folder, name)).st_mode):
+                fsync_file(Path(folder, name))
+        fsync_folder(folder)
+    if not path.is_dir():
+        fsync_file(path)
+    fsync_folder(path.parent)
 
 
 def fsync_folder(path: str | os.PathLike[str], witness: int = -1) -> None:

@@ -86,7 +86,7 @@ class Cpu:
 
 class _CpuSlot:
     def __init__(self, cpu: Cpu) -> None:
-        memory = memoryview(mmap.mmap(-1, sum(cpu.sizes)))
+        memory = memoryview(mmap.mmap(-1, sum(cpu.sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         self.buffers = cut(memory, cpu.sizes)
         self._cpu = cpu
         self._tensors: dict[tuple[int, str], Tensor] = {}

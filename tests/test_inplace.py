@@ -20,7 +20,7 @@ import torch
 from checkpoints import SHAPES, normal, read_model, snapshot, triple, write_model
 
 import ires_kernels as ik
-from ires_kernels import inplace, journal, merge, overwrite, store, stream, updates, windows
+from ires_kernels import inplace, journal, merge, overwrite, records, store, stream, updates, windows
 from ires_kernels.cli import main
 from ires_kernels.header import CheckpointError
 from ires_kernels.inplace import Workplace
@@ -752,6 +752,68 @@ def test_an_undo_outlives_a_restart(models: tuple[Path, Path, Path], monkeypatch
     assert visible(target) == before
 
 
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("undo", ["ring", "all"])
+@pytest.mark.parametrize("phase", ["installing", "finished"])
+def test_a_restart_is_noticed_until_the_end(
+    models: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch, undo: str, phase: str
+) -> None:
+    base, instruct, target = models
+    before = visible(target)
+    with monkeypatch.context() as patch:
+        cut_off(patch, Workplace, "install" if phase == "installing" else "move_out", 0)
+        with pytest.raises(Cut):
+            apply(target, (instruct, base), sync=False, undo=undo)
+    assert (target / f".ires-unfinished/{phase}.json").exists()
+    left = snapshot(target)
+    monkeypatch.setattr(overwrite, "boot_id", lambda: "another")
+    way = "ires rollback" if undo == "all" else "copy the model again"
+    with pytest.raises(StoreError, match=f"the machine was restarted in the middle of an update .*{way}"):
+        ik.resume(target)
+    assert snapshot(target) == left
+    if undo == "all":
+        ik.rollback(target)
+        assert visible(target) == before
+
+
+def test_what_was_not_synced_is_doubted_after_a_restart(
+    tmp_path: Path, models: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, instruct, target = models
+    other, out = copy(target, "other"), tmp_path / "out"
+
+    def damage(folder: Path) -> None:
+        """As the page cache is lost: the size and time of the file are there, its bytes are not."""
+        path = sorted(folder.glob("*.safetensors"))[-1]
+        times = path.stat()
+        with open(path, "r+b") as file:
+            file.seek(-8, os.SEEK_END)
+            file.write(bytes(8))
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    def again(sync: bool) -> list[str]:
+        reports = [apply(folder, (instruct, base), sync=sync) for folder in (target, other)]
+        report = ik.apply(base, (instruct, base), out=out, sync=sync)
+        return [f"{report}" for report in (*reports, report)]
+
+    again(sync=False)
+    synced: list[Path] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "fsync_file", synced.append)
+        assert all("nothing was done" in text for text in again(sync=True))
+    wanted = [path for folder in (target, other, out) for path in folder.rglob("*") if path.is_file()]
+    assert set(synced) == set(wanted)
+    monkeypatch.setattr(records, "boot_id", lambda: "another")
+    assert all("nothing was done" in text for text in again(sync=False))
+    damage(out)
+    damage(other)
+    with pytest.raises(StoreError, match="was written with --no-sync before the machine was restarted, and is"):
+        ik.apply(base, (instruct, base), out=out)
+    with pytest.raises(StoreError, match="was updated with --no-sync before the machine was restarted, and is"):
+        apply(other, (instruct, base))
+    assert "nothing was done" in f"{apply(target, (instruct, base))}"
+
+
 @pytest.mark.parametrize("name", ["journal", "log"])
 def test_a_damaged_undo_leaves_the_model_alone(models: tuple[Path, Path, Path], name: str) -> None:
     base, instruct, target = models
@@ -781,7 +843,7 @@ def test_without_undo_a_failure_before_the_first_write_is_none(
 
 
 def test_names_of_all_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("plain", "with space", "zeile\nzwei", os.fsdecode(b"no-utf8-\xff"), "journal", "log", "new"):
+    for name in ("plain", "with space", "zeile\nzwei", os.fsdecode(b"no-utf8-\xff"), "journal", "log", "m[1]*"):
         root = tmp_path / name
         root.mkdir()
         base, instruct, target = triple(root)
@@ -800,6 +862,9 @@ def test_names_of_all_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert ik.status(target) == ik.status(file)  # who looks for the model is told where it is
         ik.resume(file)
         assert ik.verify(file)
+        for tag in "ab":
+            apply(file, (instruct, base), undo="all", tag=tag)
+        ik.rollback(file)
         monkeypatch.chdir(target)
         for command in ("status", "rollback", "resume"):
             assert main([command, "."]) == 2
