@@ -247,6 +247,12 @@ class TestMeasure:
         assert ratio(times, "c", "a") == Quartiles(9, 9, 9, 3)
         assert ratio(times, "a", "missing") is None
 
+    def test_who_is_out_stays_out(self):
+        of_a = [1, 1, 1, 99, 99, 99, 99, 99, 99]
+        seconds = {"a": iter(of_a), "b": iter([9] * 9)}
+        times = interleave({name: name.__str__ for name in seconds}, 9, timer=lambda run: next(seconds[run()]))
+        assert times == {"a": of_a, "b": [9] * 3}
+
     def test_ratios_are_of_the_same_round(self):
         assert ratio({"a": [2, 40, 8], "b": [1, 10, 1]}, "a", "b") == Quartiles(3, 4, 6, 3)
 

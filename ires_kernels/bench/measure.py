@@ -65,12 +65,14 @@ def interleave(
     `before` and `after` get the name of the contender and are not timed. `timer` runs what it gets and returns seconds.
     """
     times: Times = {name: [] for name in contenders}
-    names = list(contenders)
+    names, out = list(contenders), set()
     for turn in range(rounds):
         fastest = min((statistics.median(seconds) for seconds in times.values() if seconds), default=0.0)
         start = turn % len(names)
         for name in names[start:] + names[:start]:
             if turn >= 3 and statistics.median(times[name]) > SLOW * fastest:
+                out.add(name)  # for good: `ratio` pairs seconds by their rounds
+            if name in out:
                 continue
             if before:
                 before(name)
@@ -138,7 +140,7 @@ def machine() -> dict[str, Any]:
         "l3": _text("/sys/devices/system/cpu/cpu0/cache/index3/size"),
         "memory_bytes": int(memory["MemTotal"].split()[0]) * 1024 if "MemTotal" in memory else None,
         "load": list(os.getloadavg()),
-        "kernel": f"{platform.system()} {platform.release()}",
+        "kernel": f"{platform.system()} {platform.release().partition('-')[0]}",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("ires_kernels", "torch", "numpy")},
         "commit": _commit(),

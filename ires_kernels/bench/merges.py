@@ -1,8 +1,8 @@
 """Whole merges against copying: `cat` of two models and `cp` of a third is the least that a merge reads and writes.
 
-Contenders take turns; outputs are removed between turns, untimed. Before the clock starts, one merge is compared with
-the reference arithmetic at both ends of every tensor. Memory is what a process of its own holds privately (RssAnon)
-above an interpreter that has imported torch; pages of files are not counted.
+Contenders take turns; between turns outputs are removed and dirty pages written, untimed. Before the clock starts, one
+merge is compared with the reference arithmetic at both ends of every tensor. Memory is what a process of its own holds
+privately (RssAnon) above an interpreter that has imported torch; pages of files are not counted.
 """
 
 from __future__ import annotations
@@ -213,6 +213,7 @@ def measure(
         merge.extract(triple.base, triple.instruct, residual, sync=False, threads=threads)
 
     def before(_: str) -> None:
+        os.sync()  # what one contender leaves to be written is not for the next one to pay
         if cold:
             forget([triple.base, triple.instruct, triple.target, residual, changed])
 
