@@ -8,19 +8,16 @@ that a loader would take for a model is all old or all new; and a file of weight
 from __future__ import annotations
 
 import functools
-import io
 import json
 import shutil
 from collections.abc import Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
 from faults import Done, Fault, Warm
-
-from ires_kernels import cli
 
 MODELS = ("base", "instruct", "target")
 MANIFESTS = ("ires.json", "residual.json")
@@ -55,13 +52,12 @@ def same(name: str, command: tuple[str, ...], *, writes_target: bool = False) ->
 RESUME, ROLLBACK = ("resume", "target"), ("rollback", "target")
 RESUME_OUT, ROLLBACK_OUT = ("resume", "out"), ("rollback", "out")
 
-TO_A_NEW_FOLDER = [
+SCENARIOS = [
     same("extract", ("extract", "base", "instruct", "-o", "out", "--threads", "1")),
     same("apply", _NEW),
-]
-IN_PLACE = [
     same("in place", _IN_PLACE, writes_target=True),
     same("in place, undo kept", _UNDO, writes_target=True),
+    same("in place, two threads, no fsync", (*_IN_PLACE[:-1], "2", "--no-sync"), writes_target=True),
     Scenario("in place, resumed", _IN_PLACE, RESUME, _IN_PLACE, writes_target=True),
     Scenario("in place, rolled back", _UNDO, ROLLBACK, None, writes_target=True),
     Scenario("resume", RESUME, RESUME, _IN_PLACE, ((_IN_PLACE, _HALF_WAY),), writes_target=True),
@@ -70,17 +66,6 @@ IN_PLACE = [
     Scenario("resume to a new folder", RESUME_OUT, RESUME_OUT, _NEW, ((_NEW, _HALF_WAY),)),
     Scenario("rollback of a new folder", ROLLBACK_OUT, ROLLBACK_OUT, None, ((_NEW, _HALF_WAY),)),
 ]
-
-
-def has_in_place() -> bool:
-    """Whether this version updates models in place."""
-    text = io.StringIO()
-    with redirect_stdout(text), suppress(SystemExit):
-        cli.main(["apply", "--help"])
-    return "--in-place" in text.getvalue()
-
-
-SCENARIOS = TO_A_NEW_FOLDER + (IN_PLACE if has_in_place() else [])
 
 
 @functools.cache

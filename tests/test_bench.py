@@ -248,7 +248,7 @@ class TestMeasure:
         assert ratio(times, "a", "missing") is None
 
     def test_who_is_out_stays_out(self):
-        of_a = [1, 1, 1, 99, 99, 99, 99, 99, 99]
+        of_a = [1, 1, 1, 5, 5, 5, 5, 5, 5]
         seconds = {"a": iter(of_a), "b": iter([9] * 9)}
         times = interleave({name: name.__str__ for name in seconds}, 9, timer=lambda run: next(seconds[run()]))
         assert times == {"a": of_a, "b": [9] * 3}
