@@ -62,8 +62,8 @@ peers: $(VENV)/installed
 	$(BIN)/python bench/peers.py
 
 # A GPU machine may have no network: everything comes from the Python at hand, which has torch, Triton, setuptools,
-# pybind11, rich, xxhash, pytest and hypothesis. Each step is a target of its own; `gpu` does them all, whichever fails,
-# and then says which did.
+# pybind11, rich, xxhash, pytest, hypothesis, safetensors, tokenizers and transformers. Each step is a target of its
+# own; `gpu` does them all, whichever fails, and then says which did.
 GPU_STEPS := gpu-suite gpu-test gpu-sanitize gpu-bench
 BENCH_GPU ?=
 

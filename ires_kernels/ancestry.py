@@ -35,7 +35,7 @@ from ires_kernels.store import read_into
 TENSORS, BLOCKS, BLOCK = 256, 4, 16  # sampled tensors at most; runs of elements in each; elements of a run
 THRESHOLD = 0.5
 """Models with a lower cosine are taken for strangers. It lies in the middle of what was measured on trained models
-(examples/continual/README.md): 0.95 and more among relatives, -0.1 to 0.1 among strangers."""
+(examples/continual/README.md): 0.96 and more among relatives, -0.1 to 0.1 among strangers."""
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

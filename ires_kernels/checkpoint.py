@@ -12,7 +12,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -95,9 +95,10 @@ class Checkpoint:
     manifest: dict[str, Any] | None
     """residual.json of a residual, ires.json of a merged model, NAME.ires.json of a file that was updated in place."""
 
-    def changed(self) -> list[Path]:
-        """The shards that are no longer the files that were validated."""
-        return [shard.path for shard in self.shards if _file_id(shard.path) != shard.file_id]
+    def changed(self, current: Mapping[Path, FileId] | None = None) -> list[Path]:
+        """The shards that are no longer the files that were validated, or those that `current` says they were."""
+        known = {shard.path: shard.file_id for shard in self.shards} if current is None else current
+        return [shard.path for shard in self.shards if _file_id(shard.path) != known[shard.path]]
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

@@ -10,8 +10,6 @@ from ires_kernels.checkpoint import Checkpoint, FileId
 from ires_kernels.header import CheckpointError
 from ires_kernels.plan import Plan
 from ires_kernels.reader import differing
-from ires_kernels.rules import Rules
-from ires_kernels.steps import Step
 from ires_kernels.stream import Outcome
 
 
@@ -46,24 +44,23 @@ def strangers(inputs: Mapping[str, Checkpoint]) -> tuple[str, ...]:
 def read_residuals(plan: Plan, threads: int | None = None) -> None:
     """Read what the plan needs of its residuals, to find damage before the first byte of a model changes."""
     refs = {
-        (role, ref.name): ref
+        f"{role} {ref.name}": ref
         for step in plan.steps
         for role, ref in zip(step.roles, step.inputs, strict=True)
         if role.startswith("residual") and not step.reason
     }
-    steps = [
-        Step(f"{role} {name}", ref.dtype, ref.shape, "copy", (role,), (ref,), file=f"{ref.path}", nbytes=ref.nbytes)
-        for (role, name), ref in refs.items()
-    ]
-    check_residuals(plan, stream.run(steps, file_ids(plan), Rules(), lambda *_: None, threads=threads))
+    found: dict[str, dict[str, str]] = {}
+    for name, digest in stream.hashes(refs, file_ids(plan), threads=threads).items():
+        found.setdefault(name.partition(" ")[0], {})[refs[name].name] = digest
+    check_residuals(plan, found)
 
 
-def check_residuals(plan: Plan, outcome: Outcome) -> None:
-    """Compare what was read of residuals with the hashes that `extract` recorded."""
+def check_residuals(plan: Plan, hashes: Mapping[str, Mapping[str, str]]) -> None:
+    """Compare what was read of residuals, by role and name, with the hashes that `extract` recorded."""
     for role, checkpoint in plan.inputs.items():
         if checkpoint.kind == "residual":
             recorded = manifest.tensors(checkpoint)
-            for name, found in outcome.inputs.get(role, {}).items():
+            for name, found in hashes.get(role, {}).items():
                 wanted = recorded.get(name, {}).get("xxh3_128", found)
                 if found != wanted:
                     raise CheckpointError(
@@ -78,13 +75,9 @@ def check_unchanged(plan: Plan, *, but: Container[str] = (), current: Mapping[Pa
     current  what they were when they were opened, if the plan has another time for them
     """
     for role, checkpoint in plan.inputs.items():
-        if role in but:
-            continue
-        for shard in checkpoint.shards:
-            if _now(shard.path) != (shard.file_id if current is None else current[shard.path]):
-                raise CheckpointError(
-                    f"{shard.path}: changed while it was read. Wait for its writer, then start again."
-                )
+        changed = [] if role in but else checkpoint.changed(current)
+        if changed:
+            raise CheckpointError(f"{changed[0]}: changed while it was read. Wait for its writer, then start again.")
 
 
 def check_contents(plan: Plan, outcome: Outcome, changed: Iterable[Path], current: Mapping[Path, FileId]) -> None:
@@ -96,22 +89,10 @@ def check_contents(plan: Plan, outcome: Outcome, changed: Iterable[Path], curren
         for name in outcome.inputs.get(role, {})
         if name in checkpoint.tensors and checkpoint.tensors[name].path in changed
     }
-    steps = [
-        Step(name, ref.dtype, ref.shape, "copy", ("input",), (ref,), file=f"{ref.path}", nbytes=ref.nbytes)
-        for name, ref in refs.items()
-    ]
-    found = stream.run(steps, current, Rules(), lambda *_: None).outputs
-    for name, digest in found.items():
+    for name, digest in stream.hashes(refs, current).items():
         role, _, tensor = name.partition(" ")
         if digest != outcome.inputs[role][tensor]:
             raise CheckpointError(
                 f"{refs[name].path}: is not the file that the interrupted merge has read: its tensor {tensor!r} is "
                 "another. Put that one back, then go on; or roll back."
             )
-
-
-def _now(path: Path) -> FileId | None:
-    try:
-        return FileId.of(path)
-    except OSError:
-        return None

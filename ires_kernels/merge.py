@@ -75,7 +75,7 @@ def extract(
     rounding, seed as in the tensor operations; every tensor draws its own random bits
     sync           False does without waiting for the disk, and so without surviving a power cut
     sha256         also write sha256 sums of the weights into SHA256SUMS and the manifest
-    device         cpu, or a GPU such as cuda or cuda:1 to compute on: same files, same report
+    device         cpu, or a GPU such as cuda or cuda:1 to compute on: the same weights
     threads        None: one per CPU, 16 at most
     progress       called as progress(bytes_done, bytes_in_all) about ten times a second
     dry_run        return the Plan and write nothing
@@ -244,7 +244,7 @@ def load(
         threads=threads,
         progress=progress,
     )
-    guards.check_residuals(plan, outcome)
+    guards.check_residuals(plan, outcome.inputs)
     guards.check_unchanged(plan)
     shared = statedict.shared_head(plan.inputs["target"])
     if shared is not None:
@@ -349,7 +349,7 @@ def _carry_out(
         )
         folder.finish_files()
         outcome.update(Outcome(inputs=compared))
-        guards.check_residuals(plan, outcome)
+        guards.check_residuals(plan, outcome.inputs)
         # What loaders look for first comes last.
         others = {}
         for side in plan.side_files:

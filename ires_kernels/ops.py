@@ -3,7 +3,7 @@
 Common to all. Tensors are float64, float32, float16, bfloat16, float8_e4m3fn or float8_e5m2, mixed freely, of equal
 shapes and any strides, on one device. Arithmetic is in IEEE-754 float32, or float64 where a tensor is float64: one
 rounding an operation, and one more into the stored type (docs/numerics.md). Every tensor argument may be a sequence of
-tensors, and then all are, of one length: one launch, with the bits that a loop would give.
+tensors, and then all are, of one length: one call, with the bits that a loop would give, and few launches on a GPU.
 
     rounding    "nearest": ties to even. "stochastic": up or down with the probabilities that make the mean exact.
     seed        of the random bits of stochastic rounding; an integer below 2^64

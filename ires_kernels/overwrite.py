@@ -140,7 +140,7 @@ def carry_on(place: Workplace, options: Options, started: float, *, fresh: bool 
             guards.read_residuals(plan, options.threads)
         outcome = _overwrite(place, operation, plan, current, changed, steps, windows, options)
         outcome.update(Outcome(inputs=guards.compare(plan)))
-        guards.check_residuals(plan, outcome)
+        guards.check_residuals(plan, outcome.inputs)
         guards.check_unchanged(plan, but=plan.roles_of_target(), current=current)
         report = Report.of(plan, outcome, place.target, time.perf_counter() - started)
         _write_manifest(place, operation, plan, outcome, report)

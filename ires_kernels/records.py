@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ires_kernels import manifest, stream
-from ires_kernels.checkpoint import Checkpoint, TensorRef
+from ires_kernels.checkpoint import Checkpoint, FileId
 from ires_kernels.plan import Plan
-from ires_kernels.rules import Rules
-from ires_kernels.steps import Step
 from ires_kernels.store import StoreError, boot_id
 
 
@@ -66,8 +65,7 @@ def is_doubtful(table: Mapping[str, Any]) -> bool:
 def has_hashes(target: Checkpoint, table: Mapping[str, Any]) -> bool:
     """Whether all tensors of which the manifest has a hash have that."""
     hashes = {name: entry.get("xxh3_128") for name, entry in table.get("tensors", {}).items()}
-    refs = [ref for name, ref in target.tensors.items() if hashes.get(name)]
-    found = _hashes(target, refs)
+    found = stream.hashes({name: ref for name, ref in target.tensors.items() if hashes.get(name)}, _file_ids(target))
     return bool(found) and all(hashes[name] == digest for name, digest in found.items())
 
 
@@ -77,18 +75,13 @@ def _is_same(checkpoint: Checkpoint, recorded: Mapping[str, Any]) -> bool | None
         return True
     if recorded.get("digest") is None:
         return None
+    now = stream.hashes(checkpoint.tensors, _file_ids(checkpoint))
     refs = checkpoint.tensors.values()
-    now = _hashes(checkpoint, refs)
     return bool(manifest.digest((r.name, r.dtype, r.shape, now[r.name]) for r in refs) == recorded["digest"])
 
 
-def _hashes(checkpoint: Checkpoint, refs: Iterable[TensorRef]) -> dict[str, str]:
-    steps = [
-        Step(ref.name, ref.dtype, ref.shape, "copy", ("input",), (ref,), file=ref.path.name, nbytes=ref.nbytes)
-        for ref in refs
-    ]
-    file_ids = {shard.path: shard.file_id for shard in checkpoint.shards}
-    return stream.run(steps, file_ids, Rules(), lambda *_: None).outputs
+def _file_ids(checkpoint: Checkpoint) -> dict[Path, FileId]:
+    return {shard.path: shard.file_id for shard in checkpoint.shards}
 
 
 def _manifests(target: Checkpoint) -> list[Mapping[str, Any]]:

@@ -127,7 +127,10 @@ class Report:
         return (self.bytes_read + self.bytes_written) / self.seconds / 1e9 if self.seconds else math.inf
 
     def numbers(self) -> dict[str, Any]:
-        """What depends on the inputs and rules alone, and so belongs into the manifest."""
+        """What depends on the inputs and rules alone, and so belongs into the manifest.
+
+        But for the last digits of effective alphas: sums are taken in an order that the processor chooses.
+        """
         return {
             "tensors": self.tensors,
             "elements": self.counts.elements,

@@ -31,7 +31,7 @@ from torch import Tensor
 from ires_kernels import windows
 from ires_kernels.backends import Tally
 from ires_kernels.backends import threads as kernel_threads
-from ires_kernels.checkpoint import FileId
+from ires_kernels.checkpoint import FileId, TensorRef
 from ires_kernels.header import CheckpointError
 from ires_kernels.names import FLOATS
 from ires_kernels.reader import Files
@@ -151,8 +151,23 @@ def fill(
     return engine.run(threads, progress)
 
 
+def hashes(
+    refs: Mapping[str, TensorRef],
+    file_ids: Mapping[Path, FileId],
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, str]:
+    """xxh3_128 of the bytes of tensors, under the names that they are given here. Errors as of `run`."""
+    steps = [
+        Step(name, ref.dtype, ref.shape, "copy", ("input",), (ref,), file=f"{ref.path}", nbytes=ref.nbytes)
+        for name, ref in refs.items()
+    ]
+    return run(steps, file_ids, Rules(), _nothing, threads=threads, progress=progress).outputs
+
+
 def _nothing(*_: object) -> None:
-    """What is written when results stay where they were made."""
+    """What is written of results that stay where they were made, or are only looked at."""
 
 
 class _Tensor:

@@ -1,6 +1,6 @@
 """Every kind of GPU kernel on small tensors, against the reference: few calls, for compute-sanitizer to watch.
 
-sanitize.py runs this file under it; test_cuda.py and test_triton_gpu.py go through the same ground step by step.
+compute_sanitizer.py runs this file under it; test_cuda.py and test_triton_gpu.py go over the same ground step by step.
 """
 
 from __future__ import annotations
