@@ -102,6 +102,17 @@ std::string describe(const Operation& op, const std::vector<Item>& items) {
 
 }  // namespace
 
+int driver_version() {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+// The runtime in here works with drivers of its own major version on; large tables want a driver that knows them.
+int least_driver_version() {
+    const int major = CUDART_VERSION / 1000 * 1000;
+    return Large::kWords > Small::kWords ? std::max(major, 12010) : major;
+}
+
 void run(const Operation& op, std::vector<Item>& items, uint64_t offset, int device, uintptr_t stream) {
     for (Item& item : items) coalesce(item);
     static const std::vector<Fixed> fixed = Hot::fixed();

@@ -13,5 +13,9 @@ namespace gpu {
 // `offset` is the flat index of each item's first element. Throws std::runtime_error with what CUDA said and where.
 void run(const Operation& op, std::vector<Item>& items, uint64_t offset, int device, uintptr_t stream);
 
+// The CUDA version that the driver is for, 0 without one, and the least that will do; as 1000 * major + 10 * minor.
+int driver_version();
+int least_driver_version();
+
 }  // namespace gpu
 }  // namespace ires

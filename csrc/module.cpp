@@ -104,9 +104,12 @@ PYBIND11_MODULE(_native, m) {
 #if defined(IRES_CUDA)
     m.def("cuda_run", &cuda_run, py::arg("op"), py::arg("items"), py::arg("factors"), py::arg("stochastic"), py::arg("seed"),
           py::arg("offset"), py::arg("device"), py::arg("stream"));
+    m.def("cuda_driver", &ires::gpu::driver_version);
+    m.attr("cuda_least_driver") = ires::gpu::least_driver_version();
     m.attr("cuda_built") = true;
     m.attr("cuda_targets") = IRES_CUDA;
 #else
+    m.attr("cuda_least_driver") = 0;
     m.attr("cuda_built") = false;
     m.attr("cuda_targets") = "";
 #endif

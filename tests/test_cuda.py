@@ -361,17 +361,20 @@ def test_the_status_without_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "ending"),
+    ("capabilities", "driver", "ending"),
     [
-        ([], "sees no NVIDIA GPU"),
-        ([(8, 0), (9, 0)], ""),
-        ([(9, 0), (7, 5)], ", but a GPU here has compute capability 7.5"),
+        ([], 0, "sees no NVIDIA GPU"),
+        ([(8, 0), (9, 0)], 13000, ""),
+        ([(9, 0), (7, 5)], 13010, ", but a GPU here has compute capability 7.5"),
+        ([(9, 0)], 12080, ", but it needs a driver for CUDA 13.0, and there is one for 12.8"),
     ],
 )
 def test_the_status_names_the_gpu(
-    monkeypatch: pytest.MonkeyPatch, capabilities: list[tuple[int, int]], ending: str
+    monkeypatch: pytest.MonkeyPatch, capabilities: list[tuple[int, int]], driver: int, ending: str
 ) -> None:
-    extension = SimpleNamespace(cuda_built=True, cuda_targets="sm_80, sm_90 and PTX")
+    extension = SimpleNamespace(
+        cuda_built=True, cuda_targets="sm_80, sm_90 and PTX", cuda_driver=lambda: driver, cuda_least_driver=13000
+    )
     monkeypatch.setattr(native, "_native", extension)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))

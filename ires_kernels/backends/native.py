@@ -65,6 +65,10 @@ def _cuda_status() -> BackendStatus:
     detail = f"CUDA C++ for {_native.cuda_targets}"
     if not torch.cuda.is_available() or not torch.version.cuda:
         return BackendStatus(False, f"{detail}, but torch {torch.__version__} sees no NVIDIA GPU")
+    driver, least = _native.cuda_driver(), _native.cuda_least_driver
+    if driver < least:
+        needed, there = (f"{version // 1000}.{version % 1000 // 10}" for version in (least, driver))
+        return BackendStatus(False, f"{detail}, but it needs a driver for CUDA {needed}, and there is one for {there}")
     major, minor = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
     oldest = re.search(r"\d+", _native.cuda_targets)
     if oldest and 10 * major + minor < int(oldest.group()):
