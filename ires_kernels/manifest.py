@@ -18,7 +18,7 @@ from typing import Any
 import xxhash
 
 from ires_kernels import ancestry, names
-from ires_kernels.checkpoint import Checkpoint
+from ires_kernels.checkpoint import Checkpoint, TensorRef
 from ires_kernels.header import CheckpointError
 from ires_kernels.plan import MANIFESTS, VERSION, Plan
 from ires_kernels.report import Report
@@ -74,7 +74,7 @@ def build(
         "id": plan.id,
         "digest": digest((n, d, s, h) for n, d, s, h in hashes if h) if all(h for *_, h in hashes) else None,
         "inputs": {
-            role: _input(checkpoint, outcome.inputs.get(role, {}), (paths or {}).get(role, f"{checkpoint.path}"))
+            role: _input(plan, role, outcome.inputs.get(role, {}), (paths or {}).get(role, f"{checkpoint.path}"))
             for role, checkpoint in plan.inputs.items()
         },
         "rules": plan.rules.to_dict(),
@@ -120,7 +120,7 @@ def tensors(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
 def history_entry(table: Mapping[str, Any]) -> dict[str, Any]:
     """What the manifest of an update in place leaves of itself in that of the next one."""
     inputs = table.get("inputs", {})
-    keys = ("path", "digest", "files")
+    keys = ("path", "read", "files")
     return {
         "id": table.get("id"),
         "recipe": table.get("in_place", {}).get("recipe"),
@@ -160,12 +160,27 @@ def stamps(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
     return {shard.path.name: shard.file_id.stamp() for shard in checkpoint.shards}
 
 
-def _input(checkpoint: Checkpoint, hashes: Mapping[str, str], path: str) -> dict[str, Any]:
-    """Where an input was, and its digest if all of its tensors were read."""
-    whole = hashes.keys() >= checkpoint.tensors.keys()
-    refs = checkpoint.tensors.values()
-    return {
+def layouts(checkpoint: Checkpoint) -> dict[str, str]:
+    """Hash of what its weights have where, by the name of the file."""
+    found: dict[str, list[Any]] = {shard.path.name: [] for shard in checkpoint.shards}
+    for ref in checkpoint.tensors.values():
+        found[ref.path.name].append([ref.offset, ref.name, ref.dtype, ref.shape])
+    return {name: xxhash.xxh3_128_hexdigest(json.dumps(sorted(table)).encode()) for name, table in found.items()}
+
+
+def digest_of(refs: Iterable[TensorRef], hashes: Mapping[str, str]) -> str:
+    """The `digest` of some tensors of a checkpoint."""
+    return digest((ref.name, ref.dtype, ref.shape, hashes[ref.name]) for ref in refs)
+
+
+def _input(plan: Plan, role: str, hashes: Mapping[str, str], path: str) -> dict[str, Any]:
+    """Where an input was, its digest if all of its tensors were read, and in place that of what was."""
+    tensors = plan.inputs[role].tensors
+    table: dict[str, Any] = {
         "path": os.path.abspath(path),
-        "digest": digest((ref.name, ref.dtype, ref.shape, hashes[ref.name]) for ref in refs) if whole else None,
-        "files": stamps(checkpoint),
+        "digest": digest_of(tensors.values(), hashes) if hashes.keys() >= tensors.keys() else None,
+        "files": stamps(plan.inputs[role]),
     }
+    if plan.in_place and role not in plan.roles_of_target():
+        table["read"] = digest_of(plan.reads(role).values(), hashes)
+    return table

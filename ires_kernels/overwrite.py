@@ -203,8 +203,11 @@ def rollback_kept(target: Path) -> str:
             f"{target}: {kept[-1]} keeps what {operation.kind} {operation.id} has changed, and that is not the last "
             "that was applied here: it cannot be taken back any more. Delete it."
         )
-    if not records.unchanged(checkpoint, table):
-        raise StoreError(f"{target}: was changed since its update in place, and cannot be rolled back.")
+    if not records.replaceable(checkpoint, table):
+        raise StoreError(
+            f"{target}: was written since its update in place, or copied without its times (`cp -a` keeps them), and "
+            f"cannot be rolled back: the old bytes in {kept[-1]} belong into the files as they were."
+        )
     inplace.check(target, operation.names)
     try:
         with _journal(kept[-1], operation, target if target.is_dir() else target.parent):
@@ -391,6 +394,7 @@ def _write_manifest(place: Workplace, operation: Operation, plan: Plan, outcome:
         "recipe": operation.recipe,
         "undo": operation.undo,
         "files": {name: file_id.stamp() for name, file_id in file_ids.items()},
+        "layouts": manifest.layouts(plan.inputs["target"]),
         "history": operation.history,
     }
     sums = manifest.sha256(weights) if operation.sha256 else {}

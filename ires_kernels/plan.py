@@ -91,19 +91,22 @@ class Plan:
     def recipe(self, tag: str = "") -> str:
         """What is done to the target in place, as the same hash before and after, to tell a repetition.
 
-        Files of other times but the same size and header are the same here: `guards` looks into them.
+        Whether the other models are the same ones is no part of it: `records` looks into them.
         """
         rules = self.rules.to_dict()
+        del rules["dtype"]  # in place it is the target's
         if self.rules.rounding == "nearest":
             del rules["seed"]
-        own = self.roles_of_target()
-        headers = {
-            role: "target" if role in own and role != "target" else [
-                [_header_digest(shard.header.tensors.items()), shard.file_id.size] for shard in checkpoint.shards
-            ]
-            for role, checkpoint in self.inputs.items()
-        }  # fmt: skip
-        return _hash({"inputs": headers, "rules": rules, "tag": tag})
+        return _hash({"roles": sorted(self.inputs), "own": sorted(self.roles_of_target()), "rules": rules, "tag": tag})
+
+    def reads(self, role: str) -> dict[str, TensorRef]:
+        """The tensors of an input that the steps read, by name."""
+        return {
+            ref.name: ref
+            for step in self._active()
+            for other, ref in zip(step.roles, step.inputs, strict=True)
+            if other == role
+        }
 
     def _active(self) -> Iterable[Step]:
         return (step for step in self.steps if not (self.in_place and step.reason))

@@ -36,7 +36,7 @@ def repeated(plan: Plan, recipe: str, history: Sequence[Mapping[str, Any]]) -> M
     for entry in history:
         if entry.get("recipe") == recipe:
             others = plan.inputs.keys() - plan.roles_of_target()
-            same = [_is_same(plan.inputs[role], entry.get("inputs", {}).get(role, {})) for role in sorted(others)]
+            same = [_is_same(plan, role, entry.get("inputs", {}).get(role, {})) for role in sorted(others)]
             if None in same:
                 raise StoreError(
                     f"{plan.inputs['target'].path}: this looks like {entry.get('id')}, which was applied before, but "
@@ -57,6 +57,19 @@ def unchanged(target: Checkpoint, table: Mapping[str, Any]) -> bool:
     return has_hashes(target, table)
 
 
+def replaceable(target: Checkpoint, table: Mapping[str, Any]) -> bool:
+    """Whether all bytes of the model's files are those that an update in place has left, each in its place.
+
+    By size and time; or else by all hashes, if there is one of every tensor, and the layout.
+    """
+    entry = table.get("in_place", {})
+    if entry.get("files") == manifest.stamps(target):
+        return True
+    tensors = manifest.tensors(target)
+    whole = all(tensors.get(name, {}).get("xxh3_128") for name in target.tensors)
+    return whole and entry.get("layouts") == manifest.layouts(target) and has_hashes(target, table)
+
+
 def is_doubtful(table: Mapping[str, Any]) -> bool:
     """Whether nobody knows if what the manifest tells of has reached the disk: no fsync, and a restart since."""
     return table.get("unsynced", "") not in ("", boot_id())
@@ -69,15 +82,15 @@ def has_hashes(target: Checkpoint, table: Mapping[str, Any]) -> bool:
     return bool(found) and all(hashes[name] == digest for name, digest in found.items())
 
 
-def _is_same(checkpoint: Checkpoint, recorded: Mapping[str, Any]) -> bool | None:
+def _is_same(plan: Plan, role: str, recorded: Mapping[str, Any]) -> bool | None:
     """Whether an input is the one that was recorded; None when nobody knows."""
+    checkpoint = plan.inputs[role]
     if recorded.get("files") == manifest.stamps(checkpoint):
         return True
-    if recorded.get("digest") is None:
+    if recorded.get("read") is None:
         return None
-    now = stream.hashes(checkpoint.tensors, _file_ids(checkpoint))
-    refs = checkpoint.tensors.values()
-    return bool(manifest.digest((r.name, r.dtype, r.shape, now[r.name]) for r in refs) == recorded["digest"])
+    refs = plan.reads(role)
+    return bool(manifest.digest_of(refs.values(), stream.hashes(refs, _file_ids(checkpoint))) == recorded["read"])
 
 
 def _file_ids(checkpoint: Checkpoint) -> dict[Path, FileId]:

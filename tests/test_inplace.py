@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import SHAPES, normal, read_model, snapshot, triple, write_model
+from safetensors.torch import load_file, save_file
 
 import ires_kernels as ik
 from ires_kernels import inplace, journal, merge, overwrite, records, store, stream, updates, windows
 from ires_kernels.cli import main
-from ires_kernels.header import CheckpointError
+from ires_kernels.header import CheckpointError, build_header
 from ires_kernels.inplace import Workplace
 from ires_kernels.report import Report
 from ires_kernels.rules import ArgumentError
@@ -572,7 +573,7 @@ def test_undo_can_be_stacked_and_is_refused_for_what_changed(models: tuple[Path,
     file = next(target.glob("*.safetensors"))
     raw = file.read_bytes()
     file.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
-    with pytest.raises(StoreError, match="was changed since its update in place, and cannot be rolled back"):
+    with pytest.raises(StoreError, match=r"was written since its update in place, .* and cannot be rolled back"):
         ik.rollback(target)
     file.write_bytes(raw)
     for state in reversed(states[:-1]):
@@ -696,8 +697,51 @@ def test_another_model_of_the_same_shape_is_no_repetition(models: tuple[Path, Pa
     apply(target, (instruct, base), alpha=0.5, skip="norm", tag="not all of it is read")
     for path in instruct.glob("*.safetensors"):
         os.utime(path)
+    report = apply(target, (instruct, base), alpha=0.5, skip="norm", tag="not all of it is read")
+    assert "nothing was done" in f"{report}"
+    table = manifest(target)
+    del table["in_place"], table["inputs"]["instruct"]["read"]  # as nobody writes it
+    (target / "ires.json").write_text(json.dumps(table | {"in_place": manifest(target)["in_place"]}))
     with pytest.raises(StoreError, match=r"this looks like .*, which was applied before, but the files of the other"):
         apply(target, (instruct, base), alpha=0.5, skip="norm", tag="not all of it is read")
+
+
+def save_again(path: Path, *, backwards: bool = False, **metadata: str) -> None:
+    """The same tensors of bfloat16, as another program writes them."""
+    tensors = sorted(load_file(path).items(), reverse=backwards)
+    header = build_header(((name, "BF16", tuple(t.shape)) for name, t in tensors), {"format": "pt", **metadata})
+    path.write_bytes(header + b"".join(t.view(torch.int16).numpy().tobytes() for _, t in tensors))
+
+
+@pytest.mark.parametrize("how", ["metadata", "order", "a tensor that was skipped"])
+def test_a_model_that_was_written_again_is_not_rolled_back(tmp_path: Path, how: str) -> None:
+    base, instruct, target = triple(tmp_path)
+    skip = "norm" if "skipped" in how else ()
+    apply(target, (instruct, base), skip=skip, undo="all")
+    path = target / "model.safetensors"
+    if how == "metadata":
+        save_again(path, note="saved again")
+    elif how == "order":
+        save_again(path, backwards=True)
+    else:
+        tensors = load_file(path)
+        tensors["model.norm.weight"].fill_(9)
+        save_file(tensors, path, metadata={"format": "pt"})
+    before = snapshot(target)
+    with pytest.raises(StoreError, match="was written since its update in place"):
+        ik.rollback(target)
+    assert snapshot(target) == before
+
+
+def test_a_model_that_was_written_again_is_not_updated_twice(tmp_path: Path) -> None:
+    base, instruct, target = triple(tmp_path)
+    apply(target, (instruct, base))
+    save_again(target / "model.safetensors", backwards=True, note="saved again")
+    save_again(instruct / "model.safetensors", note="this one too")
+    before = files_of(target)
+    assert "nothing was done" in f"{apply(target, (instruct, base))}"
+    assert "nothing was done" in f"{apply(target, (instruct, base), dtype='bf16')}"
+    assert files_of(target) == before
 
 
 def test_another_process_between_the_check_and_the_lock(
