@@ -4,11 +4,11 @@ The folder is written as ``OUT.partial`` beside OUT and renamed last. The order 
 is fsynced before it gets its name, then the folder, then the name of that changes, then the parent folder is fsynced.
 All files get their full size before the first byte of data, so a full disk is known at once.
 
-In OUT.partial a file is called ``.ires-NAME.tmp`` until it is complete and durable. A record of what was learnt while
-it was written is made durable as ``.ires-NAME.done`` before that; so a file under its own name, with its record, is
-never written again by the run that takes up an interrupted one. The lock file says whose folder it is: it holds the
-identity of the operation and is held with flock while a process works. Lock and records go last, after the renaming; to
-be killed between the two leaves a complete OUT with stray hidden files.
+In OUT.partial a file is called ``.ires-NAME.tmp`` until it is complete and durable. A record of its size and time, and
+of what was learnt while it was written, is made durable as ``.ires-NAME.done`` before that; so a file under its own
+name, which is what its record says, is never written again by the run that takes up an interrupted one. The lock file
+says whose folder it is: it holds the identity of the operation and is held with flock while a process works. Lock and
+records go last, after the renaming; to be killed between the two leaves a complete OUT with stray hidden files.
 """
 
 from __future__ import annotations
@@ -111,8 +111,9 @@ class NewFile:
         with named(self.path):
             if self._sync:
                 os.fsync(self._fd)
+            stamp = _stamp(os.fstat(self._fd))
             self.abandon()
-            write_file(_hidden(self.path, _RECORD), [self._record()], sync=self._sync)
+            write_file(_hidden(self.path, _RECORD), [stamp, self._record()], sync=self._sync)
             os.rename(self._temporary, self.path)
 
     def abandon(self) -> None:
@@ -181,7 +182,10 @@ class NewFolder:
                 f"Finish that one with `ires resume {self.out}`, or remove it with `ires rollback {self.out}`."
             )
         if identity in (self._identity, name_of_mine):
-            self.finished = {name: _hidden(self.partial / name, _RECORD).read_bytes() for name in complete}
+            for name in complete:
+                stamp, _, record = _hidden(self.partial / name, _RECORD).read_bytes().partition(b"\n")
+                if stamp + b"\n" == _stamp(os.stat(self.partial / name)):  # else somebody has changed it since
+                    self.finished[name] = record
         self._empty()
         if identity != self._identity:
             os.ftruncate(self._lock, 0)
@@ -438,6 +442,10 @@ def fsync_folder(path: str | os.PathLike[str], witness: int = -1) -> None:
 def boot_id() -> str:
     """What changes whenever the machine starts: bytes that were not synced are trusted only until then."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _stamp(status: os.stat_result) -> bytes:
+    return f"{status.st_size} {status.st_mtime_ns}\n".encode()
 
 
 def _hidden(path: Path, suffix: str) -> Path:

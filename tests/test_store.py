@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ def new(out: Path, identity: str = "mine", *, sync: bool = True) -> NewFolder:
 def write(out: Path, *, sync: bool = False) -> None:
     """A folder with a file of three parts, one more file, and one in a folder of its own."""
     with new(out, sync=sync) as folder:
+        assert not folder.finished
         file = folder.create("a.bin", b"head", 10, lambda: b"learnt")
         file.write(b"789", 7)
         file.write(memoryview(b"456"), 4)
@@ -211,7 +213,8 @@ def test_a_folder_that_could_not_be_made_durable_is_there_all_the_same(
     monkeypatch.setattr(os, "fsync", failing)
     with pytest.raises(OSError, match="Input/output error"):
         write(tmp_path / "out", sync=True)
-    stray = {MARKER: b"mine\nkept", ".ires-a.bin.done": b"learnt"}
+    record = f"10 {(tmp_path / 'out' / 'a.bin').stat().st_mtime_ns}\nlearnt".encode()
+    stray = {MARKER: b"mine\nkept", ".ires-a.bin.done": record}
     assert contents(tmp_path / "out") == {**WRITTEN, **stray}
     store.tidy(tmp_path / "out")
     assert contents(tmp_path / "out") == WRITTEN
@@ -248,9 +251,9 @@ def interrupted(out: Path, identity: str = "mine", *, kind: type[BaseException] 
 def test_what_is_complete_is_kept_for_the_same_operation(tmp_path: Path) -> None:
     out = tmp_path / "out"
     interrupted(out)
-    assert contents(out.with_name("out.partial")) == {
-        MARKER: b"mine\nkept", "a.bin": b"head456789", ".ires-a.bin.done": b"learnt"
-    }  # fmt: skip
+    partial = out.with_name("out.partial")
+    record = f"10 {(partial / 'a.bin').stat().st_mtime_ns}\nlearnt".encode()
+    assert contents(partial) == {MARKER: b"mine\nkept", "a.bin": b"head456789", ".ires-a.bin.done": record}
     assert store.read_kept(out) == b"kept"
     with new(out) as folder:
         assert folder.finished == {"a.bin": b"learnt"}
@@ -286,6 +289,15 @@ def test_a_file_without_its_record_is_made_again(tmp_path: Path) -> None:
     (tmp_path / "out.partial" / ".ires-a.bin.done").unlink()
     with new(tmp_path / "out", "another") as folder:
         assert folder.finished == {}
+
+
+@pytest.mark.parametrize("data", [b"head45678", b"HEAD456789"])
+def test_a_file_that_was_changed_since_is_made_again(tmp_path: Path, data: bytes) -> None:
+    interrupted(tmp_path / "out")
+    time.sleep(0.01)
+    (tmp_path / "out.partial" / "a.bin").write_bytes(data)
+    write(tmp_path / "out")
+    assert contents(tmp_path / "out") == WRITTEN
 
 
 def test_an_empty_folder_in_the_way_is_taken(tmp_path: Path) -> None:
