@@ -101,6 +101,11 @@ class Checkpoint:
         return [shard.path for shard in self.shards if _file_id(shard.path) != known[shard.path]]
 
 
+def is_shard(path: Path) -> bool:
+    """Whether a file is one of the shards of a model, by its name."""
+    return _SHARD_NAME.fullmatch(path.name) is not None
+
+
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open a model or residual: a folder, or one .safetensors file on its own.
 
@@ -202,7 +207,7 @@ def _only_file(folder: Path, kind: Kind, names: set[str]) -> str:
     if f"{kind}.safetensors" in names:
         return f"{kind}.safetensors"
     files = [name for name in names if name.endswith(".safetensors")]
-    if len(files) == 1 and kind == "model" and not _SHARD_NAME.fullmatch(files[0]):
+    if len(files) == 1 and kind == "model" and not is_shard(Path(files[0])):
         return files[0]
     wanted = f"wanted {kind}.safetensors, or {kind}{_INDEX} and its shards"
     if files:

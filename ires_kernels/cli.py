@@ -11,6 +11,7 @@ import argparse
 import io
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -36,10 +37,18 @@ from ires_kernels.windows import ComputeError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; argparse exits by itself with 2 for wrong usage."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed; the next file to be opened would get its number
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a letter gets its number
             stream.reconfigure(errors="backslashreplace")
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.run is _apply and not any(text.startswith("-") for text in rest):
+        arguments.residuals += rest  # argparse takes positional arguments in one run only
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _stop)
@@ -130,6 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     apply.add_argument("--tag", default="", metavar="TEXT", help="in place: to apply the same once more on purpose")
     _merge_options(apply, dtype=None, kept="of all float tensors (default: as in the target)")
+    # argparse takes -1e-3 for an option, if it is not told that this is a number.
+    apply._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
     apply.set_defaults(run=_apply, parser=apply)
 
     inspect = commands.add_parser("inspect", help="describe a model, a residual or a .safetensors file")

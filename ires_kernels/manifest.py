@@ -80,6 +80,7 @@ def build(
         "rules": plan.rules.to_dict(),
         "report": report.numbers(),
         "files": dict(others),
+        **({} if in_place else {"headers": {f.name: xxhash.xxh3_128_hexdigest(f.header) for f in plan.files}}),
         **({"sha256": dict(sha256)} if sha256 else {}),
         **({"in_place": dict(in_place)} if in_place else {}),
         **({"unsynced": unsynced} if unsynced else {}),

@@ -16,8 +16,9 @@ import xxhash
 from torch import Tensor
 
 from ires_kernels import device as devices
-from ires_kernels import guards, inplace, manifest, overwrite, records, statedict, store, stream
-from ires_kernels.checkpoint import open_checkpoint
+from ires_kernels import guards, inplace, manifest, overwrite, records, sidefiles, statedict, store, stream
+from ires_kernels.checkpoint import is_shard, open_checkpoint
+from ires_kernels.header import CheckpointError
 from ires_kernels.inplace import Workplace
 from ires_kernels.inputs import StrPath, absolute, open_inputs, roles_of_apply
 from ires_kernels.operation import UNDO, Operation, same_plan
@@ -146,8 +147,15 @@ def apply(
     plan = plan_apply(inputs, rules, copies)
     plan = replace(plan, warnings=(*plan.warnings, *guards.strangers(inputs)))
     if out is not None:
+        if is_shard(plan.inputs["target"].path):
+            raise CheckpointError(
+                f"{target}: is one of several shards, and would be no model on its own. Give its folder, or "
+                "in_place=True (--in-place) to change just this file."
+            )
         return _carry_out(plan, Path(out), options, sync=sync, sha256=sha256, dry_run=dry_run)
-    plan = replace(plan, in_place=True)
+    others = [name for name in plan.not_copied if sidefiles.is_weights(name)]
+    stale = (f"{', '.join(others)} beside the weights of the target are not updated",) if others else ()
+    plan = replace(plan, in_place=True, warnings=(*plan.warnings, *stale))
     return overwrite.apply(plan, copies, options, undo=undo, sync=sync, sha256=sha256, tag=tag, dry_run=dry_run)
 
 
@@ -390,6 +398,11 @@ def _written_before(plan: Plan, out: Path, *, sync: bool, sha256: bool) -> Repor
         return None
     if files != {file.name: file.size for file in plan.files}:
         return None
+    gone = [name for name in table.get("files", {}) if not (out / name).exists()]
+    if gone:
+        raise StoreError(
+            f"{out}: is the output of the same command, but {', '.join(gone)} is gone. Delete it, then merge again."
+        )
     if records.is_doubtful(table):
         found = verify(out, hashes_only=True)
         if not found:

@@ -10,7 +10,7 @@ from ires_kernels.checkpoint import Checkpoint, TensorRef
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 """The dtypes that arithmetic is defined on, by safetensors name, with their width in bytes."""
 
-_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared)\.weight$")
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embeddings?|embed_in|shared)\.weight$")
 _HEAD = re.compile(r"(^|\.)lm_head\.weight$")
 
 # GPTQ and AWQ; compressed-tensors; bitsandbytes of 8 and of 4 bits; MXFP4
@@ -72,22 +72,29 @@ def lookup(checkpoint: Checkpoint, name: str) -> TensorRef | None:
     return ref
 
 
-def second_copies(inputs: Mapping[str, Checkpoint]) -> list[tuple[TensorRef, TensorRef]]:
-    """Tensors that only the target stores and that may be second copies of its embedding, each with the embedding.
+def second_copies(inputs: Mapping[str, Checkpoint]) -> dict[str, list[tuple[str, TensorRef, TensorRef]]]:
+    """Tensors of the target that may be second copies of its embedding: (role, tensor, embedding) in all that have it.
 
     Many checkpoints hold a tied embedding under two names. Only their bytes tell.
     """
     target, *sources = inputs.values()
-    embeddings = [ref for name, ref in target.tensors.items() if _EMBEDDING.search(name)]
-    found = []
+    embeddings = [
+        ref
+        for name, ref in target.tensors.items()
+        if _EMBEDDING.search(name) and all(name in source.tensors for source in sources)
+    ]
+    found: dict[str, list[tuple[str, TensorRef, TensorRef]]] = {}
     for name, ref in target.tensors.items():
-        if any(name in source.tensors for source in sources) or (is_head(name) and says_tied(target) is False):
+        if is_head(name) and says_tied(target) is False:
             continue
-        for original in embeddings:
-            alike = (ref.dtype, ref.shape) == (original.dtype, original.shape)
-            if original is not ref and alike and all(original.name in source.tensors for source in sources):
-                found.append((ref, original))
-                break
+        alike = (each for each in embeddings if (each.dtype, each.shape) == (ref.dtype, ref.shape))
+        original = next(alike, ref)
+        if original is not ref:
+            found[name] = [
+                (role, checkpoint.tensors[name], checkpoint.tensors[original.name])
+                for role, checkpoint in inputs.items()
+                if name in checkpoint.tensors
+            ]
     return found
 
 

@@ -305,7 +305,10 @@ def _with_dtype(config: Any, dtype: str) -> Any:
 
 
 def _json(table: dict[str, Any]) -> bytes:
-    return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()
+    try:
+        return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can only escape
+        return (json.dumps(table, indent=2) + "\n").encode()
 
 
 def _operation_id(plan: Plan) -> str:

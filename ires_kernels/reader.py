@@ -69,24 +69,35 @@ def differing(
 
 
 def second_copies(inputs: Mapping[str, Checkpoint]) -> dict[str, str]:
-    """Names of tensors in the target that are, byte for byte, its embedding again, and the name of that one."""
-    pairs = names.second_copies(inputs)
-    file_ids = {shard.path: shard.file_id for shard in inputs["target"].shards}
-    roles = ("target", "target")
-    different, _ = differing((Comparison(pair[0].name, roles, pair) for pair in pairs), file_ids)
-    own = {comparison.name for comparison in different}
-    return {copy.name: original.name for copy, original in pairs if copy.name not in own}
+    """Names of tensors in the target that are, byte for byte, its embedding again, and the name of that one.
+
+    Where another model has such a tensor too, it is the embedding again in that one as well.
+    """
+    found = names.second_copies(inputs)
+    file_ids = {shard.path: shard.file_id for checkpoint in inputs.values() for shard in checkpoint.shards}
+    copies = {}
+    files = Files(file_ids, (ref.path for models in found.values() for _, *pair in models for ref in pair))
+    try:
+        for name, models in found.items():
+            if all(one.nbytes == two.nbytes and _equal(files, (one, two)) for _, one, two in models):
+                copies[name] = models[0][2].name
+    finally:
+        files.close()
+    return copies
 
 
-def _equal(files: Files, refs: tuple[TensorRef, TensorRef], hashers: Sequence[xxhash.xxh3_128]) -> bool:
-    """Whether two tensors of one size have the same bytes; hashes both to their end."""
+def _equal(files: Files, refs: tuple[TensorRef, TensorRef], hashers: Sequence[xxhash.xxh3_128] = ()) -> bool:
+    """Whether two tensors of one size have the same bytes. With hashers both are hashed to their end."""
     size = refs[0].nbytes
     buffers = [bytearray(min(_CHUNK, size)) for _ in refs]
     equal = True
     for start in range(0, size, _CHUNK):
-        for ref, hasher, buffer in zip(refs, hashers, buffers, strict=True):
-            window = memoryview(buffer)[: size - start]
-            read_into(files.open(ref.path), window, ref.offset + start, ref.path)
-            hasher.update(window)
+        views = [memoryview(buffer)[: size - start] for buffer in buffers]
+        for ref, view in zip(refs, views, strict=True):
+            read_into(files.open(ref.path), view, ref.offset + start, ref.path)
+        for hasher, view in zip(hashers, views, strict=False):
+            hasher.update(view)
         equal = equal and buffers[0] == buffers[1]  # what a short last window leaves behind it was equal before
+        if not equal and not hashers:
+            break
     return equal

@@ -153,7 +153,7 @@ class Report:
             "seconds": self.seconds,
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
-            "gb_per_second": self.gb_per_second,
+            "gb_per_second": self.gb_per_second if self.seconds else None,
             **self.numbers(),
             "copied": self.copied,
             "not_stored": self.not_stored,

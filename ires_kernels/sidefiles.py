@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Literal
 
 from ires_kernels.checkpoint import Checkpoint
+from ires_kernels.header import CheckpointError
 
 Group = Literal["tokenizer", "template", "generation", "model"]
 
 _TEMPLATES = "additional_chat_templates"
 _TOKENIZER = re.compile(
     r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt|model)|merges\.txt|tekken\.json"
-    r"|spiece\.model|sentencepiece.*\.model|.*\.tiktoken|tokenization_.*\.py"
+    r"|(spiece|spm|tiktoken|source|target)\.(model|spm)|sentencepiece.*\.model|.*\.tiktoken|bpe\.codes|vocab\.bpe"
+    r"|tokenization_.*\.py"
 )
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data|npz|index\.json)")
 _OURS = {"ires.json", "residual.json", "SHA256SUMS"}
@@ -41,15 +43,14 @@ class SideFile:
 def of_model(inputs: Mapping[str, Checkpoint], *, own_tokenizer: bool = False) -> tuple[list[SideFile], list[str]]:
     """Files for a merged model: those of the target, the first of `inputs`, and of the first other that has them.
 
-    With `own_tokenizer` the target keeps its tokenizer and chat template. Also returns what is not copied of the
+    With `own_tokenizer` the target keeps its tokenizer, chat template and generation_config.json, which holds ids of
+    that tokenizer. Also returns what is not copied of the
     target's folder: sub-folders, weights in other formats and what is no regular file.
     """
     (role, target), *donors = inputs.items()
     own, left = _listing(target)
     chosen = {group: _tagged(own, group, role) for group in ("tokenizer", "template", "generation", "model")}
-    for group in ("generation", "template", "tokenizer"):
-        if own_tokenizer and group != "generation":
-            continue
+    for group in () if own_tokenizer else ("generation", "template", "tokenizer"):
         for donor, checkpoint in donors:
             files = _listing(checkpoint)[0]
             if any(_group(name) == group for name in files):
@@ -70,6 +71,11 @@ def replaced_by(target: Checkpoint, chosen: Iterable[SideFile]) -> list[str]:
     """The files of the target that have no place beside the `chosen` ones: parts of a tokenizer that is not theirs."""
     names = {file.name for file in chosen}
     return [name for name in _listing(target)[0] if name not in names and _group(name) != "model"]
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file is of weights, by its name."""
+    return _WEIGHTS.fullmatch(name) is not None
 
 
 def has_template(checkpoint: Checkpoint) -> bool:
@@ -114,6 +120,10 @@ def _listing(checkpoint: Checkpoint) -> tuple[dict[str, Path], list[str]]:
             files.update((f"{name}/{child.name}", child) for child in sorted(path.glob("*.jinja")) if child.is_file())
         elif path.is_file() and not _WEIGHTS.fullmatch(name):
             files[name] = path
+        elif path.is_symlink() and not path.exists() and _group(name) != "model":
+            raise CheckpointError(
+                f"{path}: is a link to {os.path.realpath(path)}, which is not there. Download it again, or delete it."
+            )
         else:
             left.append(f"{name}/" if path.is_dir() else name)
     return files, left

@@ -32,6 +32,7 @@ _SUFFIX = ".partial"
 _HIDDEN, _TEMPORARY, _RECORD = ".ires-", ".tmp", ".done"
 
 
+_JUST_ENDED = "another process has just ended there. Give the command again."
 _CHUNK = 1 << 20  # bytes at a time of a side file
 
 
@@ -71,7 +72,7 @@ def check_destination(out: Path, inputs: Iterable[Path]) -> None:
 
 def is_unfinished(folder: Path) -> bool:
     """Whether `folder` is the remains of a run that never finished, or one under way."""
-    return folder.name.endswith(_SUFFIX) and os.path.exists(folder / MARKER)
+    return os.path.realpath(folder).endswith(_SUFFIX) and os.path.exists(folder / MARKER)
 
 
 class NewFile:
@@ -301,6 +302,8 @@ def lock(path: Path, mode: int = 0) -> int:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | mode, 0o666)
     except FileExistsError:
         raise StoreError(f"{path.parent}: another process has just taken it. Wait for it to end.") from None
+    except FileNotFoundError:
+        raise StoreError(f"{path.parent}: {_JUST_ENDED}") from None
     try:
         for _ in range(20):  # `is_locked` of another process may look at it just now
             with suppress(BlockingIOError):
@@ -311,11 +314,13 @@ def lock(path: Path, mode: int = 0) -> int:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         mine, there = os.fstat(fd), os.stat(path, follow_symlinks=False)
         if (mine.st_dev, mine.st_ino) != (there.st_dev, there.st_ino):
-            raise FileNotFoundError(errno.ENOENT, "another process has just finished with it; try again")
+            raise StoreError(f"{path.parent}: {_JUST_ENDED}")
     except BaseException as error:
         os.close(fd)
         if isinstance(error, BlockingIOError):
             raise StoreError(f"{path.parent}: another process is writing it. Wait for it to end.") from None
+        if isinstance(error, FileNotFoundError):
+            raise StoreError(f"{path.parent}: {_JUST_ENDED}") from None
         raise
     return fd
 
@@ -400,7 +405,7 @@ def allocate(fd: int, size: int, path: Path) -> None:
 
 def chunks(path: Path, hasher: Hasher) -> Iterator[bytes]:
     """A file by pieces, hashed on the way."""
-    with open(path, "rb") as file:
+    with named(path), open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
             hasher.update(chunk)
             yield chunk

@@ -136,6 +136,7 @@ def verify(
         progress = None
     _check_hashes(checkpoint, to_hash, recorded, report, threads, progress)
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    _check_headers(checkpoint, table.get("headers", {}), report)
     _check_files(folder, table["files"], report)
     _check_sums(folder, table.get("sha256", {}), report)
     report.tensors = len(checkpoint.tensors)
@@ -224,6 +225,14 @@ def _check_hashes(
     for name, digest in stream.hashes(by_name, file_ids, threads=threads, progress=progress).items():
         if recorded[name]["xxh3_128"] != digest:
             report.problems.append(f"{name} has another hash than the manifest says")
+
+
+def _check_headers(out: Checkpoint, recorded: Mapping[str, Any], report: VerifyReport) -> None:
+    for shard in out.shards:
+        with open(shard.path, "rb") as file:
+            digest = xxhash.xxh3_128_hexdigest(file.read(shard.header.data_start))
+        if recorded.get(shard.path.name, digest) != digest:
+            report.problems.append(f"{shard.path.name} has another header than the manifest says")
 
 
 def _check_files(folder: Path, recorded: Mapping[str, Any], report: VerifyReport) -> None:

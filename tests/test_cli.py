@@ -280,6 +280,37 @@ def test_a_reader_that_goes_away(root: Path) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+def test_closed_streams(root: Path, closed: str) -> None:
+    program = f'exec "$0" -m ires_kernels apply target --instruct instruct --base base -o out {closed}'
+    assert subprocess.run(["sh", "-c", program, sys.executable], check=False).returncode == 0
+    assert ik.verify(root / "out")
+
+
+def test_residuals_on_either_side_of_options_and_small_factors(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "extract", "base", "instruct", "-o", "r")
+    for number, arguments in enumerate((["r", "--alpha", "-1e-3"], ["--alpha", "-.1E-2", "-o", "out1", "r"])):
+        out = [] if "-o" in arguments else ["-o", f"out{number}"]
+        assert run(capsys, "apply", "target", *arguments, *out)[0] == 0
+    assert same(root / "out0", root / "out1")
+    code, _, err = run(capsys, "apply", "target", "r", "-o", "out2", "--alhpa=3", "r")
+    assert code == 2
+    assert "unrecognized arguments: --alhpa=3" in err
+    code, _, err = run(capsys, "inspect", "target", "r")
+    assert (code, "unrecognized arguments: r" in err) == (2, True)
+
+
+@pytest.mark.usefixtures("root")
+def test_json_where_nothing_is_left_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    for where in (["-o", "out"], ["--in-place"]):
+        for _ in range(2):
+            code, out, _ = run(
+                capsys, "apply", "target", "--instruct", "instruct", "--base", "base", "--json", "--alpha=.5", *where
+            )
+            assert code == 0
+            json.loads(out, parse_constant=pytest.fail)
+
+
 @pytest.mark.usefixtures("root")
 def test_progress_on_a_terminal_only() -> None:
     arguments = [sys.executable, "-m", "ires_kernels", "extract", "base", "instruct", "-o", "residual"]

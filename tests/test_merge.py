@@ -29,7 +29,7 @@ from ires_kernels.checkpoint import open_checkpoint
 from ires_kernels.header import CheckpointError, build_header
 from ires_kernels.report import Report
 from ires_kernels.rules import ArgumentError
-from ires_kernels.store import NewFolder, StoreError
+from ires_kernels.store import MARKER, NewFolder, StoreError
 
 STORAGE = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 
@@ -809,6 +809,43 @@ def test_a_second_copy_of_the_embedding_moves_with_it(tmp_path: Path, rounding: 
         assert ik.verify(out)
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_head_that_all_models_store_and_no_config_tells_of(tmp_path: Path, rounding: str) -> None:
+    base, instruct, target = twice(tmp_path, same=True)
+    for folder in (base, instruct, target):
+        models = read_model(folder)
+        models.pop("encoder.embed_tokens.weight", None)
+        shutil.rmtree(folder)
+        write_model(folder, {**models, "lm_head.weight": models["shared.weight"].clone()})
+    merge(target, (instruct, base), out=tmp_path / "out", rounding=rounding)
+    merged = read_model(tmp_path / "out")
+    assert bits(merged["lm_head.weight"]) == bits(merged["shared.weight"])
+    assert ik.verify(tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"'lm_head.weight' is a second copy of 'shared.weight'"):
+        merge(target, (instruct, base), out=tmp_path / "other", alphas=[("shared", 0.5)])
+    own = {**read_model(instruct), "lm_head.weight": normal((40, 16), 11)}
+    shutil.rmtree(instruct)
+    write_model(instruct, own)  # a head of its own, which the target's may follow
+    merge(target, (instruct, base), out=tmp_path / "another", alphas=[("shared", 0.5)])
+    merged = read_model(tmp_path / "another")
+    assert bits(merged["lm_head.weight"]) != bits(merged["shared.weight"])
+
+
+def test_the_embedding_of_mamba_has_a_name_of_its_own(tmp_path: Path) -> None:
+    base, instruct, target = twice(tmp_path, same=True)
+    for folder in (base, instruct, target):
+        models = {
+            name.replace("shared", "backbone.embeddings").replace("encoder.embed_tokens", "lm_head"): t
+            for name, t in read_model(folder).items()
+        }
+        shutil.rmtree(folder)
+        write_model(folder, models)
+    merge(target, (instruct, base), out=tmp_path / "out")
+    merged = read_model(tmp_path / "out")
+    assert bits(merged["lm_head.weight"]) == bits(merged["backbone.embeddings.weight"])
+    assert bits(merged["lm_head.weight"]) != bits(read_model(target)["lm_head.weight"])
+
+
 def test_a_second_copy_with_other_rules_is_refused(tmp_path: Path) -> None:
     base, instruct, target = twice(tmp_path, same=True)
     for rules in ({"alphas": [("shared", 0.5)]}, {"skip": "shared"}):
@@ -820,6 +857,43 @@ def test_a_tensor_that_only_looks_like_a_second_copy_is_kept(tmp_path: Path) -> 
     base, instruct, target = twice(tmp_path, same=False)
     report = merge(target, (instruct, base), out=tmp_path / "out")
     assert report.copied == {"encoder.embed_tokens.weight": "only in the target"}
+
+
+def test_a_shard_alone_is_no_target_of_a_new_model(tmp_path: Path) -> None:
+    base, instruct, target = triple(tmp_path, shards=2)
+    shard = sorted(target.glob("*.safetensors"))[0]
+    with pytest.raises(CheckpointError, match="is one of several shards, and would be no model on its own"):
+        merge(shard, (instruct, base), out=tmp_path / "out", allow_missing=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_was_deleted_from_the_output_is_missed(tmp_path: Path) -> None:
+    base, instruct, target = triple(tmp_path)
+    merge(target, (instruct, base), out=tmp_path / "out")
+    (tmp_path / "out" / "config.json").unlink()
+    with pytest.raises(StoreError, match=r"is the output of the same command, but config\.json is gone"):
+        merge(target, (instruct, base), out=tmp_path / "out")
+
+
+def test_a_config_that_only_escapes_can_hold(tmp_path: Path) -> None:
+    base, instruct, target = triple(tmp_path)
+    config = json.loads((target / "config.json").read_text()) | {"odd": "\ud800"}
+    (target / "config.json").write_text(json.dumps(config))
+    merge(target, (instruct, base), out=tmp_path / "out", dtype="f32")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["odd"] == "\ud800"
+    assert ik.verify(tmp_path / "out")
+
+
+def test_unfinished_output_under_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, instruct, target = triple(tmp_path)
+    partial = tmp_path / "out.partial"
+    shutil.copytree(target, partial)
+    (partial / MARKER).touch()
+    (tmp_path / "link").symlink_to(partial)
+    monkeypatch.chdir(partial)
+    for path in (tmp_path / "link", Path(".")):
+        with pytest.raises(CheckpointError, match="is the unfinished output of a merge"):
+            merge(path, (instruct, base), out=tmp_path / "new")
 
 
 def test_adapters_are_warned_of(tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def test_a_target_with_another_vocabulary_keeps_its_tokenizer(tmp_path: Path) ->
     assert {file.name: file.role for file in plan.side_files} == {
         "tokenizer.json": "target",
         "chat_template.jinja": "target",
-        "generation_config.json": "instruct",
+        "generation_config.json": "target",
     }
     assert "keeps its tokenizer" in plan.warnings[0]
     ik.extract(base, instruct, tmp_path / "residual", skip="embed_tokens|lm_head", sync=False)
@@ -499,6 +499,21 @@ def test_side_files_come_from_the_right_parent(tmp_path: Path) -> None:
         "base": set(),
     }
     assert plan.not_copied == ("original/", "pipe", "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("name", ["tiktoken.model", "qwen.tiktoken", "spm.model", "source.spm", "bpe.codes"])
+def test_tokenizers_of_all_kinds_come_from_instruct(tmp_path: Path, name: str) -> None:
+    base, instruct, target = triple(tmp_path)
+    for folder in (instruct, target):
+        (folder / name).write_text(folder.name)
+    assert names_by_role(one_pass(base, instruct, target))["instruct"] == {name}
+
+
+def test_a_dangling_tokenizer_is_an_error(tmp_path: Path) -> None:
+    base, instruct, target = triple(tmp_path)
+    (instruct / "tokenizer.json").symlink_to("../blobs/gone")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: is a link to .*gone, which is not there"):
+        one_pass(base, instruct, target)
 
 
 def test_the_target_gives_what_the_instruct_model_lacks(tmp_path: Path) -> None:

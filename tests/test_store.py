@@ -371,7 +371,7 @@ def test_a_folder_that_is_finished_just_now_is_not_taken(tmp_path: Path, monkeyp
         flock(fd, operation)
 
     monkeypatch.setattr(fcntl, "flock", finish)
-    with pytest.raises(FileNotFoundError, match="another process has just finished"):
+    with pytest.raises(StoreError, match=r"another process has just ended there\. Give the command again"):
         write(tmp_path / "out")
     assert (partial / "theirs.bin").read_text() == "data"
 
