@@ -15,7 +15,9 @@ from typing import Any, NamedTuple, TypeAlias, TypeGuard
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 # Storage types and their widths in bytes.
 STORAGE = {
@@ -208,6 +210,9 @@ def operands(
             problem = _unusable(x)
             if problem:
                 raise TypeError(f"{names.at(i, column)} {problem}")
+            transform = _transform(x)
+            if transform:
+                raise RuntimeError(f"{names.at(i, column)} {transform}")
             if not j:
                 shape = x.shape
             elif x.shape != shape:
@@ -279,6 +284,15 @@ def _unusable(x: Tensor) -> str | None:
         return f"has layout {x.layout}, wanted a strided tensor; pass .to_dense() of it, or its values"
     if x.is_neg():
         return "is a negated view, whose memory holds other signs than it shows; pass .resolve_neg() of it"
+    return None
+
+
+def _transform(x: Tensor) -> str | None:
+    """What of torch's transforms a tensor is in that would not be carried on."""
+    if is_functorch_wrapped_tensor(x):
+        return "is inside of a transform of torch.func, which these operations do not know; call them outside of it"
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+        return "has a tangent, and these operations are not differentiable; pass the primal of unpack_dual()"
     return None
 
 

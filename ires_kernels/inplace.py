@@ -25,6 +25,7 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ires_kernels.store import MARKER, StoreError, allocate, fsync_folder, lock, named, write_file
@@ -226,6 +227,8 @@ class Workplace:
                     _take_after(new, old)
                     place.parent.mkdir(exist_ok=True)
                     os.rename(new, place)
+                    if place.parent != self.folder:
+                        self._sync(place.parent)
             self._sync_below("old")
             self._sync(self.folder)
 
@@ -246,6 +249,9 @@ class Workplace:
                         os.rename(place, to)
                 if os.path.lexists(old):
                     os.rename(old, place)
+                elif place.parent != self.folder:
+                    with suppress(OSError):  # there are other files in it, or it never was
+                        place.parent.rmdir()
             self._sync_below("edited")
             self._sync(self.folder)
 

@@ -260,6 +260,24 @@ def test_quantized_tensors() -> None:
     refused(TypeError, "add_: residual has dtype torch.qint8", t, lambda: ik.add_(t, quantized))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # what torch itself uses for tangents
+def test_transforms_of_torch() -> None:
+    from torch.autograd import forward_ad
+
+    t, r = torch.ones(4), torch.ones(4)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(t, torch.ones(4))
+        with pytest.raises(RuntimeError, match="scale_: t has a tangent"):
+            ik.scale_(dual, 3.0)
+        with pytest.raises(RuntimeError, match="add_: residual has a tangent"):
+            ik.add_(r, dual)
+        ik.add_(r, r.clone())
+    for transform in (torch.func.vmap, torch.func.grad):
+        with pytest.raises(RuntimeError, match=r"scale: t is inside of a transform of torch\.func"):
+            transform(lambda x: ik.scale(x, 3.0).sum())(t)
+    assert t.tolist() == [1.0] * 4
+
+
 def test_subclasses() -> None:
     class Tagged(Tensor):
         pass

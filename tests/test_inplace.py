@@ -589,6 +589,25 @@ def test_undo_can_be_stacked_and_is_refused_for_what_changed(models: tuple[Path,
         ik.resume(target)
 
 
+def test_templates_in_a_folder_of_their_own_come_and_go(models: tuple[Path, Path, Path]) -> None:
+    base, instruct, target = models
+    (instruct / "additional_chat_templates").mkdir()
+    (instruct / "additional_chat_templates" / "rag.jinja").write_text("x")
+    before = snapshot(target)
+    apply(target, (instruct, base), undo="all")
+    assert (target / "additional_chat_templates" / "rag.jinja").read_text() == "x"
+    ik.rollback(target)
+    assert snapshot(target) == before
+    assert not (target / "additional_chat_templates").exists()
+
+
+def test_other_weights_of_the_target_are_named(models: tuple[Path, Path, Path]) -> None:
+    base, instruct, target = models
+    (target / "pytorch_model.bin").write_bytes(b"old")
+    report = apply(target, (instruct, base))
+    assert "pytorch_model.bin beside the weights of the target are not updated" in report.warnings
+
+
 def test_only_the_last_update_can_be_taken_back(models: tuple[Path, Path, Path]) -> None:
     base, instruct, target = models
     apply(target, (instruct, base), skip="norm", undo="all")

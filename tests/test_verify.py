@@ -60,6 +60,15 @@ def test_good_output_passes(out: Path, threads: int) -> None:
     assert residual.bytes_read == 2096 * (2 + 2 + 4)
 
 
+@pytest.mark.parametrize("hashes_only", [False, True])
+def test_another_header_is_found(out: Path, hashes_only: bool) -> None:
+    path = sorted(out.glob("*.safetensors"))[0]
+    raw = path.read_bytes()
+    assert raw.count(b'"pt"') == 1
+    path.write_bytes(raw.replace(b'"pt"', b'"pu"'))
+    assert problems(out, hashes_only=hashes_only) == [f"{path.name} has another header than the manifest says"]
+
+
 def test_hashes_need_no_inputs(out: Path) -> None:
     for name in ("base", "instruct", "target", "residual"):
         (out.parent / name).rename(out.parent / f"{name}-gone")
