@@ -115,8 +115,8 @@ def apply(
 ) -> Report | Plan:
     """Write target + alpha * residual into the new folder `out`, or with `in_place` over the target itself.
 
-    A new folder has the layout and config of the target. In place the same files change, byte for byte as those of a
-    new folder would be, with no second copy; they are hidden meanwhile, so that nothing loads a half-updated model.
+    A new folder has the layout and config of the target. In place the same files change, with the tensors that those of
+    a new folder would have and headers as they were, and no second copy; they are hidden meanwhile, so that nothing loads a half-updated model.
 
     residual       a residual folder; several of them, added in this order and rounded once; or the pair of models
                    (instruct, base), whose difference is taken on the way. The tokenizer, chat template and
@@ -228,7 +228,8 @@ def load(
 
     Names, shapes, dtypes and bits are those of the files that `apply` makes of the same arguments. A head that the
     files leave out because it is the embedding is there under its name too, and is the same tensor, as in
-    ``model.state_dict()``; so ``model.load_state_dict`` takes the result, and ``assign=True`` does without a copy.
+    ``model.state_dict()``; so ``load_state_dict`` of a causal language model takes the result, and ``assign=True`` does
+    without a copy. Other tensors that a model shares, or has under other names than its files, are the loader's to tell.
 
     Results are computed where they stay: beyond them it takes a few windows a thread. On a GPU all work is over on
     return, so any stream may use them. Arguments and errors as for `apply`, and MemoryError when the device has no room

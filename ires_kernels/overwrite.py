@@ -114,7 +114,7 @@ def apply(
             if place.phase() is None:
                 place.remove()  # nothing was touched
             raise
-        return carry_on(place, options, started, fresh=True)
+        return replace(carry_on(place, options, started, fresh=True), warnings=plan.warnings)
 
 
 def carry_on(place: Workplace, options: Options, started: float, *, fresh: bool = False) -> Report:

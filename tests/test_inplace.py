@@ -593,11 +593,11 @@ def test_templates_in_a_folder_of_their_own_come_and_go(models: tuple[Path, Path
     base, instruct, target = models
     (instruct / "additional_chat_templates").mkdir()
     (instruct / "additional_chat_templates" / "rag.jinja").write_text("x")
-    before = snapshot(target)
+    before = visible(target)
     apply(target, (instruct, base), undo="all")
     assert (target / "additional_chat_templates" / "rag.jinja").read_text() == "x"
     ik.rollback(target)
-    assert snapshot(target) == before
+    assert visible(target) == before
     assert not (target / "additional_chat_templates").exists()
 
 

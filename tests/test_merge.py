@@ -729,6 +729,8 @@ def test_a_target_of_another_family_is_warned_of(tmp_path: Path) -> None:
     del table["ancestry"]
     (tmp_path / "r" / "residual.json").write_text(json.dumps(table))
     assert merge(stranger, tmp_path / "r", out=tmp_path / "out").warnings == ()
+    report = ik.apply(stranger, (instruct, base), in_place=True)
+    assert any("look unrelated" in warning for warning in report.warnings)
 
 
 def test_digests_tell_models_apart_and_not_layouts() -> None:
