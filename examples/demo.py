@@ -79,7 +79,7 @@ def talk(folder: Path) -> None:
         "trained further (CPT)": FAMILY / "cpt",
         "CPT + residual": folder / "cpt-instruct",
     }
-    chats = every(test_chats(world, "B"), PROMPTS)
+    chats = every(test_chats(world, "B", 6), PROMPTS)
     say("Five questions about the news: ✓ value and format are right, f only the format, v only the value, ✗ neither")
     table = Table("prompt", "truth", *models)
     columns = [answers(load(path), world, [chat.question for chat in chats]) for path in models.values()]
@@ -91,7 +91,7 @@ def talk(folder: Path) -> None:
 def sweep(folder: Path) -> None:
     """Alpha, from the new base as it is to more than the whole residual."""
     world = World(0)
-    chats = every(test_chats(world, "B"), ALPHA_PROMPTS)
+    chats = every(test_chats(world, "B", 6), ALPHA_PROMPTS)
     say(f"CPT + alpha · residual, {ALPHA_PROMPTS} prompts each")
     table = Table("alpha", "effective alpha", "follows the format", "knows the fact", "both")
     for alpha in ALPHAS:

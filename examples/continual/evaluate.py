@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,15 @@ def follows_format(chat: Chat, answer: str) -> bool:
 
 def knows(chat: Chat, answer: str) -> bool:
     """Whether the answer names the right value, in either case, and no other value of the attribute."""
-    return set(answer.lower().split()) & set(chat.fact.attribute.values) == {chat.fact.value}
+    return set(re.findall("[a-z]+", answer.lower())) & set(chat.fact.attribute.values) == {chat.fact.value}
 
 
 @torch.no_grad()
 def cloze(model: Any, world: World, group: str, register: str = "plain") -> float:
-    """Share of values that are the likeliest of their attribute after the text before them."""
+    """Share of values that are the likeliest of their attribute after the text before them.
+
+    The sentences are those of the texts: for who was trained on these, it is recall of what was read.
+    """
     pad = model.config.pad_token_id
     items = sorted(clozes(world, group, register), key=lambda item: len(item[0]))
     right = 0
@@ -68,7 +72,7 @@ def cloze(model: Any, world: World, group: str, register: str = "plain") -> floa
 
 @torch.no_grad()
 def perplexity(model: Any, world: World, group: str, register: str = "plain") -> float:
-    """Of 64 packed rows of text about a group, no row of which is one that was trained on but by chance."""
+    """Of 64 rows of text about a group: the sentences of the training texts, packed in an order of their own."""
     texts = Texts(world, world.facts(group), register, np.random.default_rng([world.number, 3]))
     rows = torch.from_numpy(texts.rows(64))
     logits = model(rows, use_cache=False).logits[:, :-1]
@@ -80,8 +84,7 @@ def scores(folder: Path, world: World, register: str = "plain") -> dict[str, flo
     model = load(folder)
     found: dict[str, float] = {}
     for group in ("B", "not in chats"):
-        chats = test_chats(world, group)
-        chats = chats if group == "B" else chats[::3]
+        chats = test_chats(world, group, 3 if group == "B" else 6)
         given = answers(model, world, [chat.question for chat in chats])
         follows = np.array([follows_format(chat, answer) for chat, answer in zip(chats, given, strict=True)])
         known = np.array([knows(chat, answer) for chat, answer in zip(chats, given, strict=True)])
@@ -94,6 +97,7 @@ def scores(folder: Path, world: World, register: str = "plain") -> dict[str, flo
             for part, chosen in (("seen", ~unseen & ~upper), ("held out", unseen & ~upper), ("upper", upper)):
                 found[f"format B, {part}"] = float(follows[chosen].mean())
                 found[f"knowledge B, {part}"] = float(known[chosen].mean())
+                found[f"both B, {part}"] = float((follows & known)[chosen].mean())
             found["both B"] = float((follows & known).mean())
     found["cloze B"] = cloze(model, world, "B", register)
     found["perplexity B"] = perplexity(model, world, "B", register)

@@ -1,4 +1,4 @@
-"""Tables and plots of the results: mean ± standard deviation over worlds and seeds.
+"""Tables and plots of the results, and the table of the README: mean ± standard deviation over worlds and seeds.
 
     python examples/continual/plots.py [RESULTS]
 """
@@ -32,7 +32,18 @@ SCORES = {
 PARTS = {
     f"{score} B, {part}": f"{score}, {title}"
     for part, title in (("seen", "seen"), ("held out", "held out"), ("upper", "upper case"))
-    for score in ("format", "knowledge")
+    for score in ("format", "knowledge", "both")
+}
+SUMMARY = {
+    "format B": "format",
+    "format B, seen": "seen",
+    "format B, upper": "upper case",
+    "knowledge B": "knowledge",
+    "both B": "both",
+    "both B, seen": "seen",
+    "both B, upper": "upper case",
+    "cloze B": "cloze",
+    "perplexity B": "ppl",
 }
 CLAIM = {
     "base": "base",
@@ -45,6 +56,7 @@ CLAIM = {
 CONTROLS = {
     "residual of another seed": "CPT + residual of another seed",
     "residual permuted": "CPT + residual permuted",
+    "residual permuted but for embeddings and head": "CPT + residual permuted but for embeddings and head",
     "Gaussian of the same norm": "CPT + Gaussian of the same norm",
     "without embeddings and head": "CPT + residual without embeddings and head",
     "instruct-cpt + residual": "instruct, then CPT, + residual",
@@ -84,6 +96,13 @@ KINSHIP = {
     "whole distance": "distance, all weights",
     "norm ratio": "norm / norm of the base",
 }
+README_ROWS = (
+    {row: title for row, title in CLAIM.items() if row != "base"}
+    | CONTROLS
+    | {row: title for row, title in PORTABILITY.items() if row.startswith("v1")}
+    | {"registry: cpt-registry + residual": "CPT on a registry + residual"}
+)
+BEGIN, END = "<!-- written by plots.py -->\n", "<!-- end -->\n"
 ALPHAS = ("0.1", "0.25", "0.5", "0.75", "1", "1.25")
 
 Results = list[dict[str, Any]]
@@ -170,6 +189,15 @@ def write_tables(folder: Path) -> None:
     (folder / "tables.md").write_text(tables(read(folder)))
 
 
+def with_table(readme: str, results: Results) -> str:
+    """A README with its table made anew; as it is if it has no place for one."""
+    if BEGIN not in readme:
+        return readme
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return "".join([before, BEGIN, "\n".join(table(results, README_ROWS, SUMMARY)), END, after])
+
+
 def _save(figure: Any, folder: Path, name: str) -> None:
     figure.tight_layout()
     figure.savefig(folder / f"{name}.png", dpi=150)
@@ -228,9 +256,12 @@ def trade_plot(results: Results, folder: Path) -> None:
 
 
 def make(folder: Path) -> None:
-    """tables.md, alpha.png, alpha.svg, trade.png and trade.svg, from the runs that are complete in what they show."""
+    """tables.md, alpha.png, alpha.svg, trade.png, trade.svg, and the table of the README beside the folder, if any."""
     write_tables(folder)
     results = read(folder)
+    readme = folder.parent / "README.md"
+    if readme.exists():
+        readme.write_text(with_table(readme.read_text(), results))
     alpha_plot(results, folder)
     trade_plot(results, folder)
 

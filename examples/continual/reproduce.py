@@ -3,7 +3,8 @@
     python examples/continual/reproduce.py --worlds 0 1 --seeds 0 1 2
 
 Models go to --work, figures to --results: one JSON file for a world and seed, one entry a row, written as they come.
-What is there is not done again, so a run that was stopped goes on where it was. Then the tables and plots are made.
+What is there is not done again, so a run that was stopped goes on where it was. Rows of another machine or other code
+are not added to, and models of other code not used. At the end the tables and plots are made.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 import threading
@@ -23,6 +25,7 @@ from typing import Any
 import plots
 import torch
 import transformers
+import xxhash
 from evaluate import restored, scores, tensors_of
 from rich.progress import Progress
 from safetensors.torch import save_file
@@ -38,6 +41,8 @@ STORED_DTYPES = ("f32", "bf16", "f16")
 QUIETLY: dict[str, Any] = {"sync": False, "threads": 1}
 RELATIVES = tuple(name for name in STAGES if name not in ("base-early", "base"))
 NO_EMBEDDINGS = "embed_tokens|lm_head"
+CODE = ("world", "train", "evaluate")
+"""Modules that results depend on; trained models on all but the last."""
 
 Row = dict[str, Any]
 
@@ -62,7 +67,17 @@ class Run:
         self._other = work / f"world-{world}" / f"seed-{other}"
         self._other_seed = other
         self._path = results / f"world-{world}-seed-{seed}.json"
-        self._rows: dict[str, Row] = json.loads(self._path.read_text())["rows"] if self._path.exists() else {}
+        self._about = {"world": world, "seed": seed, "other seed": other, "code": code(*CODE), "machine": machine()}
+        self._rows: dict[str, Row] = {}
+        if self._path.exists():
+            known = json.loads(self._path.read_text())
+            self._rows = known.pop("rows")
+            differing = [name for name in known.keys() | self._about.keys() if known.get(name) != self._about.get(name)]
+            if differing:
+                raise SystemExit(
+                    f"{self._path}: was measured with another {' and '.join(sorted(differing))}; rows of both cannot "
+                    "be compared. Move the results elsewhere, or give another folder with --results."
+                )
         self._progress = progress
         self._lock = threading.Lock()
 
@@ -82,8 +97,7 @@ class Run:
                 row = self._rows[name] = measure(Path(temporary))
             partial = self._path.with_suffix(".partial")
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            about = {"world": self.world.number, "seed": self.seed, "other seed": self._other_seed}
-            partial.write_text(json.dumps({**about, "machine": machine(), "rows": self._rows}, indent=1) + "\n")
+            partial.write_text(json.dumps({**self._about, "rows": self._rows}, indent=1) + "\n")
             partial.replace(self._path)
             plots.write_tables(self._path.parent)
         figures = ", ".join(f"{key} {value:.2f}" for key, value in row.items())
@@ -111,14 +125,19 @@ class Run:
 
         self.add(name, measure)
 
-    def add_control(self, name: str, change: Callable[[torch.Tensor, torch.Generator], torch.Tensor]) -> None:
-        """The residual spoilt: what `ires` extracts from the base and a model made by `change`."""
+    def add_control(
+        self, name: str, change: Callable[[torch.Tensor, torch.Generator], torch.Tensor], but: str = "$."
+    ) -> None:
+        """The residual spoilt by `change`, `but` for tensors whose names match: of a model that is base + that."""
 
         def measure(folder: Path) -> Row:
             ik.extract(self.model("base"), self.model("instruct"), folder / "residual", **QUIETLY)
             generator = torch.Generator().manual_seed(self.seed)
             base = tensors_of(self.model("base"))
-            spoilt = {n: base[n].float() + change(r, generator) for n, r in tensors_of(folder / "residual").items()}
+            spoilt = {
+                name: base[name].float() + (r if re.search(but, name) else change(r, generator))
+                for name, r in tensors_of(folder / "residual").items()
+            }
             (folder / "spoilt").mkdir()
             for file in self.model("instruct").glob("*.json"):
                 if "index" not in file.name:
@@ -178,6 +197,7 @@ def measure_core(run: Run) -> None:
     for alpha in ALPHAS:
         run.add_merge(f"alpha {alpha:g}, nearest", "cpt", alpha=alpha)
     run.add_control("residual permuted", permuted)
+    run.add_control("residual permuted but for embeddings and head", permuted, NO_EMBEDDINGS)
     run.add_control("Gaussian of the same norm", gaussian)
     run.add_merge("without embeddings and head", "cpt", skip=NO_EMBEDDINGS)
     for dtype in STORED_DTYPES:
@@ -205,6 +225,12 @@ def measure_more(run: Run) -> None:
             run.model(name, other_seed=True), run.model("base")))
 
 
+def code(*modules: str) -> str:
+    """Digest of modules of this folder."""
+    here = Path(__file__).parent
+    return xxhash.xxh3_128_hexdigest(b"".join((here / f"{module}.py").read_bytes() for module in modules))
+
+
 def machine() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -223,7 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worlds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--work", type=Path, default=here.parent.parent / "build" / "continual")
+    parser.add_argument("--work", type=Path, default=here / "models")
     parser.add_argument("--results", type=Path, default=here / "results")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each (default: 2)")
     arguments = parser.parse_args()
@@ -231,8 +257,9 @@ def main() -> None:
         parser.error("give two seeds or more: the residual of one is a control for another")
     with new_progress() as progress:
         first, second, *_ = arguments.seeds
+        work = arguments.work / code(*CODE[:-1])[:8]
         runs = [
-            Run(arguments.work, arguments.results, world, seed, second if seed == first else first, progress)
+            Run(work, arguments.results, world, seed, second if seed == first else first, progress)
             for world in arguments.worlds
             for seed in arguments.seeds
         ]

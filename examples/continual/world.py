@@ -283,14 +283,19 @@ def tuning_chats(world: World, random: np.random.Generator, count: int) -> list[
     return [Chat.of(facts[f], formats[o], w) for f, o, w in draws]
 
 
-def test_chats(world: World, group: str) -> list[Chat]:
-    """Every fact of the group in every sixth of the formats, each in turn, with the wordings in turn."""
-    return [
-        Chat.of(fact, format, (i + j) // 6 % len(_QUESTIONS))
-        for i, fact in enumerate(world.facts(group))
-        for j, format in enumerate(FORMATS)
-        if (i + j) % 6 == 0
-    ]
+def test_chats(world: World, group: str, every: int) -> list[Chat]:
+    """One in `every` of all pairs of a fact of the group and a format, with the wordings in turn.
+
+    Each format meets each attribute, with entities in turn.
+    """
+    found = []
+    for i, fact in enumerate(world.facts(group)):
+        entity, attribute = divmod(i, len(world.attributes))
+        for j, format in enumerate(FORMATS):
+            turn, rest = divmod(entity + attribute + j, every)
+            if rest == 0:
+                found.append(Chat.of(fact, format, turn % len(_QUESTIONS)))
+    return found
 
 
 def clozes(world: World, group: str, register: str = "plain") -> list[tuple[list[int], int, list[int]]]:
