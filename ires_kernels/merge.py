@@ -115,12 +115,13 @@ def apply(
 ) -> Report | Plan:
     """Write target + alpha * residual into the new folder `out`, or with `in_place` over the target itself.
 
-    A new folder has the layout and config of the target. In place the same files change, with the tensors that those of
-    a new folder would have and headers as they were, and no second copy; they are hidden meanwhile, so that nothing loads a half-updated model.
+    A new folder has the layout and config of the target. In place the same files change, with no second copy: they get
+    the tensors of a new folder and keep their headers, and are hidden meanwhile, so that no half-updated model loads.
 
     residual       a residual folder; several of them, added in this order and rounded once; or the pair of models
                    (instruct, base), whose difference is taken on the way. The tokenizer, chat template and
-                   generation_config.json come from the instruct model or the first residual that has them
+                   generation_config.json come from the instruct model or the first residual that has them, and from
+                   the target where its vocabulary is another and stays
     alpha          a factor for all residuals, or one for each
     alphas         pairs of a regular expression and factors, as alpha: the first one found in a tensor's name decides
     skip           regular expressions found in the names of tensors that are copied as they are
