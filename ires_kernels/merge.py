@@ -230,7 +230,7 @@ def load(
     Names, shapes, dtypes and bits are those of the files that `apply` makes of the same arguments. A head that the
     files leave out because it is the embedding is there under its name too, and is the same tensor, as in
     ``model.state_dict()``; so ``load_state_dict`` of a causal language model takes the result, and ``assign=True`` does
-    without a copy. Other tensors that a model shares, or has under other names than its files, are the loader's to tell.
+    without a copy. What else a model shares, or names otherwise than its files do, is for its loader to tell.
 
     Results are computed where they stay: beyond them it takes a few windows a thread. On a GPU all work is over on
     return, so any stream may use them. Arguments and errors as for `apply`, and MemoryError when the device has no room
