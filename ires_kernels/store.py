@@ -72,7 +72,7 @@ def check_destination(out: Path, inputs: Iterable[Path]) -> None:
 
 def is_unfinished(folder: Path) -> bool:
     """Whether `folder` is the remains of a run that never finished, or one under way."""
-    return os.path.realpath(folder).endswith(_SUFFIX) and os.path.exists(folder / MARKER)
+    return os.path.exists(folder / MARKER) and os.path.realpath(folder).endswith(_SUFFIX)
 
 
 class NewFile:

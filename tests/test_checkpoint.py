@@ -507,7 +507,7 @@ def test_any_json_as_an_index(sharded: Path, index: Any) -> None:
     text = json.dumps(index)
     (sharded / INDEX).write_text(text)
     if agrees(text, {A: "d c", B: "b a"}):
-        assert set(open_checkpoint(sharded).tensors) == set("abcd")
+        assert set(open_checkpoint(sharded).tensors) == set(index["weight_map"])  # one shard may be all it names
     else:
         refusal(sharded)
 
