@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
+    rest = [text for text in rest if text != "--"]
     if arguments.run is _apply and not any(text.startswith("-") for text in rest):
         arguments.residuals += rest  # argparse takes positional arguments in one run only
     elif rest:

@@ -289,7 +289,7 @@ def test_closed_streams(root: Path, closed: str) -> None:
 
 def test_residuals_on_either_side_of_options_and_small_factors(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(capsys, "extract", "base", "instruct", "-o", "r")
-    for number, arguments in enumerate((["r", "--alpha", "-1e-3"], ["--alpha", "-.1E-2", "-o", "out1", "r"])):
+    for number, arguments in enumerate((["r", "--alpha", "-1e-3"], ["--alpha", "-.1E-2", "-o", "out1", "--", "r"])):
         out = [] if "-o" in arguments else ["-o", f"out{number}"]
         assert run(capsys, "apply", "target", *arguments, *out)[0] == 0
     assert same(root / "out0", root / "out1")
