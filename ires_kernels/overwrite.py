@@ -76,6 +76,8 @@ def apply(
     if before is not None:
         if sync and "unsynced" in (target.manifest or {}):
             store.fsync_all(target.path)
+            if not target.path.is_dir():  # its manifest lies beside it
+                store.fsync_file(target.path.with_name(f"{target.path.name}.ires.json"))
         return Report.recorded(plan.operation, plan.id, target.path, before["report"], _AGAIN)
     guards.compare(plan)
     if dry_run:

@@ -864,6 +864,17 @@ def test_what_was_not_synced_is_doubted_after_a_restart(
     with monkeypatch.context() as patch:
         patch.setattr(store, "fsync_file", synced.append)
         assert all("nothing was done" in text for text in again(sync=True))
+    single = target / "alone.safetensors"
+    shutil.copy(next(base.glob("*.safetensors")), single)
+    sources = [tmp_path / role / next(base.glob("*.safetensors")).name for role in ("instruct", "base")]
+    apply(single, tuple(sources), sync=False, allow_missing=True)
+    with monkeypatch.context() as patch:
+        also: list[Path] = []
+        patch.setattr(store, "fsync_file", also.append)
+        assert "nothing was done" in f"{apply(single, tuple(sources), allow_missing=True)}"
+    assert set(also) == {single, target / "alone.safetensors.ires.json"}
+    for path in also:
+        path.unlink()
     wanted = [path for folder in (target, other, out) for path in folder.rglob("*") if path.is_file()]
     assert set(synced) == set(wanted)
     monkeypatch.setattr(records, "boot_id", lambda: "another")
