@@ -44,8 +44,8 @@ def of_model(inputs: Mapping[str, Checkpoint], *, own_tokenizer: bool = False) -
     """Files for a merged model: those of the target, the first of `inputs`, and of the first other that has them.
 
     With `own_tokenizer` the target keeps its tokenizer, chat template and generation_config.json, which holds ids of
-    that tokenizer. Also returns what is not copied of the
-    target's folder: sub-folders, weights in other formats and what is no regular file.
+    that tokenizer. Also returns what is not copied of the target's folder: sub-folders, weights in other formats and
+    what is no regular file.
     """
     (role, target), *donors = inputs.items()
     own, left = _listing(target)

@@ -139,7 +139,7 @@ def residual(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shares(folder: Path) -> tuple[float, float]:
-    """Of 244 prompts about the news: answered in the format asked for, and with the right value."""
+    """Of 245 prompts about the news: answered in the format asked for, and with the right value."""
     w = world.World(0)
     chats = world.test_chats(w, "B", 11)
     given = evaluate.answers(train.load(folder), w, [chat.question for chat in chats])

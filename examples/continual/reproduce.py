@@ -126,16 +126,16 @@ class Run:
         self.add(name, measure)
 
     def add_control(
-        self, name: str, change: Callable[[torch.Tensor, torch.Generator], torch.Tensor], but: str = "$."
+        self, name: str, change: Callable[[torch.Tensor, torch.Generator], torch.Tensor], but: str = ""
     ) -> None:
-        """The residual spoilt by `change`, `but` for tensors whose names match: of a model that is base + that."""
+        """The residual spoilt by `change`, except where `but` is found in the name: of a model that is base + that."""
 
         def measure(folder: Path) -> Row:
             ik.extract(self.model("base"), self.model("instruct"), folder / "residual", **QUIETLY)
             generator = torch.Generator().manual_seed(self.seed)
             base = tensors_of(self.model("base"))
             spoilt = {
-                name: base[name].float() + (r if re.search(but, name) else change(r, generator))
+                name: base[name].float() + (r if but and re.search(but, name) else change(r, generator))
                 for name, r in tensors_of(folder / "residual").items()
             }
             (folder / "spoilt").mkdir()
