@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ires_kernels.header import CheckpointError, Header, brief, parse_json, read_header, sniff
+from ires_kernels.header import CheckpointError, Header, brief, check_depth, parse_json, read_header, sniff
 from ires_kernels.inplace import unfinished
+from ires_kernels.opening import MAX_CONFIG, MAX_INDEX, MAX_MANIFEST, kind_of_file, read_bytes
 from ires_kernels.store import is_unfinished
 
 Kind = Literal["model", "residual"]
@@ -126,9 +127,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{path}: {_unreachable(path, error)}") from None
     if stat.S_ISDIR(mode):
         return _open_folder(path)
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path}: is {kind_of_file(mode)}, wanted a model's folder or a .safetensors file.")
     shard = _open_shard(path)
     is_residual = _RESIDUAL_NAME.fullmatch(path.name) is not None
-    manifest = _read_json(path.with_name("residual.json" if is_residual else f"{path.name}.ires.json"))
+    manifest = _read_json(path.with_name("residual.json" if is_residual else f"{path.name}.ires.json"), MAX_MANIFEST)
     return _assemble(path, "residual" if is_residual else "model", [shard], None, {}, None, manifest)
 
 
@@ -144,7 +147,7 @@ def _open_folder(folder: Path) -> Checkpoint:
             f"{folder}: holds a model ({_list(model)}) and a residual ({_list(residual)}). Move one of them elsewhere."
         )
     kind: Kind = "residual" if residual else "model"
-    manifest = _read_json(folder / ("residual.json" if residual else "ires.json"))
+    manifest = _read_json(folder / ("residual.json" if residual else "ires.json"), MAX_MANIFEST)
     if residual and manifest is None:
         raise CheckpointError(
             f"{folder}: residual.json is missing beside {_list(residual)}. Copy it there, or extract again."
@@ -180,7 +183,7 @@ def _read_index(folder: Path, kind: Kind, names: set[str]) -> tuple[str | None, 
             )
         index_name = others[0]
     where = f"{folder / index_name}"
-    table = _read_json(folder / index_name) or {}
+    table = _read_json(folder / index_name, MAX_INDEX) or {}
     weight_map, metadata = table.get("weight_map"), table.get("metadata", {})
     if type(weight_map) is not dict or not weight_map:
         raise CheckpointError(
@@ -279,31 +282,32 @@ def _check_agreement(index: Path, weight_map: dict[str, str], checkpoint: Checkp
         )
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, parsed strictly; None when there is no such file."""
-    raw = _read_bytes(path)
+def _read_json(path: Path, limit: int) -> dict[str, Any] | None:
+    """A JSON object of at most `limit` bytes, parsed strictly; None when there is no such file."""
+    raw = _read_bytes(path, limit)
     return None if raw is None else parse_json(raw, f"{path}")
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:
     """config.json as loaders read it: some models have Infinity in theirs, which strict JSON does not know."""
-    raw = _read_bytes(path)
+    raw = _read_bytes(path, MAX_CONFIG)
     if raw is None:
         return None
+    check_depth(raw, f"{path}")
     try:
         config = json.loads(raw.decode())
-    except (ValueError, RecursionError) as error:
-        kind = sniff(raw)
-        reason = f"not JSON but {kind}" if kind else f"not valid JSON: {error}. Correct it or download it again."
+    except ValueError as error:
+        what = sniff(raw)
+        reason = f"not JSON but {what}" if what else f"not valid JSON: {error}. Correct it or download it again."
         raise CheckpointError(f"{path}: {reason}") from None
     if type(config) is not dict:
         raise CheckpointError(f"{path}: got JSON {brief(config)}, wanted an object. Download it again.")
     return config
 
 
-def _read_bytes(path: Path) -> bytes | None:
+def _read_bytes(path: Path, limit: int) -> bytes | None:
     try:
-        return path.read_bytes()
+        return read_bytes(path, limit)
     except FileNotFoundError:
         if not path.is_symlink():
             return None

@@ -13,13 +13,18 @@ import math
 import os
 import re
 import reprlib
-import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
+
+from ires_kernels.opening import CheckpointError as CheckpointError
+from ires_kernels.opening import open_file, read_start
 
 MAX_HEADER = 100_000_000
 """Largest accepted JSON part, in bytes; the limit of the safetensors library."""
+MAX_DEPTH = 100
+"""Objects and lists within each other in any JSON that is read; a header has 3, the settings of a model some 8."""
 
 DTYPE_BITS = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
@@ -32,10 +37,6 @@ _INT63 = 2**63 - 1
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _AGAIN = "The file is damaged or not safetensors: download it or write it again."
 _DAMAGED = "The file is damaged: download it or write it again."
-
-
-class CheckpointError(ValueError):
-    """A file or folder that cannot be used, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,24 +108,21 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """
     where = os.fspath(path)
     try:
-        # A FIFO would block without O_NONBLOCK, which regular files ignore.
-        fd = os.open(where, os.O_RDONLY | os.O_NONBLOCK)
+        fd = open_file(where)
+    except CheckpointError:
+        raise
     except (OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError) and os.path.islink(where):
             raise CheckpointError(f"{where}: is a link to a file that is gone. Copy or download it again.") from error
         reason = (isinstance(error, OSError) and error.strerror) or error
         raise CheckpointError(f"{where}: cannot open: {reason}. Check the path and its permissions.") from error
     try:
-        status = os.fstat(fd)
-        if stat.S_ISDIR(status.st_mode):
-            raise CheckpointError(f"{where}: is a folder, wanted a .safetensors file.")
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{where}: is a pipe, socket or device, wanted a regular .safetensors file.")
-        raw = _read(fd, min(status.st_size, 4096), where)
+        size = os.fstat(fd).st_size
+        raw = read_start(fd, min(size, 4096), where)
         length = int.from_bytes(raw[:8], "little")
-        if len(raw) < 8 + length <= min(status.st_size, 8 + MAX_HEADER):
-            raw = _read(fd, 8 + length, where)
-        return parse_header(raw, status.st_size, where)
+        if len(raw) < 8 + length <= min(size, 8 + MAX_HEADER):
+            raw = read_start(fd, 8 + length, where)
+        return parse_header(raw, size, where)
     finally:
         os.close(fd)
 
@@ -208,13 +206,12 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
 
     Numbers that are not integers of at most 20 digits come back as float. Raises CheckpointError, which names `where`.
     """
+    check_depth(raw, where)
     try:
         text = raw.decode()
         value = json.loads(text, object_pairs_hook=_unique, parse_int=_integer, parse_constant=_constant)
         if re.search(r"\\u[dD][89a-fA-F]", text):
             json.dumps(value, ensure_ascii=False).encode()
-    except RecursionError:
-        raise CheckpointError(f"{where}: JSON is nested too deeply. {_DAMAGED}") from None
     except ValueError as error:  # includes JSONDecodeError, UnicodeDecodeError and UnicodeEncodeError
         kind = sniff(raw)
         reason = f"not JSON but {kind}" if kind else f"not valid JSON: {error}. {_DAMAGED}"
@@ -222,6 +219,22 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
     if type(value) is not dict:
         raise CheckpointError(f"{where}: got JSON {brief(value)}, wanted an object. {_DAMAGED}")
     return value
+
+
+def check_depth(raw: bytes, where: str) -> None:
+    """Refuse JSON that is nested deeper than MAX_DEPTH, before anything follows it down.
+
+    Python's own limit depends on its version and on how deep the caller's stack is; and what passes it in one place may
+    not do so in the next.
+    """
+    outside = b"".join(raw.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
+    steps = memoryview(outside.translate(_STEPS, _NO_STEPS)).cast("b")
+    if max(accumulate(steps), default=0) > MAX_DEPTH:
+        raise CheckpointError(f"{where}: JSON is nested too deeply: wanted at most {MAX_DEPTH} levels. {_DAMAGED}")
+
+
+_STEPS = bytes.maketrans(b"{[}]", b"\x01\x01\xff\xff")  # as signed numbers: one level down, one up
+_NO_STEPS = bytes(set(range(256)) - set(b"{[}]"))
 
 
 def sniff(raw: bytes) -> str | None:
@@ -279,22 +292,6 @@ def _tensor_info(entry: object) -> TensorInfo:
     if type(offsets) is not list or len(offsets) != 2:
         raise CheckpointError(f"data_offsets is {brief(offsets)}, wanted two integers.")
     return TensorInfo(entry["dtype"], tuple(shape), offsets[0], offsets[1])
-
-
-def _read(fd: int, size: int, where: str) -> bytes:
-    """The first `size` bytes, or all of a shorter file."""
-    parts: list[bytes] = []
-    done = 0
-    while done < size:
-        try:
-            part = os.pread(fd, size - done, done)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, where) from error
-        if not part:
-            break
-        parts.append(part)
-        done += len(part)
-    return b"".join(parts)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ires_kernels.checkpoint import Checkpoint, TensorRef
 from ires_kernels.header import CheckpointError
 from ires_kernels.plan import MANIFESTS, VERSION, Plan
 from ires_kernels.report import Report
+from ires_kernels.store import chunks
 from ires_kernels.stream import Outcome
 
 _ENTRY = {"dtype", "shape", "xxh3_128", "inputs"}
@@ -136,9 +137,8 @@ def sha256(files: Mapping[str, Path]) -> dict[str, str]:
 
     def one(path: Path) -> str:
         hasher = hashlib.sha256()
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                hasher.update(chunk)
+        for _ in chunks(path, hasher):
+            pass
         return hasher.hexdigest()
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

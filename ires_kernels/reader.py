@@ -12,6 +12,7 @@ import xxhash
 from ires_kernels import names
 from ires_kernels.checkpoint import Checkpoint, FileId, TensorRef
 from ires_kernels.header import CheckpointError
+from ires_kernels.opening import open_file
 from ires_kernels.steps import Comparison
 from ires_kernels.store import read_into
 
@@ -29,7 +30,7 @@ class Files:
     def open(self, path: Path) -> int:
         fd = self._open.get(path)
         if fd is None:
-            fd = self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = self._open[path] = open_file(path)
             status = os.fstat(fd)
             if FileId(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) != self._file_ids[path]:
                 raise CheckpointError(f"{path}: changed after it was validated. Wait for its writer, then start again.")

@@ -9,6 +9,7 @@ from typing import Any
 
 from ires_kernels import manifest, stream
 from ires_kernels.checkpoint import Checkpoint, FileId
+from ires_kernels.opening import MAX_MANIFEST, read_bytes
 from ires_kernels.plan import Plan
 from ires_kernels.store import StoreError, boot_id
 
@@ -104,7 +105,7 @@ def _manifests(target: Checkpoint) -> list[Mapping[str, Any]]:
         file = target.shards[0].path
         other = file.with_name(f"{file.name}.ires.json") if target.path.is_dir() else file.with_name("ires.json")
         try:
-            table = json.loads(other.read_bytes())
+            table = json.loads(read_bytes(other, MAX_MANIFEST))
         except (OSError, ValueError):
             return tables
         tables += [table] if isinstance(table, dict) else []

@@ -16,6 +16,7 @@ from typing import Literal
 
 from ires_kernels.checkpoint import Checkpoint
 from ires_kernels.header import CheckpointError
+from ires_kernels.opening import MAX_CONFIG, read_bytes
 
 Group = Literal["tokenizer", "template", "generation", "model"]
 
@@ -83,7 +84,7 @@ def has_template(checkpoint: Checkpoint) -> bool:
     files = _listing(checkpoint)[0]
     inside = files.get("tokenizer_config.json")
     return any(_group(name) == "template" for name in files) or (
-        inside is not None and b'"chat_template"' in inside.read_bytes()
+        inside is not None and b'"chat_template"' in read_bytes(inside, MAX_CONFIG)
     )
 
 

@@ -26,6 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
+from ires_kernels.opening import open_file
+
 MARKER = ".ires-lock"
 """The lock file: a line with the identity of the operation, then what `NewFolder` was given to keep there."""
 _SUFFIX = ".partial"
@@ -405,7 +407,7 @@ def allocate(fd: int, size: int, path: Path) -> None:
 
 def chunks(path: Path, hasher: Hasher) -> Iterator[bytes]:
     """A file by pieces, hashed on the way."""
-    with named(path), open(path, "rb") as file:
+    with named(path), open(open_file(path), "rb") as file:
         while chunk := file.read(_CHUNK):
             hasher.update(chunk)
             yield chunk

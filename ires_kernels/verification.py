@@ -20,11 +20,12 @@ from ires_kernels.checkpoint import Checkpoint, TensorRef, open_checkpoint
 from ires_kernels.header import DTYPE_BITS
 from ires_kernels.inputs import StrPath, open_inputs
 from ires_kernels.names import FLOATS
+from ires_kernels.opening import open_file, read_start
 from ires_kernels.plan import Plan, plan_apply, plan_extract, size
 from ires_kernels.reader import second_copies
 from ires_kernels.rules import ArgumentError, Rules
 from ires_kernels.steps import Step
-from ires_kernels.store import read_into
+from ires_kernels.store import chunks, read_into
 from ires_kernels.stream import Progress
 from ires_kernels.windows import TORCH_DTYPES, Processors
 
@@ -229,8 +230,11 @@ def _check_hashes(
 
 def _check_headers(out: Checkpoint, recorded: Mapping[str, Any], report: VerifyReport) -> None:
     for shard in out.shards:
-        with open(shard.path, "rb") as file:
-            digest = xxhash.xxh3_128_hexdigest(file.read(shard.header.data_start))
+        fd = open_file(shard.path)
+        try:
+            digest = xxhash.xxh3_128_hexdigest(read_start(fd, shard.header.data_start, shard.path))
+        finally:
+            os.close(fd)
         if recorded.get(shard.path.name, digest) != digest:
             report.problems.append(f"{shard.path.name} has another header than the manifest says")
 
@@ -242,9 +246,8 @@ def _check_files(folder: Path, recorded: Mapping[str, Any], report: VerifyReport
         if not path.is_file():
             report.problems.append(f"{name} is gone")
             continue
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                hasher.update(chunk)
+        for _ in chunks(path, hasher):
+            pass
         if not isinstance(entry, dict) or entry.get("xxh3_128") != hasher.hexdigest():
             report.problems.append(f"{name} has changed since the merge")
 
@@ -263,7 +266,7 @@ class _Comparer:
         self.found: dict[str, Mismatch] = {}
         self.other_nan: set[str] = set()
         self._out = out
-        self._fds = {shard.path: os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC) for shard in out.shards}
+        self._fds = {shard.path: open_file(shard.path) for shard in out.shards}
         self._mine = threading.local()
         self._lock = threading.Lock()
 

@@ -13,21 +13,22 @@ PACKAGE = Path(__file__).parent.parent / "ires_kernels"
 
 ARROWS: dict[str, set[str]] = {
     # files, without torch
-    "header": set(),
+    "opening": set(),
+    "header": {"opening"},
     "inplace": {"store"},
-    "checkpoint": {"header", "inplace", "store"},
+    "checkpoint": {"header", "inplace", "opening", "store"},
     "names": {"checkpoint"},
     "rules": {"header"},
-    "sidefiles": {"checkpoint", "header"},
+    "sidefiles": {"checkpoint", "header", "opening"},
     "steps": {"checkpoint", "header", "names", "rules"},
     "plan": {"checkpoint", "header", "names", "rules", "sidefiles", "steps"},
-    "store": set(),
+    "store": {"opening"},
     "journal": {"store"},
     "inputs": {"checkpoint", "header", "inplace", "rules"},
     "operation": {"checkpoint", "header", "inputs", "rules", "store"},
     "updates": {"checkpoint", "header", "names", "plan", "steps"},
     "state": {"checkpoint", "header", "inplace", "inputs", "journal", "operation", "store"},
-    "reader": {"checkpoint", "header", "names", "steps", "store"},
+    "reader": {"checkpoint", "header", "names", "opening", "steps", "store"},
     "ancestry": {"checkpoint", "names", "reader", "store"},
     # tensors, without files
     "backends": {"_native"},
@@ -42,14 +43,14 @@ ARROWS: dict[str, set[str]] = {
     "device": {"backends", "counting", "names", "plan", "rules", "steps", "windows"},
     "statedict": {"checkpoint", "header", "names", "plan", "steps", "windows"},
     "report": {"backends", "plan", "stream"},
-    "manifest": {"ancestry", "checkpoint", "header", "names", "plan", "report", "stream"},
+    "manifest": {"ancestry", "checkpoint", "header", "names", "plan", "report", "store", "stream"},
     "summary": {"checkpoint", "inputs", "names"},
     "verification": {
-        "checkpoint", "device", "header", "inputs", "manifest", "names", "plan", "reader", "rules", "steps",
-        "store", "stream", "windows",
+        "checkpoint", "device", "header", "inputs", "manifest", "names", "opening", "plan", "reader", "rules",
+        "steps", "store", "stream", "windows",
     },
     "guards": {"ancestry", "checkpoint", "header", "manifest", "plan", "reader", "stream"},
-    "records": {"checkpoint", "manifest", "plan", "store", "stream"},
+    "records": {"checkpoint", "manifest", "opening", "plan", "store", "stream"},
     "overwrite": {
         "backends", "checkpoint", "guards", "inplace", "inputs", "journal", "manifest", "names", "operation", "plan",
         "records", "report", "rules", "sidefiles", "steps", "store", "stream", "updates", "windows",
@@ -65,10 +66,12 @@ ARROWS: dict[str, set[str]] = {
 }  # fmt: skip
 """What each module may import of this package. Modules that are not here, such as benchmarks, no other imports."""
 NO_TORCH = {
-    "header", "checkpoint", "names", "rules", "sidefiles", "steps", "plan", "store", "inplace", "journal", "inputs",
-    "operation", "updates", "state", "reader",
+    "opening", "header", "checkpoint", "names", "rules", "sidefiles", "steps", "plan", "store", "inplace", "journal",
+    "inputs", "operation", "updates", "state", "reader",
 }  # fmt: skip
-STANDARD_ONLY = {"header", "checkpoint", "store", "inplace", "sidefiles", "names", "rules", "inputs", "operation"}
+STANDARD_ONLY = {
+    "opening", "header", "checkpoint", "store", "inplace", "sidefiles", "names", "rules", "inputs", "operation",
+}  # fmt: skip
 
 
 def imports(module: str) -> tuple[set[str], set[str]]:

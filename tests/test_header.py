@@ -434,7 +434,7 @@ def test_things_that_are_not_files(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     for name, message in [
         ("", "is a folder"),
-        ("fifo", "is a pipe"),
+        ("fifo", "is a named pipe"),
         ("absent", "No such file"),
         ("loop", "Too many levels"),
         ("nul\0", "null byte"),
