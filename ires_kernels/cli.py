@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as Bar
 
-from ires_kernels import merge
+from ires_kernels import merge, trust
 from ires_kernels.header import CheckpointError
 from ires_kernels.inplace import unfinished
 from ires_kernels.inputs import kind_of
@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _stop)
+    if arguments.key:
+        os.environ[trust.VARIABLE] = arguments.key
     try:
         code: int = arguments.run(arguments)
         sys.stdout.flush()
@@ -148,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("path", metavar="PATH")
     inspect.add_argument("--tensors", action="store_true", help="list every tensor")
     inspect.add_argument("--json", action="store_true", help="print JSON")
+    _key_option(inspect)
     inspect.set_defaults(run=_inspect)
 
     verify = commands.add_parser("verify", help="compute a finished merge again and compare every bit")
@@ -167,11 +170,13 @@ def _parser() -> argparse.ArgumentParser:
     rollback = commands.add_parser("rollback", help="take back an unfinished merge, or one with --keep-undo")
     rollback.add_argument("path", metavar="PATH", help="its OUT, or its TARGET if it was in place")
     rollback.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    _key_option(rollback)
     rollback.set_defaults(run=_rollback)
 
     status = commands.add_parser("status", help="say whether a merge is unfinished, and what to do")
     status.add_argument("path", metavar="PATH", help="a model, or an OUT that is not there yet")
     status.add_argument("--json", action="store_true", help="print JSON")
+    _key_option(status)
     status.set_defaults(run=_status)
     return parser
 
@@ -203,6 +208,16 @@ def _common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="default: one per CPU, 16 at most")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors, and JSON if asked for")
+    _key_option(parser)
+
+
+def _key_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--key",
+        metavar="PATH",
+        help="the file with the key that signs the state of merges, as IRES_KEY; made if it is not there "
+        "(default: ires_kernels/key in XDG_STATE_HOME or ~/.local/state)",
+    )
 
 
 def _alpha_for(text: str) -> tuple[str, tuple[float, ...] | float]:

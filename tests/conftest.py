@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import tempfile
@@ -28,6 +29,12 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("repeatable")
+
+# The key of the tests is none of the user's: every process that they start has this state directory.
+_STATE = tempfile.mkdtemp(prefix="ires-tests-state-")
+atexit.register(shutil.rmtree, _STATE, ignore_errors=True)
+os.environ["XDG_STATE_HOME"] = _STATE
+os.environ.pop("IRES_KEY", None)
 
 # Small tensors gain nothing from torch's threads, and lose much on a machine that is busy with something else. Tests of
 # threads ask for them.

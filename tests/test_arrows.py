@@ -15,6 +15,7 @@ ARROWS: dict[str, set[str]] = {
     # files, without torch
     "opening": set(),
     "header": {"opening"},
+    "trust": set(),
     "inplace": {"store"},
     "checkpoint": {"header", "inplace", "opening", "store"},
     "names": {"checkpoint"},
@@ -60,17 +61,18 @@ ARROWS: dict[str, set[str]] = {
         "reader", "records", "report", "rules", "sidefiles", "state", "statedict", "steps", "store", "stream",
         "summary", "verification",
     },
-    "cli": {"header", "inplace", "inputs", "merge", "plan", "rules", "store", "stream", "windows"},
+    "cli": {"header", "inplace", "inputs", "merge", "plan", "rules", "store", "stream", "trust", "windows"},
     "__main__": {"cli"},
     "__init__": {"backends", "merge", "ops"},
 }  # fmt: skip
 """What each module may import of this package. Modules that are not here, such as benchmarks, no other imports."""
 NO_TORCH = {
     "opening", "header", "checkpoint", "names", "rules", "sidefiles", "steps", "plan", "store", "inplace", "journal",
-    "inputs", "operation", "updates", "state", "reader",
+    "inputs", "operation", "updates", "state", "reader", "trust",
 }  # fmt: skip
 STANDARD_ONLY = {
     "opening", "header", "checkpoint", "store", "inplace", "sidefiles", "names", "rules", "inputs", "operation",
+    "trust",
 }  # fmt: skip
 
 
