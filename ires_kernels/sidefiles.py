@@ -42,13 +42,17 @@ class SideFile:
 
 
 def of_model(inputs: Mapping[str, Checkpoint], *, own_tokenizer: bool = False) -> tuple[list[SideFile], list[str]]:
-    """Files for a merged model: those of the target, the first of `inputs`, and of the first other that has them.
+    """Files for a merged model: those of the target, the first of `inputs`, and of the instruct model or a residual.
+
+    The first donor that has them gives the tokenizer, the chat template and generation_config.json, and the target what
+    no donor has. Base gives nothing: it is subtracted.
 
     With `own_tokenizer` the target keeps its tokenizer, chat template and generation_config.json, which holds ids of
     that tokenizer. Also returns what is not copied of the target's folder: sub-folders, weights in other formats and
     what is no regular file.
     """
-    (role, target), *donors = inputs.items()
+    role, target = next(iter(inputs.items()))
+    donors = [(name, checkpoint) for name, checkpoint in inputs.items() if name not in (role, "base")]
     own, left = _listing(target)
     chosen = {group: _tagged(own, group, role) for group in ("tokenizer", "template", "generation", "model")}
     for group in () if own_tokenizer else ("generation", "template", "tokenizer"):

@@ -216,10 +216,10 @@ class NewFolder:
         return file
 
     def add(self, name: str, chunks: Iterable[bytes]) -> None:
-        """A whole file from its bytes. `name` may have one folder in it."""
+        """A whole file from its bytes. `name` may have folders in it."""
         path = self.partial / name
         with named(path):
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, chunks, sync=self._sync)
 
     def finish_files(self) -> None:
