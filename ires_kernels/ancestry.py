@@ -103,7 +103,7 @@ def _is_sampled(ref: TensorRef) -> bool:
 
 def _sample(checkpoint: Checkpoint, refs: Mapping[str, TensorRef]) -> dict[str, Tensor]:
     """BLOCKS runs of BLOCK elements, evenly spread over each tensor, at places that follow from its size alone."""
-    files = Files({shard.path: shard.file_id for shard in checkpoint.shards}, (ref.path for ref in refs.values()))
+    files = Files(checkpoint.file_ids, (ref.path for ref in refs.values()))
     values = {}
     try:
         for name, ref in refs.items():

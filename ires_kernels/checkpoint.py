@@ -38,12 +38,22 @@ class FileId(NamedTuple):
     ino: int
     size: int
     mtime_ns: int
+    ctime_ns: int
+    """Nobody can set it; but a new name, a hard link or another mode sets it as well as a write."""
 
     @classmethod
     def of(cls, path: Path) -> FileId:
         """The identity of `path` now, links followed. Raises OSError."""
-        status = os.stat(path)
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        return cls.of_status(os.stat(path))
+
+    @classmethod
+    def of_status(cls, status: os.stat_result) -> FileId:
+        """The identity of a file by its status."""
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+    def is_unwritten(self, since: FileId) -> bool:
+        """Whether it is the file that it was, and nobody wrote it who did not set its time back."""
+        return self[:4] == since[:4]
 
     def stamp(self) -> dict[str, int]:
         """What survives a move to another disk."""
@@ -96,10 +106,21 @@ class Checkpoint:
     manifest: dict[str, Any] | None
     """residual.json of a residual, ires.json of a merged model, NAME.ires.json of a file that was updated in place."""
 
-    def changed(self, current: Mapping[Path, FileId] | None = None) -> list[Path]:
-        """The shards that are no longer the files that were validated, or those that `current` says they were."""
-        known = {shard.path: shard.file_id for shard in self.shards} if current is None else current
-        return [shard.path for shard in self.shards if _file_id(shard.path) != known[shard.path]]
+    @property
+    def file_ids(self) -> dict[Path, FileId]:
+        """What its files were when they were validated."""
+        return {shard.path: shard.file_id for shard in self.shards}
+
+    def changed(self, current: Mapping[Path, FileId] | None = None) -> tuple[list[Path], list[Path]]:
+        """The shards that are no longer the files that were validated, or those that `current` says they were.
+
+        And those of which only the time of the last change of their status is another one, by a write or by something
+        else.
+        """
+        known = self.file_ids if current is None else current
+        now = {path: _file_id(path) for path in self.file_ids}
+        written = [path for path, file_id in now.items() if not (file_id and file_id.is_unwritten(known[path]))]
+        return written, [path for path, file_id in now.items() if path not in written and file_id != known[path]]
 
 
 def is_shard(path: Path) -> bool:

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from ires_kernels import ancestry, manifest, stream
 from ires_kernels.checkpoint import Checkpoint, FileId
-from ires_kernels.header import CheckpointError
+from ires_kernels.header import CheckpointError, read_header
 from ires_kernels.plan import Plan
-from ires_kernels.reader import differing
+from ires_kernels.reader import all_file_ids, differing
 from ires_kernels.stream import Outcome
 
 
 def file_ids(plan: Plan) -> dict[Path, FileId]:
     """What the files of the inputs were when they were validated."""
-    return {shard.path: shard.file_id for checkpoint in plan.inputs.values() for shard in checkpoint.shards}
+    return all_file_ids(plan.inputs)
 
 
 def compare(plan: Plan) -> dict[str, dict[str, str]]:
@@ -69,15 +69,30 @@ def check_residuals(plan: Plan, hashes: Mapping[str, Mapping[str, str]]) -> None
                     )
 
 
-def check_unchanged(plan: Plan, *, but: Container[str] = (), current: Mapping[Path, FileId] | None = None) -> None:
+def check_unchanged(
+    plan: Plan,
+    read: Mapping[str, Mapping[str, str]] | None = None,
+    *,
+    but: Container[str] = (),
+    current: Mapping[Path, FileId] | None = None,
+) -> None:
     """Refuse inputs whose files are no longer those that were validated; not of the roles `but`, which we change.
 
+    read     xxh3_128 of what was read of them, by role and name: where a file has got another name, a link or a mode,
+             or was written and its time set back, its content tells which
     current  what they were when they were opened, if the plan has another time for them
     """
     for role, checkpoint in plan.inputs.items():
-        changed = [] if role in but else checkpoint.changed(current)
-        if changed:
-            raise CheckpointError(f"{changed[0]}: changed while it was read. Wait for its writer, then start again.")
+        written, touched = ([], []) if role in but else checkpoint.changed(current)
+        hashes = (read or {}).get(role, {})
+        refs = {n: ref for n, ref in checkpoint.tensors.items() if ref.path in touched and n in hashes}
+        headers = {shard.path: shard.header for shard in checkpoint.shards}
+        written += [path for path in touched if read_header(path) != headers[path]]
+        if not written:
+            found = stream.hashes(refs, current or checkpoint.file_ids)
+            written += [refs[name].path for name, digest in found.items() if digest != hashes[name]]
+        if written:
+            raise CheckpointError(f"{written[0]}: changed while it was read. Wait for its writer, then start again.")
 
 
 def check_contents(plan: Plan, outcome: Outcome, changed: Iterable[Path], current: Mapping[Path, FileId]) -> None:

@@ -137,6 +137,8 @@ def apply(
         raise ArgumentError("give either out, a new folder, or in_place=True.")
     if undo not in UNDO:
         raise ArgumentError(f"undo is {undo!r}, wanted one of {', '.join(UNDO)}.")
+    if out is not None and (undo != "ring" or tag):
+        raise ArgumentError("undo and tag go with in_place=True: a new folder needs neither. Leave them out.")
     paths = roles_of_apply(target, residual)
     rules = _rules_of_apply(paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed)
     options = _options(device, threads, progress)
@@ -255,7 +257,7 @@ def load(
         progress=progress,
     )
     guards.check_residuals(plan, outcome.inputs)
-    guards.check_unchanged(plan)
+    guards.check_unchanged(plan, outcome.inputs)
     shared = statedict.shared_head(plan.inputs["target"])
     if shared is not None:
         head, embedding = shared
@@ -376,7 +378,7 @@ def _carry_out(
         unsynced = "" if sync else operation.boot
         receipt = manifest.build(plan, outcome, report, others, sha256=sums, unsynced=unsynced)
         folder.add(MANIFESTS[plan.operation], [receipt])
-        guards.check_unchanged(plan)
+        guards.check_unchanged(plan, outcome.inputs)
         folder.commit()
     return Report.of(plan, outcome, out, time.perf_counter() - started)
 

@@ -30,6 +30,7 @@ from ires_kernels.journal import AHEAD, Extent, Journal, JournalError, UndoGone
 from ires_kernels.names import FLOATS
 from ires_kernels.operation import Operation, as_it_was, same_plan
 from ires_kernels.plan import VERSION, Plan, plan_apply
+from ires_kernels.reader import all_file_ids
 from ires_kernels.report import Report
 from ires_kernels.rules import Rules
 from ires_kernels.steps import Step
@@ -143,7 +144,7 @@ def carry_on(place: Workplace, options: Options, started: float, *, fresh: bool 
         outcome = _overwrite(place, operation, plan, current, changed, steps, windows, options)
         outcome.update(Outcome(inputs=guards.compare(plan)))
         guards.check_residuals(plan, outcome.inputs)
-        guards.check_unchanged(plan, but=plan.roles_of_target(), current=current)
+        guards.check_unchanged(plan, outcome.inputs, but=plan.roles_of_target(), current=current)
         report = Report.of(plan, outcome, place.target, time.perf_counter() - started)
         _write_manifest(place, operation, plan, outcome, report)
         place.advance("installing")
@@ -295,7 +296,7 @@ def _plan_again(place: Workplace, operation: Operation) -> tuple[Plan, dict[Path
     hidden = place.model if place.folder == place.target else place.model / place.target.name
     target = operation.paths["target"]
     inputs = open_inputs({role: hidden if path == target else path for role, path in operation.paths.items()})
-    current = {shard.path: shard.file_id for checkpoint in inputs.values() for shard in checkpoint.shards}
+    current = all_file_ids(inputs)
     before, changed = {}, []
     for role, checkpoint in inputs.items():
         before[role], others = as_it_was(checkpoint, operation.stamps.get(role, {}))

@@ -31,8 +31,7 @@ class Files:
         fd = self._open.get(path)
         if fd is None:
             fd = self._open[path] = open_file(path)
-            status = os.fstat(fd)
-            if FileId(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) != self._file_ids[path]:
+            if not FileId.of_status(os.fstat(fd)).is_unwritten(self._file_ids[path]):
                 raise CheckpointError(f"{path}: changed after it was validated. Wait for its writer, then start again.")
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return fd
@@ -46,6 +45,11 @@ class Files:
     def close(self) -> None:
         while self._open:
             os.close(self._open.popitem()[1])
+
+
+def all_file_ids(inputs: Mapping[str, Checkpoint]) -> dict[Path, FileId]:
+    """What the files of several checkpoints were when they were validated."""
+    return {path: file_id for checkpoint in inputs.values() for path, file_id in checkpoint.file_ids.items()}
 
 
 def differing(
@@ -75,7 +79,7 @@ def second_copies(inputs: Mapping[str, Checkpoint]) -> dict[str, str]:
     Where another model has such a tensor too, it is the embedding again in that one as well.
     """
     found = names.second_copies(inputs)
-    file_ids = {shard.path: shard.file_id for checkpoint in inputs.values() for shard in checkpoint.shards}
+    file_ids = all_file_ids(inputs)
     copies = {}
     files = Files(file_ids, (ref.path for models in found.values() for _, *pair in models for ref in pair))
     try:

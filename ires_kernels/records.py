@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ires_kernels import manifest, stream
-from ires_kernels.checkpoint import Checkpoint, FileId
+from ires_kernels.checkpoint import Checkpoint
 from ires_kernels.opening import MAX_MANIFEST, read_bytes
 from ires_kernels.plan import Plan
 from ires_kernels.store import StoreError, boot_id
@@ -79,7 +78,7 @@ def is_doubtful(table: Mapping[str, Any]) -> bool:
 def has_hashes(target: Checkpoint, table: Mapping[str, Any]) -> bool:
     """Whether all tensors of which the manifest has a hash have that."""
     hashes = {name: entry.get("xxh3_128") for name, entry in table.get("tensors", {}).items()}
-    found = stream.hashes({name: ref for name, ref in target.tensors.items() if hashes.get(name)}, _file_ids(target))
+    found = stream.hashes({name: ref for name, ref in target.tensors.items() if hashes.get(name)}, target.file_ids)
     return bool(found) and all(hashes[name] == digest for name, digest in found.items())
 
 
@@ -91,11 +90,7 @@ def _is_same(plan: Plan, role: str, recorded: Mapping[str, Any]) -> bool | None:
     if recorded.get("read") is None:
         return None
     refs = plan.reads(role)
-    return bool(manifest.digest_of(refs.values(), stream.hashes(refs, _file_ids(checkpoint))) == recorded["read"])
-
-
-def _file_ids(checkpoint: Checkpoint) -> dict[Path, FileId]:
-    return {shard.path: shard.file_id for shard in checkpoint.shards}
+    return bool(manifest.digest_of(refs.values(), stream.hashes(refs, checkpoint.file_ids)) == recorded["read"])
 
 
 def _manifests(target: Checkpoint) -> list[Mapping[str, Any]]:

@@ -112,7 +112,8 @@ def windows(steps: Iterable[Step]) -> tuple[Window, ...]:
 
 def _check_aliases(plan: Plan, merged: Iterable[Step]) -> None:
     """An input may be the target itself, whose elements are read before they are written, and no other way round."""
-    files = {shard.path: _file(shard.file_id) for checkpoint in plan.inputs.values() for shard in checkpoint.shards}
+    ids = (each for checkpoint in plan.inputs.values() for each in checkpoint.file_ids.items())
+    files = {path: _file(file_id) for path, file_id in ids}
     own = {files[shard.path]: shard.path for shard in plan.inputs["target"].shards}
     others = {role: checkpoint for role, checkpoint in plan.inputs.items() if role not in plan.roles_of_target()}
     for role, checkpoint in others.items():

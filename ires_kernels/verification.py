@@ -17,12 +17,12 @@ from torch import Tensor
 from ires_kernels import device as devices
 from ires_kernels import manifest, stream
 from ires_kernels.checkpoint import Checkpoint, TensorRef, open_checkpoint
-from ires_kernels.header import DTYPE_BITS
+from ires_kernels.header import DTYPE_BITS, CheckpointError
 from ires_kernels.inputs import StrPath, open_inputs
 from ires_kernels.names import FLOATS
 from ires_kernels.opening import open_file, read_start
 from ires_kernels.plan import Plan, plan_apply, plan_extract, size
-from ires_kernels.reader import second_copies
+from ires_kernels.reader import all_file_ids, second_copies
 from ires_kernels.rules import ArgumentError, Rules
 from ires_kernels.steps import Step
 from ires_kernels.store import chunks, read_into
@@ -128,7 +128,7 @@ def verify(
             raise ArgumentError(f"{out}: was not made of {', '.join(sorted(unknown))} but of {', '.join(made_of)}.")
         moved = {entry["path"]: given[role] for role, entry in made_of.items() if role in given}
         paths = {role: given.get(role) or moved.get(entry["path"], entry["path"]) for role, entry in made_of.items()}
-        rules, opened = Rules.from_dict(table["rules"]), open_inputs(paths)
+        rules, opened = Rules.from_dict(table["rules"]), _opened(paths, given)
         if table["operation"] == "apply":
             plan = plan_apply(opened, rules, second_copies(opened))
         else:
@@ -143,6 +143,23 @@ def verify(
     report.tensors = len(checkpoint.tensors)
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _opened(paths: Mapping[str, StrPath], given: Mapping[str, StrPath]) -> dict[str, Checkpoint]:
+    """Open the inputs; of one that is no longer where the manifest has it, say how to tell where it is."""
+    inputs: dict[str, Checkpoint] = {}
+    for role, path in paths.items():
+        try:
+            inputs |= open_inputs({role: path})
+        except CheckpointError as error:
+            if role in given:
+                raise
+            option = "--residual, once for each," if role.startswith("residual-") else f"--{role}"
+            raise CheckpointError(
+                f"{error} By the manifest this is the {role}: if it has moved, say where it is with {option} (in "
+                f"Python inputs={{{role!r}: PATH}}), or compare hashes alone with --hashes-only."
+            ) from None
+    return inputs
 
 
 def _check_names(out: Checkpoint, recorded: Mapping[str, dict[str, Any]], report: VerifyReport) -> None:
@@ -181,12 +198,11 @@ def _recompute(
     ]
     planned = {step.name for step in plan.steps}
     report.problems += [f"{name} is in the manifest and not in the plan" for name in recorded if name not in planned]
-    file_ids = {shard.path: shard.file_id for checkpoint in plan.inputs.values() for shard in checkpoint.shards}
     comparer = _Comparer(out)
     try:
         outcome = stream.run(
             steps,
-            file_ids,
+            all_file_ids(plan.inputs),
             plan.rules,
             comparer.compare,
             processors=processors,
@@ -221,9 +237,8 @@ def _check_hashes(
     progress: Progress | None,
 ) -> None:
     by_name = {ref.name: ref for ref in refs}
-    file_ids = {shard.path: shard.file_id for shard in out.shards}
     report.bytes_read += sum(ref.nbytes for ref in by_name.values())
-    for name, digest in stream.hashes(by_name, file_ids, threads=threads, progress=progress).items():
+    for name, digest in stream.hashes(by_name, out.file_ids, threads=threads, progress=progress).items():
         if recorded[name]["xxh3_128"] != digest:
             report.problems.append(f"{name} has another hash than the manifest says")
 

@@ -54,7 +54,7 @@ ARROWS: dict[str, set[str]] = {
     "records": {"checkpoint", "manifest", "opening", "plan", "store", "stream"},
     "overwrite": {
         "backends", "checkpoint", "guards", "inplace", "inputs", "journal", "manifest", "names", "operation", "plan",
-        "records", "report", "rules", "sidefiles", "steps", "store", "stream", "updates", "windows",
+        "reader", "records", "report", "rules", "sidefiles", "steps", "store", "stream", "updates", "windows",
     },
     "merge": {
         "checkpoint", "device", "guards", "header", "inplace", "inputs", "manifest", "operation", "overwrite", "plan",

@@ -137,7 +137,7 @@ def test_inputs_that_changed(out: Path) -> None:
 
 def test_inputs_that_moved(out: Path) -> None:
     (out.parent / "target").rename(out.parent / "moved")
-    with pytest.raises(CheckpointError, match="no such file or folder"):
+    with pytest.raises(CheckpointError, match=r"no such file or folder.*this is the target.*with --target \(in Python"):
         ik.verify(out)
     assert ik.verify(out, inputs={"target": out.parent / "moved"})
     with pytest.raises(ArgumentError, match="was not made of instruct but of target, residual"):
