@@ -203,14 +203,16 @@ def test_300_tensors_take_milliseconds(folder: Path) -> None:
 
 def test_changed_files(sharded: Path) -> None:
     checkpoint = open_checkpoint(sharded)
-    assert checkpoint.changed() == []
+    assert checkpoint.changed() == ([], [])
+    os.link(sharded / B, sharded / "linked")
+    assert checkpoint.changed() == ([], [sharded / B])
     os.utime(sharded / A, ns=(1, 1))
-    assert checkpoint.changed() == [sharded / A]
+    assert checkpoint.changed() == ([sharded / A], [sharded / B])
     (sharded / B).unlink()
-    assert checkpoint.changed() == [sharded / A, sharded / B]
+    assert checkpoint.changed() == ([sharded / A, sharded / B], [])
     write(sharded / B, "b a")
-    assert checkpoint.changed() == [sharded / A, sharded / B]
-    assert open_checkpoint(sharded).changed() == []
+    assert checkpoint.changed() == ([sharded / A, sharded / B], [])
+    assert open_checkpoint(sharded).changed() == ([], [])
 
 
 # ---------------------------------------------------------------------------------------------------------- refused
