@@ -86,7 +86,10 @@ def operand(dtype: torch.dtype, n: int, odd: bool) -> torch.Tensor:
 
 def call_of(case: dict[str, Any]) -> Call:
     dtypes = [DTYPES[name] for name in case["dtypes"]]
-    out, *operands = (operand(d, case.get("n", 5000), case.get("odd", False))[:: case.get("step", 1)] for d in dtypes)
+    odd = case.get("odd", False)  # of all tensors, or of each
+    odds = odd if isinstance(odd, list) else [odd] * len(dtypes)
+    tensors = (operand(d, case.get("n", 5000), o) for d, o in zip(dtypes, odds, strict=True))
+    out, *operands = (x[:: case.get("step", 1)] for x in tensors)
     factors = (case.get("factor", 0.5),) * FACTORS.get(case["op"], len(operands) - 1)
     random = case.get("random", False)
     seed, offset = case.get("seed", 0), case.get("offset", 0)
@@ -102,10 +105,23 @@ def nvidia_code(compiled: Any) -> dict[str, Any]:
             for name, *options in (("nvdisasm",), ("cuobjdump", "-res-usage"))
         )
     return {
+        "taken_apart": taken_apart(compiled.asm["ptx"]),
         "ptx": Counter(re.findall(r"(?:^|[{;])\s*(?:@%p\d+ )?([a-z][\w.:]*)", compiled.asm["ptx"], re.M)),
         "code": Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", listing, re.M)),
         "spilled": sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage))),
     }
+
+
+def taken_apart(ptx: str) -> int:
+    """How many pairs of codes from a cast to float8 are packed into a word and shifted or masked as well.
+
+    The ptxas of Triton 3.6 (12.8) makes one instruction of such a cast and the packing, and lets what takes the pair
+    apart read a register that is written only later.
+    """
+    pairs = re.findall(r"cvt\.rn\.satfinite\.e\dm\dx2\.f32 (%rs\d+),", ptx)
+    packed = set(re.findall(r"%rs\d+", " ".join(re.findall(r"mov\.b32\s+%r\d+, (\{.*?\})", ptx))))
+    apart = set(re.findall(r"(?:shr|and)\.[bu]16\s+%rs\d+, (%rs\d+),", ptx))
+    return len(set(pairs) & packed & apart)
 
 
 def amd_code(compiled: Any) -> dict[str, Any]:

@@ -3,7 +3,10 @@
 
 Pointers carry the storage type, and 8-bit ones travel as integers, because not every target knows float8_e4m3fn:
 uint8 is float8_e4m3fn, int8 is float8_e5m2. Conversions are done on the bits, which every target and Triton's
-interpreter get right; CASTS says which of them the hardware does instead: 0 none, 1 to bfloat16, 2 float8 as well.
+interpreter get right; CASTS says which of them the hardware does instead: 0 none, 1 to bfloat16, 2 float8_e4m3fn as
+well. Never to float8_e5m2: that cast saturates, so its codes have to be corrected where they overflow, and the ptxas of
+Triton 3.6 (12.8) reads such a code before it writes it when a pair of them is packed and taken apart (sm_90, operands
+of different alignment: every odd element was another number).
 Numbers go in as 64-bit integers, the factors as the bits of a float of type C, so that no value of one is compiled in.
 """
 
@@ -101,12 +104,8 @@ def nearest(x, dtype: tl.constexpr, CASTS: tl.constexpr):
             else:
                 y = nearest_float8(x, 3, -6, 0x43E80001, 0x7E)  # 464 is a tie and goes to 448
         else:
-            if CASTS >= 2:
-                # The hardware saturates; from 61440 on, the middle between 57344 and the next step, it is infinity.
-                code = x.to(tl.float8e5).to(tl.uint8, bitcast=True)
-                y = tl.where(tl.abs(x) >= 61440.0, (code & 0x80) | 0x7C, code).to(tl.int8, bitcast=True)
-            else:
-                y = nearest_float8(x, 2, -14, 0x47700000, 0x7C).to(tl.int8, bitcast=True)
+            # 61440 is a tie between 57344 and the next step, which is infinity.
+            y = nearest_float8(x, 2, -14, 0x47700000, 0x7C).to(tl.int8, bitcast=True)
     return y
 
 
