@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 from ires_kernels.header import CheckpointError, Header, brief, check_depth, parse_json, read_header, sniff
 from ires_kernels.inplace import unfinished
-from ires_kernels.opening import MAX_CONFIG, MAX_INDEX, MAX_MANIFEST, kind_of_file, read_bytes
+from ires_kernels.opening import MAX_CONFIG, MAX_INDEX, MAX_MANIFEST, check_link, kind_of_file, read_bytes
 from ires_kernels.store import is_unfinished
 
 Kind = Literal["model", "residual"]
@@ -42,13 +42,9 @@ class FileId(NamedTuple):
     """Nobody can set it; but a new name, a hard link or another mode sets it as well as a write."""
 
     @classmethod
-    def of(cls, path: Path) -> FileId:
-        """The identity of `path` now, links followed. Raises OSError."""
-        return cls.of_status(os.stat(path))
-
-    @classmethod
-    def of_status(cls, status: os.stat_result) -> FileId:
-        """The identity of a file by its status."""
+    def of(cls, file: Path | int) -> FileId:
+        """The identity of a path now, links followed, or of an open file. Raises OSError."""
+        status = os.stat(file)
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
     def is_unwritten(self, since: FileId) -> bool:
@@ -105,6 +101,8 @@ class Checkpoint:
     """config.json of the folder."""
     manifest: dict[str, Any] | None
     """residual.json of a residual, ires.json of a merged model, NAME.ires.json of a file that was updated in place."""
+    follow_links: bool = False
+    """Whether files of the folder may be links out of it."""
 
     @property
     def file_ids(self) -> dict[Path, FileId]:
@@ -128,11 +126,12 @@ def is_shard(path: Path) -> bool:
     return _SHARD_NAME.fullmatch(path.name) is not None
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], *, follow_links: bool = False) -> Checkpoint:
     """Open a model or residual: a folder, or one .safetensors file on its own.
 
     A folder holds `model.safetensors` or an index and its shards; with no such name, the only index or the only
     .safetensors file that it has. A residual folder has `residual` in place of `model`, and `residual.json`.
+    `path` may be a link; what is in the folder must not lead out of it, unless `follow_links` says that it may.
     Raises CheckpointError, which says what was found and what is wanted.
     """
     path = Path(path)
@@ -147,16 +146,19 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {_unreachable(path, error)}") from None
     if stat.S_ISDIR(mode):
-        return _open_folder(path)
+        return _open_folder(path, follow_links)
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path}: is {kind_of_file(mode)}, wanted a model's folder or a .safetensors file.")
     shard = _open_shard(path)
     is_residual = _RESIDUAL_NAME.fullmatch(path.name) is not None
-    manifest = _read_json(path.with_name("residual.json" if is_residual else f"{path.name}.ires.json"), MAX_MANIFEST)
-    return _assemble(path, "residual" if is_residual else "model", [shard], None, {}, None, manifest)
+    kind: Kind = "residual" if is_residual else "model"
+    beside = path.with_name("residual.json" if is_residual else f"{path.name}.ires.json")
+    if not follow_links and os.path.exists(beside):
+        check_link(beside, path.parent)
+    return _assemble(path, kind, [shard], None, {}, None, _read_json(beside, MAX_MANIFEST), follow_links)
 
 
-def _open_folder(folder: Path) -> Checkpoint:
+def _open_folder(folder: Path, follow_links: bool) -> Checkpoint:
     try:
         names = {name for name in os.listdir(folder) if not name.startswith(".")}
     except OSError as error:
@@ -168,16 +170,30 @@ def _open_folder(folder: Path) -> Checkpoint:
             f"{folder}: holds a model ({_list(model)}) and a residual ({_list(residual)}). Move one of them elsewhere."
         )
     kind: Kind = "residual" if residual else "model"
-    manifest = _read_json(folder / ("residual.json" if residual else "ires.json"), MAX_MANIFEST)
+
+    def inside(name: str) -> Path:
+        path = folder / name
+        if not follow_links and os.path.exists(path):
+            check_link(path, folder)
+        return path
+
+    manifest = _read_json(inside("residual.json" if residual else "ires.json"), MAX_MANIFEST)
     if residual and manifest is None:
         raise CheckpointError(
             f"{folder}: residual.json is missing beside {_list(residual)}. Copy it there, or extract again."
         )
-    config = _read_config(folder / "config.json")
-    index_name, weight_map, metadata = _read_index(folder, kind, names)
+    config = _read_config(inside("config.json"))
+    index_name = _index_name(folder, kind, names)
     if index_name is None:
-        shards = [_open_shard(folder / _only_file(folder, kind, names))]
-        return _assemble(folder, kind, shards, None, {}, config, manifest)
+        shards = [_open_shard(inside(_only_file(folder, kind, names)))]
+        return _assemble(folder, kind, shards, None, {}, config, manifest, follow_links)
+    weight_map, metadata = _read_index(inside(index_name))
+    single = f"{kind}.safetensors"
+    if single in names and single not in weight_map.values():
+        raise CheckpointError(
+            f"{folder}: {single} and {index_name} are both there, but the index does not name the file; some loaders "
+            "take the one, some the other. Delete the one that is out of date."
+        )
     files = sorted(set(weight_map.values()))
     absent = [name for name in files if not os.path.exists(folder / name)]
     if absent:
@@ -185,26 +201,30 @@ def _open_folder(folder: Path) -> Checkpoint:
             f"{folder}: {len(absent)} of the {len(files)} files that {index_name} names are missing: {_list(absent)}. "
             "Download or copy them into the folder."
         )
-    shards = [_open_shard(folder / name) for name in files]
-    checkpoint = _assemble(folder, kind, shards, index_name, metadata, config, manifest)
+    shards = [_open_shard(inside(name)) for name in files]
+    checkpoint = _assemble(folder, kind, shards, index_name, metadata, config, manifest, follow_links)
     _check_agreement(folder / index_name, weight_map, checkpoint)
     return checkpoint
 
 
-def _read_index(folder: Path, kind: Kind, names: set[str]) -> tuple[str | None, dict[str, str], dict[str, Any]]:
-    """Name, weight_map and metadata of the folder's index; (None, {}, {}) when the weights are a single file."""
-    index_name, single = f"{kind}{_INDEX}", f"{kind}.safetensors"
-    if index_name not in names:
-        others = [name for name in names if name.endswith(_INDEX)]
-        if single in names or not others:
-            return None, {}, {}
-        if len(others) > 1:
-            raise CheckpointError(
-                f"{folder}: found the indexes {_list(others)}, wanted one. Give a folder with a single checkpoint."
-            )
-        index_name = others[0]
-    where = f"{folder / index_name}"
-    table = _read_json(folder / index_name, MAX_INDEX) or {}
+def _index_name(folder: Path, kind: Kind, names: set[str]) -> str | None:
+    """Name of the folder's index; None when the weights are a single file."""
+    if f"{kind}{_INDEX}" in names:
+        return f"{kind}{_INDEX}"
+    others = [name for name in names if name.endswith(_INDEX)]
+    if f"{kind}.safetensors" in names or not others:
+        return None
+    if len(others) > 1:
+        raise CheckpointError(
+            f"{folder}: found the indexes {_list(others)}, wanted one. Give a folder with a single checkpoint."
+        )
+    return others[0]
+
+
+def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """weight_map and metadata of an index."""
+    where = f"{path}"
+    table = _read_json(path, MAX_INDEX) or {}
     weight_map, metadata = table.get("weight_map"), table.get("metadata", {})
     if type(weight_map) is not dict or not weight_map:
         raise CheckpointError(
@@ -218,12 +238,7 @@ def _read_index(folder: Path, kind: Kind, names: set[str]) -> tuple[str | None, 
             )
     if type(metadata) is not dict:
         raise CheckpointError(f"{where}: metadata is {brief(metadata)}, wanted an object. Download it again.")
-    if single in names and single not in weight_map.values():
-        raise CheckpointError(
-            f"{folder}: {single} and {index_name} are both there, but the index does not name the file; some loaders "
-            "take the one, some the other. Delete the one that is out of date."
-        )
-    return index_name, weight_map, metadata
+    return weight_map, metadata
 
 
 def _only_file(folder: Path, kind: Kind, names: set[str]) -> str:
@@ -270,6 +285,7 @@ def _assemble(
     index_metadata: dict[str, Any],
     config: dict[str, Any] | None,
     manifest: dict[str, Any] | None,
+    follow_links: bool,
 ) -> Checkpoint:
     tensors: dict[str, TensorRef] = {}
     for shard in shards:
@@ -281,7 +297,7 @@ def _assemble(
                     "Delete the file that does not belong to this checkpoint, or save the model again."
                 )
             tensors[name] = TensorRef(name, info.dtype, info.shape, shard.path, start + info.begin, info.nbytes)
-    return Checkpoint(path, kind, tuple(shards), tensors, index_name, index_metadata, config, manifest)
+    return Checkpoint(path, kind, tuple(shards), tensors, index_name, index_metadata, config, manifest, follow_links)
 
 
 def _check_agreement(index: Path, weight_map: dict[str, str], checkpoint: Checkpoint) -> None:

@@ -151,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--tensors", action="store_true", help="list every tensor")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     _key_option(inspect)
+    _follow_links(inspect)
     inspect.set_defaults(run=_inspect)
 
     verify = commands.add_parser("verify", help="compute a finished merge again and compare every bit")
@@ -159,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     for role in ("target", "instruct", "base"):
         verify.add_argument(f"--{role}", metavar="PATH", help=f"where the {role} model is now, if it was moved")
     verify.add_argument("--residual", metavar="PATH", action="append", default=[], help="as above; all, in order")
+    _follow_links(verify)
     _common_options(verify)
     verify.set_defaults(run=_verify)
 
@@ -200,7 +202,17 @@ def _merge_options(parser: argparse.ArgumentParser, *, dtype: str | None, kept: 
         "--sha256", action="store_true", help="also write sha256 sums of the weights, as the Hub has them"
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done and write nothing")
+    _follow_links(parser)
     _common_options(parser)
+
+
+def _follow_links(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--follow-links",
+        action="store_true",
+        help="accept files in a model's folder that are links out of it, and so copy what they lead to; for models of "
+        "your own (links into the Hub's own cache need no leave)",
+    )
 
 
 def _common_options(parser: argparse.ArgumentParser) -> None:
@@ -261,7 +273,7 @@ def _apply(arguments: argparse.Namespace) -> int:
     if pair:
         residuals = (arguments.instruct, arguments.base)
         for role, path in (("instruct", arguments.instruct), ("base", arguments.base)):
-            if kind_of(path) != "model":  # or two residuals would pass
+            if kind_of(path, follow_links=arguments.follow_links) != "model":  # or two residuals would pass
                 raise ArgumentError(f"{path}: is a residual, wanted a model as {role}.")
     else:
         specs = [_residual(text, arguments.alpha) for text in arguments.residuals]
@@ -294,6 +306,7 @@ def _options(arguments: argparse.Namespace, progress: Progress | None) -> dict[s
         "threads": arguments.threads,
         "dry_run": arguments.dry_run,
         "progress": progress,
+        "follow_links": arguments.follow_links,
     }
 
 
@@ -309,6 +322,7 @@ def _verify(arguments: argparse.Namespace) -> int:
             arguments.out,
             inputs={role: path for role, path in given.items() if path is not None},
             hashes_only=arguments.hashes_only,
+            follow_links=arguments.follow_links,
             device=arguments.device,
             threads=arguments.threads,
             progress=progress,
@@ -337,7 +351,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    table = merge.inspect(arguments.path)
+    table = merge.inspect(arguments.path, follow_links=arguments.follow_links)
     tensors = table["all_tensors"] if arguments.tensors else table.pop("all_tensors")
     if arguments.json:
         print(json.dumps(table, indent=2))

@@ -19,11 +19,11 @@ _ADVICE = {
 }
 
 
-def open_inputs(paths: Mapping[str, StrPath]) -> dict[str, Checkpoint]:
+def open_inputs(paths: Mapping[str, StrPath], *, follow_links: bool = False) -> dict[str, Checkpoint]:
     """Open checkpoints by role. Refuses a residual where a model belongs, a model for a residual, unfinished output."""
     inputs = {}
     for role, path in paths.items():
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, follow_links=follow_links)
         wanted = "residual" if role.startswith("residual") else "model"
         if checkpoint.kind != wanted:
             raise CheckpointError(f"{path}: is a {checkpoint.kind}, wanted a {wanted} as {role}. {_ADVICE[wanted]}")
@@ -31,12 +31,14 @@ def open_inputs(paths: Mapping[str, StrPath]) -> dict[str, Checkpoint]:
     return inputs
 
 
-def roles_of_apply(target: StrPath, residual: StrPath | Sequence[StrPath]) -> dict[str, StrPath]:
+def roles_of_apply(
+    target: StrPath, residual: StrPath | Sequence[StrPath], *, follow_links: bool = False
+) -> dict[str, StrPath]:
     """Roles for one residual, several, or a tuple of two models (instruct, base)."""
     if isinstance(residual, (str, os.PathLike)):
         return {"target": target, "residual": residual}
     paths = list(residual)
-    kinds = [kind_of(path) for path in paths]
+    kinds = [kind_of(path, follow_links=follow_links) for path in paths]
     if kinds == ["model", "model"] and isinstance(residual, tuple):
         return {"target": target, "instruct": paths[0], "base": paths[1]}
     if not paths or "model" in kinds:
@@ -50,9 +52,9 @@ def roles_of_apply(target: StrPath, residual: StrPath | Sequence[StrPath]) -> di
     return {"target": target, **{f"residual-{number}": path for number, path in enumerate(paths, 1)}}
 
 
-def kind_of(path: StrPath) -> Kind:
+def kind_of(path: StrPath, *, follow_links: bool = False) -> Kind:
     """Whether this is a model or a residual; a model that is being updated in place is one."""
-    return "model" if unfinished(Path(path)) else open_checkpoint(path).kind
+    return "model" if unfinished(Path(path)) else open_checkpoint(path, follow_links=follow_links).kind
 
 
 def absolute(paths: Mapping[str, StrPath]) -> dict[str, str]:

@@ -16,8 +16,8 @@ import xxhash
 from torch import Tensor
 
 from ires_kernels import device as devices
-from ires_kernels import guards, inplace, manifest, overwrite, records, sidefiles, statedict, store, stream
-from ires_kernels.checkpoint import is_shard, open_checkpoint
+from ires_kernels import guards, inplace, manifest, overwrite, records, sidefiles, statedict, stream
+from ires_kernels.checkpoint import Checkpoint, is_shard, open_checkpoint
 from ires_kernels.header import CheckpointError
 from ires_kernels.inplace import Workplace
 from ires_kernels.inputs import StrPath, absolute, open_inputs, roles_of_apply
@@ -66,6 +66,7 @@ def extract(
     threads: int | None = None,
     progress: Progress | None = None,
     dry_run: bool = False,
+    follow_links: bool = False,
 ) -> Report | Plan:
     """Write instruct - base, the instruction residual (Jindal et al., arXiv 2410.10739), into the new folder `out`.
 
@@ -80,13 +81,15 @@ def extract(
     threads        None: one per CPU, 16 at most
     progress       called as progress(bytes_done, bytes_in_all) about ten times a second
     dry_run        return the Plan and write nothing
+    follow_links   accept files in the models' folders that are links out of them: a stranger's may lead to a file of
+                   yours, which would become part of what you publish. Links into the Hub's own cache need no leave
 
     Called again after an interruption it goes on, with the files that are not complete; called again after success it
     changes nothing. Raises CheckpointError, StoreError and ArgumentError, all ValueErrors, before anything is written;
     OSError when the disk fails. Nothing is at `out` in any of these cases.
     """
     rules = Rules.of(0, skip=skip, dtype=dtype, allow_missing=allow_missing, rounding=rounding, seed=seed)
-    inputs = open_inputs({"base": base, "instruct": instruct})
+    inputs = open_inputs({"base": base, "instruct": instruct}, follow_links=follow_links)
     options = _options(device, threads, progress)
     return _carry_out(plan_extract(inputs, rules), Path(out), options, sync=sync, sha256=sha256, dry_run=dry_run)
 
@@ -112,6 +115,7 @@ def apply(
     threads: int | None = None,
     progress: Progress | None = None,
     dry_run: bool = False,
+    follow_links: bool = False,
 ) -> Report | Plan:
     """Write target + alpha * residual into the new folder `out`, or with `in_place` over the target itself.
 
@@ -139,13 +143,13 @@ def apply(
         raise ArgumentError(f"undo is {undo!r}, wanted one of {', '.join(UNDO)}.")
     if out is not None and (undo != "ring" or tag):
         raise ArgumentError("undo and tag go with in_place=True: a new folder needs neither. Leave them out.")
-    paths = roles_of_apply(target, residual)
+    paths = roles_of_apply(target, residual, follow_links=follow_links)
     rules = _rules_of_apply(paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed)
     options = _options(device, threads, progress)
     if in_place and inplace.unfinished(Path(target)):
         asked = {"undo": undo, "sync": sync, "sha256": sha256, "tag": tag}
         return _go_on_in_place(Path(target), paths, rules, asked, options, dry_run)
-    inputs = open_inputs(paths)
+    inputs = open_inputs(paths, follow_links=follow_links)
     copies = second_copies(inputs)
     plan = plan_apply(inputs, rules, copies)
     plan = replace(plan, warnings=(*plan.warnings, *guards.strangers(inputs)))
@@ -177,9 +181,9 @@ def resume(
     started = time.perf_counter()
     if is_unfinished(partial_path(path)):
         operation = Operation.from_bytes(read_kept(path), partial_path(path))
-        inputs = open_inputs(operation.paths)
+        inputs = open_inputs(operation.paths, follow_links=operation.follow_links)
         rules = Rules.from_dict(operation.rules)
-        plan = plan_extract(inputs, rules) if operation.kind == "extract" else _plan_apply(operation.paths, rules)
+        plan = plan_extract(inputs, rules) if operation.kind == "extract" else _plan_apply(inputs, rules)
         same_plan(operation, plan.id, VERSION)
         report = _carry_out(plan, path, options, sync=operation.sync, sha256=operation.sha256)
         assert isinstance(report, Report)
@@ -226,6 +230,7 @@ def load(
     device: str | torch.device = "cpu",
     threads: int | None = None,
     progress: Progress | None = None,
+    follow_links: bool = False,
 ) -> dict[str, Tensor]:
     """Merge while loading: a state dict of what `apply` would write, on the device, and nothing on the disk.
 
@@ -238,8 +243,9 @@ def load(
     return, so any stream may use them. Arguments and errors as for `apply`, and MemoryError when the device has no room
     for the result.
     """
-    paths = roles_of_apply(target, residual)
-    plan = _plan_apply(paths, _rules_of_apply(paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed))
+    paths = roles_of_apply(target, residual, follow_links=follow_links)
+    rules = _rules_of_apply(paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed)
+    plan = _plan_apply(open_inputs(paths, follow_links=follow_links), rules)
     place = devices.resolve(device)
     options = _options(place, threads, progress)
     for text in guards.strangers(plan.inputs):
@@ -287,8 +293,7 @@ def _rules_of_apply(
     )
 
 
-def _plan_apply(paths: Mapping[str, StrPath], rules: Rules) -> Plan:
-    inputs = open_inputs(paths)
+def _plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules) -> Plan:
     return plan_apply(inputs, rules, second_copies(inputs))
 
 
@@ -335,7 +340,10 @@ def _carry_out(
     started = time.perf_counter()
     compared = guards.compare(plan)
     paths = absolute({role: checkpoint.path for role, checkpoint in plan.inputs.items()})
-    operation = Operation(plan.id, VERSION, plan.operation, paths, plan.rules.to_dict(), sync, sha256)
+    links = any(checkpoint.follow_links for checkpoint in plan.inputs.values())
+    operation = Operation(
+        plan.id, VERSION, plan.operation, paths, plan.rules.to_dict(), sync, sha256, follow_links=links
+    )
     identity = plan.id if sync else f"{plan.id} {operation.boot}"
     with NewFolder(out, identity, operation.to_bytes(), sync=sync) as folder:
         outcome = Outcome()
@@ -366,7 +374,7 @@ def _carry_out(
         others = {}
         for side in plan.side_files:
             hasher = xxhash.xxh3_128()
-            folder.add(side.name, store.chunks(side.source, hasher))
+            folder.add(side.name, sidefiles.chunks(side, hasher))
             others[side.name] = {"from": side.role, "xxh3_128": hasher.hexdigest()}
         for name, content in plan.documents:
             folder.add(name, [content])

@@ -2,13 +2,15 @@
 
 Under any of these names may be a pipe, a socket or a device, on which a plain open or read waits for ever or never
 ends; and a file may be of any size. So whatever is read is opened here: regular files only, without waiting, and what
-is read as a whole not beyond a limit, which is looked at before the first byte.
+is read as a whole not beyond a limit, which is looked at before the first byte. A name may also be a link to a file of
+the reader's own, which would become part of what they merge and publish: `check_link` tells those that stay at home.
 """
 
 from __future__ import annotations
 
 import os
 import stat
+from pathlib import Path
 
 MAX_CONFIG = 1 << 24
 """Bytes of config.json and other settings; the largest that are known, with the names of 21,841 classes, have 2 MB."""
@@ -91,6 +93,30 @@ def read_start(fd: int, size: int, path: str | os.PathLike[str]) -> bytes:
         parts.append(part)
         done += len(part)
     return b"".join(parts)
+
+
+def check_link(path: Path, folder: Path) -> None:
+    """Refuse a name below `folder` that leads out of it, by a link of its own or of a folder on the way.
+
+    The cache of the Hugging Face Hub keeps the files of a model beside its snapshots, whose files are links to them:
+    models--X/snapshots/REVISION/NAME to models--X/blobs/HASH, and to nowhere else. `folder` itself may be a link.
+    """
+    home, real = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    if home in real.parents or real.parent in _blobs(home):
+        return
+    raise CheckpointError(
+        f"{path}: leads to {real}, outside of the model's folder, and would become part of what is written. "
+        "Delete the link; or, if all of the model is your own, give --follow-links (follow_links=True)."
+    )
+
+
+def _blobs(home: Path) -> list[Path]:
+    """Where the Hub's cache keeps the files of the snapshot that a folder is, or is in."""
+    return [
+        revision.parent.parent / "blobs"
+        for revision in (home, *home.parents)
+        if revision.parent.name == "snapshots" and revision.parent.parent.name.startswith("models--")
+    ]
 
 
 def _check_regular(mode: int, path: str | os.PathLike[str]) -> None:

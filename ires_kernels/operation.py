@@ -35,6 +35,8 @@ class Operation:
     sync: bool = True
     sha256: bool = False
     tag: str = ""
+    follow_links: bool = False
+    """Whether files of the inputs may be links out of their folders."""
     boot: str = field(default_factory=boot_id)
     """Bytes that were not synced are trusted as long as this is the machine's boot_id."""
     # of an update in place

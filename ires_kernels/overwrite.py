@@ -98,6 +98,7 @@ def apply(
                 plan.id, VERSION, plan.operation,
                 absolute({role: checkpoint.path for role, checkpoint in plan.inputs.items()}),
                 plan.rules.to_dict(), sync, sha256, tag,
+                follow_links=target.follow_links,
                 undo=undo,
                 recipe=recipe,
                 names=names,
@@ -198,7 +199,7 @@ def rollback_kept(target: Path) -> str:
             "(--keep-undo does that)."
         )
     operation = Operation.from_bytes((kept[-1] / "finished.json").read_bytes(), kept[-1])
-    checkpoint = open_checkpoint(target)
+    checkpoint = open_checkpoint(target, follow_links=True)  # nothing of it is copied
     table = checkpoint.manifest or {}
     last = table.get("in_place", {})
     if (table.get("id"), last.get("recipe")) != (operation.id, operation.recipe):
@@ -270,7 +271,7 @@ def _stage(place: Workplace, plan: Plan) -> tuple[dict[str, dict[str, str]], lis
     for side in plan.side_files:
         if side.role != "target" and not _same(side.source, place.folder / side.name):
             hasher = xxhash.xxh3_128()
-            place.stage(side.name, store.chunks(side.source, hasher))
+            place.stage(side.name, sidefiles.chunks(side, hasher))
             installed[side.name] = {"from": side.role, "xxh3_128": hasher.hexdigest()}
     dropped = sidefiles.replaced_by(plan.inputs["target"], plan.side_files)
     return installed, dropped + [name for name in [_sums_name(place)] if (place.folder / name).exists()]
@@ -295,7 +296,8 @@ def _plan_again(place: Workplace, operation: Operation) -> tuple[Plan, dict[Path
     """The plan of an update whose target is hidden, what the inputs' files are now, and which have other times."""
     hidden = place.model if place.folder == place.target else place.model / place.target.name
     target = operation.paths["target"]
-    inputs = open_inputs({role: hidden if path == target else path for role, path in operation.paths.items()})
+    paths = {role: hidden if path == target else path for role, path in operation.paths.items()}
+    inputs = open_inputs(paths, follow_links=operation.follow_links)
     current = all_file_ids(inputs)
     before, changed = {}, []
     for role, checkpoint in inputs.items():

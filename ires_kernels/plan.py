@@ -318,7 +318,7 @@ def _operation_id(plan: Plan) -> str:
         "inputs": {role: _identities(checkpoint) for role, checkpoint in plan.inputs.items()},
         "rules": plan.rules.to_dict(),
         # In place these are copied or left before anything begins, and are no part of what is gone on with.
-        "side_files": [[f.name, f.role, f.size, f.mtime_ns] for f in plan.side_files if not plan.in_place],
+        "side_files": [[f.name, f.role, *f.file_id.stamp().values()] for f in plan.side_files if not plan.in_place],
         "documents": [[n, xxhash.xxh3_128_hexdigest(content)] for n, content in plan.documents if not plan.in_place],
     }
     return _hash(table)

@@ -31,7 +31,7 @@ class Files:
         fd = self._open.get(path)
         if fd is None:
             fd = self._open[path] = open_file(path)
-            if not FileId.of_status(os.fstat(fd)).is_unwritten(self._file_ids[path]):
+            if not FileId.of(fd).is_unwritten(self._file_ids[path]):
                 raise CheckpointError(f"{path}: changed after it was validated. Wait for its writer, then start again.")
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return fd

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ires_kernels.checkpoint import Checkpoint
+from ires_kernels import store
+from ires_kernels.checkpoint import Checkpoint, FileId
 from ires_kernels.header import CheckpointError
-from ires_kernels.opening import MAX_CONFIG, read_bytes
+from ires_kernels.opening import MAX_CONFIG, check_link, kind_of_file, open_file, read_bytes
+from ires_kernels.store import Hasher
 
 Group = Literal["tokenizer", "template", "generation", "model"]
 
@@ -37,8 +39,8 @@ class SideFile:
     name: str
     source: Path
     role: str
-    size: int
-    mtime_ns: int
+    file_id: FileId
+    """What `source` was when it was chosen."""
 
 
 def of_model(inputs: Mapping[str, Checkpoint], *, own_tokenizer: bool = False) -> tuple[list[SideFile], list[str]]:
@@ -54,14 +56,14 @@ def of_model(inputs: Mapping[str, Checkpoint], *, own_tokenizer: bool = False) -
     role, target = next(iter(inputs.items()))
     donors = [(name, checkpoint) for name, checkpoint in inputs.items() if name not in (role, "base")]
     own, left = _listing(target)
-    chosen = {group: _tagged(own, group, role) for group in ("tokenizer", "template", "generation", "model")}
+    chosen = {group: _tagged(own, group, role, target) for group in ("tokenizer", "template", "generation", "model")}
     for group in () if own_tokenizer else ("generation", "template", "tokenizer"):
         for donor, checkpoint in donors:
             files = _listing(checkpoint)[0]
             if any(_group(name) == group for name in files):
-                chosen[group] = _tagged(files, group, donor)
+                chosen[group] = _tagged(files, group, donor, checkpoint)
                 if group == "tokenizer":  # its template may be inside, where a file of the target's would override it
-                    chosen["template"] = _tagged(files, "template", donor)
+                    chosen["template"] = _tagged(files, "template", donor, checkpoint)
                 break
     return sorted((file for files in chosen.values() for file in files), key=lambda file: file.name), left
 
@@ -69,7 +71,8 @@ def of_model(inputs: Mapping[str, Checkpoint], *, own_tokenizer: bool = False) -
 def of_residual(instruct: Checkpoint) -> list[SideFile]:
     """What a residual keeps of the instruct model for `of_model`. Never config.json: a residual must not load."""
     files = _listing(instruct)[0]
-    return [_side_file(name, files[name], "instruct") for name in sorted(files) if _group(name) != "model"]
+    chosen = {name: path for name, path in sorted(files.items()) if _group(name) != "model"}
+    return [_side_file(name, path, "instruct", instruct) for name, path in chosen.items()]
 
 
 def replaced_by(target: Checkpoint, chosen: Iterable[SideFile]) -> list[str]:
@@ -100,13 +103,28 @@ def _group(name: str) -> Group:
     return "tokenizer" if _TOKENIZER.fullmatch(name) else "model"
 
 
-def _tagged(files: dict[str, Path], group: str, role: str) -> list[SideFile]:
-    return [_side_file(name, path, role) for name, path in files.items() if _group(name) == group]
+def chunks(side: SideFile, hasher: Hasher) -> Iterator[bytes]:
+    """A side file by pieces, hashed on the way. Raises CheckpointError where it is not the one that was chosen."""
+    fd = open_file(side.source)
+    try:
+        if FileId.of(fd).is_unwritten(side.file_id):
+            yield from store.chunks(side.source, hasher, fd)
+        if not FileId.of(fd).is_unwritten(side.file_id):
+            raise CheckpointError(f"{side.source}: changed after it was looked at. Wait for its writer, then repeat.")
+    finally:
+        os.close(fd)
 
 
-def _side_file(name: str, path: Path, role: str) -> SideFile:
-    status = path.stat()
-    return SideFile(name, path, role, status.st_size, status.st_mtime_ns)
+def _tagged(files: dict[str, Path], group: str, role: str, checkpoint: Checkpoint) -> list[SideFile]:
+    return [_side_file(name, path, role, checkpoint) for name, path in files.items() if _group(name) == group]
+
+
+def _side_file(name: str, path: Path, role: str, checkpoint: Checkpoint) -> SideFile:
+    """A file of a checkpoint's folder that is going to be copied."""
+    file_id = FileId.of(path)
+    if not checkpoint.follow_links:
+        check_link(path, checkpoint.path)
+    return SideFile(name, path, role, file_id)
 
 
 def _listing(checkpoint: Checkpoint) -> tuple[dict[str, Path], list[str]]:
@@ -129,6 +147,8 @@ def _listing(checkpoint: Checkpoint) -> tuple[dict[str, Path], list[str]]:
             raise CheckpointError(
                 f"{path}: is a link to {os.path.realpath(path)}, which is not there. Download it again, or delete it."
             )
+        elif not path.is_dir() and not path.is_file() and _group(name) != "model":
+            raise CheckpointError(f"{path}: is {kind_of_file(path.stat().st_mode)}, wanted a regular file. Delete it.")
         else:
             left.append(f"{name}/" if path.is_dir() else name)
     return files, left

@@ -53,7 +53,7 @@ def _look(path: Path) -> Status:
     if work.is_dir() and not work.is_symlink():
         return _of_update(path, work)
     try:
-        manifest = open_checkpoint(path).manifest or {}
+        manifest = open_checkpoint(path, follow_links=True).manifest or {}  # nothing of it is copied
     except CheckpointError:
         for file in inplace.unfinished_files(path):  # it is incomplete because of them
             return _look(file)

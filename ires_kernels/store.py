@@ -405,9 +405,9 @@ def allocate(fd: int, size: int, path: Path) -> None:
         raise OSError(error.errno, text, f"{path}") from error
 
 
-def chunks(path: Path, hasher: Hasher) -> Iterator[bytes]:
-    """A file by pieces, hashed on the way."""
-    with named(path), open(open_file(path), "rb") as file:
+def chunks(path: Path, hasher: Hasher, fd: int | None = None) -> Iterator[bytes]:
+    """A file by pieces, hashed on the way. `fd`: where it is open already, and stays so."""
+    with named(path), open(open_file(path) if fd is None else fd, "rb", closefd=fd is None) as file:
         while chunk := file.read(_CHUNK):
             hasher.update(chunk)
             yield chunk

@@ -12,12 +12,13 @@ from ires_kernels.inputs import StrPath
 _CONFIG = ("architectures", "model_type", "dtype", "torch_dtype", "tie_word_embeddings", "vocab_size")
 
 
-def inspect(path: StrPath) -> dict[str, Any]:
+def inspect(path: StrPath, *, follow_links: bool = False) -> dict[str, Any]:
     """Describe a model or residual, a folder or one .safetensors file, in JSON types; only headers are read.
 
+    follow_links  accept files of the folder that are links out of it
     Raises CheckpointError for what cannot be used, and says why.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, follow_links=follow_links)
     refs = checkpoint.tensors.values()
     elements: Counter[str] = Counter()
     for ref in refs:

@@ -94,6 +94,7 @@ def verify(
     *,
     inputs: Mapping[str, StrPath] | None = None,
     hashes_only: bool = False,
+    follow_links: bool = False,
     device: str | torch.device = "cpu",
     threads: int | None = None,
     progress: Progress | None = None,
@@ -103,6 +104,7 @@ def verify(
     inputs         paths by role (target, instruct, base, residual, residual-1, …) in place of the recorded ones
     hashes_only    compare hashes of tensors and files with the manifest, without the inputs. It is all that can be done
                    after an update in place, unless `inputs` has a copy of the target as it was
+    follow_links   accept files of the folders that are links out of them
     device         where to compute, cpu or a GPU: it need not be the one of the merge
 
     Any NaN serves where a NaN is due, since payloads are no part of the numerics. Raises CheckpointError where there
@@ -110,7 +112,7 @@ def verify(
     """
     started = time.perf_counter()
     processors = devices.processors(devices.resolve(device))
-    checkpoint = open_checkpoint(out)
+    checkpoint = open_checkpoint(out, follow_links=follow_links)
     table = manifest.read(checkpoint)
     if "in_place" in table and "target" not in (inputs or {}):
         hashes_only = True
@@ -128,7 +130,7 @@ def verify(
             raise ArgumentError(f"{out}: was not made of {', '.join(sorted(unknown))} but of {', '.join(made_of)}.")
         moved = {entry["path"]: given[role] for role, entry in made_of.items() if role in given}
         paths = {role: given.get(role) or moved.get(entry["path"], entry["path"]) for role, entry in made_of.items()}
-        rules, opened = Rules.from_dict(table["rules"]), _opened(paths, given)
+        rules, opened = Rules.from_dict(table["rules"]), _opened(paths, given, follow_links)
         if table["operation"] == "apply":
             plan = plan_apply(opened, rules, second_copies(opened))
         else:
@@ -145,12 +147,14 @@ def verify(
     return report
 
 
-def _opened(paths: Mapping[str, StrPath], given: Mapping[str, StrPath]) -> dict[str, Checkpoint]:
+def _opened(
+    paths: Mapping[str, StrPath], given: Mapping[str, StrPath], follow_links: bool
+) -> dict[str, Checkpoint]:
     """Open the inputs; of one that is no longer where the manifest has it, say how to tell where it is."""
     inputs: dict[str, Checkpoint] = {}
     for role, path in paths.items():
         try:
-            inputs |= open_inputs({role: path})
+            inputs |= open_inputs({role: path}, follow_links=follow_links)
         except CheckpointError as error:
             if role in given:
                 raise

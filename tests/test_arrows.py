@@ -20,7 +20,7 @@ ARROWS: dict[str, set[str]] = {
     "checkpoint": {"header", "inplace", "opening", "store"},
     "names": {"checkpoint"},
     "rules": {"header"},
-    "sidefiles": {"checkpoint", "header", "opening"},
+    "sidefiles": {"checkpoint", "header", "opening", "store"},
     "steps": {"checkpoint", "header", "names", "rules"},
     "plan": {"checkpoint", "header", "names", "rules", "sidefiles", "steps"},
     "store": {"opening"},
