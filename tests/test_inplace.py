@@ -665,11 +665,11 @@ def test_side_files_that_are_links(tmp_path: Path, models: tuple[Path, Path, Pat
     base, instruct, target = models
     (target / "tokenizer.json").rename(tmp_path / "shared.json")
     (target / "tokenizer.json").symlink_to("../shared.json")
-    apply(target, (instruct, base), undo="all")
+    apply(target, (instruct, base), undo="all", follow_links=True)
     assert not (target / "tokenizer.json").is_symlink()
     ik.rollback(target)
     assert (target / "tokenizer.json").read_text() == "{ }"
-    apply(target, (instruct, base), undo="ring")
+    apply(target, (instruct, base), undo="ring", follow_links=True)
     assert (target / ".ires-replaced-1" / "tokenizer.json").is_symlink()
     assert (tmp_path / "shared.json").read_text() == "{ }"
 
@@ -1085,7 +1085,7 @@ def test_targets_that_are_refused(
     before = snapshot(tmp_path)
     for options in ({}, {"dry_run": True}, {"undo": "none", "sync": False}):
         with pytest.raises(StoreError, match=text):
-            apply(target, (instruct, base), **options)
+            apply(target, (instruct, base), follow_links=True, **options)
         assert snapshot(tmp_path) == before
     assert main(["apply", f"{target}", "--instruct", f"{instruct}", "--base", f"{base}", "--in-place"]) == 2
 

@@ -212,13 +212,13 @@ def test_single_files_and_names_of_their_own(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "out")) == ["adapter.safetensors", "ires.json"]
 
 
-def test_symbolic_links_as_in_a_hub_cache(tmp_path: Path) -> None:
+def test_a_folder_of_symbolic_links_on_the_users_word(tmp_path: Path) -> None:
     base, instruct, target = triple(tmp_path)
     snapshot_folder = tmp_path / "snapshot"
     snapshot_folder.mkdir()
     for path in target.iterdir():
         (snapshot_folder / path.name).symlink_to(path)
-    merge(snapshot_folder, (instruct, base), out=tmp_path / "a")
+    merge(snapshot_folder, (instruct, base), out=tmp_path / "a", follow_links=True)
     merge(target, (instruct, base), out=tmp_path / "b")
     assert_same(read_model(tmp_path / "a"), read_model(tmp_path / "b"))
     assert not any(path.is_symlink() for path in (tmp_path / "a").iterdir())
