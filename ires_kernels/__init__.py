@@ -2,6 +2,7 @@
 
 Tensors: `subtract`, `add`, `scale`, `add_difference`, and their in-place forms with a trailing underscore.
 Checkpoints: `extract`, `apply`, `load`, `inspect`, `verify`; after an interruption `status`, `resume`, `rollback`.
+Between the two: `mapped`, the tensors of a checkpoint as the pages of its files.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from ires_kernels.backends import BackendStatus, Tally, backends
 from ires_kernels.ops import add, add_, add_difference, add_difference_, scale, scale_, subtract
 
 if TYPE_CHECKING:
+    from ires_kernels.mapping import mapped
     from ires_kernels.merge import apply, extract, inspect, load, resume, rollback, status, verify
 
     __version__: str
@@ -28,6 +30,7 @@ __all__ = [
     "extract",
     "inspect",
     "load",
+    "mapped",
     "resume",
     "rollback",
     "scale",
@@ -44,6 +47,10 @@ def __getattr__(name: str) -> Any:
         from ires_kernels import merge
 
         return getattr(merge, name)
+    if name == "mapped":
+        from ires_kernels.mapping import mapped
+
+        return mapped
     if name == "__version__":
         from importlib.metadata import version
 

@@ -19,6 +19,8 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
+from ires_kernels import regions
+
 # Storage types and their widths in bytes.
 STORAGE = {
     torch.float64: 8,
@@ -209,7 +211,7 @@ def operands(
             written = column < 0 or (in_place and column == 0)
             problem = _unusable(x)
             if problem:
-                raise TypeError(f"{names.at(i, column)} {problem}")
+                raise TypeError(f"{names.at(i, column)} {problem}{_note(x)}")
             transform = _transform(x)
             if transform:
                 raise RuntimeError(f"{names.at(i, column)} {transform}")
@@ -230,6 +232,10 @@ def operands(
                 )
             if recording and x.requires_grad:
                 raise RuntimeError(f"{names.at(i, column)}: {_autograd_problem(x, written)}")
+            if x.device.type == "cpu" and not shape_only and x.numel():
+                problem = regions.problem(x.data_ptr(), written)
+                if problem:
+                    raise RuntimeError(f"{names.at(i, column)} {problem}")
             if written and x.is_inference() and not torch.is_inference_mode_enabled():
                 raise RuntimeError(
                     f"{names.at(i, column)}: Inplace update to inference tensor outside InferenceMode is not allowed. "
@@ -285,6 +291,14 @@ def _unusable(x: Tensor) -> str | None:
     if x.is_neg():
         return "is a negated view, whose memory holds other signs than it shows; pass .resolve_neg() of it"
     return None
+
+
+def _note(x: Tensor) -> str:
+    """What is to be added where a dtype is refused that only the tensor's memory explains."""
+    if x.dtype != torch.uint8 or type(x) is not Tensor or x.device.type != "cpu" or x.is_nested:
+        return ""
+    note = regions.note(x.data_ptr()) if x.layout is torch.strided and _transform(x) is None else None
+    return f"; {note}" if note else ""
 
 
 def _transform(x: Tensor) -> str | None:

@@ -33,7 +33,8 @@ ARROWS: dict[str, set[str]] = {
     "ancestry": {"checkpoint", "names", "reader", "store"},
     # tensors, without files
     "backends": {"_native"},
-    "checks": set(),
+    "regions": set(),
+    "checks": {"regions"},
     "launch": {"backends", "checks"},
     "library": {"backends", "checks", "launch"},
     "ops": {"backends", "checks", "launch", "library"},
@@ -61,18 +62,20 @@ ARROWS: dict[str, set[str]] = {
         "reader", "records", "report", "rules", "sidefiles", "state", "statedict", "steps", "store", "stream",
         "summary", "verification",
     },
+    "pages": set(),
+    "mapping": {"checkpoint", "header", "opening", "pages", "regions"},
     "cli": {"header", "inplace", "inputs", "merge", "plan", "rules", "store", "stream", "trust", "windows"},
     "__main__": {"cli"},
-    "__init__": {"backends", "merge", "ops"},
+    "__init__": {"backends", "mapping", "merge", "ops"},
 }  # fmt: skip
 """What each module may import of this package. Modules that are not here, such as benchmarks, no other imports."""
 NO_TORCH = {
     "opening", "header", "checkpoint", "names", "rules", "sidefiles", "steps", "plan", "store", "inplace", "journal",
-    "inputs", "operation", "updates", "state", "reader", "trust",
+    "inputs", "operation", "updates", "state", "reader", "trust", "pages", "regions",
 }  # fmt: skip
 STANDARD_ONLY = {
     "opening", "header", "checkpoint", "store", "inplace", "sidefiles", "names", "rules", "inputs", "operation",
-    "trust",
+    "trust", "pages", "regions",
 }  # fmt: skip
 
 

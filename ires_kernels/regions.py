@@ -1,0 +1,72 @@
+"""Memory that is not torch's own: which addresses the operations must not write, or must not use any more, and why.
+
+Whoever hands out tensors over such memory registers it here; `checks` asks before anything runs. This module knows
+neither tensors nor files, only addresses.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections.abc import Callable
+from typing import Protocol
+
+
+class Region(Protocol):
+    """Memory from the address `start` up to `stop`."""
+
+    start: int
+    stop: int
+
+    def problem(self, address: int, written: bool) -> str | None:
+        """Why the tensor at `address` cannot be an operand, or cannot be written; to follow the name of an argument."""
+
+    def note(self, address: int) -> str | None:
+        """Why the tensor at `address` has a dtype that nobody would expect of it; to follow a complaint about that."""
+
+
+# Starts and regions, in order. Replaced as a whole, so that whoever looks at it needs no lock.
+_known: tuple[tuple[int, ...], tuple[Region, ...]] = ((), ())
+_changing = threading.RLock()
+
+
+def add(region: Region) -> None:
+    """Register memory that overlaps no other."""
+    _replace(lambda regions: [*regions, region])
+
+
+def remove(region: Region) -> None:
+    """Forget it. Before the memory is unmapped, for its addresses may come back as something else."""
+    _replace(lambda regions: [other for other in regions if other is not region])
+
+
+def problem(address: int, written: bool) -> str | None:
+    """`Region.problem` of the memory at an address; None where nobody registered any."""
+    region = _find(address)
+    return region.problem(address, written) if region else None
+
+
+def note(address: int) -> str | None:
+    """`Region.note` of the memory at an address."""
+    region = _find(address)
+    return region.note(address) if region else None
+
+
+def _find(address: int) -> Region | None:
+    starts, found = _known
+    if not starts:
+        return None
+    i = bisect_right(starts, address) - 1
+    return found[i] if i >= 0 and address < found[i].stop else None
+
+
+def _replace(change: Callable[[tuple[Region, ...]], list[Region]]) -> None:
+    global _known
+    with _changing:
+        while True:  # the garbage collector may run a finalizer that calls `remove` in the middle of this
+            before = _known
+            found = sorted(change(before[1]), key=lambda region: region.start)
+            after = tuple(region.start for region in found), tuple(found)
+            if _known is before:
+                _known = after
+                return
