@@ -1,7 +1,7 @@
 """The command line: ``ires``, or ``python -m ires_kernels``.
 
-Exit codes: 0 done; 1 verify found a difference; 2 wrong usage or refused input; 3 the disk or a GPU failed;
-4 a bug; 130 interrupted, and 128 + N stopped by another signal N.
+Exit codes: 0 done; 1 verify found a difference; 2 wrong usage or refused input; 3 the disk, a GPU or the environment
+failed, or has ruined a model; 4 a bug; 130 interrupted, and 128 + N stopped by another signal N.
 Results go to stdout, with --json as one JSON document; progress and errors go to stderr.
 """
 
@@ -14,11 +14,12 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -30,19 +31,36 @@ from ires_kernels.inplace import unfinished
 from ires_kernels.inputs import kind_of
 from ires_kernels.plan import VERSION, size
 from ires_kernels.rules import DTYPES, ArgumentError
-from ires_kernels.store import StoreError, is_unfinished, partial_path
+from ires_kernels.store import LostError, StoreError, is_unfinished, partial_path
 from ires_kernels.stream import Progress
 from ires_kernels.windows import ComputeError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; argparse exits by itself with 2 for wrong usage."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed; the next file to be opened would get its number
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a letter gets its number
-            stream.reconfigure(errors="backslashreplace")
+    _open_streams()
+    arguments, code = None, 0
+    once = _Once()
+    try:
+        once.take_over()
+        arguments = _parse(argv)
+        if arguments.key:
+            os.environ[trust.VARIABLE] = arguments.key
+        try:
+            code = arguments.run(arguments)
+        except BaseException as error:
+            code = _explain(error, arguments)
+    except Stopped as error:  # before the command, or as another error was told of
+        code = _explain(error, arguments)
+    except SystemExit as error:
+        raise SystemExit(_flush(int(error.code or 0))) from None
+    finally:
+        if argv is not None:  # else the process ends, and a late signal is to change nothing about that
+            once.give_back()
+    return _flush(code)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     rest = [text for text in rest if text != "--"]
@@ -50,48 +68,67 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.residuals += rest  # argparse takes positional arguments in one run only
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, _stop)
-    if arguments.key:
-        os.environ[trust.VARIABLE] = arguments.key
-    try:
-        code: int = arguments.run(arguments)
-        sys.stdout.flush()
-        return code
-    except (CheckpointError, StoreError, ArgumentError) as error:
+    return arguments
+
+
+def _explain(error: BaseException, arguments: argparse.Namespace | None) -> int:
+    """Say on stderr what has ended a command, and what is left of it; returns the exit code."""
+    if isinstance(error, KeyboardInterrupt) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # the interrupt came first, or later, but this is what to know
+    if isinstance(error, LostError):
+        return _fail(3, f"{error}")
+    if isinstance(error, (CheckpointError, StoreError, ArgumentError)):
         return _fail(2, f"{error}", _unfinished(arguments))
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
+    if isinstance(error, _NotPrinted):
+        return _fail(3, f"standard output: {error.strerror}. What the command had to do is done.")
+    if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename is not None else ""
         return _fail(3, f"{place}{error.strerror or error}.", _state(arguments))
-    except ComputeError as error:
+    if isinstance(error, ComputeError):
         return _fail(3, f"{error}", _state(arguments))
-    except Stopped as error:
+    if isinstance(error, Stopped) and error.number != signal.SIGINT:
         return _fail(128 + error.number, f"stopped by {signal.Signals(error.number).name}.", _state(arguments))
-    except KeyboardInterrupt:
+    if isinstance(error, KeyboardInterrupt):
         return _fail(130, "interrupted.", _state(arguments))
-    except Exception as error:
-        if os.environ.get("IRES_DEBUG"):
-            raise
-        kind = type(error).__name__
-        return _fail(4, f"unexpected {kind}: {error}. IRES_DEBUG=1 shows where it comes from.", _state(arguments))
+    if not isinstance(error, Exception) or os.environ.get("IRES_DEBUG"):
+        raise error
+    kind = type(error).__name__
+    return _fail(4, f"unexpected {kind}: {error}. IRES_DEBUG=1 shows where it comes from.", _state(arguments))
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal that asks to end in order, as Ctrl-C does."""
+    """A signal that asks to end in order, Ctrl-C among them."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
 
 
-def _stop(number: int, _: FrameType | None) -> None:
-    for other in (signal.SIGTERM, signal.SIGHUP):  # once is enough: what follows brings things in order
-        signal.signal(other, signal.SIG_IGN)
-    raise Stopped(number)
+class _Once:
+    """The handler of signals that ask to end: the first one raises Stopped. What follows brings things in order."""
+
+    def __init__(self) -> None:
+        self._raised = False
+        self._before: dict[int, Any] = {}
+
+    def __call__(self, number: int, _: FrameType | None) -> None:
+        if not self._raised:
+            self._raised = True
+            raise Stopped(number)
+
+    def take_over(self) -> None:
+        """Handle the signals that nobody ignores or handles otherwise."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                before = signal.getsignal(number)
+                if before in (signal.SIG_DFL, signal.default_int_handler):
+                    self._before[number] = before
+                    signal.signal(number, self)
+
+    def give_back(self) -> None:
+        """Leave them to who had them before."""
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -340,13 +377,13 @@ def _resume(arguments: argparse.Namespace) -> int:
 def _rollback(arguments: argparse.Namespace) -> int:
     done = merge.rollback(arguments.path)
     if not arguments.quiet:
-        print(done)
+        _say(done)
     return 0
 
 
 def _status(arguments: argparse.Namespace) -> int:
     found = merge.status(arguments.path)
-    print(json.dumps(found.to_dict(), indent=2) if arguments.json else found)
+    _say(json.dumps(found.to_dict(), indent=2) if arguments.json else f"{found}")
     return 0
 
 
@@ -354,7 +391,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     table = merge.inspect(arguments.path, follow_links=arguments.follow_links)
     tensors = table["all_tensors"] if arguments.tensors else table.pop("all_tensors")
     if arguments.json:
-        print(json.dumps(table, indent=2))
+        _say(json.dumps(table, indent=2))
         return 0
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in table["parameters_by_dtype"].items())
     rows = [
@@ -370,41 +407,55 @@ def _inspect(arguments: argparse.Namespace) -> int:
     rows += [("made by", f"ires {made_by['operation']}, {made_by.get('id')}")] if "operation" in made_by else []
     rows += [(f"from {role}", f"{entry.get('path')}") for role, entry in made_by.get("inputs", {}).items()]
     width = max(len(title) for title, _ in rows)
-    print("\n".join(f"{title:<{width}}  {text}" for title, text in rows))
+    lines = [f"{title:<{width}}  {text}" for title, text in rows]
     if arguments.tensors:
-        for tensor in tensors:
-            print(f"{tensor['dtype']:<8} {tensor['shape']!s:<20} {tensor['name']}  {tensor['file']}")
+        lines += [f"{t['dtype']:<8} {t['shape']!s:<20} {t['name']}  {t['file']}" for t in tensors]
+    _say("\n".join(lines))
     return 0
 
 
 def _print_result(arguments: argparse.Namespace, result: Any) -> int:
     if arguments.json:
-        print(json.dumps(result.to_dict(), indent=2))
+        _say(json.dumps(result.to_dict(), indent=2))
     elif not arguments.quiet:
-        print(result)
+        _say(f"{result}")
     return 0
 
 
 @contextmanager
 def _progress(arguments: argparse.Namespace, what: str) -> Iterator[Progress | None]:
-    """A progress bar with bytes, speed and time left, on a terminal."""
+    """A progress bar with bytes, speed and time left, on a terminal. It draws in the thread that does the work."""
     if arguments.quiet or not sys.stderr.isatty():
         yield None
         return
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, todo: bar.update(task, completed=done, total=todo)
+    bar = Bar(*columns, console=Console(stderr=True), transient=True, auto_refresh=False)
+    drawing = [True]
+
+    def draw(work: Callable[[], object]) -> None:
+        """A terminal that goes away, or is full, is no reason to end a merge."""
+        if drawing[0]:
+            try:
+                work()
+            except Exception:
+                drawing[0] = False
+
+    task = bar.add_task(what, total=None)
+    draw(bar.start)
+    try:
+        yield lambda done, todo: draw(lambda: bar.update(task, completed=done, total=todo, refresh=True))
+    finally:
+        draw(bar.stop)
 
 
-def _path(arguments: argparse.Namespace) -> Path | None:
+def _path(arguments: argparse.Namespace | None) -> Path | None:
     """What a command writes, None if it only reads."""
-    if arguments.run not in (_extract, _apply, _resume, _rollback):
+    if arguments is None or arguments.run not in (_extract, _apply, _resume, _rollback):
         return None
     return Path(getattr(arguments, "path", None) or arguments.out or arguments.target)
 
 
-def _unfinished(arguments: argparse.Namespace) -> str:
+def _unfinished(arguments: argparse.Namespace | None) -> str:
     """What is unfinished there and what to do about it; nothing where nothing is."""
     path = _path(arguments)
     try:
@@ -415,11 +466,11 @@ def _unfinished(arguments: argparse.Namespace) -> str:
     return ""
 
 
-def _state(arguments: argparse.Namespace) -> str:
+def _state(arguments: argparse.Namespace | None) -> str:
     """What a failed merge has left, and the next step."""
     path = _path(arguments)
     unfinished_there = _unfinished(arguments)
-    if path is None or unfinished_there:
+    if arguments is None or path is None or unfinished_there:
         return unfinished_there
     try:
         if arguments.run is _rollback or (getattr(arguments, "in_place", False) and path.exists()):
@@ -431,6 +482,56 @@ def _state(arguments: argparse.Namespace) -> str:
     return f"{path} was not written and nothing is left of it."
 
 
+class _NotPrinted(OSError):
+    """The result of a command could not be printed."""
+
+
+def _say(text: str) -> None:
+    """Print a result. Raises _NotPrinted where that fails, but not where whoever reads it has seen enough."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _mute(sys.stdout)
+    except OSError as error:
+        _mute(sys.stdout)
+        raise _NotPrinted(error.errno, error.strerror) from error
+
+
 def _fail(code: int, *lines: str) -> int:
-    print(f"ires: {lines[0]}", *filter(None, lines[1:]), sep="\n", file=sys.stderr)
+    try:
+        print(f"ires: {lines[0]}", *filter(None, lines[1:]), sep="\n", file=sys.stderr, flush=True)
+    except OSError:  # the exit code still tells
+        _mute(sys.stderr)
     return code
+
+
+def _open_streams() -> None:
+    """Let what was closed lead nowhere: the next file to be opened would get its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+        stream = getattr(sys, name)
+        if mode == "w" and isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a letter gets its number
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flush(code: int) -> int:
+    """Bring out what argparse or a library has printed, or drop it, for Python would exit with a code of its own."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            _mute(stream)
+        except OSError as error:
+            _mute(stream)
+            if stream is sys.stdout and not code:
+                code = _fail(3, f"standard output: {error.strerror}.")
+    return code
+
+
+def _mute(stream: TextIO) -> None:
+    """What is written to a stream from now on, and what it has not brought out yet, leads nowhere."""
+    with suppress(io.UnsupportedOperation):  # it is in memory
+        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)

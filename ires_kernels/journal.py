@@ -15,18 +15,19 @@ in order, and said so in the log, can be gone on with.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 import xxhash
 
-from ires_kernels.store import allocate, named, read_into, write_all
+from ires_kernels import interrupts
+from ires_kernels.store import NO_THREAD, allocate, named, read_into, write_all
 
 AHEAD = 2
 """Windows that are saved before the first of them must be new; slots of a ring."""
@@ -136,19 +137,24 @@ class Journal:
                 os.fdatasync(self._log)
         done = len(self.records)
         if not self._slots:
-            if self._begun and not self._ended:
-                raise JournalError(
-                    "it was interrupted in the middle of a window, and --no-undo kept no old bytes: "
-                    "it is part old and part new"
-                )
+            self._check_ended()
             return
         self._put_back(self._held(range(done, len(self.windows))))
+
+    def _check_ended(self) -> None:
+        """Without undo: refuse what a run left that did not end in order."""
+        if self._begun and not self._ended:
+            raise JournalError(
+                "it was interrupted in the middle of a window, and --no-undo kept no old bytes: "
+                "it is part old and part new"
+            )
 
     def check_restorable(self, *, ended: bool) -> None:
         """Raise UndoGone where old bytes are gone: of a window that is new, or once the run has `ended`, of any."""
         self._read_log()
         if not self._slots and self._begun:
-            raise JournalError("--no-undo kept no old bytes")
+            self._check_ended()
+            raise UndoGone("--no-undo kept no old bytes")
         new = len(self.windows) if ended else len(self.records)
         held = self._held(range(new))
         if len(held) < new:
@@ -162,11 +168,15 @@ class Journal:
         self._put_back(self._held(range(len(self.windows))))
 
     def start(self) -> None:
-        """Begin to save; from now on `wait` and `complete`, then `close`."""
+        """Begin to save; from now on `wait` and `complete`, then `close`. Raises OSError where no thread starts."""
         self._begun = False
         self._saved = len(self.records) if self._slots else len(self.windows)
-        self._thread = threading.Thread(target=self._run, name="ires-journal")
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name="ires-journal")
+        try:
+            thread.start()
+        except RuntimeError:
+            raise OSError(errno.EAGAIN, NO_THREAD) from None
+        self._thread = thread
 
     def wait(self, number: int) -> None:
         """Return when window `number` may be written. Raises what went wrong, or InterruptedError after `stop`."""
@@ -202,12 +212,10 @@ class Journal:
             self._changed.notify_all()
 
     def finish(self) -> None:
-        """Bring the log up to what was written. Raises what went wrong."""
+        """All writers have stopped: bring the log up to what was written. Raises what went wrong."""
         if self._thread is not None:
             self._wake()
-            while not self._over.is_set():  # not join, which an interrupt ends: the thread writes to files closed next
-                with suppress(KeyboardInterrupt):
-                    self._over.wait()
+            self._over.wait()
             self._thread.join()
             self._thread = None
         if self._error is not None:
@@ -302,6 +310,7 @@ class Journal:
 
     def _put_back(self, held: Mapping[int, int]) -> None:
         for number, offset in held.items():
+            interrupts.check()
             window = self.windows[number]
             length = window.stop - window.start
             for done in range(0, length, _CHUNK):
@@ -340,6 +349,19 @@ def count_records(folder: Path) -> int:
         return sum(payload not in (_BEGUN, _ENDED) for payload in _payloads(fd)[0])
     finally:
         os.close(fd)
+
+
+def is_broken_off(folder: Path) -> bool:
+    """Whether the last run of an update without undo, in `folder`, has written and did not end in order."""
+    try:
+        fd = os.open(folder / "log", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        payloads, _ = _payloads(fd)
+    finally:
+        os.close(fd)
+    return bool(payloads) and payloads[-1] != _ENDED
 
 
 def _payloads(fd: int) -> tuple[list[bytes], int]:

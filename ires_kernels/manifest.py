@@ -10,14 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
+from collections import deque
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from ires_kernels import ancestry, names
+from ires_kernels import ancestry, interrupts, names
 from ires_kernels.checkpoint import Checkpoint, TensorRef
 from ires_kernels.header import CheckpointError
 from ires_kernels.plan import MANIFESTS, VERSION, Plan
@@ -133,16 +135,50 @@ def history_entry(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sha256(files: Mapping[str, Path]) -> dict[str, str]:
-    """sha256 of whole files, by name, as the Hub shows it."""
+    """sha256 of whole files, by name, as the Hub shows it. An interrupt ends it within a moment.
+
+    The calling thread works as well, so that it does where the system starts no other.
+    """
+    found: dict[str, str] = {}
+    waiting, errors = deque(files), deque[BaseException]()
+
+    def work(ended: threading.Event) -> None:
+        try:
+            while waiting and not errors:
+                with suppress(IndexError):  # another thread was faster
+                    name = waiting.popleft()
+                    found[name] = one(files[name])
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            ended.set()
 
     def one(path: Path) -> str:
         hasher = hashlib.sha256()
         for _ in chunks(path, hasher):
-            pass
+            if errors:
+                break
         return hasher.hexdigest()
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return dict(zip(files, pool.map(one, files.values()), strict=True))
+    with interrupts.held():
+        events = []
+        for _ in range(min(len(files), len(os.sched_getaffinity(0))) - 1):
+            event = threading.Event()
+            try:
+                threading.Thread(target=work, args=(event,), name="ires-sha256").start()
+            except RuntimeError:
+                break
+            events.append(event)
+        work(threading.Event())
+        for event in events:
+            while not event.wait(0.1):
+                try:
+                    interrupts.check()
+                except BaseException as error:
+                    errors.append(error)
+        if errors:
+            raise errors[0]
+    return {name: found[name] for name in files}
 
 
 def sums_file(sums: Mapping[str, str]) -> bytes:

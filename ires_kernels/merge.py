@@ -16,7 +16,7 @@ import xxhash
 from torch import Tensor
 
 from ires_kernels import device as devices
-from ires_kernels import guards, inplace, manifest, overwrite, records, sidefiles, statedict, stream
+from ires_kernels import guards, inplace, interrupts, manifest, overwrite, records, sidefiles, statedict, stream
 from ires_kernels.checkpoint import Checkpoint, is_shard, open_checkpoint
 from ires_kernels.header import CheckpointError
 from ires_kernels.inplace import Workplace
@@ -166,6 +166,7 @@ def apply(
     return overwrite.apply(plan, copies, options, undo=undo, sync=sync, sha256=sha256, tag=tag, dry_run=dry_run)
 
 
+@interrupts.uninterrupted
 def resume(
     path: StrPath,
     *,
@@ -198,6 +199,7 @@ def resume(
         place.close()
 
 
+@interrupts.uninterrupted
 def rollback(path: StrPath) -> str:
     """Take back an unfinished merge, or the last update in place with undo="all"; returns what was done, in words.
 
@@ -303,6 +305,7 @@ def _options(device: str | torch.device, threads: int | None, progress: Progress
     return Options(devices.processors(devices.resolve(device)), threads, progress)
 
 
+@interrupts.uninterrupted
 def _go_on_in_place(
     target: Path,
     paths: Mapping[str, StrPath],
@@ -327,6 +330,7 @@ def _go_on_in_place(
         place.close()
 
 
+@interrupts.uninterrupted
 def _carry_out(
     plan: Plan, out: Path, options: Options, *, sync: bool, sha256: bool, dry_run: bool = False
 ) -> Report | Plan:
@@ -367,6 +371,7 @@ def _carry_out(
             progress=options.progress,
             outcome=outcome,
         )
+        outcome.bytes_written += sum(len(file.header) for file in plan.files if file.name in files)
         folder.finish_files()
         outcome.update(Outcome(inputs=compared))
         guards.check_residuals(plan, outcome.inputs)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import xxhash
 
-from ires_kernels import guards, inplace, manifest, records, sidefiles, store, stream, updates
+from ires_kernels import guards, inplace, interrupts, manifest, records, sidefiles, store, stream, updates
 from ires_kernels.backends import Tally
 from ires_kernels.checkpoint import Checkpoint, FileId, open_checkpoint
 from ires_kernels.inplace import Workplace
@@ -34,7 +34,7 @@ from ires_kernels.reader import all_file_ids
 from ires_kernels.report import Report
 from ires_kernels.rules import Rules
 from ires_kernels.steps import Step
-from ires_kernels.store import StoreError, boot_id
+from ires_kernels.store import LostError, StoreError, boot_id
 from ires_kernels.stream import Done, Outcome, Progress
 from ires_kernels.updates import Window
 from ires_kernels.windows import Processors
@@ -54,6 +54,7 @@ class Options:
     progress: Progress | None = None
 
 
+@interrupts.uninterrupted
 def apply(
     plan: Plan,
     copies: Mapping[str, str],
@@ -86,6 +87,7 @@ def apply(
     if not steps:
         return Report.of(plan, Outcome(), target.path, time.perf_counter() - started)
     guards.read_residuals(plan, options.threads)
+    stream.check_threads()
 
     windows = updates.windows(steps)
     with ExitStack() as stack:
@@ -130,6 +132,7 @@ def carry_on(place: Workplace, options: Options, started: float, *, fresh: bool 
     place.sync = operation.sync
     report = None
     if place.phase() == "operation":
+        stream.check_threads()
         place.move_in(operation.names)
         plan, current, changed = _plan_again(place, operation)
         same_plan(operation, plan.id, VERSION)
@@ -234,7 +237,7 @@ def _check_boot(place: Workplace, operation: Operation) -> None:
     if not operation.sync and operation.boot != boot_id():
         kept = operation.undo == "all" and place.phase() != "operation"
         way = f"`ires rollback {place.target}` gives it the old ones." if kept else _copy_again(place)
-        raise StoreError(
+        raise (StoreError if kept else LostError)(
             f"{place.target}: the machine was restarted in the middle of an update with --no-sync, so its bytes may be "
             f"anything. {way}"
         )
@@ -252,7 +255,7 @@ def _refused(place: Workplace, what: str = "") -> Iterator[None]:
     except UndoGone as error:
         raise StoreError(f"{place.target}: {what}{error}. `ires resume {place.target}` finishes it.") from None
     except JournalError as error:
-        raise StoreError(f"{place.target}: {what}{error}. {_copy_again(place)}") from None
+        raise LostError(f"{place.target}: {what}{error}. {_copy_again(place)}") from None
 
 
 def hidden_names(target: Checkpoint) -> list[str]:

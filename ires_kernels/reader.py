@@ -9,7 +9,7 @@ from pathlib import Path
 
 import xxhash
 
-from ires_kernels import names
+from ires_kernels import interrupts, names
 from ires_kernels.checkpoint import Checkpoint, FileId, TensorRef
 from ires_kernels.header import CheckpointError
 from ires_kernels.opening import open_file
@@ -97,6 +97,7 @@ def _equal(files: Files, refs: tuple[TensorRef, TensorRef], hashers: Sequence[xx
     buffers = [bytearray(min(_CHUNK, size)) for _ in refs]
     equal = True
     for start in range(0, size, _CHUNK):
+        interrupts.check()
         views = [memoryview(buffer)[: size - start] for buffer in buffers]
         for ref, view in zip(refs, views, strict=True):
             read_into(files.open(ref.path), view, ref.offset + start, ref.path)

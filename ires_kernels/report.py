@@ -50,6 +50,7 @@ class Report:
     seconds: float
     bytes_read: int
     bytes_written: int
+    """By this run: what an interrupted one before it has done is not among them."""
     tensors: int
     """Merged tensors."""
     counts: Tally
@@ -102,8 +103,8 @@ class Report:
             plan.id,
             out,
             seconds,
-            plan.bytes_read,
-            plan.bytes_written,
+            outcome.bytes_read,
+            outcome.bytes_written,
             sum(not step.reason for step in plan.steps),
             total,
             total.overflow + converted.overflow,

@@ -11,7 +11,7 @@ from ires_kernels import inplace
 from ires_kernels.checkpoint import open_checkpoint
 from ires_kernels.header import CheckpointError
 from ires_kernels.inputs import StrPath
-from ires_kernels.journal import count_records
+from ires_kernels.journal import count_records, is_broken_off
 from ires_kernels.operation import Operation
 from ires_kernels.store import MARKER, is_locked, is_unfinished, partial_path, read_kept
 
@@ -102,9 +102,10 @@ def _of_update(target: Path, work: Path) -> Status:
     back = f"`ires rollback {target}` takes it back."
     if phase in ("withdraw", "rollback", "restored"):
         return Status(f"{target}", "rolling back", what, (f"`ires rollback {target}` goes on.",))
+    if operation.undo == "none" and phase == "operation" and is_broken_off(work):
+        lost = f"It broke off as it wrote, with --no-undo: the model must be copied again. Delete {work} before."
+        return Status(f"{target}", "unfinished", what, (lost,))
     steps = [f"`ires resume {target}`, or the same command, goes on."]
     if operation.undo == "all" or (not done and operation.undo == "ring"):
         steps.append(back)
-    elif operation.undo == "none":
-        steps.append("It was run with --no-undo: if it was killed, and not stopped, the model must be copied again.")
     return Status(f"{target}", "unfinished", what, tuple(steps))

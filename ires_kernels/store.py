@@ -26,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
+from ires_kernels import interrupts
 from ires_kernels.opening import open_file
 
 MARKER = ".ires-lock"
@@ -34,6 +35,11 @@ _SUFFIX = ".partial"
 _HIDDEN, _TEMPORARY, _RECORD = ".ires-", ".tmp", ".done"
 
 
+NO_THREAD = (
+    "the system starts no more threads, and an update in place needs one beside the computation: raise the limit on "
+    "processes (`ulimit -u`), or that of the container (pids.max)"
+)
+"""What an OSError says then."""
 _JUST_ENDED = "another process has just ended there. Give the command again."
 _CHUNK = 1 << 20  # bytes at a time of a side file
 
@@ -46,6 +52,10 @@ class Hasher(Protocol):
 
 class StoreError(ValueError):
     """An output folder that cannot be used, and why."""
+
+
+class LostError(StoreError):
+    """A model that is part old and part new, and nobody knows which part is."""
 
 
 def check_destination(out: Path, inputs: Iterable[Path]) -> None:
@@ -409,6 +419,7 @@ def chunks(path: Path, hasher: Hasher, fd: int | None = None) -> Iterator[bytes]
     """A file by pieces, hashed on the way. `fd`: where it is open already, and stays so."""
     with named(path), open(open_file(path) if fd is None else fd, "rb", closefd=fd is None) as file:
         while chunk := file.read(_CHUNK):
+            interrupts.check()
             hasher.update(chunk)
             yield chunk
 

@@ -14,11 +14,12 @@ neither on its threads nor on where an earlier run was interrupted.
 
 from __future__ import annotations
 
+import contextvars
+import errno
 import os
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
@@ -28,7 +29,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ires_kernels import windows
+from ires_kernels import interrupts, windows
 from ires_kernels.backends import Tally
 from ires_kernels.backends import threads as kernel_threads
 from ires_kernels.checkpoint import FileId, TensorRef
@@ -37,7 +38,7 @@ from ires_kernels.names import FLOATS
 from ires_kernels.reader import Files
 from ires_kernels.rules import Rules
 from ires_kernels.steps import Step
-from ires_kernels.store import read_into
+from ires_kernels.store import NO_THREAD, read_into
 from ires_kernels.windows import ComputeError, Cpu, Processors, Slot
 
 _MOST_THREADS = 1024  # whatever was asked for
@@ -60,6 +61,9 @@ class Outcome:
     """tensor name → xxh3_128 as hex."""
     tallies: dict[str, Tally] = field(default_factory=dict)
     """tensor name → what was counted; of a tensor that only changed its dtype NaN, inf and overflow mean something."""
+    bytes_read: int = 0
+    bytes_written: int = 0
+    """By this run alone; no part of what is recorded."""
 
     def update(self, other: Outcome) -> None:
         """Add what `other` knows."""
@@ -81,7 +85,8 @@ class Outcome:
         return part
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        tallies = {name: asdict(tally) for name, tally in self.tallies.items()}
+        return {"inputs": self.inputs, "outputs": self.outputs, "tallies": tallies}
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Outcome:
@@ -128,11 +133,24 @@ def run(
     outcome  to be completed and returned; None: a new one
     failed   called when something goes wrong, for a `write` that waits
 
+    A signal that raises ends the run at the next window, or stop; more of them do not end it sooner. Where the system
+    starts no more threads, those that there are do all of it, and at the least the calling one does.
+
     Raises what went wrong first, with tensor and file in it, when all threads have stopped: CheckpointError for a file
     that changed, OSError for one that cannot be read or written, ComputeError for a processor that failed.
     """
     engine = _Engine(steps, file_ids, rules, write, {}, hashed, processors, counted, stops, done or {}, outcome, failed)
     return engine.run(threads, progress)
+
+
+def check_threads() -> None:
+    """Raise OSError where the system starts no more threads, for who cannot do without another one."""
+    try:
+        thread = threading.Thread(target=_nothing)
+        thread.start()
+    except RuntimeError:
+        raise OSError(errno.EAGAIN, NO_THREAD) from None
+    thread.join()
 
 
 def fill(
@@ -213,8 +231,9 @@ class _Window(NamedTuple):
     slot: Slot
     views: list[memoryview]
     """The bytes that were read and, if it is written, those of the result; to be hashed."""
-    nbytes: int
-    """Read and written."""
+    read: int
+    written: int
+    """Bytes, those of results that stay in memory among them."""
 
 
 class _Engine:
@@ -246,7 +265,8 @@ class _Engine:
         self.processor = processors(steps, rules, counted)
         self.files = Files(file_ids, (ref.path for step in steps for ref in step.inputs))
         self.todo = sum(step.nbytes + sum(ref.nbytes for ref in step.inputs) for step in steps)
-        self.done: list[int] = []  # by thread, so that counting needs no lock
+        self.read: list[int] = []  # bytes by thread, so that counting needs no lock
+        self.written: list[int] = []
         self.lock = threading.Lock()  # for the claims, and all that follows
         self.waiting: dict[str, deque[Step]] = {}  # by output file
         for step in steps:
@@ -259,38 +279,55 @@ class _Engine:
         self.error: BaseException | None = None
 
     def run(self, threads: int | None, progress: Progress | None) -> Outcome:
-        threads = min(threads or default_threads(), _MOST_THREADS)
-        self.done = [0] * threads
-        # Not Thread.join: interrupted, it takes a running thread for an ended one (CPython 3.11), and the threads write
-        # to files that are closed below.
-        ended = [threading.Event() for _ in range(threads)]
-        workers = [threading.Thread(target=self._work, args=(i, ended[i]), name=f"ires-{i}") for i in range(threads)]
-        started = 0
-        try:
-            for worker in workers:
-                started += 1
-                worker.start()
-            for event in ended:
-                while not event.wait(0.1):
-                    if progress:
-                        progress(sum(self.done), self.todo)
+        with interrupts.held():
+            self._run(min(threads or default_threads(), _MOST_THREADS), progress)
+            if self.error is not None:
+                raise self.error
+        self.outcome.bytes_read += sum(self.read)
+        self.outcome.bytes_written += sum(self.written)
+        return self.outcome
+
+    def _run(self, threads: int, progress: Progress | None) -> None:
+        """Return when no thread works any more: they write to files that are closed then."""
+
+        def look() -> None:
+            interrupts.check()
             if progress:
-                progress(sum(self.done), self.todo)
-        except BaseException as error:  # most of all an interrupt
+                progress(sum(self.read) + sum(self.written), self.todo)
+
+        self.read, self.written = [0] * threads, [0] * threads
+        # Not Thread.join: interrupted, it takes a running thread for an ended one (CPython 3.11).
+        ended: list[threading.Event] = []
+        for number in range(threads):
+            event = threading.Event()
+            try:
+                threading.Thread(target=self._work, args=(number, event), name=f"ires-{number}").start()
+            except RuntimeError:  # the system starts no more of them
+                break
+            ended.append(event)
+        if not ended:
+            contextvars.copy_context().run(self._take_windows, 0, look)
+        looking = True
+        for event in ended:
+            while not event.wait(0.1 if looking else None):
+                looking = self._go_on(look)
+        if looking:
+            self._go_on(look)
+        self.files.close()
+
+    def _go_on(self, look: Callable[[], None]) -> bool:
+        """Show the progress; False after an error there, or an interrupt: the run ends at the next window or stop."""
+        try:
+            look()
+        except BaseException as error:
             if self.stops is None:
                 self._stop(error)
             else:
                 with self.lock:
                     self.error = self.error or error
                     self.ending = True
-        for worker, event in zip(workers[:started], ended, strict=False):
-            while worker.ident is not None and not event.is_set():
-                with suppress(KeyboardInterrupt):  # each stops after the window it is at
-                    event.wait()
-        self.files.close()
-        if self.error is not None:
-            raise self.error
-        return self.outcome
+            return False
+        return True
 
     def _start(self) -> _Tensor | None:
         """The next tensor of the output file that the fewest threads are writing; called under the lock."""
@@ -341,7 +378,8 @@ class _Engine:
         finally:
             ended.set()
 
-    def _take_windows(self, worker: int) -> None:
+    def _take_windows(self, worker: int, look: Callable[[], None] | None = None) -> None:
+        """What one thread does; `look` is for the one that has started the work, where it does all of it."""
         kernel_threads.set(1)
         slots: Sequence[Slot] = ()
         busy: deque[_Window] = deque()
@@ -350,6 +388,8 @@ class _Engine:
             slots = self.processor.slots()
             for slot in cycle(slots):
                 at = None  # a tensor that cannot be started puts its own name into the error
+                if look is not None and not self._go_on(look):
+                    look = None
                 claim = self._claim(tensor)
                 if claim is None:
                     break
@@ -358,10 +398,10 @@ class _Engine:
                 busy.append(self._begin(tensor, index, slot))
                 if len(busy) == len(slots):
                     at = busy[0].tensor.step
-                    self.done[worker] += self._end(busy.popleft())
+                    self._end(busy.popleft(), worker)
             while busy:
                 at = busy[0].tensor.step
-                self.done[worker] += self._end(busy.popleft())
+                self._end(busy.popleft(), worker)
         except BaseException as error:
             self._stop(_with_tensor(error, at))
             self._abandon(slots)
@@ -384,26 +424,28 @@ class _Engine:
             view = buffer[: count * width]
             read_into(fd, view, ref.offset + first * width, ref.path)
             views.append(view)
-        nbytes = sum(map(len, views)) + count * tensor.width
+        read, written = sum(map(len, views)), count * tensor.width
         if tensor.out is not None:
             slot.start(step, first, count, tensor.out[first : first + count])
         elif first < tensor.done:
             views.append(views[0])  # what the target held is gone; this is the result
+            written = 0
         elif not tensor.copied:
             slot.start(step, first, count, None)
             views.append(slot.buffers[-1][: count * tensor.width])
-        return _Window(tensor, index, slot, views, nbytes)
+        return _Window(tensor, index, slot, views, read, written)
 
-    def _end(self, window: _Window) -> int:
-        """Take a window the rest of the way; returns the bytes read and written."""
-        tensor, number, slot, views, nbytes = window
+    def _end(self, window: _Window, worker: int) -> None:
+        """Take a window the rest of the way."""
+        tensor, number, slot, views, read, written = window
         tally = self._in_turn(tensor, number, views, slot.wait())
         if tally is None:
-            return 0
+            return
         first = number * tensor.window
         if tensor.out is None and first >= tensor.done:
             self.write(tensor.step, first * tensor.width, views[-1], tally)
-        return nbytes
+        self.read[worker] += read
+        self.written[worker] += written
 
     def _in_turn(self, tensor: _Tensor, index: int, views: list[memoryview], counted: Tally | None) -> Tally | None:
         """Hash and count a window after the ones before it; the tally of all of them, None when the run has stopped."""
@@ -441,9 +483,12 @@ class _Engine:
         del self.active[tensor]
 
     def _stop(self, error: BaseException) -> None:
-        """Let all threads end; the first error stays."""
+        """Let all threads end; the first error stays, and if that was an interrupt, the next one as its cause."""
         with self.lock:
-            self.error = self.error or error
+            if self.error is None:
+                self.error = error
+            elif self.ending and not self.stopped:
+                self.error.__cause__ = error
             self.stopped = True
             if self.failed is not None:
                 self.failed()

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "ires_kernels"
 ARROWS: dict[str, set[str]] = {
     # files, without torch
     "opening": set(),
+    "interrupts": set(),
     "header": {"opening"},
     "trust": set(),
     "inplace": {"store"},
@@ -23,13 +24,13 @@ ARROWS: dict[str, set[str]] = {
     "sidefiles": {"checkpoint", "header", "opening", "store"},
     "steps": {"checkpoint", "header", "names", "rules"},
     "plan": {"checkpoint", "header", "names", "rules", "sidefiles", "steps"},
-    "store": {"opening"},
-    "journal": {"store"},
+    "store": {"interrupts", "opening"},
+    "journal": {"interrupts", "store"},
     "inputs": {"checkpoint", "header", "inplace", "rules"},
     "operation": {"checkpoint", "header", "inputs", "rules", "store"},
     "updates": {"checkpoint", "header", "names", "plan", "steps"},
     "state": {"checkpoint", "header", "inplace", "inputs", "journal", "operation", "store"},
-    "reader": {"checkpoint", "header", "names", "opening", "steps", "store"},
+    "reader": {"checkpoint", "header", "interrupts", "names", "opening", "steps", "store"},
     "ancestry": {"checkpoint", "names", "reader", "store"},
     # tensors, without files
     "backends": {"_native"},
@@ -40,12 +41,14 @@ ARROWS: dict[str, set[str]] = {
     "ops": {"backends", "checks", "launch", "library"},
     # merges
     "windows": {"backends", "names", "ops", "rules", "steps"},
-    "stream": {"backends", "checkpoint", "header", "names", "reader", "rules", "steps", "store", "windows"},
+    "stream": {
+        "backends", "checkpoint", "header", "interrupts", "names", "reader", "rules", "steps", "store", "windows",
+    },
     "counting": {"backends"},
     "device": {"backends", "counting", "names", "plan", "rules", "steps", "windows"},
     "statedict": {"checkpoint", "header", "names", "plan", "steps", "windows"},
     "report": {"backends", "plan", "stream"},
-    "manifest": {"ancestry", "checkpoint", "header", "names", "plan", "report", "store", "stream"},
+    "manifest": {"ancestry", "checkpoint", "header", "interrupts", "names", "plan", "report", "store", "stream"},
     "summary": {"checkpoint", "inputs", "names"},
     "verification": {
         "checkpoint", "device", "header", "inputs", "manifest", "names", "opening", "plan", "reader", "rules",
@@ -54,13 +57,14 @@ ARROWS: dict[str, set[str]] = {
     "guards": {"ancestry", "checkpoint", "header", "manifest", "plan", "reader", "stream"},
     "records": {"checkpoint", "manifest", "opening", "plan", "store", "stream"},
     "overwrite": {
-        "backends", "checkpoint", "guards", "inplace", "inputs", "journal", "manifest", "names", "operation", "plan",
-        "reader", "records", "report", "rules", "sidefiles", "steps", "store", "stream", "updates", "windows",
+        "backends", "checkpoint", "guards", "inplace", "inputs", "interrupts", "journal", "manifest", "names",
+        "operation", "plan", "reader", "records", "report", "rules", "sidefiles", "steps", "store", "stream",
+        "updates", "windows",
     },
     "merge": {
-        "checkpoint", "device", "guards", "header", "inplace", "inputs", "manifest", "operation", "overwrite", "plan",
-        "reader", "records", "report", "rules", "sidefiles", "state", "statedict", "steps", "store", "stream",
-        "summary", "verification",
+        "checkpoint", "device", "guards", "header", "inplace", "inputs", "interrupts", "manifest", "operation",
+        "overwrite", "plan", "reader", "records", "report", "rules", "sidefiles", "state", "statedict", "steps",
+        "store", "stream", "summary", "verification",
     },
     "pages": set(),
     "mapping": {"checkpoint", "header", "opening", "pages", "regions"},
@@ -70,10 +74,12 @@ ARROWS: dict[str, set[str]] = {
 }  # fmt: skip
 """What each module may import of this package. Modules that are not here, such as benchmarks, no other imports."""
 NO_TORCH = {
+    "interrupts",
     "opening", "header", "checkpoint", "names", "rules", "sidefiles", "steps", "plan", "store", "inplace", "journal",
     "inputs", "operation", "updates", "state", "reader", "trust", "pages", "regions",
 }  # fmt: skip
 STANDARD_ONLY = {
+    "interrupts",
     "opening", "header", "checkpoint", "store", "inplace", "sidefiles", "names", "rules", "inputs", "operation",
     "trust", "pages", "regions",
 }  # fmt: skip

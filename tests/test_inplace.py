@@ -342,7 +342,7 @@ def test_without_undo_a_failure_in_the_middle_is_final(
         match=r"--no-undo kept no old bytes: it is part old and part new. Delete .* and copy the model again",
     ):
         ik.resume(target)
-    with pytest.raises(StoreError, match="cannot be rolled back: --no-undo kept no old bytes"):
+    with pytest.raises(StoreError, match=r"cannot be rolled back: .* --no-undo kept no old bytes"):
         ik.rollback(target)
     with pytest.raises(CheckpointError, match="an update in place of this model still runs or was interrupted"):
         ik.apply(target, (instruct, base), out=tmp_path / "out")
