@@ -104,9 +104,12 @@ def unsigned(value: Any, op: str, name: str) -> int:
 
 
 def streams(value: Any, count: int, op: str) -> list[int]:
-    """One stream per item; an integer serves all."""
+    """One stream per item; an integer is that of the first, and the others count on from it."""
     if not _is_sequence(value):
-        return [unsigned(value, op, "stream")] * count
+        first = unsigned(value, op, "stream")
+        if count > 1 and first > (1 << 64) - count:
+            raise ValueError(f"{op}: stream is {first}, and {count} tensors count on from it beyond 2^64 - 1")
+        return [first + i for i in range(count)]
     if len(value) != count:
         raise ValueError(f"{op}: stream has {len(value)} integers for {count} tensors")
     return [unsigned(x, op, f"stream[{i}]") for i, x in enumerate(value)]

@@ -7,6 +7,7 @@
 
 Tensors come as lists. `residual` holds len(alpha) tensors for the first target, then those for the second, and so on.
 Integers are 64 bits with a sign, as torch has them: `seed`, `stream` and `offset` stand for themselves modulo 2^64.
+`stream` holds one for every target, or nothing for 0, 1, 2, …
 
 `apart` and `in_place` take the arguments of their namesakes in `launch` and go through these operators to them. While
 tracing, tensors have no memory: devices, shapes, dtypes and autograd are checked then, and memory when it runs.

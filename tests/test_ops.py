@@ -229,14 +229,6 @@ def test_lists_equal_loops(rounding: str) -> None:
         assert_same(two, three)
 
 
-def test_one_stream_serves_every_tensor_of_a_list() -> None:
-    x = [torch.full((100,), 1 / 3), torch.full((100,), 1 / 3)]
-    one, two = ik.scale(x, 1.0, dtype=torch.bfloat16, rounding="stochastic", stream=5)
-    assert_same(one, two)
-    one, two = ik.scale(x, 1.0, dtype=torch.bfloat16, rounding="stochastic", stream=[5, 6])
-    assert not torch.equal(one, two)
-
-
 def test_empty_lists() -> None:
     assert ik.subtract([], []) == []
     assert ik.add([], []) == []
