@@ -62,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
-    rest = [text for text in rest if text != "--"]
+    arguments, rest = parser.parse_known_args(_without_dashes(sys.argv[1:] if argv is None else argv))
     if arguments.run is _apply and not any(text.startswith("-") for text in rest):
         arguments.residuals += rest  # argparse takes positional arguments in one run only
     elif rest:
@@ -131,6 +130,12 @@ class _Once:
             signal.signal(number, before)
 
 
+def _without_dashes(argv: Sequence[str]) -> list[str]:
+    """Arguments without the first `--`: all behind it are paths, and argparse takes ./-path for no option."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    return [*argv[:end], *(f"./{text}" if text.startswith("-") else text for text in argv[end + 1 :])]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ires", description="Exact arithmetic on checkpoints of language models.")
     parser.add_argument("--version", action="version", version=f"ires_kernels {VERSION}")
@@ -146,18 +151,23 @@ def _parser() -> argparse.ArgumentParser:
     apply = commands.add_parser("apply", help="write target + alpha * residual as a model folder")
     apply.add_argument("target", metavar="TARGET", help="folder or .safetensors file of the model to add to")
     apply.add_argument(
-        "residuals", metavar="RESIDUAL[:ALPHA]", nargs="*", help="residual folders, each with a factor if not --alpha"
+        "residuals",
+        metavar="RESIDUAL[:ALPHA]",
+        nargs="*",
+        help="residual folders, with a factor or with that of --alpha",
     )
     apply.add_argument("--instruct", metavar="PATH", help="in place of residuals: add instruct - base in one pass")
     apply.add_argument("--base", metavar="PATH", help="the base model that goes with --instruct")
-    apply.add_argument("--alpha", type=float, default=1.0, metavar="A", help="factor of the residuals (default: 1)")
+    apply.add_argument(
+        "--alpha", type=float, metavar="A", help="factor of the residuals that have none of their own (default: 1)"
+    )
     apply.add_argument(
         "--alpha-for",
         type=_alpha_for,
         action="append",
         default=[],
         metavar="REGEX=A[,A…]",
-        help="other factors for tensors in whose name REGEX is found; the first that is found decides",
+        help="other factors, one for each residual, for tensors in whose name REGEX is found; the first found decides",
     )
     where = apply.add_mutually_exclusive_group(required=True)
     where.add_argument("-o", "--out", metavar="OUT", help="the new folder to write")
@@ -280,15 +290,18 @@ def _alpha_for(text: str) -> tuple[str, tuple[float, ...] | float]:
     return pattern, factors if len(factors) > 1 else factors[0]
 
 
-def _residual(text: str, default: float) -> tuple[str, float]:
+def _residual(text: str) -> tuple[str, float | None]:
     """Path and factor of PATH or PATH:ALPHA; a path that exists is one, colons and all."""
     path, colon, factor = text.rpartition(":")
-    if not os.path.exists(text) and colon and path:
+    if not os.path.lexists(text) and colon and path:
         try:
             return path, float(factor)
         except ValueError:
-            pass
-    return text, default
+            if os.path.lexists(path):
+                raise ArgumentError(
+                    f"{text}: {factor!r} is no factor of {path}, wanted a number, as {path}:0.5, or nothing."
+                ) from None
+    return text, None
 
 
 def _extract(arguments: argparse.Namespace) -> int:
@@ -305,7 +318,8 @@ def _apply(arguments: argparse.Namespace) -> int:
         arguments.parser.error("give one or more residuals, or --instruct and --base")
     if not arguments.in_place and (arguments.undo or arguments.tag):
         arguments.parser.error("--keep-undo, --no-undo and --tag go with --in-place")
-    alpha: float | list[float] = arguments.alpha
+    common = 1.0 if arguments.alpha is None else arguments.alpha
+    alpha: float | list[float] = common
     residuals: tuple[str, ...] | list[str]
     if pair:
         residuals = (arguments.instruct, arguments.base)
@@ -313,8 +327,14 @@ def _apply(arguments: argparse.Namespace) -> int:
             if kind_of(path, follow_links=arguments.follow_links) != "model":  # or two residuals would pass
                 raise ArgumentError(f"{path}: is a residual, wanted a model as {role}.")
     else:
-        specs = [_residual(text, arguments.alpha) for text in arguments.residuals]
-        residuals, alpha = [path for path, _ in specs], [factor for _, factor in specs]
+        specs = [_residual(text) for text in arguments.residuals]
+        if arguments.alpha is not None and all(factor is not None for _, factor in specs):
+            raise ArgumentError(
+                f"{arguments.residuals[0]} has a factor of its own, and --alpha {arguments.alpha:g} is for residuals "
+                "that have none. Leave one of the two out."
+            )
+        residuals = [path for path, _ in specs]
+        alpha = [common if factor is None else factor for _, factor in specs]
     with _progress(arguments, "apply") as progress:
         result = merge.apply(
             arguments.target,

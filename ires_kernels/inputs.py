@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ires_kernels.checkpoint import Checkpoint, Kind, open_checkpoint
-from ires_kernels.header import CheckpointError
+from ires_kernels.header import CheckpointError, brief
 from ires_kernels.inplace import unfinished
 from ires_kernels.rules import ArgumentError
 
@@ -23,6 +23,7 @@ def open_inputs(paths: Mapping[str, StrPath], *, follow_links: bool = False) -> 
     """Open checkpoints by role. Refuses a residual where a model belongs, a model for a residual, unfinished output."""
     inputs = {}
     for role, path in paths.items():
+        check_path(path, role)
         checkpoint = open_checkpoint(path, follow_links=follow_links)
         wanted = "residual" if role.startswith("residual") else "model"
         if checkpoint.kind != wanted:
@@ -35,9 +36,17 @@ def roles_of_apply(
     target: StrPath, residual: StrPath | Sequence[StrPath], *, follow_links: bool = False
 ) -> dict[str, StrPath]:
     """Roles for one residual, several, or a tuple of two models (instruct, base)."""
+    check_path(target, "target")
     if isinstance(residual, (str, os.PathLike)):
         return {"target": target, "residual": residual}
+    if not isinstance(residual, Sequence) or isinstance(residual, bytes):
+        raise TypeError(
+            f"residual is {type(residual).__name__} {brief(residual)}, wanted the path of a residual, a list of them, "
+            "or the tuple of models (instruct, base)"
+        )
     paths = list(residual)
+    for i, path in enumerate(paths):
+        check_path(path, f"residual[{i}]")
     kinds = [kind_of(path, follow_links=follow_links) for path in paths]
     if kinds == ["model", "model"] and isinstance(residual, tuple):
         return {"target": target, "instruct": paths[0], "base": paths[1]}
@@ -50,6 +59,12 @@ def roles_of_apply(
     if len(paths) == 1:
         return {"target": target, "residual": paths[0]}
     return {"target": target, **{f"residual-{number}": path for number, path in enumerate(paths, 1)}}
+
+
+def check_path(path: object, name: str) -> None:
+    """Refuse what is no path. A path of bytes is none: names of files are text, in manifests as well."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{name} is {type(path).__name__} {brief(path)}, wanted a path as str or pathlib.Path")
 
 
 def kind_of(path: StrPath, *, follow_links: bool = False) -> Kind:

@@ -18,9 +18,9 @@ from torch import Tensor
 from ires_kernels import device as devices
 from ires_kernels import guards, inplace, interrupts, manifest, overwrite, records, sidefiles, statedict, stream
 from ires_kernels.checkpoint import Checkpoint, is_shard, open_checkpoint
-from ires_kernels.header import CheckpointError
+from ires_kernels.header import CheckpointError, brief
 from ires_kernels.inplace import Workplace
-from ires_kernels.inputs import StrPath, absolute, open_inputs, roles_of_apply
+from ires_kernels.inputs import StrPath, absolute, check_path, open_inputs, roles_of_apply
 from ires_kernels.operation import UNDO, Operation, same_plan
 from ires_kernels.overwrite import Options
 from ires_kernels.plan import MANIFESTS, VERSION, Plan, plan_apply, plan_extract
@@ -88,6 +88,7 @@ def extract(
     changes nothing. Raises CheckpointError, StoreError and ArgumentError, all ValueErrors, before anything is written;
     OSError when the disk fails. Nothing is at `out` in any of these cases.
     """
+    check_path(out, "out")
     rules = Rules.of(0, skip=skip, dtype=dtype, allow_missing=allow_missing, rounding=rounding, seed=seed)
     inputs = open_inputs({"base": base, "instruct": instruct}, follow_links=follow_links)
     options = _options(device, threads, progress)
@@ -139,6 +140,8 @@ def apply(
     """
     if (out is None) == (not in_place):
         raise ArgumentError("give either out, a new folder, or in_place=True.")
+    if out is not None:
+        check_path(out, "out")
     if undo not in UNDO:
         raise ArgumentError(f"undo is {undo!r}, wanted one of {', '.join(UNDO)}.")
     if out is not None and (undo != "ring" or tag):
@@ -300,6 +303,8 @@ def _plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules) -> Plan:
 
 
 def _options(device: str | torch.device, threads: int | None, progress: Progress | None) -> Options:
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
+        raise TypeError(f"threads is {type(threads).__name__} {brief(threads)}, wanted an integer, or None")
     if threads is not None and threads < 1:
         raise ArgumentError(f"threads is {threads}, wanted 1 or more.")
     return Options(devices.processors(devices.resolve(device)), threads, progress)

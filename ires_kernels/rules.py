@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import numbers
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from ires_kernels.header import brief
 
@@ -50,12 +51,11 @@ class Rules:
         rounding: str = "nearest",
         seed: int = 0,
     ) -> Rules:
-        """Check arguments for a merge of so many residuals. A single factor serves all of them.
+        """Check arguments for a merge of so many residuals. A single alpha serves all; `alphas` hold one for each.
 
         Raises ArgumentError for values, TypeError for kinds: factors are finite real numbers that float32 holds.
         """
-        pairs = alphas.items() if isinstance(alphas, Mapping) else alphas
-        if dtype is not None and dtype not in DTYPES:
+        if dtype is not None and (not isinstance(dtype, str) or dtype not in DTYPES):
             raise ArgumentError(f"dtype is {brief(dtype)}, wanted one of {', '.join(DTYPES)}.")
         if rounding not in ("nearest", "stochastic"):
             raise ArgumentError(f'rounding is {brief(rounding)}, wanted "nearest" or "stochastic".')
@@ -65,8 +65,8 @@ class Rules:
             raise ArgumentError(f"seed is {seed}, wanted 0 <= seed < 2^64.")
         return cls(
             _factors(alpha, residuals, "alpha"),
-            tuple((_pattern(pattern), _factors(value, residuals, f"alpha of {pattern}")) for pattern, value in pairs),
-            tuple(_pattern(pattern) for pattern in ([skip] if isinstance(skip, str) else skip)),
+            tuple((pattern, _factors_of(pattern, value, residuals)) for pattern, value in _pairs(alphas)),
+            tuple(_pattern(each, f"skip[{i}]") for i, each in enumerate(_listed(skip))),
             None if dtype is None else DTYPES[dtype],
             bool(allow_missing),
             rounding,
@@ -100,10 +100,52 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def _factors(value: object, count: int, where: str) -> tuple[float, ...]:
-    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * count
+    values = tuple(value) if _is_several(value) else (value,) * count
     if len(values) != count:
         raise ArgumentError(f"{where}: got {len(values)} factors for {count} residuals; give one for each, or one.")
     return tuple(_factor(each, where) for each in values)
+
+
+def _factors_of(pattern: str, value: object, count: int) -> tuple[float, ...]:
+    """The factors of the tensors of a pattern. One for several residuals would turn round those that are subtracted."""
+    where = f"alpha of {brief(pattern)}"
+    if count < 2:
+        return _factors(value, count, where)
+    given = _factors(value, len(value) if _is_several(value) else 1, where)
+    if len(given) != count:
+        example = [f"{given[0]:g}" if given else "1"] * count
+        raise ArgumentError(
+            f"{where}: got {len(given)} factor(s) for {count} residuals, which may differ in sign. Give one for each, "
+            f"in their order: --alpha-for {shlex.quote(f'{pattern}=' + ','.join(example))}, in Python "
+            f"alphas=[({pattern!r}, [{', '.join(example)}])]."
+        )
+    return given
+
+
+def _pairs(alphas: object) -> list[tuple[str, object]]:
+    """Pattern and factors of every entry, from pairs or from a table."""
+    wanted = "wanted pairs of a regular expression and factors, as [('mlp', 0.5)] or {'mlp': 0.5}"
+    entries = alphas.items() if isinstance(alphas, Mapping) else alphas
+    if isinstance(entries, str) or not isinstance(entries, Iterable):
+        raise TypeError(f"alphas is {type(alphas).__name__} {brief(alphas)}, {wanted}")
+    pairs = []
+    for i, entry in enumerate(entries):
+        if isinstance(entry, str) or not isinstance(entry, Sequence) or len(entry) != 2:
+            raise TypeError(f"alphas[{i}] is {type(entry).__name__} {brief(entry)}, {wanted}")
+        pairs.append((_pattern(entry[0], f"alphas[{i}][0]"), entry[1]))
+    return pairs
+
+
+def _listed(skip: object) -> list[object]:
+    if isinstance(skip, str):
+        return [skip]
+    if not isinstance(skip, Iterable) or isinstance(skip, bytes):
+        raise TypeError(f"skip is {type(skip).__name__} {brief(skip)}, wanted a regular expression or a list of them")
+    return list(skip)
+
+
+def _is_several(value: object) -> TypeGuard[Sequence[object]]:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _factor(value: object, where: str) -> float:
@@ -120,7 +162,9 @@ def _factor(value: object, where: str) -> float:
     return number
 
 
-def _pattern(pattern: str) -> str:
+def _pattern(pattern: object, where: str) -> str:
+    if not isinstance(pattern, str):
+        raise TypeError(f"{where} is {type(pattern).__name__} {brief(pattern)}, wanted a regular expression as str")
     try:
         re.compile(pattern)
     except re.error as error:

@@ -75,13 +75,13 @@ def test_options_reach_the_merge(root: Path, capsys: pytest.CaptureFixture[str])
     run(capsys, "extract", "base", "instruct", "-o", "r1", "--dtype", "bf16", "--skip", "lm_head")
     run(capsys, "extract", "base", "target", "-o", "r2")
     options = (
-        "--alpha -2 --alpha-for mlp=0.25,1 --alpha-for (?=norm)norm=3 --skip embed --dtype f32 --rounding stochastic "
+        "--alpha -2 --alpha-for mlp=0.25,1 --alpha-for (?=norm)norm=3,3 --skip embed --dtype f32 --rounding stochastic "
         "--seed 7 --allow-missing --no-sync --threads 2"
     )
     assert run(capsys, "apply", "target", "r1:0.5", "r2", *options.split(), "-o", "out")[0] == 0
     ik.apply(
         root / "target", [root / "r1", root / "r2"], out=root / "wanted", alpha=[0.5, -2],
-        alphas=[("mlp", (0.25, 1)), ("(?=norm)norm", 3)], skip="embed", dtype="f32", rounding="stochastic", seed=7,
+        alphas=[("mlp", (0.25, 1)), ("(?=norm)norm", (3, 3))], skip="embed", dtype="f32", rounding="stochastic", seed=7,
         allow_missing=True,
     )  # fmt: skip
     assert same(root / "out", root / "wanted")

@@ -135,7 +135,7 @@ def test_several_residuals_in_order_and_rounded_once(tmp_path: Path) -> None:
         ik.extract(*pair, tmp_path / name, dtype=dtype, sync=False)
         paths.append(tmp_path / name)
     alphas = [0.7, -0.2, 1.5]
-    report = merge(target, paths, out=tmp_path / "out", alpha=alphas, alphas=[("mlp", 0.5), ("norm", (0, 0, 1))])
+    report = merge(target, paths, out=tmp_path / "out", alpha=alphas, alphas=[("mlp", [0.5] * 3), ("norm", (0, 0, 1))])
     t, residuals = read_model(target), [read_model(path) for path in paths]
 
     def factors(name: str) -> list[float]:

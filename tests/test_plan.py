@@ -589,7 +589,7 @@ def test_a_plan_prints_and_becomes_json(tmp_path: Path) -> None:
         ({"alpha": 1j}, TypeError, "alpha is complex 1j, wanted a real number"),
         ({"alpha": "1"}, TypeError, "alpha is str '1', wanted a real number"),
         ({"alpha": [1, 2]}, ArgumentError, "alpha: got 2 factors for 1 residuals"),
-        ({"alphas": [("a", float("nan"))]}, ArgumentError, "alpha of a is nan"),
+        ({"alphas": [("a", float("nan"))]}, ArgumentError, "alpha of 'a' is nan"),
         ({"alphas": [("(", 1)]}, ArgumentError, "'(' is not a regular expression"),
         ({"skip": ["["]}, ArgumentError, "'[' is not a regular expression"),
         ({"dtype": "int8"}, ArgumentError, "dtype is 'int8', wanted one of f64, f32, f16, bf16"),
@@ -604,7 +604,7 @@ def test_arguments_that_cannot_be_used(arguments: dict[str, Any], error: type[Ex
 
 
 def test_rules_come_back_from_a_manifest() -> None:
-    rules = Rules.of(2, alpha=[0.7, 2], alphas={"x": 0.1}, skip="y", dtype="bf16", rounding="stochastic", seed=9)
+    rules = Rules.of(2, alpha=[0.7, 2], alphas={"x": [0.1, 0.2]}, skip="y", dtype="bf16", rounding="stochastic", seed=9)
     assert Rules.from_dict(json.loads(json.dumps(rules.to_dict()))) == rules
     assert Rules.from_dict(Rules.of(0).to_dict()) == Rules.of(0)
     for damaged in ({}, {**rules.to_dict(), "more": 1}, {**rules.to_dict(), "alpha": ["x"]}):
