@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -103,6 +103,10 @@ class Checkpoint:
     """residual.json of a residual, ires.json of a merged model, NAME.ires.json of a file that was updated in place."""
     follow_links: bool = False
     """Whether files of the folder may be links out of it."""
+    quantization: str = ""
+    """Which settings say that the weights are quantized; "" where none do."""
+    elsewhere: frozenset[str] = frozenset()
+    """Of one shard given alone, the names of the tensors in the others, as far as the index beside it knows."""
 
     @property
     def file_ids(self) -> dict[Path, FileId]:
@@ -126,6 +130,12 @@ def is_shard(path: Path) -> bool:
     return _SHARD_NAME.fullmatch(path.name) is not None
 
 
+def shard_number(path: Path) -> tuple[int, int] | None:
+    """Which of how many shards a file is, by its name; None for what is no shard."""
+    found = re.search(r"-(\d+)-of-(\d+)\.safetensors$", path.name)
+    return (int(found[1]), int(found[2])) if found else None
+
+
 def open_checkpoint(path: str | os.PathLike[str], *, follow_links: bool = False) -> Checkpoint:
     """Open a model or residual: a folder, or one .safetensors file on its own.
 
@@ -146,7 +156,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, follow_links: bool = False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {_unreachable(path, error)}") from None
     if stat.S_ISDIR(mode):
-        return _open_folder(path, follow_links)
+        return _with_settings(_open_folder(path, follow_links))
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path}: is {kind_of_file(mode)}, wanted a model's folder or a .safetensors file.")
     shard = _open_shard(path)
@@ -155,7 +165,9 @@ def open_checkpoint(path: str | os.PathLike[str], *, follow_links: bool = False)
     beside = path.with_name("residual.json" if is_residual else f"{path.name}.ires.json")
     if not follow_links and os.path.exists(beside):
         check_link(beside, path.parent)
-    return _assemble(path, kind, [shard], None, {}, None, _read_json(beside, MAX_MANIFEST), follow_links)
+    return _with_settings(
+        _assemble(path, kind, [shard], None, {}, None, _read_json(beside, MAX_MANIFEST), follow_links)
+    )
 
 
 def _open_folder(folder: Path, follow_links: bool) -> Checkpoint:
@@ -340,6 +352,59 @@ def _read_config(path: Path) -> dict[str, Any] | None:
     if type(config) is not dict:
         raise CheckpointError(f"{path}: got JSON {brief(config)}, wanted an object. Download it again.")
     return config
+
+
+def _with_settings(checkpoint: Checkpoint) -> Checkpoint:
+    """A model with what the files beside it say of its weights, also where one of them was given alone."""
+    if checkpoint.kind == "residual":
+        return checkpoint
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+
+    def read(name: str) -> dict[str, Any] | None:
+        if not checkpoint.follow_links and os.path.exists(folder / name):
+            check_link(folder / name, folder)
+        return _read_config(folder / name)
+
+    config = checkpoint.config if folder == checkpoint.path else read("config.json")
+    where = _quantization_block(config or {}, "")
+    says = f"{where} in config.json" if where else ""
+    for name, keys in _QUANTIZATION.items() if not says else ():
+        table = read(name) or {}
+        key = next((key for key in keys if table.get(key)), "")
+        says = says or (f"{key} in {name}" if key else name if table and not keys else "")
+    return replace(checkpoint, quantization=says, elsewhere=_in_other_shards(checkpoint))
+
+
+_QUANTIZATION: dict[str, tuple[str, ...]] = {
+    "params.json": ("quantization", "quantization_config"),
+    "hf_quant_config.json": ("quantization",),
+    "quantize_config.json": (),
+}
+"""Settings of Mistral's own format, ModelOpt and GPTQ, and what in them says that the weights are quantized."""
+
+
+def _quantization_block(config: dict[str, Any], place: str) -> str:
+    """The place of a quantization block in a config, or in that of a part of a multimodal model."""
+    for key, value in config.items():
+        if key in ("quantization_config", "compression_config") and value:
+            return f"{place}{key}"
+        found = _quantization_block(value, f"{place}{key}.") if isinstance(value, dict) else ""
+        if found:
+            return found
+    return ""
+
+
+def _in_other_shards(checkpoint: Checkpoint) -> frozenset[str]:
+    """The names of the tensors in the other shards of the model that a file is a shard of, as its index has them."""
+    path = checkpoint.path
+    found: set[str] = set()
+    for index in sorted(path.parent.glob(f"*{_INDEX}")) if is_shard(path) else ():
+        if not checkpoint.follow_links:
+            check_link(index, path.parent)
+        weight_map, _ = _read_index(index)
+        if path.name in weight_map.values():
+            found.update(weight_map)
+    return frozenset(found - checkpoint.tensors.keys())
 
 
 def _read_bytes(path: Path, limit: int) -> bytes | None:

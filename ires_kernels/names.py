@@ -13,15 +13,16 @@ FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embeddings?|embed_in|shared)\.weight$")
 _HEAD = re.compile(r"(^|\.)lm_head\.weight$")
 
-# GPTQ and AWQ; compressed-tensors; bitsandbytes of 8 and of 4 bits; MXFP4
-_PACKED = re.compile(
-    r"(^|\.)(qweight|qzeros|g_idx|weight_packed|SCB|absmax|quant_map|nested_absmax|nested_quant_map)$"
-    r"|\.quant_state\.|_blocks$"
+# What models hold and their loaders compute again or pass over, with what it must look like to be that.
+_RECOMPUTED = (
+    (re.compile(r"(^|\.)rotary_(pos_)?emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$"), "float"),
+    (re.compile(r"(^|\.)(position_ids|relative_position_index|num_batches_tracked)$"), "integer"),
+    (re.compile(r"\.(attn|attention|self_attention|crossattention)\.(bias|causal_mask)$"), "square"),
+    (re.compile(r"\.(attn|attention|self_attention|crossattention)\.masked_bias$"), "scalar"),
+    (re.compile(r"(encoder|decoder)\.version$"), "scalar"),
+    (re.compile(r"\._extra_state$"), "bytes"),
+    (re.compile(r"(^|\.)decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$"), "float"),
 )
-# With scales beside them 8-bit and narrower tensors are codes: after the whole name, and in place of `weight`.
-_SCALES = ("_scale_inv", "_scale", "_scale_2", "_scales", ".absmax")
-_SCALES_OF_WEIGHT = ("scale", "scales", "scale_weight", "weight_scale", "weight_scale_inv", "input_scale", "SCB")
-_WIDE = {"F64", "F32", "F16", "BF16", "BOOL", "I16", "U16", "I64", "U64", "C64"}
 
 
 def is_head(name: str) -> bool:
@@ -37,6 +38,27 @@ def is_vocabulary(name: str) -> bool:
 def is_adapter(name: str) -> bool:
     """Whether this is a factor of a low-rank adapter (LoRA), whose update is a product of two tensors."""
     return re.search(r"\.lora_(A|B|embedding_A|embedding_B)(\.|$)", name) is not None
+
+
+def is_recomputed(ref: TensorRef) -> bool:
+    """Whether this is a buffer that loaders compute again or pass over: frequencies, positions, causal masks.
+
+    A name alone is not enough: GPT-2 has its causal mask as ``attn.bias``, where other models have a trained bias.
+    """
+    looks = next((looks for pattern, looks in _RECOMPUTED if pattern.search(ref.name)), None)
+    return {
+        None: False,
+        "float": ref.dtype in FLOATS,
+        "integer": ref.dtype in ("I64", "I32", "U8", "I16"),
+        "square": len(ref.shape) == 4 and ref.shape[:2] == (1, 1) and ref.shape[2] == ref.shape[3],
+        "scalar": ref.numel <= 3,
+        "bytes": ref.dtype == "U8",
+    }[looks]
+
+
+def pattern(text: str) -> str:
+    """A name, or words with names in them, with ``*`` for every number between dots: what names of one kind share."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", text)
 
 
 def embedding(checkpoint: Checkpoint) -> TensorRef | None:
@@ -106,21 +128,3 @@ def rows(checkpoint: Checkpoint, name: str) -> int | None:
     known = (checkpoint.manifest or {}).get("not_stored", {}).get(name, {}) if checkpoint.kind == "residual" else {}
     shape = known.get("shape")
     return shape[0] if shape else None
-
-
-def codes(checkpoint: Checkpoint, ref: TensorRef) -> str | None:
-    """Why the elements of `ref` are codes of a quantized weight, on which arithmetic means nothing; None if numbers."""
-    if _PACKED.search(ref.name):
-        return "packed quantized weights"
-    if ref.dtype in _WIDE:
-        return None
-    stem = ref.name.removesuffix("weight")
-    companions = [ref.name + suffix for suffix in _SCALES]
-    if stem != ref.name:
-        companions += [stem + suffix for suffix in _SCALES_OF_WEIGHT]
-    for name in companions:
-        if name in checkpoint.tensors:
-            return f"{ref.dtype} codes whose scale is {name}"
-    if (checkpoint.config or {}).get("quantization_config"):
-        return f"{ref.dtype} codes, by quantization_config in config.json"
-    return None

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import xxhash
 
 from ires_kernels import names, sidefiles, steps
+from ires_kernels.absences import Absence, grouped
 from ires_kernels.checkpoint import Checkpoint, TensorRef
 from ires_kernels.header import build_header, tensor_bytes
 from ires_kernels.rules import Rules
@@ -58,8 +59,8 @@ class Plan:
     comparisons: tuple[Comparison, ...]
     not_stored: dict[str, tuple[str, TensorRef]]
     """The tensors of the instruct model that its residual does not hold, and why."""
-    missing: tuple[str, ...]
-    """What allow_missing let pass, a sentence each."""
+    missing: tuple[Absence, ...]
+    """What allow_missing let pass."""
     not_copied: tuple[str, ...]
     """What else is in the target's folder."""
     warnings: tuple[str, ...]
@@ -143,7 +144,7 @@ class Plan:
             ],
             "compared": [comparison.name for comparison in self.comparisons],
             "not_stored": {name: reason for name, (reason, _) in self.not_stored.items()},
-            "missing": list(self.missing),
+            "missing": [f"{absence.name!r} is {absence.where}" for absence in self.missing],
             "side_files": {file.name: file.role for file in self.side_files},
             "not_copied": list(self.not_copied),
             "warnings": list(self.warnings),
@@ -158,7 +159,7 @@ class Plan:
         rows += [(f"{count} tensors", deed) for deed, count in Counter(map(_deed, self.steps)).items()]
         reasons = Counter(reason for reason, _ in self.not_stored.values())
         rows += [(f"{count} tensors", f"not stored: {reason}") for reason, count in reasons.items()]
-        rows += [("missing", line) for line in self.missing]
+        rows += [("missing", line) for line in grouped(self.missing)]
         for role in self.inputs:
             copied = ", ".join(file.name for file in self.side_files if file.role == role)
             rows += [(f"from {role}", copied)] if copied else []
@@ -180,7 +181,7 @@ def plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[s
     `inputs` holds target first, then instruct and base, or residuals. Raises CheckpointError with up to ten problems.
     """
     target, *sources = inputs.values()
-    found = Findings(rules, copies or {})
+    found = Findings(rules, inputs, copies or {})
     layout = []
     for shard in target.shards:
         group = [steps.apply_step(target.tensors[name], inputs, found) for name in shard.header.tensors]
@@ -219,7 +220,7 @@ def plan_extract(inputs: Mapping[str, Checkpoint], rules: Rules) -> Plan:
     `inputs` holds base and instruct. Raises CheckpointError with up to ten problems.
     """
     base, instruct = inputs["base"], inputs["instruct"]
-    found = Findings(rules)
+    found = Findings(rules, inputs)
     # A head that only base has becomes a difference to instruct's embedding, and is stored next to that one.
     heads = [] if names.is_tied(base) else [n for n in base.tensors if names.is_head(n) and n not in instruct.tensors]
     tied = {ref.name: [replace(ref, name=head)] for head in heads if (ref := names.lookup(instruct, head))}
@@ -229,7 +230,7 @@ def plan_extract(inputs: Mapping[str, Checkpoint], rules: Rules) -> Plan:
         group = [step for ref in refs if (step := steps.extract_step(ref, inputs, found))]
         groups += [group] if group else []
     for name in base.tensors:
-        if names.lookup(instruct, name) is None and rules.skipped(name) is None:
+        if names.lookup(instruct, name) is None and found.skipped(name) is None and not found.codes(name):
             found.absent(name, ["base"], ["instruct"])
     steps.check_patterns(inputs, found)
     if not groups:

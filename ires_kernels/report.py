@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ires_kernels.absences import Absence, grouped
 from ires_kernels.backends import Tally
 from ires_kernels.plan import Plan, size
 from ires_kernels.stream import Outcome
@@ -62,7 +63,7 @@ class Report:
     """Tensors taken from the target as they are, or in another dtype, and why."""
     not_stored: dict[str, str]
     """Tensors of the instruct model that the residual does not hold, and why."""
-    missing: tuple[str, ...]
+    missing: tuple[Absence, ...]
     side_files: dict[str, str]
     """Name and the model each comes from."""
     not_copied: tuple[str, ...]
@@ -158,7 +159,7 @@ class Report:
             **self.numbers(),
             "copied": self.copied,
             "not_stored": self.not_stored,
-            "missing": list(self.missing),
+            "missing": [f"{absence.name!r} is {absence.where}" for absence in self.missing],
             "side_files": self.side_files,
             "not_copied": list(self.not_copied),
             "warnings": list(self.warnings),
@@ -196,7 +197,7 @@ class Report:
         ):
             rows += [(title, f"{count:,} elements")] if count else []
         rows += _grouped("copied", self.copied) + _grouped("not stored", self.not_stored)
-        rows += [("missing", line) for line in self.missing]
+        rows += [("missing", line) for line in grouped(self.missing)]
         for role in dict.fromkeys(self.side_files.values()):
             rows.append((f"from {role}", ", ".join(name for name, r in self.side_files.items() if r == role)))
         rows += [("not copied", ", ".join(self.not_copied))] if self.not_copied else []

@@ -8,10 +8,12 @@ from typing import Literal, NamedTuple
 
 import xxhash
 
-from ires_kernels import names
+from ires_kernels import absences, names
+from ires_kernels.absences import Absence
 from ires_kernels.checkpoint import Checkpoint, TensorRef
 from ires_kernels.header import CheckpointError, brief
 from ires_kernels.names import FLOATS
+from ires_kernels.quantized import Modules
 from ires_kernels.rules import Rules, matches
 
 Op = Literal["add", "add_difference", "subtract", "convert", "copy"]
@@ -19,13 +21,15 @@ Op = Literal["add", "add_difference", "subtract", "convert", "copy"]
 ALPHA_0 = "alpha is 0"
 ONLY_TARGET = "only in the target"
 
-_MISSING = "--allow-missing copies from the target what the other models lack, and leaves out what the target lacks."
 _SHAPES = "Operands are not broadcast: take models of one architecture, or leave such tensors as they are with --skip."
 _VOCABULARY = (
     "Where vocabularies differ, leave the embedding and the head as they are with --skip 'embed_tokens|lm_head', "
     "or resize the embeddings of one model to the other's first."
 )
-_CODES = "Arithmetic on codes is meaningless: take weights that are not quantized, or leave them out with --skip."
+_CODES = (
+    "Arithmetic on codes is meaningless: take weights that are not quantized, or leave such modules as they are with "
+    "--skip, which takes all that belongs to a module for one: codes, scales, zero points."
+)
 _INTEGERS = "What is not floating point is copied where instruct and base agree; leave the rest as it is with --skip."
 _SECOND = "Give both the same --skip and --alpha-for: models that load one tensor for the two would load either."
 _TIED = (
@@ -64,39 +68,89 @@ class Comparison(NamedTuple):
 
 
 @dataclass
+class Problem:
+    """A reason to refuse a merge: what is the matter with a tensor, or with all of a kind."""
+
+    names: dict[str, None]
+    rest: str
+    advice: str
+    place: str = ""
+    """Where the first one is."""
+    folder: str = ""
+    """Where all are."""
+
+    def __str__(self) -> str:
+        first = next(iter(self.names), None)
+        if first is None:
+            return self.rest
+        if len(self.names) == 1:
+            return f"{brief(first)}{self.place} {self.rest}"
+        verb, _, rest = names.pattern(self.rest).partition(" ")
+        verb = {"is": "are", "has": "have"}.get(verb, verb)
+        return f"{len(self.names)} tensors {names.pattern(first)}{self.folder} {verb} {rest}"
+
+
+@dataclass
 class Findings:
     """What planning finds out on its way through the tensors."""
 
     rules: Rules
+    inputs: Mapping[str, Checkpoint]
     copies: Mapping[str, str] = field(default_factory=dict)
     """Second copies in the target of its embedding, and the embedding's name."""
-    problems: list[str] = field(default_factory=list)
-    advice: dict[str, None] = field(default_factory=dict)
+    modules: Modules = field(init=False)
+    """The quantized ones."""
+    problems: dict[object, Problem] = field(default_factory=dict)
     comparisons: list[Comparison] = field(default_factory=list)
     not_stored: dict[str, tuple[str, TensorRef]] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
+    missing: list[Absence] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.modules = Modules(self.inputs, self.rules)
+
+    def skipped(self, name: str) -> str | None:
+        """Why a tensor is left as it is: by a pattern found in its name, or in that of a part of its module."""
+        pattern = self.rules.skipped(name)
+        if pattern is not None:
+            return f"skipped by {pattern!r}"
+        pattern = self.modules.skipped(name)
+        return None if pattern is None else f"skipped by {pattern!r}, with its quantized module"
 
     def problem(self, text: str, advice: str) -> None:
         """Something that forbids the merge, and the way out."""
-        self.problems.append(text)
-        self.advice[advice] = None
+        self.problems.setdefault(text, Problem({}, text, advice))
 
-    def absent(self, name: str, present: Iterable[str], absent: Iterable[str], advice: str = _MISSING) -> None:
+    def about(self, name: str, rest: str, advice: str, place: str = "", folder: str = "") -> None:
+        """Something that is wrong with a tensor, and perhaps with others of its kind."""
+        key = (names.pattern(name), names.pattern(rest), advice, folder)
+        self.problems.setdefault(key, Problem({}, rest, advice, place, folder)).names[name] = None
+
+    def codes(self, name: str) -> bool:
+        """Refuse a tensor that is a part of a quantized module; whether it is one."""
+        found = self.modules.shared(name)
+        if found is None:
+            return False
+        role, part = found
+        where = f" of {role} ({self.inputs[role].tensors[part.code].path})"
+        self.about(part.code, f"is {part.why}", _CODES, where, f" of {role} ({self.inputs[role].path})")
+        return True
+
+    def absent(self, name: str, present: Iterable[str], absent: Iterable[str], advice: str = "") -> None:
         """A tensor that some of the models lack: a problem unless missing tensors are allowed."""
-        text = f"{brief(name)} is in {' and '.join(present)} and not in {' and '.join(absent)}"
-        if self.rules.allow_missing:
-            self.missing.append(text)
-        else:
-            self.problem(text, advice)
+        self.missing.append(Absence(name, tuple(present), tuple(absent), advice))
 
     def refuse(self, operation: str) -> None:
         """Raise CheckpointError with the first ten problems, if there are any."""
+        if not self.rules.allow_missing:
+            for text, advice in absences.explain(self.inputs, self.missing):
+                self.problem(text, advice)
         if not self.problems:
             return
-        lines = [f"cannot {operation}:", *(f"  {line}" for line in self.problems[:10])]
-        lines += [f"  and {len(self.problems) - 10} more problems"] if len(self.problems) > 10 else []
-        raise CheckpointError("\n".join([*lines, *self.advice]))
+        problems = list(self.problems.values())
+        lines = [f"cannot {operation}:", *(f"  {problem}" for problem in problems[:10])]
+        lines += [f"  and {len(problems) - 10} more problems"] if len(problems) > 10 else []
+        raise CheckpointError("\n".join([*lines, *dict.fromkeys(problem.advice for problem in problems)]))
 
 
 def apply_step(ref: TensorRef, inputs: Mapping[str, Checkpoint], found: Findings) -> Step:
@@ -104,11 +158,13 @@ def apply_step(ref: TensorRef, inputs: Mapping[str, Checkpoint], found: Findings
     rules, name = found.rules, ref.name
     # A second copy of the embedding gets what the embedding gets, or the two would part.
     original = found.copies.get(name, name)
-    pattern = rules.skipped(name)
-    if (pattern is None) != (rules.skipped(original) is None) or rules.factors(name) != rules.factors(original):
+    skipped = found.skipped(name)
+    if (skipped is None) != (found.skipped(original) is None) or rules.factors(name) != rules.factors(original):
         found.problem(f"{brief(name)} is a second copy of {brief(original)} in the target, with other rules", _SECOND)
-    if pattern is not None:
-        return _keep(ref, f"skipped by {pattern!r}", inputs["target"], found)
+    if skipped is not None:
+        return _keep(ref, skipped, found)
+    if found.codes(name):
+        return _keep(ref, "not mergeable", found)
     tensors = {"target": ref}
     absent = []
     for role, checkpoint in inputs.items():
@@ -119,20 +175,22 @@ def apply_step(ref: TensorRef, inputs: Mapping[str, Checkpoint], found: Findings
             else:
                 tensors[role] = other
     if len(tensors) == 1:
-        return _keep(ref, ONLY_TARGET, inputs["target"], found)
+        return _keep(ref, ONLY_TARGET, found)
+    if absent and names.is_recomputed(ref):
+        return _keep(ref, f"a buffer that loaders compute again, not in {' and '.join(absent)}", found)
     if absent:
         found.absent(name, tensors, absent)
         if "instruct" in inputs:
-            return _keep(ref, f"not in {' and '.join(absent)}", inputs["target"], found)
-    if not _numbers(name, tensors, inputs, found):
-        return _keep(ref, "not mergeable", inputs["target"], found)
+            return _keep(ref, f"not in {' and '.join(absent)}", found)
+    if not _numbers(name, tensors, found):
+        return _keep(ref, "not mergeable", found)
     if ref.dtype not in FLOATS:
-        return _keep(ref, f"{ref.dtype}, equal in instruct and base", inputs["target"], found)
+        return _keep(ref, f"{ref.dtype}, equal in instruct and base", found)
     given = rules.factors(name)
     residuals = [role for role in inputs if role.startswith("residual")]
     factors = tuple(a for role, a in zip(residuals, given, strict=True) if role in tensors) if residuals else given
     if not any(factors):
-        return _keep(ref, ALPHA_0, inputs["target"], found)
+        return _keep(ref, ALPHA_0, found)
     op: Op = "add_difference" if "instruct" in inputs else "add"
     dtype = rules.dtype or ref.dtype
     stream = _stream(inputs["target"].tensors[original], inputs)
@@ -142,16 +200,20 @@ def apply_step(ref: TensorRef, inputs: Mapping[str, Checkpoint], found: Findings
 def extract_step(ref: TensorRef, inputs: Mapping[str, Checkpoint], found: Findings) -> Step | None:
     """The difference for the instruct model's tensor `ref`; None when it is not stored."""
     rules, name = found.rules, ref.name
-    pattern = rules.skipped(name)
     other = names.lookup(inputs["base"], name)
-    if pattern is not None:
-        reason = f"skipped by {pattern!r}"
+    reason = found.skipped(name)
+    if reason is not None:
+        pass
+    elif found.codes(name):
+        reason = "not mergeable"
+    elif other is None and names.is_recomputed(ref):
+        reason = "a buffer that loaders compute again, not in base"
     elif other is None:
         found.absent(name, ["instruct"], ["base"])
         reason = "not in base"
     else:
         tensors = {"instruct": ref, "base": other}
-        if _numbers(name, tensors, inputs, found) and ref.dtype in FLOATS:
+        if _numbers(name, tensors, found) and ref.dtype in FLOATS:
             roles, refs = tuple(tensors), tuple(tensors.values())
             return Step(name, rules.dtype or "F32", ref.shape, "subtract", roles, refs, (), _stream(ref, inputs))
         reason = f"{ref.dtype}, equal in instruct and base"
@@ -166,7 +228,9 @@ def check_left_over(inputs: Mapping[str, Checkpoint], found: Findings) -> None:
     left = {name: None for checkpoint in sources.values() for name in checkpoint.tensors if name not in target.tensors}
     for name in left:
         present = [role for role, checkpoint in sources.items() if name in checkpoint.tensors]
-        if found.rules.skipped(name) is not None:
+        if found.skipped(name) is not None or found.codes(name):
+            continue
+        if names.is_recomputed(sources[present[0]].tensors[name]):
             continue
         if not (names.is_head(name) and names.is_tied(target)):
             found.absent(name, present, ["target"])
@@ -211,18 +275,14 @@ def check_patterns(inputs: Mapping[str, Checkpoint], found: Findings) -> None:
                 found.problem(f"--{option} {pattern!r} matches no tensor", "`ires inspect --tensors` lists the names.")
 
 
-def _numbers(name: str, tensors: Mapping[str, TensorRef], inputs: Mapping[str, Checkpoint], found: Findings) -> bool:
+def _numbers(name: str, tensors: Mapping[str, TensorRef], found: Findings) -> bool:
     """Whether tensors fit each other, element by element; what is not floating point is left to be compared."""
-    for role, ref in tensors.items():
-        why = names.codes(inputs[role], ref)
-        if why is not None:
-            found.problem(f"{brief(ref.name)} of {role} ({ref.path}) is {why}", _CODES)
-            return False
     first, *others = tensors.items()
     for role, ref in others:
         if ref.shape != first[1].shape:
-            found.problem(
-                f"{brief(name)} has shape {brief(list(ref.shape))} in {role} ({ref.path}), "
+            found.about(
+                name,
+                f"has shape {brief(list(ref.shape))} in {role} ({ref.path}), "
                 f"{brief(list(first[1].shape))} in {first[0]} ({first[1].path})",
                 _VOCABULARY if names.is_vocabulary(name) else _SHAPES,
             )
@@ -232,21 +292,24 @@ def _numbers(name: str, tensors: Mapping[str, TensorRef], inputs: Mapping[str, C
         return True
     if len(set(dtypes.values())) > 1 or "instruct" not in tensors:
         listed = ", ".join(f"{dtype} in {role}" for role, dtype in dtypes.items())
-        found.problem(f"{brief(name)} is {listed}", _INTEGERS)
+        found.about(name, f"is {listed}", _INTEGERS)
         return False
     found.comparisons.append(Comparison(name, ("instruct", "base"), (tensors["instruct"], tensors["base"])))
     return True
 
 
-def _keep(ref: TensorRef, reason: str, target: Checkpoint, found: Findings) -> Step:
+def _keep(ref: TensorRef, reason: str, found: Findings) -> Step:
     """A copy of the target's tensor, in another dtype where one is asked for."""
     dtype = found.rules.dtype
     if dtype is None or ref.dtype == dtype or ref.dtype not in FLOATS:
         return Step(ref.name, ref.dtype, ref.shape, "copy", ("target",), (ref,), reason=reason)
-    why = names.codes(target, ref)
-    if why is not None:
-        found.problem(f"{brief(ref.name)} of target ({ref.path}) is {why}, and cannot become {dtype}", _CODES)
-    stream = _stream(ref, {"target": target})
+    part = found.modules.parts["target"].get(ref.name)
+    if part is not None:
+        code = found.inputs["target"].tensors[part.code]
+        found.about(
+            part.code, f"is {part.why}, and cannot become {dtype}", _CODES, f" of target ({code.path})", " of target"
+        )
+    stream = _stream(ref, {"target": found.inputs["target"]})
     return Step(ref.name, dtype, ref.shape, "convert", ("target",), (ref,), (), stream, reason)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from ires_kernels import names
+from ires_kernels import names, quantized
 from ires_kernels.checkpoint import open_checkpoint
 from ires_kernels.inputs import StrPath
 
@@ -42,7 +42,7 @@ def inspect(path: StrPath, *, follow_links: bool = False) -> dict[str, Any]:
             for shard in checkpoint.shards
         ],
         "head_is_embedding": names.is_tied(checkpoint),
-        "quantized": {ref.name: why for ref in refs if (why := names.codes(checkpoint, ref))},
+        "quantized": {name: part.why for name, part in quantized.parts(checkpoint).items()},
         "config": {key: value for key, value in (checkpoint.config or {}).items() if key in _CONFIG},
         "made_by": {key: manifest[key] for key in ("operation", "id", "digest", "rules", "inputs") if key in manifest},
         "all_tensors": [

@@ -168,11 +168,10 @@ def test_names_that_only_some_models_have(tmp_path: Path) -> None:
     for folder, shapes in (("few", few), ("more", more)):
         write_model(tmp_path / folder, tensors(4, shapes))
     text = refusal(base, tmp_path / "few", target)
-    assert "'model.layers.1.mlp.weight' is in target and base and not in instruct" in text
+    part = "'model.layers.1' (2 tensors, 800 bytes) is in {} and base and not in {}"
+    assert part.format("target", "instruct") in text
     assert "--allow-missing" in text
-    assert "'model.layers.1.norm.weight' is in instruct and base and not in target" in refusal(
-        base, instruct, tmp_path / "few"
-    )
+    assert part.format("instruct", "target") in refusal(base, instruct, tmp_path / "few")
     assert "'extra.weight' is in instruct and not in target" in refusal(base, tmp_path / "more", target)
 
     plan = one_pass(base, tmp_path / "few", target, allow_missing=True)
@@ -180,7 +179,7 @@ def test_names_that_only_some_models_have(tmp_path: Path) -> None:
     assert len(plan.missing) == 2
     plan = one_pass(base, tmp_path / "more", target, allow_missing=True)
     assert {step.op for step in plan.steps} == {"add_difference"}
-    assert plan.missing == ("'extra.weight' is in instruct and not in target",)
+    assert [f"{absence}" for absence in plan.missing] == ["'extra.weight' is in instruct and not in target"]
     plan = one_pass(base, tmp_path / "few", target, skip="layers.1")
     assert not plan.missing
     plan = one_pass(base, instruct, tmp_path / "more")
@@ -284,7 +283,7 @@ F8 = torch.float8_e4m3fn
             {},
             "packed quantized weights",
         ),
-        ({"a.experts_blocks": torch.uint8, "a.experts_scales": torch.uint8}, {}, "packed quantized weights"),
+        ({"a.experts_blocks": torch.uint8, "a.experts_scales": torch.uint8}, {}, "U8 codes whose scale is a.experts_s"),
     ],
 )
 def test_codes_of_quantized_weights_are_refused(
