@@ -49,9 +49,9 @@ ARROWS: dict[str, set[str]] = {
     "counting": {"backends"},
     "device": {"backends", "counting", "names", "plan", "rules", "steps", "windows"},
     "statedict": {"checkpoint", "header", "names", "plan", "steps", "windows"},
-    "report": {"backends", "plan", "stream"},
+    "report": {"absences", "backends", "plan", "stream"},
     "manifest": {"ancestry", "checkpoint", "header", "interrupts", "names", "plan", "report", "store", "stream"},
-    "summary": {"checkpoint", "inputs", "names"},
+    "summary": {"checkpoint", "inputs", "names", "quantized"},
     "verification": {
         "checkpoint", "device", "header", "inputs", "manifest", "names", "opening", "plan", "reader", "rules",
         "steps", "store", "stream", "windows",

@@ -26,7 +26,7 @@ FORMATS: dict[str, dict[str, torch.dtype]] = {
     "DeepSeek": {f"{X}.weight": F8, f"{X}.weight_scale_inv": F32},
     "DeepSeek-V4": {f"{X}.weight": I8, f"{X}.scale": E8M0},
     "Mistral": {f"{X}.weight": F8, f"{X}.qscale_weight": BF16, f"{X}.qscale_act": BF16},
-    "Mistral in the form of transformers": {f"{X}.weight": F8, f"{X}.weight_scale_inv": BF16, f"{X}.activation_scale": BF16},
+    "Mistral for transformers": {f"{X}.weight": F8, f"{X}.weight_scale_inv": BF16, f"{X}.activation_scale": BF16},
     "compressed-tensors fp8": {f"{X}.weight": F8, f"{X}.weight_scale": BF16, f"{X}.input_scale": BF16},
     "compressed-tensors int8": {f"{X}.weight": I8, f"{X}.weight_scale": BF16, f"{X}.weight_zero_point": I8},
     "compressed-tensors packed": {
@@ -50,7 +50,9 @@ FORMATS: dict[str, dict[str, torch.dtype]] = {
     "AQLM": {f"{X}.codes": I16, f"{X}.codebooks": F16, f"{X}.scales": F16},
     "VPTQ": {f"{X}.indices": I16, f"{X}.centroids.weight": F16, f"{X}.weight_scale": F16},
     "HQQ": {f"{X}.W_q": U8, f"{X}.scale": F16, f"{X}.zero": F16},
-    "quanto": {f"{X}.weight._data": F8, f"{X}.weight._scale": BF16, f"{X}.input_scale": BF16, f"{X}.output_scale": BF16},
+    "quanto": {
+        f"{X}.weight._data": F8, f"{X}.weight._scale": BF16, f"{X}.input_scale": BF16, f"{X}.output_scale": BF16,
+    },
     "quanto int4": {f"{X}.weight._data._data": U8, f"{X}.weight._scale": BF16, f"{X}.weight._shift": BF16},
     "torchao": {f"{X}._weight_qdata": F8, f"{X}._weight_scale": F32, f"{X}._weight_zero_point": F32},
     "FBGEMM": {f"{X}.weight": F8, f"{X}.weight_scale": F32, f"{X}.input_scale_ub": F32},
