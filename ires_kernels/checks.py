@@ -342,18 +342,26 @@ def _refuse_overlap(names: Names, spans: list[_Span], tally: bool) -> None:
                         f"{names.at(item, -1)} is also an operand, and tally= compares the two; use another out="
                     )
             elif _share_memory(x, other):
-                here, there = names.at(item, column), names.at(other_item, other_column)
+                here, there = names.at(item, column), names.at(other_item, other_column).split()[-1]
                 if not written:
-                    here, there = there, here
-                raise RuntimeError(
-                    f"{here} shares memory with {there.split()[-1]} and is not the same tensor; pass a .clone() of one"
-                )
+                    here, there = names.at(other_item, other_column), names.at(item, column).split()[-1]
+                raise RuntimeError(f"{here} {_shared(there, written and other_written, _identical(x, other))}")
         earlier.append(span)
+
+
+def _shared(there: str, both_written: bool, identical: bool) -> str:
+    """What is wrong with a written tensor that has memory in common with one of another place, and the way out."""
+    if not identical:
+        return f"shares memory with {there} and is not the same tensor; pass a .clone() of one"
+    if both_written:
+        return f"is {there} again, the same tensor, and would be written twice; if they are tied, pass it once"
+    return f"is written and {there} is the same tensor, which another entry reads; pass a .clone() of one"
 
 
 def _identical(a: Tensor, b: Tensor) -> bool:
     return (
         a.data_ptr() == b.data_ptr()
+        and a.shape == b.shape
         and a.dtype == b.dtype
         and all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
     )

@@ -362,13 +362,16 @@ def test_partial_overlap_of_target_and_operand() -> None:
 
 def test_targets_of_a_list_that_share_memory() -> None:
     t = torch.arange(10.0)
-    refused(RuntimeError, "scale_: t[1] shares memory with t[0]", t, lambda: ik.scale_([t, t], 2.0))
-    refused(RuntimeError, "shares memory with t[", t, lambda: ik.scale_([t[5:], ones(2), t[:6]], 2.0))
-    message = "add_: t[0] shares memory with residual[1] and is not the same tensor"
+    tied = "scale_: t[1] is t[0] again, the same tensor, and would be written twice; if they are tied, pass it once"
+    refused(RuntimeError, tied, t, lambda: ik.scale_([t, t], 2.0))
+    refused(RuntimeError, tied, t, lambda: ik.scale_([t, torch.nn.Parameter(t, requires_grad=False)], 2.0))
+    refused(RuntimeError, "t[2] shares memory with t[0]", t, lambda: ik.scale_([t, ones(2), t.view(2, 5)], 2.0))
+    message = "add_: t[0] is written and residual[1] is the same tensor, which another entry reads; pass a .clone()"
     refused(RuntimeError, message, t, lambda: ik.add_([t, ones(10)], [ones(10), t]))
+    refused(RuntimeError, "shares memory with t[", t, lambda: ik.scale_([t[5:], ones(2), t[:6]], 2.0))
     refused(
         RuntimeError,
-        "add: out[1] shares memory with residual[0][1]",
+        "add: out[1] is written and residual[0][1] is the same tensor",
         t,
         lambda: ik.add([ones(10), ones(10)], [[ones(10), t], [ones(10), ones(10)]], out=[ones(10), t]),
     )
@@ -426,7 +429,7 @@ def test_lists_are_refused_exactly_where_they_overlap(data: st.DataObject) -> No
         for j in range(len(pairs))
         for k in (0, 1)
     )
-    with nullcontext() if free else pytest.raises(RuntimeError, match="shares memory"):
+    with nullcontext() if free else pytest.raises(RuntimeError, match=r"shares memory|the same tensor"):
         ik.add_([pair[0][0] for pair in pairs], [pair[1][0] for pair in pairs])
 
 
