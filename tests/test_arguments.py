@@ -114,7 +114,7 @@ PAIRS = "wanted pairs of a regular expression and factors, as [('mlp', 0.5)] or 
         ({"residual": 5}, "residual is int 5, wanted the path of a residual, a list of them, or the tuple of models"),
         ({"residual": None}, "residual is NoneType None, wanted the path of a residual"),
         ({"residual": b"other"}, "residual is bytes b'other', wanted the path of a residual"),
-        ({"residual": {"instruct", "base"}}, "residual is set "),
+        ({"residual": {"base"}}, "residual is set "),
         ({"residual": ["other", 1]}, "residual[1] is int 1, wanted a path as str or pathlib.Path"),
         ({"target": None}, "target is NoneType None, wanted a path as str or pathlib.Path"),
         ({"out": 5}, "out is int 5, wanted a path as str or pathlib.Path"),
