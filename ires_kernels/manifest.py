@@ -19,7 +19,7 @@ from typing import Any
 
 import xxhash
 
-from ires_kernels import ancestry, interrupts, names
+from ires_kernels import ancestry, interrupts, names, sidefiles
 from ires_kernels.checkpoint import Checkpoint, TensorRef
 from ires_kernels.header import CheckpointError
 from ires_kernels.plan import MANIFESTS, VERSION, Plan
@@ -91,6 +91,7 @@ def build(
     }
     if plan.operation == "extract":
         table["ancestry"] = ancestry.sketch(plan.inputs["base"])
+        table |= sidefiles.record(plan.inputs["base"], plan.inputs["instruct"])
         table["tied"] = all(map(names.is_tied, plan.inputs.values()))
         table["not_stored"] = {
             name: {"reason": reason, "dtype": ref.dtype, "shape": list(ref.shape)}

@@ -15,8 +15,19 @@ import torch
 import xxhash
 from torch import Tensor
 
+from ires_kernels import (
+    configs,
+    guards,
+    inplace,
+    interrupts,
+    manifest,
+    overwrite,
+    records,
+    sidefiles,
+    statedict,
+    stream,
+)
 from ires_kernels import device as devices
-from ires_kernels import guards, inplace, interrupts, manifest, overwrite, records, sidefiles, statedict, stream
 from ires_kernels.checkpoint import Checkpoint, is_shard, open_checkpoint
 from ires_kernels.header import CheckpointError, brief
 from ires_kernels.inplace import Workplace
@@ -166,6 +177,8 @@ def apply(
     others = [name for name in plan.not_copied if sidefiles.is_weights(name)]
     stale = (f"{', '.join(others)} beside the weights of the target are not updated",) if others else ()
     plan = replace(plan, in_place=True, warnings=(*plan.warnings, *stale))
+    if not plan.inputs["target"].path.is_dir():
+        plan = replace(plan, side_files=())  # a file is updated alone, whatever is beside it
     return overwrite.apply(plan, copies, options, undo=undo, sync=sync, sha256=sha256, tag=tag, dry_run=dry_run)
 
 
@@ -253,7 +266,7 @@ def load(
     plan = _plan_apply(open_inputs(paths, follow_links=follow_links), rules)
     place = devices.resolve(device)
     options = _options(place, threads, progress)
-    for text in guards.strangers(plan.inputs):
+    for text in (*configs.differences(plan.inputs), *guards.strangers(plan.inputs)):
         warnings.warn(text, stacklevel=2)
     guards.compare(plan)
     tensors = statedict.allocate(plan.steps, place)

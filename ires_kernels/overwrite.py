@@ -150,6 +150,8 @@ def carry_on(place: Workplace, options: Options, started: float, *, fresh: bool 
         guards.check_residuals(plan, outcome.inputs)
         guards.check_unchanged(plan, outcome.inputs, but=plan.roles_of_target(), current=current)
         report = Report.of(plan, outcome, place.target, time.perf_counter() - started)
+        # The target's side files are not where the plan looks for them while it is hidden.
+        report = replace(report, side_files={name: entry["from"] for name, entry in operation.installed.items()})
         _write_manifest(place, operation, plan, outcome, report)
         place.advance("installing")
     if place.phase() == "installing":
@@ -272,7 +274,7 @@ def _stage(place: Workplace, plan: Plan) -> tuple[dict[str, dict[str, str]], lis
     if not plan.inputs["target"].path.is_dir():
         return installed, []
     for side in plan.side_files:
-        if side.role != "target" and not _same(side.source, place.folder / side.name):
+        if side.role != "target" and not side.is_at(place.folder / side.name):
             hasher = xxhash.xxh3_128()
             place.stage(side.name, sidefiles.chunks(side, hasher))
             installed[side.name] = {"from": side.role, "xxh3_128": hasher.hexdigest()}
@@ -465,7 +467,3 @@ def _is_ours(place: Workplace, operation: Operation) -> Callable[[str], bool]:
         return name != _manifest_name(place) or operation.id.encode() in content
 
     return is_ours
-
-
-def _same(one: Path, other: Path) -> bool:
-    return other.is_file() and one.read_bytes() == other.read_bytes()

@@ -1,7 +1,7 @@
 """Planning a merge: validated checkpoints and rules become a frozen Plan, or one error that lists what is wrong.
 
-Nothing is written here, and of the inputs nothing is read beyond what `open_checkpoint` has read and the names of
-files. A Plan fixes the headers of the output, where the bytes of every tensor come from and what is done to them. So
+Nothing is written here, and of the weights no more is read than `open_checkpoint` has read; but the files beside them
+are. A Plan fixes the headers of the output, where the bytes of every tensor come from and what is done to them. So
 printing it is a dry run, and the same inputs and rules give the same Plan everywhere.
 """
 
@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import xxhash
 
-from ires_kernels import names, sidefiles, steps
+from ires_kernels import configs, names, sidefiles, steps
 from ires_kernels.absences import Absence, grouped
 from ires_kernels.checkpoint import Checkpoint, TensorRef
 from ires_kernels.header import build_header, tensor_bytes
@@ -145,7 +145,8 @@ class Plan:
             "compared": [comparison.name for comparison in self.comparisons],
             "not_stored": {name: reason for name, (reason, _) in self.not_stored.items()},
             "missing": [f"{absence.name!r} is {absence.where}" for absence in self.missing],
-            "side_files": {file.name: file.role for file in self.side_files},
+            "side_files": {side.name: side.role for side in self.side_files},
+            "side_files_why": {side.name: side.why for side in self.side_files if side.why},
             "not_copied": list(self.not_copied),
             "warnings": list(self.warnings),
         }
@@ -160,9 +161,7 @@ class Plan:
         reasons = Counter(reason for reason, _ in self.not_stored.values())
         rows += [(f"{count} tensors", f"not stored: {reason}") for reason, count in reasons.items()]
         rows += [("missing", line) for line in grouped(self.missing)]
-        for role in self.inputs:
-            copied = ", ".join(file.name for file in self.side_files if file.role == role)
-            rows += [(f"from {role}", copied)] if copied else []
+        rows += sidefiles.rows((side.name, side.role, side.why) for side in self.side_files)
         rows.append(("new files", ", ".join([*(name for name, _ in self.documents), MANIFESTS[self.operation]])))
         rows += [("not copied", ", ".join(self.not_copied))] if self.not_copied else []
         rows += [("warning", line) for line in self.warnings]
@@ -202,7 +201,10 @@ def plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[s
         found.warnings.append("low-rank adapters are added factor by factor, which is not the sum of their products")
     if [sidefiles.has_template(source) for source in sources if "instruct" in inputs] == [False, True]:
         found.warnings.append("base has a chat template and instruct has none: are they the wrong way round?")
-    side_files, not_copied = sidefiles.of_model(inputs, own_tokenizer=foreign is not None)
+    found.warnings += configs.differences(inputs)
+    sides = sidefiles.of_model(inputs, own_tokenizer=foreign is not None)
+    found.warnings += sides.warnings
+    side_files = sides.files
     files, placed = _lay_out(layout)
     documents = [] if target.index_name is None else [(target.index_name, _index(placed, target.index_metadata))]
     if target.config is not None and rules.dtype is not None:
@@ -210,7 +212,7 @@ def plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[s
         side_files = [file for file in side_files if file.name != "config.json"]
     return Plan(
         "apply", dict(inputs), rules, files, placed, tuple(documents), tuple(side_files), tuple(found.comparisons), {},
-        tuple(found.missing), tuple(not_copied), tuple(found.warnings),
+        tuple(found.missing), tuple(sides.left), tuple(found.warnings),
     )  # fmt: skip
 
 
@@ -236,6 +238,7 @@ def plan_extract(inputs: Mapping[str, Checkpoint], rules: Rules) -> Plan:
     if not groups:
         found.problem("no tensor would be stored", _NOTHING)
     found.refuse("extract")
+    found.warnings += configs.differences(inputs)
 
     stem = "residual-{:05}-of-{:05}" if len(groups) > 1 else "residual"
     layout = [
@@ -319,10 +322,15 @@ def _operation_id(plan: Plan) -> str:
         "inputs": {role: _identities(checkpoint) for role, checkpoint in plan.inputs.items()},
         "rules": plan.rules.to_dict(),
         # In place these are copied or left before anything begins, and are no part of what is gone on with.
-        "side_files": [[f.name, f.role, *f.file_id.stamp().values()] for f in plan.side_files if not plan.in_place],
+        "side_files": [_made_of(side) for side in plan.side_files if not plan.in_place],
         "documents": [[n, xxhash.xxh3_128_hexdigest(content)] for n, content in plan.documents if not plan.in_place],
     }
     return _hash(table)
+
+
+def _made_of(side: SideFile) -> list[Any]:
+    made = [] if side.content is None else [xxhash.xxh3_128_hexdigest(side.content)]
+    return [side.name, side.role, *side.file_id.stamp().values(), *made]
 
 
 def _identities(checkpoint: Checkpoint) -> list[list[Any]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ires_kernels import sidefiles
 from ires_kernels.absences import Absence, grouped
 from ires_kernels.backends import Tally
 from ires_kernels.plan import Plan, size
@@ -70,6 +71,8 @@ class Report:
     warnings: tuple[str, ...] = field(default=())
     notes: tuple[str, ...] = field(default=())
     """What to know about the files."""
+    why: dict[str, str] = field(default_factory=dict)
+    """Of side files, by name, why they come from that model, where this is not the rule."""
 
     @classmethod
     def recorded(cls, operation: str, id_: str, out: Path, numbers: Mapping[str, Any], note: str) -> Report:
@@ -116,6 +119,7 @@ class Report:
             {file.name: file.role for file in plan.side_files if not (plan.in_place and file.role == "target")},
             () if plan.in_place else plan.not_copied,
             plan.warnings,
+            why={side.name: side.why for side in plan.side_files if side.why},
         )
 
     @property
@@ -161,6 +165,7 @@ class Report:
             "not_stored": self.not_stored,
             "missing": [f"{absence.name!r} is {absence.where}" for absence in self.missing],
             "side_files": self.side_files,
+            "side_files_why": {name: why for name, why in self.why.items() if name in self.side_files},
             "not_copied": list(self.not_copied),
             "warnings": list(self.warnings),
             "notes": list(self.notes),
@@ -198,8 +203,7 @@ class Report:
             rows += [(title, f"{count:,} elements")] if count else []
         rows += _grouped("copied", self.copied) + _grouped("not stored", self.not_stored)
         rows += [("missing", line) for line in grouped(self.missing)]
-        for role in dict.fromkeys(self.side_files.values()):
-            rows.append((f"from {role}", ", ".join(name for name, r in self.side_files.items() if r == role)))
+        rows += sidefiles.rows((name, role, self.why.get(name, "")) for name, role in self.side_files.items())
         rows += [("not copied", ", ".join(self.not_copied))] if self.not_copied else []
         rows += [("warning", line) for line in self.warnings]
         rows += [("note", line) for line in self.notes]

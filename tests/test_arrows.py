@@ -23,9 +23,15 @@ ARROWS: dict[str, set[str]] = {
     "quantized": {"checkpoint", "header", "names", "rules"},
     "absences": {"checkpoint", "header", "names"},
     "rules": {"header"},
-    "sidefiles": {"checkpoint", "header", "opening", "store"},
+    "tokens": {"header", "opening"},
+    "endings": {"tokens"},
+    "configs": {"checkpoint", "header"},
+    "references": set(),
+    "sidefiles": {
+        "checkpoint", "configs", "endings", "header", "opening", "references", "store", "tokens",
+    },
     "steps": {"absences", "checkpoint", "header", "names", "quantized", "rules"},
-    "plan": {"absences", "checkpoint", "header", "names", "rules", "sidefiles", "steps"},
+    "plan": {"absences", "checkpoint", "configs", "header", "names", "rules", "sidefiles", "steps"},
     "store": {"interrupts", "opening"},
     "journal": {"interrupts", "store"},
     "inputs": {"checkpoint", "header", "inplace", "rules"},
@@ -49,8 +55,10 @@ ARROWS: dict[str, set[str]] = {
     "counting": {"backends"},
     "device": {"backends", "counting", "names", "plan", "rules", "steps", "windows"},
     "statedict": {"checkpoint", "header", "names", "plan", "steps", "windows"},
-    "report": {"absences", "backends", "plan", "stream"},
-    "manifest": {"ancestry", "checkpoint", "header", "interrupts", "names", "plan", "report", "store", "stream"},
+    "report": {"absences", "backends", "plan", "sidefiles", "stream"},
+    "manifest": {
+        "ancestry", "checkpoint", "header", "interrupts", "names", "plan", "report", "sidefiles", "store", "stream",
+    },
     "summary": {"checkpoint", "inputs", "names", "quantized"},
     "verification": {
         "checkpoint", "device", "header", "inputs", "manifest", "names", "opening", "plan", "reader", "rules",
@@ -64,9 +72,9 @@ ARROWS: dict[str, set[str]] = {
         "updates", "windows",
     },
     "merge": {
-        "checkpoint", "device", "guards", "header", "inplace", "inputs", "interrupts", "manifest", "operation",
-        "overwrite", "plan", "reader", "records", "report", "rules", "sidefiles", "state", "statedict", "steps",
-        "store", "stream", "summary", "verification",
+        "checkpoint", "configs", "device", "guards", "header", "inplace", "inputs", "interrupts", "manifest",
+        "operation", "overwrite", "plan", "reader", "records", "report", "rules", "sidefiles", "state", "statedict",
+        "steps", "store", "stream", "summary", "verification",
     },
     "pages": set(),
     "mapping": {"checkpoint", "header", "opening", "pages", "regions"},
@@ -78,12 +86,13 @@ ARROWS: dict[str, set[str]] = {
 NO_TORCH = {
     "interrupts",
     "opening", "header", "checkpoint", "names", "rules", "sidefiles", "steps", "plan", "store", "inplace", "journal",
-    "inputs", "operation", "updates", "state", "reader", "trust", "pages", "regions",
+    "inputs", "operation", "updates", "state", "reader", "trust", "pages", "regions", "tokens", "endings", "configs",
+    "references",
 }  # fmt: skip
 STANDARD_ONLY = {
     "interrupts",
     "opening", "header", "checkpoint", "store", "inplace", "sidefiles", "names", "rules", "inputs", "operation",
-    "trust", "pages", "regions",
+    "trust", "pages", "regions", "tokens", "endings", "configs", "references",
 }  # fmt: skip
 
 
