@@ -32,6 +32,7 @@ from ires_kernels.checkpoint import Checkpoint, is_shard, open_checkpoint
 from ires_kernels.header import CheckpointError, brief
 from ires_kernels.inplace import Workplace
 from ires_kernels.inputs import StrPath, absolute, check_path, open_inputs, roles_of_apply
+from ires_kernels.opening import MAX_MANIFEST, read_bytes
 from ires_kernels.operation import UNDO, Operation, same_plan
 from ires_kernels.overwrite import Options
 from ires_kernels.plan import MANIFESTS, VERSION, Plan, plan_apply, plan_extract
@@ -425,7 +426,7 @@ def _written_before(plan: Plan, out: Path, *, sync: bool, sha256: bool) -> Repor
     Raises StoreError where the machine has been restarted since, and has lost some of what was not synced.
     """
     try:
-        table = json.loads((out / MANIFESTS[plan.operation]).read_bytes())
+        table = json.loads(read_bytes(out / MANIFESTS[plan.operation], MAX_MANIFEST))
         if not isinstance(table, dict) or table.get("id") != plan.id or (sha256 and "sha256" not in table):
             return None
         files = {shard.path.name: shard.file_id.size for shard in open_checkpoint(out).shards}

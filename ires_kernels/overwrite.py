@@ -28,6 +28,7 @@ from ires_kernels.inplace import Workplace
 from ires_kernels.inputs import absolute, open_inputs
 from ires_kernels.journal import AHEAD, Extent, Journal, JournalError, UndoGone
 from ires_kernels.names import FLOATS
+from ires_kernels.opening import MAX_MANIFEST, read_bytes
 from ires_kernels.operation import Operation, as_it_was, same_plan
 from ires_kernels.plan import VERSION, Plan, plan_apply
 from ires_kernels.reader import all_file_ids
@@ -158,7 +159,7 @@ def carry_on(place: Workplace, options: Options, started: float, *, fresh: bool 
         place.install(_new_files(place, operation), operation.dropped)
         place.advance("finished")
     if report is None:
-        table = json.loads((place.folder / _manifest_name(place)).read_bytes())
+        table = json.loads(read_bytes(place.folder / _manifest_name(place), MAX_MANIFEST))
         report = Report.recorded(operation.kind, operation.id, place.target, table["report"], _FINISHED)
     return replace(report, notes=(*report.notes, *_finish(place, operation)))
 
@@ -425,7 +426,7 @@ def _write_manifest(place: Workplace, operation: Operation, plan: Plan, outcome:
 def _recorded_hashes(place: Workplace) -> dict[str, str | None]:
     """What the manifest of the update before says of the tensors, where there is one."""
     try:
-        table = json.loads((place.folder / _manifest_name(place)).read_bytes())
+        table = json.loads(read_bytes(place.folder / _manifest_name(place), MAX_MANIFEST))
     except FileNotFoundError:
         return {}
     return {tensor: entry.get("xxh3_128") for tensor, entry in table["tensors"].items()}
@@ -461,9 +462,11 @@ def _is_ours(place: Workplace, operation: Operation) -> Callable[[str], bool]:
         path = place.folder / name
         if path.is_symlink() or not path.is_file():
             return False
-        content = path.read_bytes()
         if name in operation.installed:
-            return xxhash.xxh3_128_hexdigest(content) == operation.installed[name]["xxh3_128"]
-        return name != _manifest_name(place) or operation.id.encode() in content
+            hasher = xxhash.xxh3_128()
+            for _ in store.chunks(path, hasher):
+                pass
+            return hasher.hexdigest() == operation.installed[name]["xxh3_128"]
+        return name != _manifest_name(place) or operation.id.encode() in read_bytes(path, MAX_MANIFEST)
 
     return is_ours

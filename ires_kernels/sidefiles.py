@@ -198,6 +198,8 @@ class _Parent:
         file_id = FileId.of(path)
         if not self.checkpoint.follow_links and path != self.checkpoint.path:
             check_link(path, self.checkpoint.path)
+        if _group(name) != "model" and file_id.size > MAX_TOKENIZER:
+            raise CheckpointError(f"{path}: has {file_id.size} bytes, wanted at most {MAX_TOKENIZER}. Delete it.")
         return SideFile(name, path, self.role, file_id, why, content)
 
     def read(self, name: str) -> bytes:

@@ -68,11 +68,11 @@ ARROWS: dict[str, set[str]] = {
     "records": {"checkpoint", "manifest", "opening", "plan", "store", "stream"},
     "overwrite": {
         "backends", "checkpoint", "guards", "inplace", "inputs", "interrupts", "journal", "manifest", "names",
-        "operation", "plan", "reader", "records", "report", "rules", "sidefiles", "steps", "store", "stream",
+        "opening", "operation", "plan", "reader", "records", "report", "rules", "sidefiles", "steps", "store", "stream",
         "updates", "windows",
     },
     "merge": {
-        "checkpoint", "configs", "device", "guards", "header", "inplace", "inputs", "interrupts", "manifest",
+        "checkpoint", "configs", "device", "guards", "header", "inplace", "inputs", "interrupts", "manifest", "opening",
         "operation", "overwrite", "plan", "reader", "records", "report", "rules", "sidefiles", "state", "statedict",
         "steps", "store", "stream", "summary", "verification",
     },
