@@ -3,13 +3,14 @@
 Fine-tuning and continual pre-training move weights by little, so a model keeps pointing where its ancestor did; models
 trained from different random weights are orthogonal, however alike they are in shape, norm and behaviour. A residual
 added to a stranger does harm or nothing, and no shape or name gives it away. So `extract` can keep a sketch of the base
-in residual.json, and `apply` compares the target with it, or with the base itself:
+in residual.json, and `apply` compares the target with it, or with the base itself. Of strangers the difference is no
+residual, so `extract` and `apply` compare instruct with base as well:
 
     table["ancestry"] = ancestry.sketch(inputs["base"])                      # a key of the manifest, in extract
     found = ancestry.compare(target, ancestry.sketch(base))                  # apply with instruct and base
     found = ancestry.compare(target, (residual.manifest or {}).get("ancestry"))  # apply with a residual
     if found is not None and not found.related:
-        warnings.append(found.warning("base"))
+        warnings.append(found.warning("target", "base"))
 
 A sketch takes 64 elements each of 256 tensors at most: 33 kB of a bfloat16 model, and less than 70 kB of JSON.
 """
@@ -37,6 +38,10 @@ THRESHOLD = 0.5
 """Models with a lower cosine are taken for strangers. It lies in the middle of what was measured on trained models
 (examples/continual/README.md): 0.96 and more among relatives, -0.1 to 0.1 among strangers."""
 
+_MEANS = {
+    "target": "A residual works only on models trained further from the base it was taken from",
+    "instruct": "Their difference holds what an instruct model has learnt only if it was trained from that base",
+}
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -56,12 +61,12 @@ class Ancestry:
         """Whether the residual of the base is likely to mean something to the model."""
         return self.cosine >= THRESHOLD
 
-    def warning(self, base: str) -> str:
-        """What to say of a target that is not related to what is called `base`."""
+    def warning(self, model: str, base: str) -> str:
+        """What to say of a model, target or instruct, that is not related to what is called `base`."""
         return (
-            f"target and {base} look unrelated: the median cosine of {self.tensors} sampled tensors is "
+            f"{model} and {base} look unrelated: the median cosine of {self.tensors} sampled tensors is "
             f"{self.cosine:.2f} (related models: {THRESHOLD:g} to 1), their distance {self.distance:.2f} times the "
-            "base's norm. A residual works only on models trained further from the base it was taken from"
+            f"base's norm. {_MEANS[model]}"
         )
 
 

@@ -31,14 +31,16 @@ def compare(plan: Plan) -> dict[str, dict[str, str]]:
 
 
 def strangers(inputs: Mapping[str, Checkpoint]) -> tuple[str, ...]:
-    """Warnings of a target that looks as if it did not descend from the base of what is added to it."""
+    """Warnings of a target or an instruct model that looks as if it did not descend from the base."""
+    models = [role for role in ("instruct", "target") if role in inputs]
     if "base" in inputs:
         sketches: dict[str, object] = {"base": ancestry.sketch(inputs["base"])}
     else:
         residuals = {role: checkpoint for role, checkpoint in inputs.items() if role != "target"}
         sketches = {f"the base of {r}": (c.manifest or {}).get("ancestry") for r, c in residuals.items()}
-    found = {role: ancestry.compare(inputs["target"], sketch) for role, sketch in sketches.items()}
-    return tuple(each.warning(role) for role, each in found.items() if each is not None and not each.related)
+    pairs = [(model, base) for base in sketches for model in models]
+    found = [(*pair, ancestry.compare(inputs[pair[0]], sketches[pair[1]])) for pair in pairs]
+    return tuple(each.warning(model, base) for model, base, each in found if each is not None and not each.related)
 
 
 def read_residuals(plan: Plan, threads: int | None = None) -> None:

@@ -104,7 +104,8 @@ def extract(
     rules = Rules.of(0, skip=skip, dtype=dtype, allow_missing=allow_missing, rounding=rounding, seed=seed)
     inputs = open_inputs({"base": base, "instruct": instruct}, follow_links=follow_links)
     options = _options(device, threads, progress)
-    return _carry_out(plan_extract(inputs, rules), Path(out), options, sync=sync, sha256=sha256, dry_run=dry_run)
+    plan = _warned(plan_extract(inputs, rules))
+    return _carry_out(plan, Path(out), options, sync=sync, sha256=sha256, dry_run=dry_run)
 
 
 def apply(
@@ -167,7 +168,7 @@ def apply(
     inputs = open_inputs(paths, follow_links=follow_links)
     copies = second_copies(inputs)
     plan = plan_apply(inputs, rules, copies)
-    plan = replace(plan, warnings=(*plan.warnings, *guards.strangers(inputs)))
+    plan = _warned(plan)
     if out is not None:
         if is_shard(plan.inputs["target"].path):
             raise CheckpointError(
@@ -201,7 +202,7 @@ def resume(
         operation = Operation.from_bytes(read_kept(path), partial_path(path))
         inputs = open_inputs(operation.paths, follow_links=operation.follow_links)
         rules = Rules.from_dict(operation.rules)
-        plan = plan_extract(inputs, rules) if operation.kind == "extract" else _plan_apply(inputs, rules)
+        plan = _warned(plan_extract(inputs, rules) if operation.kind == "extract" else _plan_apply(inputs, rules))
         same_plan(operation, plan.id, VERSION)
         report = _carry_out(plan, path, options, sync=operation.sync, sha256=operation.sha256)
         assert isinstance(report, Report)
@@ -310,6 +311,11 @@ def _rules_of_apply(
         rounding=rounding,
         seed=seed,
     )
+
+
+def _warned(plan: Plan) -> Plan:
+    """The plan, and what is to be said of inputs that look as if they were no relatives."""
+    return replace(plan, warnings=(*plan.warnings, *guards.strangers(plan.inputs)))
 
 
 def _plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules) -> Plan:

@@ -15,6 +15,8 @@ from ires_kernels.backends import Tally
 from ires_kernels.plan import Plan, size
 from ires_kernels.stream import Outcome
 
+_DONE = {"extract": "extracted", "apply": "merged"}
+
 
 @dataclass(frozen=True, slots=True)
 class Strength:
@@ -180,7 +182,7 @@ class Report:
         counts = self.counts
         rows = [
             ("output", f"{self.out}"),
-            ("merged", f"{self.tensors} tensors, {counts.elements:,} elements"),
+            (_DONE[self.operation], f"{self.tensors} tensors, {counts.elements:,} elements"),
         ]
         if self.seconds:
             rows.append(("read, written", f"{size(self.bytes_read)}, {size(self.bytes_written)}"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from checkpoints import SHAPES, Tensors, normal, tensors, write_model
 from safetensors.torch import save_file
 
+import ires_kernels as ik
 from ires_kernels import ancestry
 from ires_kernels.checkpoint import Checkpoint, open_checkpoint
 from ires_kernels.header import CheckpointError
@@ -55,8 +57,34 @@ def test_a_stranger_is_told_although_its_norms_are_the_same(tmp_path: Path) -> N
     assert found is not None
     assert abs(found.cosine) < ancestry.THRESHOLD
     assert not found.related
-    assert f"{found.cosine:.2f}" in found.warning("base")
-    assert f"{found.distance:.2f}" in found.warning("base")
+    assert f"{found.cosine:.2f}" in found.warning("target", "base")
+    assert f"{found.distance:.2f}" in found.warning("target", "base")
+
+
+@pytest.mark.parametrize("related", [True, False])
+def test_an_instruct_model_that_is_no_relative_of_the_base(tmp_path: Path, related: bool) -> None:
+    """By extract and by apply, dry or not: the target is one of the base's in any case."""
+    base = tensors(1)
+    paths = [
+        write_model(tmp_path / name, weights, config={"tie_word_embeddings": False})
+        for name, weights in (("base", base), ("instruct", moved(base, 0.5) if related else tensors(2)))
+    ]
+    target = write_model(tmp_path / "target", moved(base, 0.3, seed=6), config={"tie_word_embeddings": False})
+    extracted = ik.extract(*paths, tmp_path / "residual", sync=False)
+    done = [
+        ik.extract(*paths, tmp_path / "none", dry_run=True),
+        extracted,
+        ik.apply(target, (paths[1], paths[0]), out=tmp_path / "none", dry_run=True),
+        ik.apply(target, (paths[1], paths[0]), out=tmp_path / "out", sync=False),
+    ]
+    for each in done:
+        found = [warning for warning in each.warnings if "look unrelated" in warning]
+        assert len(found) == (0 if related else 1)
+        assert all(warning.startswith("instruct and base look unrelated: the median cosine of ") for warning in found)
+    assert (next(row[0] for row in done[1].rows()[1:]), done[3].rows()[1][0]) == ("extracted", "merged")
+    assert "merged" not in f"{extracted}"
+    with nullcontext() if related else pytest.warns(UserWarning, match="instruct and base look unrelated"):
+        ik.load(target, (paths[1], paths[0]))
 
 
 def test_a_sketch_survives_json_shards_and_dtypes(tmp_path: Path) -> None:
