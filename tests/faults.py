@@ -65,13 +65,24 @@ def library() -> Path:
     return built
 
 
-class Warm:
-    """A process that has imported the command line, and forks for every command."""
+class Run(NamedTuple):
+    """A command to run: its arguments, its fault, and the signals that it gets, with the seconds after its start."""
 
-    def __init__(self) -> None:
+    argv: Sequence[str]
+    fault: Fault | None = None
+    signals: Sequence[tuple[float, int]] = ()
+
+
+class Warm:
+    """A process that has imported the command line, and forks for every command.
+
+    small  cut tensors into hundreds of windows, so that a tiny model takes as many as a large one
+    """
+
+    def __init__(self, *, small: bool = False) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="warm-"))
         self._process = subprocess.Popen(
-            [sys.executable, __file__, f"{self._folder}"],
+            [sys.executable, __file__, f"{self._folder}", *(["small"] if small else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -84,18 +95,37 @@ class Warm:
         cwd: Path,
         fault: Fault | None = None,
         *,
-        kill_after: float | None = None,
+        signals: Sequence[tuple[float, int]] = (),
         held: Callable[[], None] | None = None,
         file_size: int | None = None,
     ) -> Done:
         """Run ``ires ARGV`` in `cwd`; only what it does below `cwd` is counted and can fail.
 
-        kill_after  seconds after which the command is killed, if it still runs
-        held        called when the fault "hold" has stopped the command, which is killed after that
-        file_size   RLIMIT_FSIZE of the command, in bytes
+        signals    what the command gets, with the seconds after its start; those that come too late are nothing
+        held       called when the fault "hold" has stopped the command, which is killed after that
+        file_size  RLIMIT_FSIZE of the command, in bytes
         """
-        child = {"cwd": os.path.realpath(cwd), "fault": fault or Fault("any", 0, "count"), "file_size": file_size}
-        self._ask(argv=list(argv), kill_after=kill_after, child=child)
+        (done,) = self.together([Run(argv, fault, signals)], cwd, held=held, file_size=file_size)
+        return done
+
+    def together(
+        self,
+        runs: Sequence[Run],
+        cwd: Path,
+        *,
+        held: Callable[[], None] | None = None,
+        file_size: int | None = None,
+    ) -> list[Done]:
+        """`run` several commands at once."""
+        place = os.path.realpath(cwd)
+        children = [
+            {"cwd": place, "fault": run.fault or Fault("any", 0, "count"), "file_size": file_size} for run in runs
+        ]
+        commands = [
+            {"argv": list(run.argv), "signals": list(run.signals), "child": child}
+            for run, child in zip(runs, children, strict=True)
+        ]
+        self._ask(commands=commands)
         answer = self._answer()
         if "held" in answer:
             try:
@@ -104,11 +134,17 @@ class Warm:
             finally:
                 self._ask()
                 answer = self._answer()
-        out, err = ((self._folder / name).read_text() for name in ("out", "err"))
-        counts = struct.unpack(f"{len(KINDS)}Q", (self._folder / "counts").read_bytes())
-        calls = dict(zip(KINDS, counts, strict=True))
-        assert answer["code"] != -signal.SIGALRM, f"ires {' '.join(argv)} hung for {HUNG} seconds under {fault}"
-        return Done(answer["code"], out, err, calls, answer["seconds"])
+        return [
+            self._done(number, run, code, seconds)
+            for number, (run, (code, seconds)) in enumerate(zip(runs, answer["ends"], strict=True))
+        ]
+
+    def _done(self, number: int, run: Run, code: int, seconds: float) -> Done:
+        folder = self._folder / f"{number}"
+        out, err = ((folder / name).read_text() for name in ("out", "err"))
+        counts = struct.unpack(f"{len(KINDS)}Q", (folder / "counts").read_bytes())
+        assert code != -signal.SIGALRM, f"ires {' '.join(run.argv)} hung for {HUNG} seconds: {run}: {out}{err}"
+        return Done(code, out, err, dict(zip(KINDS, counts, strict=True)), seconds)
 
     def _ask(self, **question: Any) -> None:
         assert self._process.stdin is not None
@@ -126,39 +162,59 @@ class Warm:
         shutil.rmtree(self._folder)
 
 
-def serve(folder: str) -> None:
+def serve(folder: str, *how: str) -> None:
     """What the warm process does: a question a line on stdin, an answer a line on stdout."""
     import torch
 
-    from ires_kernels import cli
+    from ires_kernels import updates, windows
 
     torch.set_num_threads(1)  # a pool of threads would not survive the fork
+    if "small" in how:
+        windows.WINDOW = 32
+        updates.UNIT, updates.WINDOW, updates.GAP = 64, 1024, 16
     for line in sys.stdin:
-        question = json.loads(line)
+        commands = json.loads(line)["commands"]
         started = time.monotonic()
-        pid = os.fork()
-        if pid == 0:
-            code = 4
-            try:
-                prepare(folder, **question["child"])
-                code = cli.main(question["argv"])
-            except SystemExit as stop:  # argparse
-                code = int(stop.code or 0)
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        if question["kill_after"] is not None:
-            time.sleep(question["kill_after"])
-            os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, os.WUNTRACED)
-        if os.WIFSTOPPED(status):
-            print(json.dumps({"held": pid}), flush=True)
-            sys.stdin.readline()
-            os.kill(pid, signal.SIGKILL)
-            _, status = os.waitpid(pid, 0)
-        seconds = time.monotonic() - started
-        print(json.dumps({"code": os.waitstatus_to_exitcode(status), "seconds": seconds}), flush=True)
+        pids = [start(Path(folder, f"{number}"), **command) for number, command in enumerate(commands)]
+        due = sorted((at, pid, what) for pid, c in zip(pids, commands, strict=True) for at, what in c["signals"])
+        for at, pid, what in due:
+            time.sleep(max(0.0, started + at - time.monotonic()))
+            os.kill(pid, what)
+        ends = []
+        for pid in pids:
+            _, status = os.waitpid(pid, os.WUNTRACED)
+            if os.WIFSTOPPED(status):
+                print(json.dumps({"held": pid}), flush=True)
+                sys.stdin.readline()
+                os.kill(pid, signal.SIGKILL)
+                _, status = os.waitpid(pid, 0)
+            ends.append([os.waitstatus_to_exitcode(status), time.monotonic() - started])
+        print(json.dumps({"ends": ends}), flush=True)
+
+
+def start(folder: Path, argv: list[str], signals: list[Any], child: dict[str, Any]) -> int:
+    """Fork for a command; returns the process."""
+    from ires_kernels import cli
+
+    folder.mkdir(exist_ok=True)
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 4
+    try:
+        prepare(f"{folder}", **child)
+        sys.argv = ["ires", *argv]
+        code = cli.main()
+    except SystemExit as stop:  # argparse
+        code = int(stop.code or 0)
+    except KeyboardInterrupt:
+        if not signals:
+            raise
+        code = 130  # before the program could do anything about it
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def prepare(folder: str, cwd: str, fault: list[Any], file_size: int | None) -> None:
@@ -177,4 +233,4 @@ def prepare(folder: str, cwd: str, fault: list[Any], file_size: int | None) -> N
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(*sys.argv[1:])

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import json
+import random
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +51,14 @@ def same(name: str, command: tuple[str, ...], *, writes_target: bool = False) ->
     return Scenario(name, command, command, command, writes_target=writes_target)
 
 
+class Cut(NamedTuple):
+    """How a command was interrupted, how it ended in one word, and what is wrong then, or ""."""
+
+    how: str
+    word: str
+    wrong: str
+
+
 RESUME, ROLLBACK = ("resume", "target"), ("rollback", "target")
 RESUME_OUT, ROLLBACK_OUT = ("resume", "out"), ("rollback", "out")
 
@@ -66,6 +76,12 @@ SCENARIOS = [
     Scenario("resume to a new folder", RESUME_OUT, RESUME_OUT, _NEW, ((_NEW, _HALF_WAY),)),
     Scenario("rollback of a new folder", ROLLBACK_OUT, ROLLBACK_OUT, None, ((_NEW, _HALF_WAY),)),
 ]
+_NO_UNDO = (*_IN_PLACE[:-1], "2", "--no-undo")
+WITHOUT_UNDO = [
+    same("in place without undo", _NO_UNDO, writes_target=True),
+    Scenario("in place without undo, resumed", _NO_UNDO, RESUME, _NO_UNDO, writes_target=True),
+]
+"""What is lost when it is killed, and not when it is asked to end."""
 
 
 @functools.cache
@@ -209,3 +225,38 @@ class World:
             for folders in (self.found(), self.wanted)
         )
         return sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+
+
+def rounds(
+    world: World,
+    count: int,
+    seed: int,
+    times: Sequence[int],
+    interrupt: Callable[[random.Random, tuple[str, ...], Done], Cut],
+    *,
+    begun: Callable[[], None] = lambda: None,
+) -> Counter[str]:
+    """Interrupt a scenario's command, then what should repair that, one of `times` times, and let it end; `count` times.
+
+    interrupt  runs a command and interrupts it, given what an uninterrupted run was
+    begun      called when the world is where the command starts
+    """
+    rng = random.Random(f"{world.scenario.name} {seed}")
+    world.begin()
+    uninterrupted = world.run(world.scenario.command)
+    counts: Counter[str] = Counter()
+    for number in range(count):
+        world.begin()
+        begun()
+        command = world.scenario.command
+        for _ in range(rng.choice(times)):
+            cut = interrupt(rng, command, uninterrupted)
+            counts[cut.word] += 1
+            where = f"{world.scenario.name}, round {number}: {' '.join(command)} {cut.how}"
+            wrong = cut.wrong or world.broken()
+            assert not wrong, f"{where}: {wrong}"
+            command = world.scenario.again
+        wrong = world.finish()
+        assert not wrong, f"{where}, then again: {wrong}"
+    print(f"\n{world.scenario.name}: {count} rounds: {dict(counts)}")
+    return counts

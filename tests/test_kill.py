@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import random
-from collections import Counter
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from faults import Fault, Warm
+from faults import Done, Fault, Warm
 from safetensors.torch import load
-from scenarios import SCENARIOS, Scenario, World
+from scenarios import SCENARIOS, Cut, Scenario, World, rounds
 
 ROUNDS = 3
 
@@ -65,52 +66,36 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def rounds(world: World, judge: Judge, count: int, seed: int) -> Counter[str]:
-    """Kill a scenario's command, then what should repair that, some times over; and let it end at last."""
-    rng = random.Random(f"{world.scenario.name} {seed}")
-    world.begin()
-    uninterrupted = world.run(world.scenario.command)
+def kill(world: World, rng: random.Random, command: tuple[str, ...], uninterrupted: Done) -> Cut:
+    """Kill a command at a moment, or at a call, or while it cleans up after an error."""
     calls = uninterrupted.calls["any"]
-    counts: Counter[str] = Counter()
-    for number in range(count):
-        world.begin()
-        command = world.scenario.command
-        for _ in range(rng.choice([1, 1, 2, 3])):
-            way, n = rng.choice(["moment", "call", "call", "error"]), rng.randint(1, calls)
-            if way == "moment":
-                moment = rng.uniform(0, 1.2 * uninterrupted.seconds)
-                how = f"after {moment:.4f} s"
-                done = world.run(command, kill_after=moment)
-            else:
-                fault = Fault("any", n, rng.choice(["kill", "kill-after"]))
-                if way == "error":  # and killed while it cleans up
-                    fault = Fault("any", n, "EIO", rng.randint(1, 16))
-                how = f"at call {n} of {calls}, {fault}"
-                done = world.run(command, fault)
-            counts["killed" if done.code == -9 else "ended before"] += 1
-            where = f"{world.scenario.name}, round {number}: {' '.join(command)} {how}"
-            # Who comes too late for one more kill is told that there is nothing left to do, or nothing begun.
-            late = done.code == 2 and (world.complete() or command[0] == "resume")
-            failed = way == "error" and done.code in (2, 3)
-            assert done.code in (0, -9) or late or failed, f"{where}: {done}"
-            wrong = judge.wrong()
-            assert not wrong, f"{where}: {wrong}"
-            command = world.scenario.again
-        wrong = world.finish()
-        assert not wrong, f"{where}, then again: {wrong}"
-    print(f"\n{world.scenario.name}: {count} rounds: {dict(counts)}")
-    return counts
+    way, n = rng.choice(["moment", "call", "call", "error"]), rng.randint(1, calls)
+    if way == "moment":
+        moment = rng.uniform(0, 1.2 * uninterrupted.seconds)
+        how = f"after {moment:.4f} s"
+        done = world.run(command, signals=[(moment, signal.SIGKILL)])
+    else:
+        fault = Fault("any", n, rng.choice(["kill", "kill-after"]))
+        if way == "error":
+            fault = Fault("any", n, "EIO", rng.randint(1, 16))
+        how = f"at call {n} of {calls}, {fault}"
+        done = world.run(command, fault)
+    # Who comes too late for one more kill is told that there is nothing left to do, or nothing begun.
+    late = done.code == 2 and (world.complete() or command[0] == "resume")
+    failed = way == "error" and done.code in (2, 3)
+    wrong = "" if done.code in (0, -9) or late or failed else f"{done}"
+    return Cut(how, "killed" if done.code == -9 else "ended before", wrong or Judge(world).wrong())
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_kill(scenario: Scenario, warm: Warm, models: Path, scratch: Path) -> None:
     world = World(warm, models, scratch / "world", scenario)
-    rounds(world, Judge(world), ROUNDS, seed=0)
+    rounds(world, ROUNDS, 0, [1, 1, 2, 3], functools.partial(kill, world))
 
 
 @pytest.mark.torture
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_kill_200_rounds(scenario: Scenario, warm: Warm, models: Path, scratch: Path) -> None:
     world = World(warm, models, scratch / "world", scenario)
-    counts = rounds(world, Judge(world), 200, seed=1)
+    counts = rounds(world, 200, 1, [1, 1, 2, 3], functools.partial(kill, world))
     assert counts["killed"] > 100

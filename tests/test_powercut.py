@@ -6,18 +6,18 @@ disk, with or without a last write of the log. What was only in the page cache i
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import shutil
 import subprocess
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import Fault, Warm
-from scenarios import SCENARIOS, Scenario, World
+from faults import Done, Fault, Warm
+from scenarios import SCENARIOS, Cut, Scenario, World, rounds
 
 pytestmark = pytest.mark.root
 
@@ -64,55 +64,41 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
     disk.unmount()
 
 
-def rounds(world: World, disk: Disk, count: int, seed: int) -> Counter[str]:
-    """Cut the power of a scenario's command, and sometimes of the one that repairs; let it end at last."""
-    rng = random.Random(f"{world.scenario.name} {seed}")
-    world.begin()
-    uninterrupted = world.run(world.scenario.command)
+def cut(world: World, disk: Disk, rng: random.Random, command: tuple[str, ...], uninterrupted: Done) -> Cut:
+    """Cut the power of a command, at a call or a moment."""
     calls = uninterrupted.calls["any"]
-    counts: Counter[str] = Counter()
-    for number in range(count):
-        world.begin()
-        disk.sync()
-        command = world.scenario.command
-        for _ in range(rng.choice([1, 1, 2])):
-            with_log = rng.random() < 0.5
-            if rng.random() < 0.7:
-                n = rng.randint(1, calls + 1)  # the last one is after the end
-                how = f"held at call {n} of {calls}"
-                done = world.run(command, Fault("any", n, "hold"), held=lambda log=with_log: disk.cut(with_log=log))
-                if done.code != -9:
-                    disk.cut(with_log=with_log)
-            else:
-                moment = rng.uniform(0, 1.2 * uninterrupted.seconds)
-                how = f"after {moment:.4f} s"
-                timer = threading.Timer(moment, disk.cut, kwargs={"with_log": with_log})
-                timer.start()
-                done = world.run(command)
-                timer.join()
-            disk.unmount()
-            disk.mount()
-            outcome = {0: "ended before", -9: "power cut", 3: "saw the disk fail", 2: "refused"}
-            where = f"{world.scenario.name}, round {number}: {' '.join(command)}, {how}, log {with_log}"
-            assert done.code in outcome, f"{where}: {done}"
-            counts[outcome[done.code]] += 1
-            wrong = world.broken()
-            assert not wrong, f"{where}: {wrong}"
-            assert done.code != 0 or world.complete(command), f"{where}: exit code 0, and the result is not on the disk"
-            command = world.scenario.again
-        wrong = world.finish()
-        assert not wrong, f"{where}, then again: {wrong}"
-    print(f"\n{world.scenario.name}: {count} rounds: {dict(counts)}")
-    return counts
+    with_log = rng.random() < 0.5
+    if rng.random() < 0.7:
+        n = rng.randint(1, calls + 1)  # the last one is after the end
+        how = f"held at call {n} of {calls}"
+        done = world.run(command, Fault("any", n, "hold"), held=lambda: disk.cut(with_log=with_log))
+        if done.code != -9:
+            disk.cut(with_log=with_log)
+    else:
+        moment = rng.uniform(0, 1.2 * uninterrupted.seconds)
+        how = f"after {moment:.4f} s"
+        timer = threading.Timer(moment, disk.cut, kwargs={"with_log": with_log})
+        timer.start()
+        done = world.run(command)
+        timer.join()
+    disk.unmount()
+    disk.mount()
+    word = {0: "ended before", -9: "power cut", 3: "saw the disk fail", 2: "refused"}.get(done.code, "")
+    wrong = "" if word else f"{done}"
+    if done.code == 0 and not world.complete(command):
+        wrong = world.broken() or "exit code 0, and the result is not on the disk"
+    return Cut(f"{how}, log {with_log}", word, wrong)
 
 
 @pytest.mark.parametrize("scenario", DURABLE, ids=lambda scenario: scenario.name)
 def test_power_cut(scenario: Scenario, disk: Disk, warm: Warm, models: Path) -> None:
-    rounds(World(warm, models, disk.mounted / "world", scenario), disk, 3, seed=0)
+    world = World(warm, models, disk.mounted / "world", scenario)
+    rounds(world, 3, 0, [1, 1, 2], functools.partial(cut, world, disk), begun=disk.sync)
 
 
 @pytest.mark.torture
 @pytest.mark.parametrize("scenario", DURABLE, ids=lambda scenario: scenario.name)
 def test_power_cut_50_rounds(scenario: Scenario, disk: Disk, warm: Warm, models: Path) -> None:
-    counts = rounds(World(warm, models, disk.mounted / "world", scenario), disk, 50, seed=1)
+    world = World(warm, models, disk.mounted / "world", scenario)
+    counts = rounds(world, 50, 1, [1, 1, 2], functools.partial(cut, world, disk), begun=disk.sync)
     assert counts["power cut"] > 10
