@@ -169,13 +169,14 @@ def serve(folder: str, *how: str) -> None:
     from ires_kernels import updates, windows
 
     torch.set_num_threads(1)  # a pool of threads would not survive the fork
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the command line handles it, nobody does
     if "small" in how:
         windows.WINDOW = 32
         updates.UNIT, updates.WINDOW, updates.GAP = 64, 1024, 16
     for line in sys.stdin:
         commands = json.loads(line)["commands"]
         started = time.monotonic()
-        pids = [start(Path(folder, f"{number}"), **command) for number, command in enumerate(commands)]
+        pids = [start(Path(folder, f"{n}"), command["argv"], command["child"]) for n, command in enumerate(commands)]
         due = sorted((at, pid, what) for pid, c in zip(pids, commands, strict=True) for at, what in c["signals"])
         for at, pid, what in due:
             time.sleep(max(0.0, started + at - time.monotonic()))
@@ -192,7 +193,7 @@ def serve(folder: str, *how: str) -> None:
         print(json.dumps({"ends": ends}), flush=True)
 
 
-def start(folder: Path, argv: list[str], signals: list[Any], child: dict[str, Any]) -> int:
+def start(folder: Path, argv: list[str], child: dict[str, Any]) -> int:
     """Fork for a command; returns the process."""
     from ires_kernels import cli
 
@@ -207,10 +208,6 @@ def start(folder: Path, argv: list[str], signals: list[Any], child: dict[str, An
         code = cli.main()
     except SystemExit as stop:  # argparse
         code = int(stop.code or 0)
-    except KeyboardInterrupt:
-        if not signals:
-            raise
-        code = 130  # before the program could do anything about it
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
