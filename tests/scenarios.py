@@ -236,8 +236,9 @@ def rounds(
     *,
     begun: Callable[[], None] = lambda: None,
 ) -> Counter[str]:
-    """Interrupt a scenario's command, then what should repair that, one of `times` times, and let it end; `count` times.
+    """Interrupt a scenario's command, then what should repair that, and let it end; so many rounds.
 
+    times      how often it is interrupted in a round, one of these
     interrupt  runs a command and interrupts it, given what an uninterrupted run was
     begun      called when the world is where the command starts
     """
