@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ires_kernels.header import CheckpointError, Header, brief, check_depth, parse_json, read_header, sniff
-from ires_kernels.inplace import unfinished
+from ires_kernels.inplace import foreign, unfinished
 from ires_kernels.opening import MAX_CONFIG, MAX_INDEX, MAX_MANIFEST, check_link, kind_of_file, read_bytes
 from ires_kernels.store import is_unfinished
 
@@ -145,6 +145,16 @@ def open_checkpoint(path: str | os.PathLike[str], *, follow_links: bool = False)
     Raises CheckpointError, which says what was found and what is wanted.
     """
     path = Path(path)
+    try:
+        return _open_checkpoint(path, follow_links)
+    except CheckpointError as error:
+        strange = foreign(path).values()  # perhaps files are missing because they are in there
+        if not strange:
+            raise
+        raise CheckpointError("\n".join([f"{error}", *strange])) from None
+
+
+def _open_checkpoint(path: Path, follow_links: bool) -> Checkpoint:
     if unfinished(path):
         raise CheckpointError(
             f"{path}: an update in place of this model still runs or was interrupted. `ires status {path}` says more."

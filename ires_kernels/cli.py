@@ -213,12 +213,14 @@ def _parser() -> argparse.ArgumentParser:
 
     resume = commands.add_parser("resume", help="finish an interrupted extract or apply")
     resume.add_argument("path", metavar="PATH", help="its OUT, or its TARGET if it was in place")
+    _lock_option(resume)
     _common_options(resume)
     resume.set_defaults(run=_resume)
 
     rollback = commands.add_parser("rollback", help="take back an unfinished merge, or one with --keep-undo")
     rollback.add_argument("path", metavar="PATH", help="its OUT, or its TARGET if it was in place")
     rollback.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    _lock_option(rollback)
     _key_option(rollback)
     rollback.set_defaults(run=_rollback)
 
@@ -250,6 +252,7 @@ def _merge_options(parser: argparse.ArgumentParser, *, dtype: str | None, kept: 
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done and write nothing")
     _follow_links(parser)
+    _lock_option(parser)
     _common_options(parser)
 
 
@@ -268,6 +271,14 @@ def _common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors, and JSON if asked for")
     _key_option(parser)
+
+
+def _lock_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-lock",
+        action="store_true",
+        help="do without the lock (flock), on a file system that has none: no other process may write there",
+    )
 
 
 def _key_option(parser: argparse.ArgumentParser) -> None:
@@ -390,12 +401,18 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _resume(arguments: argparse.Namespace) -> int:
     with _progress(arguments, "resume") as progress:
-        report = merge.resume(arguments.path, device=arguments.device, threads=arguments.threads, progress=progress)
+        report = merge.resume(
+            arguments.path,
+            device=arguments.device,
+            threads=arguments.threads,
+            progress=progress,
+            lock=not arguments.no_lock,
+        )
     return _print_result(arguments, report)
 
 
 def _rollback(arguments: argparse.Namespace) -> int:
-    done = merge.rollback(arguments.path)
+    done = merge.rollback(arguments.path, lock=not arguments.no_lock)
     if not arguments.quiet:
         _say(done)
     return 0
@@ -426,6 +443,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     made_by = table["made_by"]
     rows += [("made by", f"ires {made_by['operation']}, {made_by.get('id')}")] if "operation" in made_by else []
     rows += [(f"from {role}", f"{entry.get('path')}") for role, entry in made_by.get("inputs", {}).items()]
+    rows += [("note", text) for text in table["notes"]]
     width = max(len(title) for title, _ in rows)
     lines = [f"{title:<{width}}  {text}" for title, text in rows]
     if arguments.tensors:
@@ -480,7 +498,8 @@ def _unfinished(arguments: argparse.Namespace | None) -> str:
     path = _path(arguments)
     try:
         if path is not None and (unfinished(path) or is_unfinished(partial_path(path))):
-            return f"{merge.status(path)}"
+            found = merge.status(path)
+            return f"{found}" if found.state != "foreign" else ""  # the error has said that
     except (OSError, ValueError):  # what cannot be looked at cannot be told
         return f"`ires status {path}` says what is left of it."
     return ""

@@ -14,6 +14,9 @@ and what says how far it got:
     restored.json    all is old again; what is left to do is to remove the rest
 
 Every move can be done again: whoever takes up an interrupted one looks at where the files are.
+
+The folder is closed to others, and is ours only if its owner is who we are and its lock and record have our signature:
+a model's folder comes from elsewhere, or others can write to it, so such a name may be there before us.
 """
 
 from __future__ import annotations
@@ -24,14 +27,34 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ires_kernels.store import MARKER, StoreError, allocate, fsync_folder, lock, named, write_file
+from ires_kernels import trust
+from ires_kernels.locks import lock
+from ires_kernels.opening import MAX_MANIFEST, read_open
+from ires_kernels.ownership import (
+    Foreign,
+    StoreError,
+    check_owner,
+    is_same,
+    make_private,
+    open_folder,
+    open_own,
+    private_mode,
+    unproved,
+)
+from ires_kernels.store import MARKER, allocate, fsync_folder, named, write_file
 
+SEAL = "operation"
+"""What the signature of an update's record is for."""
 PHASES = ("operation", "installing", "finished", "withdraw", "rollback", "restored")
 _WORK, _UNDO, _REPLACED = ".ires-unfinished", ".ires-undo", ".ires-replaced"
+_FIXED = (errno.EPERM, errno.EACCES, errno.EBUSY, errno.EXDEV, errno.EROFS, errno.ETXTBSY)
+"""What the kernel says of a file that may not be moved."""
+_TOKEN = "place", b"an update in place"
+"""What is signed in the lock, so that what an update leaves is known to be ours before it has begun."""
 _COPY = "Copy the model (`cp -rL`) and update the copy, or write a new folder with -o OUT."
 
 
@@ -41,12 +64,23 @@ def work_folder(target: Path) -> Path:
 
 
 def unfinished(target: Path) -> str | None:
-    """How far an unfinished update of `target` got, one of PHASES; None where none has begun."""
+    """How far an unfinished update of `target` got, one of PHASES; None where none of ours has begun."""
     try:
         work = work_folder(target)
-        return next((name for name in PHASES if (work / f"{name}.json").exists()), None)
+        phase = _phase(work)
+        return phase if phase is not None and not _strange(work) else None
     except (OSError, ValueError):  # whoever opens the model finds out why
         return None
+
+
+def foreign(target: Path) -> dict[Path, str]:
+    """What lies in or beside `target` as if it were the state of an update, and is not ours; and why, in a sentence."""
+    try:
+        places = [work_folder(target), *(path for _, path in _numbered(target, _UNDO))]
+        found = {place: _strange(place) for place in places if os.path.lexists(place)}
+    except ValueError:  # no path at all
+        return {}
+    return {place: text for place, text in found.items() if text}
 
 
 def unfinished_files(folder: Path) -> list[Path]:
@@ -57,8 +91,14 @@ def unfinished_files(folder: Path) -> list[Path]:
 
 
 def undo_folders(target: Path) -> list[Path]:
-    """What --keep-undo kept of earlier updates, the last one last."""
-    return [path for _, path in _numbered(target, _UNDO)]
+    """What --keep-undo kept of earlier updates, as far as it is ours; the last one last."""
+    kept = [path for _, path in _numbered(target, _UNDO) if (path / "finished.json").exists()]
+    return [path for path in kept if not _strange(path)]
+
+
+def read_record(folder: Path, phase: str = "finished") -> bytes:
+    """What `Workplace.write` wrote, in one of `undo_folders` or a `work_folder`."""
+    return _read(folder / f"{phase}.json")
 
 
 def check(target: Path, names: Iterable[str]) -> None:
@@ -71,6 +111,10 @@ def check(target: Path, names: Iterable[str]) -> None:
     cache = _hub_cache(target)
     if cache:
         raise StoreError(f"{target}: lies in the Hugging Face cache {cache}, whose files serve several models. {_COPY}")
+    work = work_folder(target)
+    strange = foreign(target)
+    if work in strange:
+        raise Foreign(strange[work])
     mounts = _mount_points()
     for path in (folder / name for name in names):
         if not _is_utf8(path.name):
@@ -97,24 +141,28 @@ def check(target: Path, names: Iterable[str]) -> None:
 class Workplace:
     """The hidden folder of an update, locked by this process. Make one with `begin` or `take`; `close` unlocks it."""
 
-    def __init__(self, target: Path, fd: int, *, sync: bool = True) -> None:
+    def __init__(self, target: Path, lock: int, at: int, *, sync: bool = True) -> None:
         self.target = target
         self.folder = _folder(target)
         self.work = work_folder(target)
         self.model = self.work / "model"
         """Where the model's files are meanwhile."""
         self.sync = sync
-        self._lock = fd
+        self._lock, self._at = lock, at
 
     @classmethod
-    def begin(cls, target: Path, *, sync: bool = True) -> Workplace:
-        """Make the folder. Raises StoreError when an update is under way or unfinished."""
+    def begin(cls, target: Path, *, sync: bool = True, locked: bool = True) -> Workplace:
+        """Make the folder. Raises StoreError when an update is under way or unfinished, or what is there is not ours.
+
+        locked  False: without the lock, where the user says that no other process works there
+        """
         work = work_folder(target)
+        token = trust.sign(*_TOKEN).encode()  # before anything is there: it may lack a key
         with named(work):
             try:
-                os.mkdir(work)
+                os.mkdir(work, private_mode(0o770))
             except FileExistsError:
-                place = cls.take(target)
+                place = cls.take(target, locked=locked)
                 if place.phase() is not None:
                     place.close()
                     raise StoreError(
@@ -122,61 +170,122 @@ class Workplace:
                         f"`ires rollback {target}` takes it back where that is possible."
                     ) from None
                 place.remove()  # nothing had begun
-                return cls.begin(target, sync=sync)
-            return cls(target, lock(work / MARKER, os.O_CREAT | os.O_EXCL), sync=sync)
+                return cls.begin(target, sync=sync, locked=locked)
+            try:
+                if sync:
+                    fsync_folder(work)  # where that cannot be done, it is said before anything else
+                fd = lock(work / MARKER, make=True, wanted=locked)
+            except OSError:
+                os.rmdir(work)
+                raise
+            try:
+                at = open_folder(work)
+                os.pwrite(fd, token, 0)
+                if sync:
+                    os.fsync(fd)
+                return cls(target, fd, at, sync=sync)
+            except BaseException:
+                os.close(fd)
+                raise
 
     @classmethod
-    def take(cls, target: Path) -> Workplace:
+    def take(cls, target: Path, *, locked: bool = True) -> Workplace:
         """The folder that an interrupted update left. Raises StoreError when it is in use, or is not ours."""
         work = work_folder(target)
-        if not work.is_dir() or work.is_symlink():
+        if not os.path.lexists(work):
             raise StoreError(f"{target}: nothing is unfinished there: no update in place, and no new folder.")
-        strange = set(os.listdir(work)) - {MARKER} and not any((work / f"{name}.json").exists() for name in PHASES)
-        if strange and not (work / MARKER).exists():
-            raise StoreError(f"{work}: is in the way, and nothing that an update in place left. Move it or delete it.")
         with named(work):
-            return cls(target, lock(work / MARKER, os.O_CREAT))
+            at = _open(work)
+            try:
+                make_private(at)
+                fd = lock(work / MARKER, make=MARKER not in os.listdir(at), wanted=locked)
+                try:
+                    strange = _strange(work)  # again, as it may be another process's by now
+                    if strange:
+                        raise Foreign(strange)
+                    return cls(target, fd, at)
+                except BaseException:
+                    os.close(fd)
+                    raise
+            except BaseException:
+                os.close(at)
+                raise
 
     def close(self) -> None:
         """Unlock."""
-        fd, self._lock = self._lock, -1
-        if fd >= 0:
-            os.close(fd)
+        for fd in (self._lock, self._at):
+            if fd >= 0:
+                os.close(fd)
+        self._lock = self._at = -1
 
     def phase(self) -> str | None:
         """One of PHASES; None before the first."""
-        return unfinished(self.target)
+        return _phase(self.work)
 
     def read(self) -> bytes:
         """What `write` wrote."""
         path = self.work / f"{self.phase()}.json"
         with named(path):
-            return path.read_bytes()
+            return _read(path)
 
     def write(self, content: bytes) -> None:
         """Make the update one that has begun: `content` is what it takes to go on with it."""
         path = self.work / "operation.json"
         temporary = path.with_suffix(".tmp")
         temporary.unlink(missing_ok=True)
-        write_file(temporary, [content], sync=True)  # always: without it nobody knows what the folder is
-        with named(path):
+        # Always synced: without it nobody knows what the folder is.
+        write_file(temporary, [content], sync=True, mode=private_mode(0o660))
+        with self._here():
             self.model.mkdir(exist_ok=True)
             os.rename(temporary, path)
-            fsync_folder(self.work)
-            fsync_folder(self.folder)
+            fsync_folder(self.work, needed=self.sync)
+            fsync_folder(self.folder, needed=self.sync)
 
     def advance(self, phase: str) -> None:
         """Go on to another phase."""
-        with named(self.work):
+        with self._here():
             self._sync(self.work, self.folder)
             os.rename(self.work / f"{self.phase()}.json", self.work / f"{phase}.json")
             self._sync(self.work)
 
+    def check_movable(self, names: Iterable[str]) -> None:
+        """Refuse with StoreError files of the model that cannot be moved away, before the first of them is.
+
+        The kernel is asked to move each of them over a folder. It looks first at whether the file may be moved at all
+        (sticky folders, flags such as `chattr +i`, mounts), and then refuses, because a folder is there.
+        """
+        mounts = _mount_points()
+        for name in names:
+            path = self.folder / name
+            for parent in [parent for parent in path.parents if self.folder in parent.parents]:
+                if os.path.lexists(parent) and (parent.is_symlink() or not parent.is_dir()):
+                    raise StoreError(f"{parent}: is no folder but a link or file, and {path.name} goes there. {_COPY}")
+                if parent.is_dir() and not os.access(parent, os.W_OK | os.X_OK):
+                    raise StoreError(f"{parent}: no permission to replace {path.name} in it. {_COPY}")
+            try:
+                os.rename(path, self.work)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                if error.errno not in (errno.EISDIR, errno.ENOTEMPTY, errno.EEXIST):
+                    if error.errno not in _FIXED:
+                        raise
+                    whose = trust.stranger(os.lstat(path))
+                    raise StoreError(
+                        f"{path}: cannot be moved or replaced: {error.strerror}{whose and f' (it {whose})'}. {_COPY}"
+                    ) from None
+            if os.path.realpath(path.parent) + "/" + path.name in mounts:
+                raise StoreError(f"{path}: is a mount point. {_COPY}")
+
     def reserve(self, size: int) -> None:
         """Take room that `release` gives back. Raises OSError where there is none."""
         path = self.work / "reserve"
-        with named(path), open(path, "wb") as file:
-            allocate(file.fileno(), size, path)
+        with named(path):
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, private_mode(0o660))
+            try:
+                allocate(fd, size, path)
+            finally:
+                os.close(fd)
 
     def release(self) -> None:
         """Give the room back."""
@@ -191,7 +300,7 @@ class Workplace:
         self._move(self.model, self.folder, names)
 
     def _move(self, source: Path, target: Path, names: Iterable[str]) -> None:
-        with named(self.work):
+        with self._here():
             for name in names:
                 if (source / name).exists():
                     if (target / name).exists():
@@ -202,30 +311,30 @@ class Workplace:
                     os.rename(source / name, target / name)
             self._sync(*(folder for folder in (target, source) if folder.exists()))
 
-    def stage(self, name: str, chunks: Iterable[bytes]) -> None:
-        """Keep a side file for `install`. `name` may have one folder in it."""
+    def stage(self, name: str, chunks: Iterable[bytes], mode: int = 0o666) -> None:
+        """Keep a side file for `install`. `name` may have folders in it."""
         path = self.work / "new" / name
-        with named(path):
+        with self._here():
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists():  # of a run that was interrupted
-                path.unlink()
-            write_file(path, chunks, sync=self.sync)
+            path.unlink(missing_ok=True)  # of a run that was interrupted
+            write_file(path, chunks, sync=self.sync, mode=mode)
             self._sync(path.parent, self.work / "new", self.work)
 
     def install(self, names: Iterable[str], dropped: Iterable[str] = ()) -> None:
         """Put staged files where they belong. What they replace, and the `dropped` files, go to old/."""
         dropped = list(dropped)
-        with named(self.work):
+        with self._here():
             for name in [*names, *dropped]:
                 place, new, old = self.folder / name, self.work / "new" / name, self.work / "old" / name
                 if not os.path.lexists(new) and name not in dropped:
                     continue  # it is there already
+                self._check_parents(place)
                 if os.path.lexists(place) and not os.path.lexists(old):
                     old.parent.mkdir(parents=True, exist_ok=True)
                     os.rename(place, old)
                 if os.path.lexists(new):
                     _take_after(new, old)
-                    place.parent.mkdir(exist_ok=True)
+                    place.parent.mkdir(parents=True, exist_ok=True)
                     os.rename(new, place)
                     if place.parent != self.folder:
                         self._sync(place.parent)
@@ -235,7 +344,7 @@ class Workplace:
     def uninstall(self, names: Iterable[str], dropped: Iterable[str], is_ours: Callable[[str], bool]) -> None:
         """Take `install` back. What has come in place of the files since, `is_ours` not being true of it, is kept."""
         dropped = list(dropped)
-        with named(self.work):
+        with self._here():
             for name in [*names, *dropped]:
                 place, new, old = self.folder / name, self.work / "new" / name, self.work / "old" / name
                 theirs = self.work / "edited" / name
@@ -245,9 +354,11 @@ class Workplace:
                     else:
                         to = new if is_ours(name) else theirs
                     if to is not None:
+                        self._check_parents(place)
                         to.parent.mkdir(parents=True, exist_ok=True)
                         os.rename(place, to)
                 if os.path.lexists(old):
+                    self._check_parents(place)
                     os.rename(old, place)
                 elif place.parent != self.folder:
                     with suppress(OSError):  # there are other files in it, or it never was
@@ -263,7 +374,7 @@ class Workplace:
     def keep(self) -> Path:
         """End the update, but keep all that taking it back needs; returns where."""
         kept = self._next(_UNDO)
-        with named(self.work):
+        with self._here():
             os.rename(self.work, kept)
             self._sync(self.folder)
         self.close()
@@ -272,7 +383,7 @@ class Workplace:
     def remove(self, *, drop: Sequence[str] = ()) -> Path | None:
         """End the update, and keep only what is `left_over`, `drop` apart; returns where that is."""
         kept = None
-        with named(self.work):
+        with self._here():
             for name in drop:
                 (self.work / "old" / name).unlink(missing_ok=True)
             for top in self.left_over():
@@ -305,6 +416,20 @@ class Workplace:
         self.close()
         return kept
 
+    @contextmanager
+    def _here(self) -> Iterator[None]:
+        """While files are moved: the hidden folder is the one that we have locked."""
+        with named(self.work):
+            if not is_same(self._at, self.work):
+                raise StoreError(f"{self.work}: was moved or replaced while it was in use. Put it back, then go on.")
+            yield
+
+    def _check_parents(self, place: Path) -> None:
+        """A side file goes into a folder of the model, and not through a link out of it."""
+        for parent in place.parents:
+            if self.folder in parent.parents and parent.is_symlink():
+                raise StoreError(f"{parent}: is a link, wanted a folder. Move it away, then go on.")
+
     def _next(self, kind: str) -> Path:
         taken = _numbered(self.target, kind)
         return _beside(self.target, f"{kind}-{taken[-1][0] + 1 if taken else 1}")
@@ -319,13 +444,78 @@ class Workplace:
             self._sync(Path(folder))
 
 
-def take_undo(target: Path) -> Workplace:
+def take_undo(target: Path, *, locked: bool = True) -> Workplace:
     """Make the last undo that was kept the unfinished update that it was."""
     kept = undo_folders(target)[-1]
+    work = work_folder(target)
+    if os.path.lexists(work):
+        raise StoreError(f"{work}: is in the way. Move it away or delete it.")
     with named(kept):
-        os.rename(kept, work_folder(target))
-        fsync_folder(_folder(target))
-    return Workplace.take(target)
+        os.rename(kept, work)
+        fsync_folder(_folder(target), needed=False)
+    return Workplace.take(target, locked=locked)
+
+
+def _phase(work: Path) -> str | None:
+    return next((name for name in PHASES if (work / f"{name}.json").exists()), None)
+
+
+def _strange(place: Path) -> str:
+    """Why a hidden folder is not one that an update of ours has left, in words; nothing where it is."""
+    try:
+        at = _open(place)
+        try:
+            names = os.listdir(at)
+            check_owner(at, place, unsigned=_is_unused(names))
+        finally:
+            os.close(at)
+        if _is_unused(names):
+            return ""
+        for _ in range(3):  # a process that goes on with it renames its record
+            phase = _phase(place)
+            if phase is None:
+                if MARKER not in names:
+                    return f"{place}: is in the way, and nothing that an update in place left. Move it or delete it."
+                token = _read(place / MARKER).decode(errors="replace")
+                return "" if trust.is_mine(*_TOKEN, token) else f"{unproved(place)}"
+            try:
+                raw = _read(place / f"{phase}.json")
+            except FileNotFoundError:
+                continue
+            return "" if trust.unseal(SEAL, raw) is not None else f"{unproved(place)}"
+    except FileNotFoundError:  # it has just been finished
+        return ""
+    except Foreign as error:
+        return f"{error}"
+    return ""
+
+
+def _open(place: Path) -> int:
+    """Open a hidden folder. Raises Foreign where it is none, or closed to us."""
+    try:
+        return open_folder(place)
+    except NotADirectoryError:
+        raise unproved(place) from None
+    except PermissionError:
+        whose = trust.stranger(os.lstat(place))
+        raise Foreign(
+            f"{place}: {whose or 'cannot be opened'}. If an update in place is under way, wait for it to end; else "
+            "have it removed by who owns it."
+        ) from None
+
+
+def _is_unused(names: Iterable[str]) -> bool:
+    """Whether there is nothing in a hidden folder yet."""
+    return set(names) <= {MARKER}
+
+
+def _read(path: Path) -> bytes:
+    """A file of our own, all of it."""
+    fd = open_own(path)
+    try:
+        return read_open(fd, MAX_MANIFEST, path)
+    finally:
+        os.close(fd)
 
 
 def _is_utf8(name: str) -> bool:
@@ -344,8 +534,9 @@ def _take_after(new: Path, old: Path) -> None:
         if (status.st_uid, status.st_gid) != (os.getuid(), os.getgid()):
             try:
                 os.chown(new, status.st_uid, status.st_gid)
-            except PermissionError:
-                return  # only root may give files away
+            except OSError as error:  # only root may give files away, and not to users that a container does not know
+                if error.errno not in (errno.EPERM, errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
 
 
 def _mount_points() -> set[str]:

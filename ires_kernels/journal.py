@@ -27,6 +27,7 @@ from typing import NamedTuple
 import xxhash
 
 from ires_kernels import interrupts
+from ires_kernels.ownership import open_own, private_mode
 from ires_kernels.store import NO_THREAD, allocate, named, read_into, write_all
 
 AHEAD = 2
@@ -109,7 +110,11 @@ class Journal:
     def _open(path: Path, size: int, new: bool) -> int:
         try:
             with named(path):
-                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if new else 0), 0o600)
+                if new:
+                    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                    fd = os.open(path, flags, private_mode(0o660))
+                else:
+                    fd = open_own(path, write=True)
         except FileNotFoundError:
             raise JournalError(f"{path} is gone, and nobody knows which of its bytes are new") from None
         try:
@@ -342,7 +347,7 @@ class Journal:
 def count_records(folder: Path) -> int:
     """How many windows of the update in `folder` are new."""
     try:
-        fd = os.open(folder / "log", os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_own(folder / "log")
     except FileNotFoundError:
         return 0
     try:

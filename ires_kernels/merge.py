@@ -35,6 +35,7 @@ from ires_kernels.inputs import StrPath, absolute, check_path, open_inputs, role
 from ires_kernels.opening import MAX_MANIFEST, read_bytes
 from ires_kernels.operation import UNDO, Operation, same_plan
 from ires_kernels.overwrite import Options
+from ires_kernels.ownership import Foreign
 from ires_kernels.plan import MANIFESTS, VERSION, Plan, plan_apply, plan_extract
 from ires_kernels.reader import second_copies
 from ires_kernels.report import Report
@@ -79,6 +80,7 @@ def extract(
     progress: Progress | None = None,
     dry_run: bool = False,
     follow_links: bool = False,
+    lock: bool = True,
 ) -> Report | Plan:
     """Write instruct - base, the instruction residual (Jindal et al., arXiv 2410.10739), into the new folder `out`.
 
@@ -95,6 +97,7 @@ def extract(
     dry_run        return the Plan and write nothing
     follow_links   accept files in the models' folders that are links out of them: a stranger's may lead to a file of
                    yours, which would become part of what you publish. Links into the Hub's own cache need no leave
+    lock           False does without the lock (flock), on file systems that have none: no other process may write there
 
     Called again after an interruption it goes on, with the files that are not complete; called again after success it
     changes nothing. Raises CheckpointError, StoreError and ArgumentError, all ValueErrors, before anything is written;
@@ -103,7 +106,7 @@ def extract(
     check_path(out, "out")
     rules = Rules.of(0, skip=skip, dtype=dtype, allow_missing=allow_missing, rounding=rounding, seed=seed)
     inputs = open_inputs({"base": base, "instruct": instruct}, follow_links=follow_links)
-    options = _options(device, threads, progress)
+    options = _options(device, threads, progress, lock)
     plan = _warned(plan_extract(inputs, rules))
     return _carry_out(plan, Path(out), options, sync=sync, sha256=sha256, dry_run=dry_run)
 
@@ -130,6 +133,7 @@ def apply(
     progress: Progress | None = None,
     dry_run: bool = False,
     follow_links: bool = False,
+    lock: bool = True,
 ) -> Report | Plan:
     """Write target + alpha * residual into the new folder `out`, or with `in_place` over the target itself.
 
@@ -161,7 +165,7 @@ def apply(
         raise ArgumentError("undo and tag go with in_place=True: a new folder needs neither. Leave them out.")
     paths = roles_of_apply(target, residual, follow_links=follow_links)
     rules = _rules_of_apply(paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed)
-    options = _options(device, threads, progress)
+    options = _options(device, threads, progress, lock)
     if in_place and inplace.unfinished(Path(target)):
         asked = {"undo": undo, "sync": sync, "sha256": sha256, "tag": tag}
         return _go_on_in_place(Path(target), paths, rules, asked, options, dry_run)
@@ -191,15 +195,16 @@ def resume(
     device: str | torch.device = "cpu",
     threads: int | None = None,
     progress: Progress | None = None,
+    lock: bool = True,
 ) -> Report:
     """Finish an interrupted merge: `path` is the target of an update in place, or the output that is not there yet.
 
     Raises StoreError where nothing is unfinished, CheckpointError where the inputs have changed since.
     """
-    path, options = Path(os.path.abspath(path)), _options(device, threads, progress)
+    path, options = Path(os.path.abspath(path)), _options(device, threads, progress, lock)
     started = time.perf_counter()
-    if is_unfinished(partial_path(path)):
-        operation = Operation.from_bytes(read_kept(path), partial_path(path))
+    operation = _unfinished_output(path)
+    if operation is not None:
         inputs = open_inputs(operation.paths, follow_links=operation.follow_links)
         rules = Rules.from_dict(operation.rules)
         plan = _warned(plan_extract(inputs, rules) if operation.kind == "extract" else _plan_apply(inputs, rules))
@@ -207,7 +212,7 @@ def resume(
         report = _carry_out(plan, path, options, sync=operation.sync, sha256=operation.sha256)
         assert isinstance(report, Report)
         return report
-    place = Workplace.take(path)
+    place = Workplace.take(path, locked=lock)
     try:
         if place.phase() is None:
             place.remove()
@@ -218,18 +223,22 @@ def resume(
 
 
 @interrupts.uninterrupted
-def rollback(path: StrPath) -> str:
+def rollback(path: StrPath, *, lock: bool = True) -> str:
     """Take back an unfinished merge, or the last update in place with undo="all"; returns what was done, in words.
 
     Raises StoreError where there is nothing to take back, or where the old bytes are gone; then nothing was changed.
     """
     path = Path(os.path.abspath(path))
     if is_unfinished(partial_path(path)):
-        discard(path)
-        return f"{partial_path(path)}: was removed."
-    if not inplace.work_folder(path).is_dir():
-        return overwrite.rollback_kept(path)
-    place = Workplace.take(path)
+        try:
+            discard(path, locked=lock)
+            return f"{partial_path(path)}: was removed."
+        except Foreign:
+            if not path.exists():
+                raise
+    if not os.path.lexists(inplace.work_folder(path)):
+        return overwrite.rollback_kept(path, locked=lock)
+    place = Workplace.take(path, locked=lock)
     try:
         return overwrite.rollback(place)
     finally:
@@ -314,20 +323,34 @@ def _rules_of_apply(
 
 
 def _warned(plan: Plan) -> Plan:
-    """The plan, and what is to be said of inputs that look as if they were no relatives."""
-    return replace(plan, warnings=(*plan.warnings, *guards.strangers(plan.inputs)))
+    """The plan, and what is to be said of inputs that look as if they were no relatives, or have a stranger's state."""
+    theirs = [text for checkpoint in plan.inputs.values() for text in inplace.foreign(checkpoint.path).values()]
+    return replace(plan, warnings=(*plan.warnings, *guards.strangers(plan.inputs), *theirs))
 
 
 def _plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules) -> Plan:
     return plan_apply(inputs, rules, second_copies(inputs))
 
 
-def _options(device: str | torch.device, threads: int | None, progress: Progress | None) -> Options:
+def _options(device: str | torch.device, threads: int | None, progress: Progress | None, lock: bool = True) -> Options:
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
         raise TypeError(f"threads is {type(threads).__name__} {brief(threads)}, wanted an integer, or None")
     if threads is not None and threads < 1:
         raise ArgumentError(f"threads is {threads}, wanted 1 or more.")
-    return Options(devices.processors(devices.resolve(device)), threads, progress)
+    return Options(devices.processors(devices.resolve(device)), threads, progress, lock)
+
+
+def _unfinished_output(path: Path) -> Operation | None:
+    """What was to be written to `path`, as the unfinished output says; None where there is none, or only a stranger's
+    beside a model. Raises Foreign where there is nothing else."""
+    if not is_unfinished(partial_path(path)):
+        return None
+    try:
+        return Operation.from_bytes(read_kept(path), partial_path(path))
+    except Foreign:
+        if path.exists():
+            return None
+        raise
 
 
 @interrupts.uninterrupted
@@ -340,7 +363,7 @@ def _go_on_in_place(
     dry_run: bool,
 ) -> Report:
     """Finish an interrupted update, if it is the one that is asked for."""
-    place = Workplace.take(target)
+    place = Workplace.take(target, locked=options.locked)
     try:
         operation = overwrite.read_operation(place)
         if not operation.is_asked_for(paths, rules, **asked):
@@ -374,7 +397,8 @@ def _carry_out(
         plan.id, VERSION, plan.operation, paths, plan.rules.to_dict(), sync, sha256, follow_links=links
     )
     identity = plan.id if sync else f"{plan.id} {operation.boot}"
-    with NewFolder(out, identity, operation.to_bytes(), sync=sync) as folder:
+    access = overwrite.access_of(plan)
+    with NewFolder(out, identity, operation.to_bytes(), sync=sync, locked=options.locked, access=access) as folder:
         outcome = Outcome()
         for record in folder.finished.values():
             outcome.update(Outcome.from_dict(json.loads(record)))
@@ -404,7 +428,7 @@ def _carry_out(
         others = {}
         for side in plan.side_files:
             hasher = xxhash.xxh3_128()
-            folder.add(side.name, sidefiles.chunks(side, hasher))
+            folder.add(side.name, sidefiles.chunks(side, hasher), access.of(side.source))
             others[side.name] = {"from": side.role, "xxh3_128": hasher.hexdigest()}
         for name, content in plan.documents:
             folder.add(name, [content])
@@ -455,7 +479,8 @@ def _written_before(plan: Plan, out: Path, *, sync: bool, sha256: bool) -> Repor
     tidy(out)
     if sync and "unsynced" in table:
         fsync_all(out)
-    fsync_folder(out.parent)
+    if sync:
+        fsync_folder(out.parent)
     return Report.recorded(plan.operation, plan.id, out, table["report"], _THERE)
 
 

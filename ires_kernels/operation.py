@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ires_kernels import trust
 from ires_kernels.checkpoint import Checkpoint
 from ires_kernels.header import CheckpointError
+from ires_kernels.inplace import SEAL
 from ires_kernels.inputs import StrPath, absolute
+from ires_kernels.ownership import is_bare, is_inner, unproved
 from ires_kernels.rules import Rules
 from ires_kernels.store import boot_id
 
@@ -61,20 +65,32 @@ class Operation:
     """What was applied to the target in place before."""
 
     def to_bytes(self) -> bytes:
-        return (json.dumps(asdict(self), indent=1) + "\n").encode()
+        """As JSON, signed."""
+        return trust.seal(SEAL, (json.dumps(asdict(self), indent=1) + "\n").encode())
 
     @classmethod
     def from_bytes(cls, raw: bytes, where: Path) -> Operation:
-        """What `to_bytes` wrote. Raises CheckpointError for anything else."""
-        version = None
+        """What `to_bytes` wrote. Raises Foreign for what nothing proves to be ours, CheckpointError for other versions.
+
+        where  the folder that it lies in
+        """
+        text = trust.unseal(SEAL, raw)
+        if text is None:
+            raise unproved(where)
+        version: object = "another version"
         try:
-            table = json.loads(raw)  # not as strictly as what others wrote: paths may be no UTF-8
-            version = table.get("version")
-            return cls(**table)
-        except (TypeError, ValueError, AttributeError) as error:
+            table = json.loads(text)  # not as strictly as what others wrote: paths may be no UTF-8
+            version = table.get("version", version)
+            wrong = [name for name, is_right in _CHECKS.items() if name in table and not is_right(table[name])]
+            if wrong:
+                raise ValueError(f"{', '.join(wrong)} of its record cannot be used")
+            operation = cls(**table)
+            Rules.from_dict(operation.rules)
+        except (TypeError, ValueError, AttributeError, KeyError, RecursionError) as error:
             raise CheckpointError(
                 f"{where}: was written by ires_kernels {version}: {error}. Go on with that version."
             ) from None
+        return operation
 
     def is_asked_for(self, paths: Mapping[str, StrPath], rules: Rules, **options: object) -> bool:
         """Whether a command with these arguments means this operation."""
@@ -85,6 +101,55 @@ class Operation:
     def __str__(self) -> str:
         roles = ", ".join(f"{role} {path}" for role, path in self.paths.items())
         return f"{self.kind} {self.id} of {roles}"
+
+
+def _is_table(value: object, is_right: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(map(is_right, value.values()))
+
+
+def _is_list(value: object, is_right: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(is_right, value))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_window(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 3
+        and is_bare(value[0])
+        and all(map(_is_count, value[1:]))
+        and value[1] <= value[2]
+    )
+
+
+def _is_flag(value: object) -> bool:
+    return type(value) is bool
+
+
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("id", "version", "tag", "boot", "recipe"), _is_text),
+    **dict.fromkeys(("sync", "sha256", "follow_links"), _is_flag),
+    "kind": ("apply", "extract").__contains__,
+    "undo": UNDO.__contains__,
+    "paths": lambda value: _is_table(value, lambda path: _is_text(path) and os.path.isabs(path)),
+    "rules": lambda value: isinstance(value, dict),
+    "names": lambda value: _is_list(value, is_bare),
+    "stamps": lambda value: _is_table(value, lambda stamps: isinstance(stamps, dict)),
+    "log_size": _is_count,
+    "windows": lambda value: _is_list(value, _is_window),
+    "copies": lambda value: _is_table(value, _is_text),
+    "installed": lambda value: _is_table(value, lambda entry: _is_table(entry, _is_text)) and all(map(is_inner, value)),
+    "dropped": lambda value: _is_list(value, is_inner),
+    "history": lambda value: _is_list(value, lambda entry: isinstance(entry, dict)),
+}
+"""What is right for each key of a record. Files are named within their folder: an update touches nothing elsewhere."""
 
 
 def same_plan(operation: Operation, plan_id: str, version: str) -> None:

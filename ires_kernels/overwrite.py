@@ -17,6 +17,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import xxhash
@@ -30,6 +31,7 @@ from ires_kernels.journal import AHEAD, Extent, Journal, JournalError, UndoGone
 from ires_kernels.names import FLOATS
 from ires_kernels.opening import MAX_MANIFEST, read_bytes
 from ires_kernels.operation import Operation, as_it_was, same_plan
+from ires_kernels.ownership import Access, open_folder
 from ires_kernels.plan import VERSION, Plan, plan_apply
 from ires_kernels.reader import all_file_ids
 from ires_kernels.report import Report
@@ -53,6 +55,8 @@ class Options:
     processors: Processors
     threads: int | None = None
     progress: Progress | None = None
+    locked: bool = True
+    """False: without a lock, where the user says that no other process writes there."""
 
 
 @interrupts.uninterrupted
@@ -92,11 +96,13 @@ def apply(
 
     windows = updates.windows(steps)
     with ExitStack() as stack:
-        place = Workplace.begin(target.path, sync=sync)
+        place = Workplace.begin(target.path, sync=sync, locked=options.locked)
         stack.callback(place.close)
         try:
             guards.check_unchanged(plan)  # also by another process that held the lock before
             installed, dropped = _stage(place, plan)
+            ours = [_manifest_name(place), _sums_name(place)]
+            place.check_movable([*names, *installed, *dropped, *ours])
             operation = Operation(
                 plan.id, VERSION, plan.operation,
                 absolute({role: checkpoint.path for role, checkpoint in plan.inputs.items()}),
@@ -196,15 +202,13 @@ def rollback(place: Workplace) -> str:
     return f"{place.target}: is what it was before {operation.kind} {operation.id}.{edited}"
 
 
-def rollback_kept(target: Path) -> str:
+def rollback_kept(target: Path, *, locked: bool = True) -> str:
     """Take back the last update, whose old bytes were kept. Raises StoreError where it cannot be, changing nothing."""
     kept = inplace.undo_folders(target)
     if not kept:
-        raise StoreError(
-            f"{target}: nothing is unfinished there, and no update in place was kept to be taken back "
-            "(--keep-undo does that)."
-        )
-    operation = Operation.from_bytes((kept[-1] / "finished.json").read_bytes(), kept[-1])
+        text = "nothing is unfinished there, and no update in place was kept to be taken back (--keep-undo does that)."
+        raise StoreError("\n".join([f"{target}: {text}", *inplace.foreign(target).values()]))
+    operation = Operation.from_bytes(inplace.read_record(kept[-1]), kept[-1])
     checkpoint = open_checkpoint(target, follow_links=True)  # nothing of it is copied
     table = checkpoint.manifest or {}
     last = table.get("in_place", {})
@@ -224,7 +228,7 @@ def rollback_kept(target: Path) -> str:
             pass  # it is all there
     except JournalError as error:
         raise StoreError(f"{target}: cannot be rolled back: {error}. The model is as the update has left it.") from None
-    place = inplace.take_undo(target)
+    place = inplace.take_undo(target, locked=locked)
     try:
         return rollback(place)
     finally:
@@ -274,10 +278,11 @@ def _stage(place: Workplace, plan: Plan) -> tuple[dict[str, dict[str, str]], lis
     installed: dict[str, dict[str, str]] = {}
     if not plan.inputs["target"].path.is_dir():
         return installed, []
+    access = access_of(plan)
     for side in plan.side_files:
         if side.role != "target" and not side.is_at(place.folder / side.name):
             hasher = xxhash.xxh3_128()
-            place.stage(side.name, sidefiles.chunks(side, hasher))
+            place.stage(side.name, sidefiles.chunks(side, hasher), access.of(side.source))
             installed[side.name] = {"from": side.role, "xxh3_128": hasher.hexdigest()}
     dropped = sidefiles.replaced_by(plan.inputs["target"], plan.side_files)
     return installed, dropped + [name for name in [_sums_name(place)] if (place.folder / name).exists()]
@@ -289,9 +294,17 @@ def _journal(work: Path, operation: Operation, where: Path, *, new: bool = False
     windows = [Extent(*window) for window in operation.windows]
     slots = {"none": 0, "ring": min(AHEAD, len(windows)), "all": len(windows)}[operation.undo]
     with ExitStack() as stack:
+        # No link leads out of the folder, whoever may have put one there: neither its own name nor those in it.
+        at = None
+        if where.parent == work:
+            at = open_folder(work)
+            stack.callback(os.close, at)
+        folder = open_folder(where if at is None else where.name, dir_fd=at)
+        stack.callback(os.close, folder)
         files = {}
         for name in {window.file for window in windows}:
-            files[name] = os.open(where / name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            with store.named(where / name):
+                files[name] = os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
             stack.callback(os.close, files[name])
         journal = Journal(work, files, windows, slots, operation.log_size, sync=operation.sync, new=new)
         stack.callback(journal.close)
@@ -418,9 +431,19 @@ def _write_manifest(place: Workplace, operation: Operation, plan: Plan, outcome:
         unsynced="" if operation.sync else operation.boot,
     )  # fmt: skip
     place.release()
-    place.stage(_manifest_name(place), [content])
+    mode = Access(weights.values()).file
+    place.stage(_manifest_name(place), [content], mode)
     if sums:
-        place.stage(_sums_name(place), [manifest.sums_file(sums)])
+        place.stage(_sums_name(place), [manifest.sums_file(sums)], mode)
+
+
+def access_of(plan: Plan) -> Access:
+    """What others may do at most with what a plan makes: no more than with its target, and than read its inputs."""
+    paths = {
+        role: [*({checkpoint.path} if checkpoint.path.is_dir() else ()), *(shard.path for shard in checkpoint.shards)]
+        for role, checkpoint in plan.inputs.items()
+    }
+    return Access(paths.pop("target", []), chain.from_iterable(paths.values()))
 
 
 def _recorded_hashes(place: Workplace) -> dict[str, str | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +12,12 @@ from ires_kernels.checkpoint import open_checkpoint
 from ires_kernels.header import CheckpointError
 from ires_kernels.inputs import StrPath
 from ires_kernels.journal import count_records, is_broken_off
+from ires_kernels.locks import holder
 from ires_kernels.operation import Operation
-from ires_kernels.store import MARKER, is_locked, is_unfinished, partial_path, read_kept
+from ires_kernels.ownership import Foreign, StoreError
+from ires_kernels.store import MARKER, is_unfinished, partial_path, read_kept
 
-State = Literal["none", "running", "unfinished", "rolling back", "finished"]
+State = Literal["none", "running", "unfinished", "rolling back", "finished", "foreign"]
 
 
 @dataclass(frozen=True)
@@ -47,20 +49,32 @@ def status(path: StrPath) -> Status:
 
 
 def _look(path: Path) -> Status:
+    theirs = []  # what is there, and is not ours: said, and not followed
     if is_unfinished(partial_path(path)):
-        return _of_new_folder(path)
+        try:
+            return _of_new_folder(path)
+        except Foreign as error:
+            if not path.exists():
+                return Status(f"{path}", "foreign", f"{error}")
+            theirs.append(f"{error}")
+    strange = inplace.foreign(path)
     work = inplace.work_folder(path)
-    if work.is_dir() and not work.is_symlink():
+    if work.is_dir() and work not in strange:
         return _of_update(path, work)
+    found = _of_model(path)
+    return replace(found, next=(*found.next, *theirs, *strange.values()))
+
+
+def _of_model(path: Path) -> Status:
     try:
-        manifest = open_checkpoint(path, follow_links=True).manifest or {}  # nothing of it is copied
+        manifest = open_checkpoint(path, follow_links=True).manifest or {}
     except CheckpointError:
         for file in inplace.unfinished_files(path):  # it is incomplete because of them
             return _look(file)
         raise
     kept = inplace.undo_folders(path)
     if kept:
-        operation = Operation.from_bytes((kept[-1] / "finished.json").read_bytes(), kept[-1])
+        operation = Operation.from_bytes(inplace.read_record(kept[-1]), kept[-1])
         if operation.id == manifest.get("id"):
             return Status(
                 f"{path}", "finished", f"updated in place; {kept[-1]} keeps the old bytes",
@@ -74,15 +88,19 @@ def _look(path: Path) -> Status:
 
 
 def _of_new_folder(out: Path) -> Status:
+    """Raises Foreign where it is not ours."""
     partial = partial_path(out)
     names = os.listdir(partial)
     complete = sum(name.startswith(".ires-") and name.endswith(".done") for name in names)
+    who = holder(partial / MARKER)
     try:
         what = f"{Operation.from_bytes(read_kept(out), partial)}, {complete} files complete"
-    except CheckpointError:
+    except Foreign:
+        raise
+    except (CheckpointError, StoreError):  # of another version, or not begun
         what = f"{complete} files complete"
-    if is_locked(partial / MARKER):
-        return Status(f"{out}", "running", what, ("Wait for it to end.",))
+    if who:
+        return Status(f"{out}", "running", f"{what}, by {who}", ("Wait for it to end.",))
     return Status(
         f"{out}", "unfinished", what,
         (f"`ires resume {out}`, or the same command, goes on.", f"`ires rollback {out}` removes {partial}."),
@@ -90,13 +108,14 @@ def _of_new_folder(out: Path) -> Status:
 
 
 def _of_update(target: Path, work: Path) -> Status:
-    if is_locked(work / MARKER):
-        return Status(f"{target}", "running", "an update in place", ("Wait for it to end.",))
+    who = holder(work / MARKER)
+    if who:
+        return Status(f"{target}", "running", f"an update in place, by {who}", ("Wait for it to end.",))
     phase = inplace.unfinished(target)
     if phase is None:
         return Status(f"{target}", "none", f"no update in place is under way; {work} is left of one",
                       (f"`ires rollback {target}` removes that.",))  # fmt: skip
-    operation = Operation.from_bytes((work / f"{phase}.json").read_bytes(), work)
+    operation = Operation.from_bytes(inplace.read_record(work, phase), work)
     done, total = count_records(work), len(operation.windows)
     what = f"{operation}, in place, {done} of {total} windows new; the model is in {work} until it is finished"
     back = f"`ires rollback {target}` takes it back."

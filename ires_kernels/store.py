@@ -9,28 +9,42 @@ of what was learnt while it was written, is made durable as ``.ires-NAME.done`` 
 name, which is what its record says, is never written again by the run that takes up an interrupted one. The lock file
 says whose folder it is: it holds the identity of the operation and is held with flock while a process works. Lock and
 records go last, after the renaming; to be killed between the two leaves a complete OUT with stray hidden files.
+
+OUT.partial is closed to others (mode 700) until it gets the mode that OUT is to have. What is found there is taken up
+only if it is ours: folder, lock and files by their owner, and what the lock and the records say by its signature.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import stat
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import NoReturn, Protocol
 
-from ires_kernels import interrupts
-from ires_kernels.opening import open_file
+from ires_kernels import interrupts, trust
+from ires_kernels.locks import lock
+from ires_kernels.opening import MAX_MANIFEST, open_file, read_open
+from ires_kernels.ownership import (
+    Access,
+    Foreign,
+    check_owner,
+    is_same,
+    make_private,
+    open_folder,
+    open_own,
+    private_mode,
+    unproved,
+)
+from ires_kernels.ownership import StoreError as StoreError
 
 MARKER = ".ires-lock"
-"""The lock file: a line with the identity of the operation, then what `NewFolder` was given to keep there."""
+"""The lock file: lines with the identity of the operation and the signature, then what was given to keep there."""
 _SUFFIX = ".partial"
 _HIDDEN, _TEMPORARY, _RECORD = ".ires-", ".tmp", ".done"
 
@@ -40,7 +54,6 @@ NO_THREAD = (
     "processes (`ulimit -u`), or that of the container (pids.max)"
 )
 """What an OSError says then."""
-_JUST_ENDED = "another process has just ended there. Give the command again."
 _CHUNK = 1 << 20  # bytes at a time of a side file
 
 
@@ -48,10 +61,6 @@ class Hasher(Protocol):
     """Of hashlib, xxhash and the like."""
 
     def update(self, data: bytes, /) -> None: ...
-
-
-class StoreError(ValueError):
-    """An output folder that cannot be used, and why."""
 
 
 class LostError(StoreError):
@@ -70,6 +79,10 @@ def check_destination(out: Path, inputs: Iterable[Path]) -> None:
         raise StoreError(f"{out}: is not empty. Give the name of a new folder, or delete this one first.")
     if os.path.ismount(out):
         raise StoreError(f"{out}: is a mount point, which cannot be replaced. Give a new folder inside of it.")
+    if out.exists() and not _is_replaceable(out):
+        raise StoreError(
+            f"{out}: belongs to another user, in a folder where only they can replace it. Give another name."
+        )
     if not out.parent.is_dir():
         raise StoreError(f"{out}: its parent {out.parent} is not a folder. Create that one first.")
     place = Path(os.path.realpath(out))
@@ -90,15 +103,26 @@ def is_unfinished(folder: Path) -> bool:
 class NewFile:
     """A file of a NewFolder, made with its full size and the bytes it begins with; threads write the rest."""
 
-    def __init__(self, path: Path, head: bytes, size: int, record: Callable[[], bytes], *, sync: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        head: bytes,
+        size: int,
+        record: Callable[[], bytes],
+        *,
+        operation: bytes = b"",
+        mode: int = 0o666,
+        sync: bool,
+    ) -> None:
         self.path = path
         self._temporary = _hidden(path, _TEMPORARY)
+        self._operation = operation
         self._record = record
         self._sync = sync
         self._left = size
         self._lock = threading.Lock()
         with named(path):
-            self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
             allocate(self._fd, size, path)
             write_all(self._fd, head, 0, path)
@@ -126,7 +150,10 @@ class NewFile:
                 os.fsync(self._fd)
             stamp = _stamp(os.fstat(self._fd))
             self.abandon()
-            write_file(_hidden(self.path, _RECORD), [stamp, self._record()], sync=self._sync)
+            content = stamp + self._record()
+            signature = trust.sign("file", _of_file(self._operation, self.path.name, content)).encode()
+            path = _hidden(self.path, _RECORD)
+            write_file(path, [signature + b"\n", content], sync=self._sync, mode=private_mode(0o660))
             os.rename(self._temporary, self.path)
 
     def abandon(self) -> None:
@@ -142,52 +169,97 @@ class NewFolder:
     identity  one line of words: what an earlier run with the same line, or with its first word alone, has completed is
               kept; with the same first word it is done again, with another it is refused
     keep      bytes for the lock file, for whoever finds the unfinished folder
+    access    what others may do with it at most
+    locked    False: without the lock, where the user says that no other process writes there
 
     Leaving without `commit` keeps what is complete, or removes everything where nothing is, or where an error of the
     inputs, a ValueError, makes it worthless. Raises StoreError for a folder that is in use or somebody else's.
     """
 
-    def __init__(self, out: Path, identity: str, keep: bytes, *, sync: bool = True) -> None:
+    def __init__(
+        self,
+        out: Path,
+        identity: str,
+        keep: bytes,
+        *,
+        sync: bool = True,
+        locked: bool = True,
+        access: Access | None = None,
+    ) -> None:
         self.out = out
         self.partial = partial_path(out)
+        self.access = access or Access()
         self.finished: dict[str, bytes] = {}
         """Files that need not be made, by name, and what was recorded of them."""
         self._identity = identity.encode()
         self._keep = keep
         self._sync = sync
-        self._lock = -1
+        self._locked = locked
+        self._at = self._lock = -1
         self._files: list[NewFile] = []
         self._renamed = False
 
     def __enter__(self) -> NewFolder:
+        content = _content_of_lock(self._identity, self._keep)  # before anything is there: it may lack a key
         with named(self.partial):
+            made = self._open()
             try:
-                os.mkdir(self.partial)
-                mode = os.O_CREAT | os.O_EXCL
-            except FileExistsError:
-                # Never made anew: the process that holds it may be about to give the folder its name.
-                mode = 0 if self.partial.is_symlink() or not _is_empty(self.partial) else os.O_CREAT | os.O_EXCL
-                if mode == 0 and (self.partial.is_symlink() or not is_unfinished(self.partial)):
-                    raise StoreError(
-                        f"{self.partial}: is in the way: the output is written there until it is complete, and this is "
-                        "nothing that an interrupted run left. Move it or delete it."
-                    ) from None
-            self._lock = lock(self.partial / MARKER, mode)
+                self._lock = lock(self.partial / MARKER, make=made, wanted=self._locked)
+            except OSError:
+                if made:
+                    os.rmdir(self.partial)
+                raise
+            finally:
+                if self._lock < 0:
+                    os.close(self._at)
             try:
-                self._take_over()
+                if self._sync:
+                    fsync_folder(self.partial)
+                self._take_over(content)
             except StoreError:
-                os.close(self._lock)
+                self._close()
                 raise
             except BaseException as error:
                 self._leave(error)
                 raise
         return self
 
-    def _take_over(self) -> None:
+    def _open(self) -> bool:
+        """Make the folder, or open what is there; returns whether nothing is in it yet."""
+        with suppress(FileExistsError):
+            os.mkdir(self.partial, private_mode(0o770))
+        try:
+            self._at = open_folder(self.partial)
+        except (NotADirectoryError, PermissionError):
+            whose = trust.stranger(os.lstat(self.partial))
+            if whose:
+                raise Foreign(f"{self.partial}: is in the way, and {whose}. Give the output another name.") from None
+            self._refuse()
+        try:
+            names = os.listdir(self._at)
+            check_owner(self._at, self.partial, unsigned=_is_unused(names))
+            make_private(self._at)
+            if names and MARKER not in names:
+                self._refuse()
+        except BaseException:
+            os.close(self._at)
+            raise
+        # Never made anew where something is: the process that holds it may be about to give the folder its name.
+        return not names
+
+    def _refuse(self) -> NoReturn:
+        raise StoreError(
+            f"{self.partial}: is in the way: the output is written there until it is complete, and this is "
+            "nothing that an interrupted run left. Move it or delete it."
+        )
+
+    def _take_over(self, content: bytes) -> None:
         """Keep what an interrupted run of the same operation has completed, and nothing else."""
         names = set(os.listdir(self.partial))
+        identity = b""
+        if not _is_unused(names):
+            identity, _ = _read_lock(self._lock, self.partial)
         complete = [name for name in sorted(names) if _hidden(Path(name), _RECORD).name in names]
-        identity = os.pread(self._lock, 4096, 0).partition(b"\n")[0]
         name_of_mine = self._identity.split()[0]
         if complete and identity.split()[:1] != [name_of_mine]:
             raise StoreError(
@@ -196,15 +268,36 @@ class NewFolder:
             )
         if identity in (self._identity, name_of_mine):
             for name in complete:
-                stamp, _, record = _hidden(self.partial / name, _RECORD).read_bytes().partition(b"\n")
-                if stamp + b"\n" == _stamp(os.stat(self.partial / name)):  # else somebody has changed it since
+                record = self._read_record(name)
+                if record is not None:
                     self.finished[name] = record
         self._empty()
         if identity != self._identity:
-            os.ftruncate(self._lock, 0)
-            write_all(self._lock, self._identity + b"\n" + self._keep, 0, self.partial / MARKER)
+            write_all(self._lock, content, 0, self.partial / MARKER)
+            os.ftruncate(self._lock, len(content))
             if self._sync:
                 os.fsync(self._lock)
+
+    def _read_record(self, name: str) -> bytes | None:
+        """What was recorded of a complete file; None where somebody has changed it since, or it is not ours."""
+        path = self.partial / name
+        try:
+            fd = open_own(_hidden(path, _RECORD))
+            try:
+                signature, _, content = read_open(fd, MAX_MANIFEST, path).partition(b"\n")
+            finally:
+                os.close(fd)
+            fd = open_own(path)
+            try:
+                status = os.fstat(fd)
+            finally:
+                os.close(fd)
+        except (FileNotFoundError, Foreign):
+            return None
+        stamp, _, record = content.partition(b"\n")
+        signed = _of_file(self._identity.split()[0], name, content)
+        proved = trust.is_mine("file", signed, signature.decode(errors="replace"))
+        return record if proved and stamp + b"\n" == _stamp(status) else None
 
     def _empty(self) -> None:
         """Remove all but the lock, and the complete files with their records."""
@@ -221,16 +314,19 @@ class NewFolder:
 
         `record` is called when all of it was written; its bytes come back in `finished` if the run is interrupted.
         """
-        file = NewFile(self.partial / name, head, size, record, sync=self._sync)
+        file = NewFile(
+            self.partial / name, head, size, record,
+            operation=self._identity.split()[0], mode=self.access.file, sync=self._sync,
+        )  # fmt: skip
         self._files.append(file)
         return file
 
-    def add(self, name: str, chunks: Iterable[bytes]) -> None:
-        """A whole file from its bytes. `name` may have folders in it."""
+    def add(self, name: str, chunks: Iterable[bytes], mode: int | None = None) -> None:
+        """A whole file from its bytes, with this mode at most. `name` may have folders in it."""
         path = self.partial / name
         with named(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, chunks, sync=self._sync)
+            _make_folders(path.parent, self.partial, self.access.folder)
+            write_file(path, chunks, sync=self._sync, mode=self.access.file if mode is None else mode)
 
     def finish_files(self) -> None:
         """Every file that was created is written, and gets its name."""
@@ -241,15 +337,28 @@ class NewFolder:
         """Give the folder its name. What was not durable before is when this returns."""
         self.finish_files()
         with named(self.partial):
+            os.fchmod(self._at, self._mode())
             if self._sync:
                 for folder, _, _ in os.walk(self.partial, topdown=False):
                     fsync_folder(folder)
         with named(self.out):
+            if not is_same(self._at, self.partial):
+                raise StoreError(f"{self.partial}: was moved or replaced while it was written. Give the command again.")
             os.rename(self.partial, self.out)
             self._renamed = True
             if self._sync:
                 fsync_folder(self.out.parent, self._lock)
             tidy(self.out)
+
+    def _mode(self) -> int:
+        """Of the finished folder: what the umask, or an ACL of the parent, leaves of what it may be."""
+        probe = self.partial / f"{_HIDDEN}mode"
+        os.mkdir(probe, self.access.folder)
+        mode = os.stat(probe).st_mode
+        os.rmdir(probe)
+        if self.out.is_dir():  # it was made empty before: no wider than that
+            mode &= os.stat(self.out).st_mode
+        return stat.S_IMODE(mode)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -270,86 +379,116 @@ class NewFolder:
                 if not self.finished:
                     os.unlink(self.partial / MARKER)
                     os.rmdir(self.partial)
+        self._close()
+
+    def _close(self) -> None:
         os.close(self._lock)
+        os.close(self._at)
 
 
 def read_kept(out: Path) -> bytes:
-    """What the unfinished output `out` was given to keep in its lock file."""
-    path = partial_path(out) / MARKER
-    with named(path):
-        return path.read_bytes().partition(b"\n")[2]
-
-
-def discard(out: Path) -> None:
-    """Remove the unfinished output `out`. Raises StoreError when a process is writing it."""
+    """What the unfinished output `out` was given to keep in its lock file. Raises Foreign where that is not ours."""
     partial = partial_path(out)
-    with named(partial):
-        fd = lock(partial / MARKER)
+    with _ours(partial) as names, named(partial):
+        fd = open_own(partial / MARKER)
         try:
-            for name in sorted(os.listdir(partial), key=MARKER.__eq__):
+            if _is_unused(names):
+                raise StoreError(
+                    f"{partial}: was left by a merge that ended before it began. Give the command again; or "
+                    f"`ires rollback {out}` removes it."
+                )
+            return _read_lock(fd, partial)[1]
+        finally:
+            os.close(fd)
+
+
+def discard(out: Path, *, locked: bool = True) -> None:
+    """Remove the unfinished output `out`. Raises StoreError when a process is writing it, or when it is not ours."""
+    partial = partial_path(out)
+    with _ours(partial), named(partial):
+        fd = lock(partial / MARKER, wanted=locked)
+        try:
+            names = os.listdir(partial)
+            if not _is_unused(names):
+                _read_lock(fd, partial)
+            for name in sorted(names, key=MARKER.__eq__):
                 path = partial / name
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:
                     path.unlink()
             partial.rmdir()
-            fsync_folder(partial.parent, fd)
+            fsync_folder(partial.parent, fd, needed=False)
         finally:
             os.close(fd)
 
 
 def tidy(out: Path) -> None:
-    """Remove from the complete folder `out` what only its writing needed, the lock last."""
+    """Remove from the complete folder `out` what only its writing needed, the lock last; nothing of a stranger's."""
+    try:
+        fd = open_own(out / MARKER)
+    except (FileNotFoundError, Foreign):
+        return
+    try:
+        _read_lock(fd, out)
+    except Foreign:
+        return
+    finally:
+        os.close(fd)
     for name in sorted(os.listdir(out), key=MARKER.__eq__):
         if name == MARKER or (name.startswith(_HIDDEN) and name.endswith(_RECORD)):
             os.unlink(out / name)
 
 
-def lock(path: Path, mode: int = 0) -> int:
-    """Open and lock a file that marks a folder as being worked on; its descriptor holds the lock.
-
-    `mode`: flags for opening, to make it. Raises StoreError when another process holds it.
-    """
+@contextmanager
+def _ours(partial: Path) -> Iterator[list[str]]:
+    """What is in an unfinished folder, which is a real one and ours."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | mode, 0o666)
-    except FileExistsError:
-        raise StoreError(f"{path.parent}: another process has just taken it. Wait for it to end.") from None
-    except FileNotFoundError:
-        raise StoreError(f"{path.parent}: {_JUST_ENDED}") from None
+        at = open_folder(partial)
+    except NotADirectoryError:
+        raise unproved(partial) from None
     try:
-        for _ in range(20):  # `is_locked` of another process may look at it just now
-            with suppress(BlockingIOError):
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            time.sleep(0.01)
-        else:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        mine, there = os.fstat(fd), os.stat(path, follow_symlinks=False)
-        if (mine.st_dev, mine.st_ino) != (there.st_dev, there.st_ino):
-            raise StoreError(f"{path.parent}: {_JUST_ENDED}")
-    except BaseException as error:
-        os.close(fd)
-        if isinstance(error, BlockingIOError):
-            raise StoreError(f"{path.parent}: another process is writing it. Wait for it to end.") from None
-        if isinstance(error, FileNotFoundError):
-            raise StoreError(f"{path.parent}: {_JUST_ENDED}") from None
-        raise
-    return fd
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        names = os.listdir(at)
+        check_owner(at, partial, unsigned=_is_unused(names))
+        yield names
     finally:
-        os.close(fd)
-    return False
+        os.close(at)
+
+
+def _content_of_lock(identity: bytes, keep: bytes) -> bytes:
+    return b"\n".join([identity, trust.sign("folder", identity + b"\n" + keep).encode(), keep])
+
+
+def _read_lock(fd: int, folder: Path) -> tuple[bytes, bytes]:
+    """Identity, and what was kept, of a lock file that we have written. Raises Foreign for any other."""
+    identity, _, rest = read_open(fd, MAX_MANIFEST, folder / MARKER).partition(b"\n")
+    signature, _, keep = rest.partition(b"\n")
+    if not trust.is_mine("folder", identity + b"\n" + keep, signature.decode(errors="replace")):
+        raise unproved(folder)
+    return identity, keep
+
+
+def _is_unused(names: Iterable[str]) -> bool:
+    """Whether an unfinished folder has nothing in it: a run ended as it began."""
+    return set(names) <= {MARKER}
+
+
+def _of_file(operation: bytes, name: str, content: bytes) -> bytes:
+    """What the signature of a record says: of which operation and file it is."""
+    return b"\0".join([operation, name.encode(errors="surrogateescape"), content])
+
+
+def _make_folders(path: Path, top: Path, mode: int) -> None:
+    """Make the folders between `top` and `path`, and `path`, where they are not there."""
+    if path != top and not path.is_dir():
+        _make_folders(path.parent, top, mode)
+        os.mkdir(path, mode)
+
+
+def _is_replaceable(path: Path) -> bool:
+    """Whether a sticky folder lets us rename or replace what is in it."""
+    parent, status = os.stat(path.parent), os.lstat(path)
+    return not parent.st_mode & stat.S_ISVTX or os.geteuid() in (0, parent.st_uid, status.st_uid)
 
 
 @contextmanager
@@ -390,9 +529,10 @@ def read_into(fd: int, view: memoryview, offset: int, path: Path) -> None:
             done += count
 
 
-def write_file(path: Path, chunks: Iterable[bytes], *, sync: bool) -> None:
+def write_file(path: Path, chunks: Iterable[bytes], *, sync: bool, mode: int = 0o666) -> None:
     """A new file from its bytes."""
-    with named(path), open(path, "xb") as file:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with named(path), open(os.open(path, flags, mode), "wb") as file:
         file.writelines(chunks)
         file.flush()
         if sync:
@@ -442,15 +582,26 @@ def fsync_all(path: Path) -> None:
     fsync_folder(path.parent)
 
 
-def fsync_folder(path: str | os.PathLike[str], witness: int = -1) -> None:
+def fsync_folder(path: str | os.PathLike[str], witness: int = -1, *, needed: bool = True) -> None:
     """Make durable which names the folder has.
 
     witness  descriptor of a file beside it: on XFS fsync of a folder is silent when the file system has just gone down,
              and that of a file is not
+    needed   raise OSError where the file system cannot do this
     """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        if not needed:
+            return
+        text = (
+            f"{error.strerror}: this file system cannot make the names in a folder durable (fsync). --no-sync (in "
+            "Python sync=False) does without; a power cut may then ruin the output"
+        )
+        raise OSError(error.errno, text, os.fspath(path)) from None
     finally:
         os.close(fd)
     if witness >= 0:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ires_kernels import names, quantized
 from ires_kernels.checkpoint import open_checkpoint
+from ires_kernels.inplace import foreign
 from ires_kernels.inputs import StrPath
 
 _CONFIG = ("architectures", "model_type", "dtype", "torch_dtype", "tie_word_embeddings", "vocab_size")
@@ -44,6 +45,7 @@ def inspect(path: StrPath, *, follow_links: bool = False) -> dict[str, Any]:
         "head_is_embedding": names.is_tied(checkpoint),
         "quantized": {name: part.why for name, part in quantized.parts(checkpoint).items()},
         "config": {key: value for key, value in (checkpoint.config or {}).items() if key in _CONFIG},
+        "notes": list(foreign(checkpoint.path).values()),
         "made_by": {key: manifest[key] for key in ("operation", "id", "digest", "rules", "inputs") if key in manifest},
         "all_tensors": [
             {"name": ref.name, "dtype": ref.dtype, "shape": list(ref.shape), "file": ref.path.name} for ref in refs

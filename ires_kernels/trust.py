@@ -56,6 +56,19 @@ def is_signed(kind: str, table: Mapping[str, Any]) -> bool:
     return is_mine(kind, _canonical(table), table.get(SIGNATURE))
 
 
+def seal(kind: str, text: bytes) -> bytes:
+    """A JSON object in text, as `json.dumps` with an indent lays it out, with its signature in a line of its own."""
+    rest = text.removeprefix(b"{\n")
+    return f'{{"{SIGNATURE}": "{sign(kind, rest)}",\n'.encode() + rest
+
+
+def unseal(kind: str, raw: bytes) -> bytes | None:
+    """The text that `seal` was given; None where it is not what that made. Nothing of it is parsed before."""
+    head, _, rest = raw.partition(b"\n")
+    signature = head.removeprefix(f'{{"{SIGNATURE}": "'.encode()).removesuffix(b'",')
+    return b"{\n" + rest if is_mine(kind, rest, signature.decode(errors="replace")) else None
+
+
 def is_explicit() -> bool:
     """Whether the user has named the key: then files of others who have it are taken up too."""
     return bool(os.environ.get(VARIABLE))

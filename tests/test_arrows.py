@@ -17,7 +17,9 @@ ARROWS: dict[str, set[str]] = {
     "interrupts": set(),
     "header": {"opening"},
     "trust": set(),
-    "inplace": {"store"},
+    "ownership": {"opening", "trust"},
+    "locks": {"opening", "ownership", "trust"},
+    "inplace": {"locks", "opening", "ownership", "store", "trust"},
     "checkpoint": {"header", "inplace", "opening", "store"},
     "names": {"checkpoint"},
     "quantized": {"checkpoint", "header", "names", "rules"},
@@ -32,12 +34,14 @@ ARROWS: dict[str, set[str]] = {
     },
     "steps": {"absences", "checkpoint", "header", "names", "quantized", "rules"},
     "plan": {"absences", "checkpoint", "configs", "header", "names", "rules", "sidefiles", "steps"},
-    "store": {"interrupts", "opening"},
-    "journal": {"interrupts", "store"},
+    "store": {"interrupts", "locks", "opening", "ownership", "trust"},
+    "journal": {"interrupts", "ownership", "store"},
     "inputs": {"checkpoint", "header", "inplace", "rules"},
-    "operation": {"checkpoint", "header", "inputs", "rules", "store"},
+    "operation": {"checkpoint", "header", "inplace", "inputs", "ownership", "rules", "store", "trust"},
     "updates": {"checkpoint", "header", "names", "plan", "steps"},
-    "state": {"checkpoint", "header", "inplace", "inputs", "journal", "operation", "store"},
+    "state": {
+        "checkpoint", "header", "inplace", "inputs", "journal", "locks", "operation", "ownership", "store",
+    },
     "reader": {"checkpoint", "header", "interrupts", "names", "opening", "steps", "store"},
     "ancestry": {"checkpoint", "names", "reader", "store"},
     # tensors, without files
@@ -59,7 +63,7 @@ ARROWS: dict[str, set[str]] = {
     "manifest": {
         "ancestry", "checkpoint", "header", "interrupts", "names", "plan", "report", "sidefiles", "store", "stream",
     },
-    "summary": {"checkpoint", "inputs", "names", "quantized"},
+    "summary": {"checkpoint", "inplace", "inputs", "names", "quantized"},
     "verification": {
         "checkpoint", "device", "header", "inputs", "manifest", "names", "opening", "plan", "reader", "rules",
         "steps", "store", "stream", "windows",
@@ -68,13 +72,13 @@ ARROWS: dict[str, set[str]] = {
     "records": {"checkpoint", "manifest", "opening", "plan", "store", "stream"},
     "overwrite": {
         "backends", "checkpoint", "guards", "inplace", "inputs", "interrupts", "journal", "manifest", "names",
-        "opening", "operation", "plan", "reader", "records", "report", "rules", "sidefiles", "steps", "store", "stream",
-        "updates", "windows",
+        "opening", "operation", "ownership", "plan", "reader", "records", "report", "rules", "sidefiles", "steps",
+        "store", "stream", "updates", "windows",
     },
     "merge": {
         "checkpoint", "configs", "device", "guards", "header", "inplace", "inputs", "interrupts", "manifest", "opening",
-        "operation", "overwrite", "plan", "reader", "records", "report", "rules", "sidefiles", "state", "statedict",
-        "steps", "store", "stream", "summary", "verification",
+        "operation", "overwrite", "ownership", "plan", "reader", "records", "report", "rules", "sidefiles", "state",
+        "statedict", "steps", "store", "stream", "summary", "verification",
     },
     "pages": set(),
     "mapping": {"checkpoint", "header", "opening", "pages", "regions"},
@@ -87,12 +91,12 @@ NO_TORCH = {
     "interrupts",
     "opening", "header", "checkpoint", "names", "rules", "sidefiles", "steps", "plan", "store", "inplace", "journal",
     "inputs", "operation", "updates", "state", "reader", "trust", "pages", "regions", "tokens", "endings", "configs",
-    "references",
+    "references", "ownership", "locks",
 }  # fmt: skip
 STANDARD_ONLY = {
     "interrupts",
     "opening", "header", "checkpoint", "store", "inplace", "sidefiles", "names", "rules", "inputs", "operation",
-    "trust", "pages", "regions", "tokens", "endings", "configs", "references",
+    "trust", "ownership", "locks", "pages", "regions", "tokens", "endings", "configs", "references",
 }  # fmt: skip
 
 

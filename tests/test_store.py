@@ -38,6 +38,25 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {f"{path.relative_to(folder)}": path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def unsigned(folder: Path) -> dict[str, bytes]:
+    """The contents, where lock and records do without the lines with their signatures."""
+    found = contents(folder)
+    for name, text in found.items():
+        lines = text.split(b"\n")
+        at = {MARKER: 1}.get(name, 0 if name.endswith(".done") else None)
+        if at is not None:
+            assert len(bytes.fromhex(lines.pop(at).decode())) == 32
+            found[name] = b"\n".join(lines)
+    return found
+
+
+def state(folder: Path, *complete: str) -> dict[str, bytes]:
+    """What a run of `new` keeps beside files, `complete` ones being of `create`; as `unsigned` shows it."""
+    stamps = {name: f"{(folder / name).stat().st_size} {(folder / name).stat().st_mtime_ns}" for name in complete}
+    records = {f".ires-{name}.done": f"{stamp}\nlearnt".encode() for name, stamp in stamps.items()}
+    return {MARKER: b"mine\nkept", **records}
+
+
 WRITTEN = {"a.bin": b"head456789", "b.json": b"{}", "sub/c.txt": b""}
 
 
@@ -83,6 +102,7 @@ def test_order_of_syncs_and_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "unlink", lambda p: (calls.append(("unlink", os.path.relpath(p, tmp_path))), unlink(p)))
     write(tmp_path / "out", sync=sync)
     expected = [
+        ("fsync", "out.partial"),  # whether it can be done at all
         ("fsync", f"out.partial/{MARKER}"),
         ("fsync", "out.partial/.ires-a.bin.tmp"),
         ("fsync", "out.partial/.ires-a.bin.done"),
@@ -206,16 +226,14 @@ def test_a_folder_that_could_not_be_made_durable_is_there_all_the_same(
     fsync, calls = os.fsync, iter(range(100))
 
     def failing(fd: int) -> None:
-        if next(calls) == 7:  # the parent folder, after the renaming
+        if next(calls) == 8:  # the parent folder, after the renaming
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", failing)
     with pytest.raises(OSError, match="Input/output error"):
         write(tmp_path / "out", sync=True)
-    record = f"10 {(tmp_path / 'out' / 'a.bin').stat().st_mtime_ns}\nlearnt".encode()
-    stray = {MARKER: b"mine\nkept", ".ires-a.bin.done": record}
-    assert contents(tmp_path / "out") == {**WRITTEN, **stray}
+    assert unsigned(tmp_path / "out") == {**WRITTEN, **state(tmp_path / "out", "a.bin")}
     store.tidy(tmp_path / "out")
     assert contents(tmp_path / "out") == WRITTEN
     assert not is_unfinished(tmp_path / "out")
@@ -224,7 +242,8 @@ def test_a_folder_that_could_not_be_made_durable_is_there_all_the_same(
 def test_the_remains_of_a_killed_run_are_replaced(tmp_path: Path) -> None:
     partial = tmp_path / "out.partial"
     (partial / "sub").mkdir(parents=True)
-    for name in (MARKER, "old.bin", "sub/old.txt"):
+    (partial / MARKER).write_bytes(store._content_of_lock(b"killed", b""))
+    for name in ("old.bin", "sub/old.txt"):
         (partial / name).write_text("old")
     (partial / "link").symlink_to(tmp_path)
     write(tmp_path / "out")
@@ -252,8 +271,7 @@ def test_what_is_complete_is_kept_for_the_same_operation(tmp_path: Path) -> None
     out = tmp_path / "out"
     interrupted(out)
     partial = out.with_name("out.partial")
-    record = f"10 {(partial / 'a.bin').stat().st_mtime_ns}\nlearnt".encode()
-    assert contents(partial) == {MARKER: b"mine\nkept", "a.bin": b"head456789", ".ires-a.bin.done": record}
+    assert unsigned(partial) == {"a.bin": b"head456789", **state(partial, "a.bin")}
     assert store.read_kept(out) == b"kept"
     with new(out) as folder:
         assert folder.finished == {"a.bin": b"learnt"}
@@ -352,7 +370,7 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
         folder.create("a.bin", b"x", 1)
         with pytest.raises(StoreError, match="another process is writing it"):
             write(tmp_path / "out")
-        assert contents(folder.partial) == {MARKER: b"mine\nkept", ".ires-a.bin.tmp": b"x"}
+        assert unsigned(folder.partial) == {".ires-a.bin.tmp": b"x", **state(folder.partial)}
         folder.commit()
     assert contents(tmp_path / "out") == {"a.bin": b"x"}
 
