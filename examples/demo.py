@@ -31,7 +31,7 @@ CONTINUAL = Path(__file__).parent / "continual"
 FAMILY = CONTINUAL / "family"
 sys.path.append(f"{CONTINUAL}")
 
-from evaluate import answers, follows_format, knows, restored  # noqa: E402
+from evaluate import answers, follows_format, knows, restored, tensors_of  # noqa: E402
 from train import load  # noqa: E402
 from world import Chat, World, test_chats  # noqa: E402
 
@@ -111,7 +111,30 @@ def sweep(folder: Path) -> None:
         ik.extract(FAMILY / "base", FAMILY / "instruct", residual, dtype=dtype, sync=False)
         ik.apply(FAMILY / "base", residual, out=again, sync=False)
         print(f"base + residual in {dtype}: {restored(again, FAMILY / 'instruct'):.5%} of the weights of instruct")
+    explain_what_is_not_restored(folder)
     ires(folder, "verify cpt-instruct")
+
+
+def explain_what_is_not_restored(folder: Path) -> None:
+    """The weights that an exact residual cannot bring back, and how much a rounded one leaves out."""
+    base, instruct, again = map(tensors_of, (FAMILY / "base", FAMILY / "instruct", folder / "again-f32"))
+    exact, rounded = (tensors_of(folder / f"residual-{dtype}") for dtype in ("f32", "bf16"))
+    for name, wanted in instruct.items():
+        for i in (again[name] != wanted).flatten().nonzero().flatten().tolist():
+            was, now, got = (float(model[name].flatten()[i]) for model in (base, instruct, again))
+            print(
+                f"  f32: {name}[{i}] went from {was:.3g} to {now:.4g}, and comes back as {got:.4g}.\n"
+                "  Where a weight becomes 2^16 times smaller, their float32 difference has no room for all its\n"
+                "  bits (docs/numerics.md, P1)."
+            )
+    count = sum(t.numel() for t in exact.values())
+    share = sum(int((rounded[name].float() != t).sum()) for name, t in exact.items()) / count
+    error = sum(float((rounded[name].double() - t.double()).square().sum()) for name, t in exact.items()) ** 0.5
+    norm = sum(float(t.double().square().sum()) for t in exact.values()) ** 0.5
+    print(
+        f"  bf16: {share:.1%} of these differences need more bits than the 8 of bfloat16 and are rounded,\n"
+        f"  by {error / norm:.2%} of the residual's norm in all. For every bit store f32 (the default)."
+    )
 
 
 def same_weights(one: Path, other: Path) -> bool:

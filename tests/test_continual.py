@@ -172,6 +172,23 @@ def test_base_plus_residual_is_instruct_but_where_the_numerics_say(residual: Pat
         assert torch.equal(again[name][promised], wanted[promised]), name
 
 
+def test_the_weight_that_the_numerics_name_is_the_only_one(residual: Path, tmp_path: Path) -> None:
+    """What docs/numerics.md and the demo say of the shipped family: the percentages, and why."""
+    ik.apply(FAMILY / "base", residual, out=tmp_path / "again", sync=False)
+    again, base, instruct = map(evaluate.tensors_of, (tmp_path / "again", FAMILY / "base", FAMILY / "instruct"))
+    differ = {name: (again[name] != wanted).flatten().nonzero().flatten() for name, wanted in instruct.items()}
+    ((name, (i,)),) = ((name, places.tolist()) for name, places in differ.items() if len(places))
+    found = [float(model[name].flatten()[i]) for model in (base, instruct, again)]
+    assert found == pytest.approx([0.00099182, -6.3155e-9, -6.2864e-9], rel=1e-4)
+    assert f"{evaluate.restored(tmp_path / 'again', FAMILY / 'instruct'):.5%}" == "99.99993%"
+    ik.extract(FAMILY / "base", FAMILY / "instruct", tmp_path / "rounded", dtype="bf16", sync=False)
+    ik.apply(FAMILY / "base", tmp_path / "rounded", out=tmp_path / "other", sync=False)
+    assert f"{evaluate.restored(tmp_path / 'other', FAMILY / 'instruct'):.2%}" == "92.86%"
+    exact, rounded = evaluate.tensors_of(residual), evaluate.tensors_of(tmp_path / "rounded")
+    moved = sum(int((rounded[name].float() != t).sum()) for name, t in exact.items())
+    assert f"{moved / sum(t.numel() for t in exact.values()):.1%}" == "11.8%"
+
+
 def test_trained_models_are_relatives_and_a_permutation_is_a_stranger(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
