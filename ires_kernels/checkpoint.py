@@ -12,22 +12,26 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from ires_kernels.folders import ADAPTER_NAME, SHARD_NAME, check_adapter, listed, only_file
 from ires_kernels.header import CheckpointError, Header, brief, check_depth, parse_json, read_header, sniff
 from ires_kernels.inplace import foreign, unfinished
 from ires_kernels.opening import MAX_CONFIG, MAX_INDEX, MAX_MANIFEST, check_link, kind_of_file, read_bytes
 from ires_kernels.store import is_unfinished
 
-Kind = Literal["model", "residual"]
+Kind = Literal["model", "residual", "adapter"]
 
 _INDEX = ".safetensors.index.json"
 _BARE_NAME = re.compile(r"[^/\\\x00-\x1f\x7f]+\.safetensors")
-_SHARD_NAME = re.compile(r".*-\d+-of-\d+\.safetensors")
 _RESIDUAL_NAME = re.compile(r"residual(-\d+-of-\d+)?\.safetensors")
+_FACTOR = re.compile(
+    r"(^|[._])(lora_(A|B|embedding_A|embedding_B|magnitude_vector|down|up|mid)|ia3_l|vera_lambda_[bd]|randlora_lambda"
+    r"|hada_[wt]\d(_[ab])?|lokr_[wt]\d(_[ab])?|oft_[rR]|boft_[Rs]|prompt_embeddings)(\.|$)"
+)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -105,6 +109,8 @@ class Checkpoint:
     """Whether files of the folder may be links out of it."""
     quantization: str = ""
     """Which settings say that the weights are quantized; "" where none do."""
+    beside: tuple[str, ...] = ()
+    """Other .safetensors files of the folder, which are not read."""
     elsewhere: frozenset[str] = frozenset()
     """Of one shard given alone, the names of the tensors in the others, as far as the index beside it knows."""
 
@@ -127,7 +133,12 @@ class Checkpoint:
 
 def is_shard(path: Path) -> bool:
     """Whether a file is one of the shards of a model, by its name."""
-    return _SHARD_NAME.fullmatch(path.name) is not None
+    return SHARD_NAME.fullmatch(path.name) is not None
+
+
+def is_factor(name: str) -> bool:
+    """Whether this is a tensor of an adapter (LoRA and its kin), which is no weight but makes one with others."""
+    return _FACTOR.search(name) is not None
 
 
 def shard_number(path: Path) -> tuple[int, int] | None:
@@ -187,9 +198,12 @@ def _open_folder(folder: Path, follow_links: bool) -> Checkpoint:
         raise CheckpointError(f"{folder}: {_unreachable(folder, error)}") from None
     residual = {"residual.json", "residual.safetensors", f"residual{_INDEX}"} & names
     model = {"model.safetensors", f"model{_INDEX}"} & names
+    if model:
+        check_adapter(folder, model, names)
     if residual and model:
         raise CheckpointError(
-            f"{folder}: holds a model ({_list(model)}) and a residual ({_list(residual)}). Move one of them elsewhere."
+            f"{folder}: holds a model ({listed(model)}) and a residual ({listed(residual)}). "
+            "Move one of them elsewhere."
         )
     kind: Kind = "residual" if residual else "model"
 
@@ -202,12 +216,12 @@ def _open_folder(folder: Path, follow_links: bool) -> Checkpoint:
     manifest = _read_json(inside("residual.json" if residual else "ires.json"), MAX_MANIFEST)
     if residual and manifest is None:
         raise CheckpointError(
-            f"{folder}: residual.json is missing beside {_list(residual)}. Copy it there, or extract again."
+            f"{folder}: residual.json is missing beside {listed(residual)}. Copy it there, or extract again."
         )
     config = _read_config(inside("config.json"))
     index_name = _index_name(folder, kind, names)
     if index_name is None:
-        shards = [_open_shard(inside(_only_file(folder, kind, names)))]
+        shards = [_open_shard(inside(only_file(folder, kind, names)))]
         return _assemble(folder, kind, shards, None, {}, config, manifest, follow_links)
     weight_map, metadata = _read_index(inside(index_name))
     single = f"{kind}.safetensors"
@@ -220,7 +234,7 @@ def _open_folder(folder: Path, follow_links: bool) -> Checkpoint:
     absent = [name for name in files if not os.path.exists(folder / name)]
     if absent:
         raise CheckpointError(
-            f"{folder}: {len(absent)} of the {len(files)} files that {index_name} names are missing: {_list(absent)}. "
+            f"{folder}: {len(absent)} of the {len(files)} files that {index_name} names are missing: {listed(absent)}. "
             "Download or copy them into the folder."
         )
     shards = [_open_shard(inside(name)) for name in files]
@@ -238,7 +252,7 @@ def _index_name(folder: Path, kind: Kind, names: set[str]) -> str | None:
         return None
     if len(others) > 1:
         raise CheckpointError(
-            f"{folder}: found the indexes {_list(others)}, wanted one. Give a folder with a single checkpoint."
+            f"{folder}: found the indexes {listed(others)}, wanted one. Give a folder with a single checkpoint."
         )
     return others[0]
 
@@ -261,34 +275,6 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     if type(metadata) is not dict:
         raise CheckpointError(f"{where}: metadata is {brief(metadata)}, wanted an object. Download it again.")
     return weight_map, metadata
-
-
-def _only_file(folder: Path, kind: Kind, names: set[str]) -> str:
-    """The file with the weights of a folder without index."""
-    if f"{kind}.safetensors" in names:
-        return f"{kind}.safetensors"
-    files = [name for name in names if name.endswith(".safetensors")]
-    if len(files) == 1 and kind == "model" and not is_shard(Path(files[0])):
-        return files[0]
-    wanted = f"wanted {kind}.safetensors, or {kind}{_INDEX} and its shards"
-    if files:
-        raise CheckpointError(
-            f"{folder}: found {_list(files)} and no index; {wanted}. "
-            "Download the index as well, or give one .safetensors file."
-        )
-    if "snapshots" in names:
-        snapshots = [f"{path}" for path in folder.glob("snapshots/*")]
-        raise CheckpointError(f"{folder}: is a Hub cache folder; {wanted}. Give a snapshot: {_list(snapshots)}.")
-    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-    ggufs = [name for name in names if name.endswith(".gguf")]
-    if pickles:
-        advice = "Load the model with transformers and save it with save_pretrained(folder, safe_serialization=True)."
-    elif ggufs:
-        advice = "GGUF files are not read: take the safetensors files of the same model."
-    else:
-        advice = "Give the folder of a model, or one .safetensors file."
-    found = _list(pickles or ggufs or names) if names else "nothing"
-    raise CheckpointError(f"{folder}: found {found}; {wanted}. {advice}")
 
 
 def _open_shard(path: Path) -> Shard:
@@ -368,6 +354,8 @@ def _with_settings(checkpoint: Checkpoint) -> Checkpoint:
     """A model with what the files beside it say of its weights, also where one of them was given alone."""
     if checkpoint.kind == "residual":
         return checkpoint
+    if _is_adapter(checkpoint):
+        return replace(checkpoint, kind="adapter")
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
 
     def read(name: str) -> dict[str, Any] | None:
@@ -382,7 +370,10 @@ def _with_settings(checkpoint: Checkpoint) -> Checkpoint:
         table = read(name) or {}
         key = next((key for key in keys if table.get(key)), "")
         says = says or (f"{key} in {name}" if key else name if table and not keys else "")
-    return replace(checkpoint, quantization=says, elsewhere=_in_other_shards(checkpoint))
+    own = {shard.path.name for shard in checkpoint.shards}
+    others = sorted(path.name for path in folder.glob("[!.]*.safetensors") if path.name not in own)
+    beside = tuple(others if folder == checkpoint.path else ())
+    return replace(checkpoint, quantization=says, beside=beside, elsewhere=_in_other_shards(checkpoint))
 
 
 _QUANTIZATION: dict[str, tuple[str, ...]] = {
@@ -402,6 +393,14 @@ def _quantization_block(config: dict[str, Any], place: str) -> str:
         if found:
             return found
     return ""
+
+
+def _is_adapter(checkpoint: Checkpoint) -> bool:
+    """Whether the weights are those of an adapter alone. A model with one inside has the weights it is for as well."""
+    if any(ADAPTER_NAME.fullmatch(shard.path.name) for shard in checkpoint.shards):
+        return True
+    factors = sum(map(is_factor, checkpoint.tensors))
+    return 2 * factors > len(checkpoint.tensors) and not any(".base_layer." in name for name in checkpoint.tensors)
 
 
 def _in_other_shards(checkpoint: Checkpoint) -> frozenset[str]:
@@ -448,9 +447,3 @@ def _unreachable(path: Path, error: Exception) -> str:
             f"`hf download {path} --local-dir {path.name}`, then give that folder."
         )
     return "no such file or folder. Check the path."
-
-
-def _list(names: Iterable[str]) -> str:
-    """Up to ten names, sorted."""
-    items = sorted(names)
-    return ", ".join(items[:10]) + (f" and {len(items) - 10} more" if len(items) > 10 else "")

@@ -26,9 +26,10 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as Bar
 
 from ires_kernels import merge, trust
+from ires_kernels.folders import MERGE_ADAPTER
 from ires_kernels.header import CheckpointError
 from ires_kernels.inplace import unfinished
-from ires_kernels.inputs import kind_of
+from ires_kernels.inputs import check_adapter, kind_of
 from ires_kernels.plan import VERSION, size
 from ires_kernels.rules import DTYPES, ArgumentError
 from ires_kernels.store import LostError, StoreError, is_unfinished, partial_path
@@ -335,7 +336,9 @@ def _apply(arguments: argparse.Namespace) -> int:
     if pair:
         residuals = (arguments.instruct, arguments.base)
         for role, path in (("instruct", arguments.instruct), ("base", arguments.base)):
-            if kind_of(path, follow_links=arguments.follow_links) != "model":  # or two residuals would pass
+            kind = kind_of(path, follow_links=arguments.follow_links)
+            check_adapter(kind, path, role)
+            if kind != "model":  # or two residuals would pass
                 raise ArgumentError(f"{path}: is a residual, wanted a model as {role}.")
     else:
         specs = [_residual(text) for text in arguments.residuals]
@@ -438,6 +441,16 @@ def _inspect(arguments: argparse.Namespace) -> int:
         *((key, f"{value}") for key, value in table["config"].items()),
     ]
     rows += [("head", "is the embedding")] if table["head_is_embedding"] else []
+    rows += [("not read", ", ".join(table["beside"]))] if table["beside"] else []
+    if table["shard"]:
+        rows.append(("shard", "{} of {}: the other tensors of the model are not in this file".format(*table["shard"])))
+    if table["empty"]:
+        count = len(table["empty"])
+        names = f"{count} tensor{'s' * (count > 1)} without elements, such as {table['empty'][0]}"
+        rows.append(("empty", f"{names}: saved under ZeRO-3 without gathering?"))
+    if table["adapter"]:
+        names = f"{len(table['adapter'])} tensors, such as {table['adapter'][0]}"
+        rows.append(("adapter", f"{names}. {MERGE_ADAPTER}"))
     if table["quantized"]:
         rows.append(("quantized", f"{len(table['quantized'])} tensors: {next(iter(table['quantized'].values()))}"))
     made_by = table["made_by"]

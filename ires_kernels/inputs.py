@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ires_kernels.checkpoint import Checkpoint, Kind, open_checkpoint
+from ires_kernels.folders import MERGE_ADAPTER
 from ires_kernels.header import CheckpointError, brief
 from ires_kernels.inplace import unfinished
 from ires_kernels.rules import ArgumentError
@@ -26,6 +27,7 @@ def open_inputs(paths: Mapping[str, StrPath], *, follow_links: bool = False) -> 
         check_path(path, role)
         checkpoint = open_checkpoint(path, follow_links=follow_links)
         wanted = "residual" if role.startswith("residual") else "model"
+        check_adapter(checkpoint.kind, path, role)
         if checkpoint.kind != wanted:
             raise CheckpointError(f"{path}: is a {checkpoint.kind}, wanted a {wanted} as {role}. {_ADVICE[wanted]}")
         inputs[role] = checkpoint
@@ -48,6 +50,8 @@ def roles_of_apply(
     for i, path in enumerate(paths):
         check_path(path, f"residual[{i}]")
     kinds = [kind_of(path, follow_links=follow_links) for path in paths]
+    for kind, path in zip(kinds, paths, strict=True):
+        check_adapter(kind, path, "residual" if "residual" in kinds or len(paths) != 2 else "instruct or base")
     if kinds == ["model", "model"] and isinstance(residual, tuple):
         return {"target": target, "instruct": paths[0], "base": paths[1]}
     if not paths or "model" in kinds:
@@ -59,6 +63,12 @@ def roles_of_apply(
     if len(paths) == 1:
         return {"target": target, "residual": paths[0]}
     return {"target": target, **{f"residual-{number}": path for number, path in enumerate(paths, 1)}}
+
+
+def check_adapter(kind: Kind, path: StrPath, role: str) -> None:
+    """Refuse an adapter, which holds no weights but factors of an update: their sums are not sums of the updates."""
+    if kind == "adapter":
+        raise CheckpointError(f"{path}: is an adapter (LoRA or its kin), wanted a model as {role}. {MERGE_ADAPTER}")
 
 
 def check_path(path: object, name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from ires_kernels.checkpoint import Checkpoint, TensorRef
 
@@ -35,11 +35,6 @@ def is_vocabulary(name: str) -> bool:
     return _HEAD.search(name) is not None or _EMBEDDING.search(name) is not None
 
 
-def is_adapter(name: str) -> bool:
-    """Whether this is a factor of a low-rank adapter (LoRA), whose update is a product of two tensors."""
-    return re.search(r"\.lora_(A|B|embedding_A|embedding_B)(\.|$)", name) is not None
-
-
 def is_recomputed(ref: TensorRef) -> bool:
     """Whether this is a buffer that loaders compute again or pass over: frequencies, positions, causal masks.
 
@@ -54,6 +49,15 @@ def is_recomputed(ref: TensorRef) -> bool:
         "scalar": ref.numel <= 3,
         "bytes": ref.dtype == "U8",
     }[looks]
+
+
+def empty(checkpoint: Checkpoint, models: Iterable[Checkpoint] = ()) -> list[TensorRef]:
+    """Tensors without elements that should have some: by their name, as their like have in the model, or in others."""
+    without = [ref for ref in checkpoint.tensors.values() if not ref.numel]
+    if not without:
+        return []
+    full = {pattern(ref.name) for model in (checkpoint, *models) for ref in model.tensors.values() if ref.numel}
+    return [ref for ref in without if ref.name.endswith(("weight", "bias")) or pattern(ref.name) in full]
 
 
 def pattern(text: str) -> str:

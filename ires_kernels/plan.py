@@ -64,6 +64,7 @@ class Plan:
     not_copied: tuple[str, ...]
     """What else is in the target's folder."""
     warnings: tuple[str, ...]
+    notes: tuple[str, ...]
     in_place: bool = False
     """Whether the target's own files are changed, where they differ, and nothing else is written."""
     id: str = field(init=False)
@@ -149,6 +150,7 @@ class Plan:
             "side_files_why": {side.name: side.why for side in self.side_files if side.why},
             "not_copied": list(self.not_copied),
             "warnings": list(self.warnings),
+            "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
@@ -165,6 +167,7 @@ class Plan:
         rows.append(("new files", ", ".join([*(name for name, _ in self.documents), MANIFESTS[self.operation]])))
         rows += [("not copied", ", ".join(self.not_copied))] if self.not_copied else []
         rows += [("warning", line) for line in self.warnings]
+        rows += [("note", line) for line in self.notes]
         rows.append(("reads", size(self.bytes_read)))
         where = "in place" if self.in_place else f"in {len(self.files)} files"
         rows.append(("writes", f"{size(self.bytes_written)} {where}"))
@@ -181,6 +184,8 @@ def plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[s
     """
     target, *sources = inputs.values()
     found = Findings(rules, inputs, copies or {})
+    steps.check_models(found)
+    found.refuse("apply")
     layout = []
     for shard in target.shards:
         group = [steps.apply_step(target.tensors[name], inputs, found) for name in shard.header.tensors]
@@ -197,8 +202,6 @@ def plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[s
     foreign = steps.other_vocabulary(inputs, everything)
     if foreign is not None:
         found.warnings.append(f"{foreign} has other rows in the target, which keeps its tokenizer and chat template")
-    if any(names.is_adapter(step.name) for step in everything if not step.reason):
-        found.warnings.append("low-rank adapters are added factor by factor, which is not the sum of their products")
     if [sidefiles.has_template(source) for source in sources if "instruct" in inputs] == [False, True]:
         found.warnings.append("base has a chat template and instruct has none: are they the wrong way round?")
     found.warnings += configs.differences(inputs)
@@ -213,6 +216,7 @@ def plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[s
     return Plan(
         "apply", dict(inputs), rules, files, placed, tuple(documents), tuple(side_files), tuple(found.comparisons), {},
         tuple(found.missing), tuple(sides.left), tuple(found.warnings),
+        tuple(found.notes),
     )  # fmt: skip
 
 
@@ -223,6 +227,8 @@ def plan_extract(inputs: Mapping[str, Checkpoint], rules: Rules) -> Plan:
     """
     base, instruct = inputs["base"], inputs["instruct"]
     found = Findings(rules, inputs)
+    steps.check_models(found)
+    found.refuse("extract")
     # A head that only base has becomes a difference to instruct's embedding, and is stored next to that one.
     heads = [] if names.is_tied(base) else [n for n in base.tensors if names.is_head(n) and n not in instruct.tensors]
     tied = {ref.name: [replace(ref, name=head)] for head in heads if (ref := names.lookup(instruct, head))}
@@ -250,6 +256,7 @@ def plan_extract(inputs: Mapping[str, Checkpoint], rules: Rules) -> Plan:
     return Plan(
         "extract", dict(inputs), rules, files, placed, tuple(index), tuple(sidefiles.of_residual(instruct)),
         tuple(found.comparisons), found.not_stored, tuple(found.missing), (), tuple(found.warnings),
+        tuple(found.notes),
     )  # fmt: skip
 
 

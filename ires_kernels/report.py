@@ -121,6 +121,7 @@ class Report:
             {file.name: file.role for file in plan.side_files if not (plan.in_place and file.role == "target")},
             () if plan.in_place else plan.not_copied,
             plan.warnings,
+            plan.notes,
             why={side.name: side.why for side in plan.side_files if side.why},
         )
 

@@ -10,7 +10,8 @@ import xxhash
 
 from ires_kernels import absences, names
 from ires_kernels.absences import Absence
-from ires_kernels.checkpoint import Checkpoint, TensorRef
+from ires_kernels.checkpoint import Checkpoint, TensorRef, is_factor
+from ires_kernels.folders import MERGE_ADAPTER, listed
 from ires_kernels.header import CheckpointError, brief
 from ires_kernels.names import FLOATS
 from ires_kernels.quantized import Modules
@@ -31,6 +32,14 @@ _CODES = (
     "--skip, which takes all that belongs to a module for one: codes, scales, zero points."
 )
 _INTEGERS = "What is not floating point is copied where instruct and base agree; leave the rest as it is with --skip."
+_EMPTY = (
+    "A model looks like this when it is saved under ZeRO-3 without gathering its parameters: save it again with them "
+    "(DeepSpeed: stage3_gather_16bit_weights_on_model_save), or take it from elsewhere."
+)
+_FACTORS = (
+    f"Sums of its factors are not sums of its updates. {MERGE_ADAPTER} "
+    "To merge the weights below it alone, leave its factors as they are with --skip."
+)
 _SECOND = "Give both the same --skip and --alpha-for: models that load one tensor for the two would load either."
 _TIED = (
     "One tensor cannot take the updates of two. Save the target with an output head of its own "
@@ -105,6 +114,7 @@ class Findings:
     not_stored: dict[str, tuple[str, TensorRef]] = field(default_factory=dict)
     missing: list[Absence] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.modules = Modules(self.inputs, self.rules)
@@ -151,6 +161,33 @@ class Findings:
         lines = [f"cannot {operation}:", *(f"  {problem}" for problem in problems[:10])]
         lines += [f"  and {len(problems) - 10} more problems"] if len(problems) > 10 else []
         raise CheckpointError("\n".join([*lines, *dict.fromkeys(problem.advice for problem in problems)]))
+
+
+def check_models(found: Findings) -> None:
+    """Find models that are none: with tensors that nobody filled, or with an adapter that is not merged in."""
+    for role, checkpoint in found.inputs.items():
+        where = f" of {role} ({checkpoint.path})"
+        written = role == "target"  # whose tensors are in the output, skipped or not
+        for ref in names.empty(checkpoint, found.inputs.values()):
+            if written or found.skipped(ref.name) is None:
+                rest = f"is empty: shape {list(ref.shape)}"
+                found.about(ref.name, rest, _EMPTY, f" of {role} ({ref.path})", where)
+        if written:
+            alone = [ref.name for ref in checkpoint.tensors.values() if not ref.numel]
+            verb = "have" if len(alone) > 1 else "has"
+            found.warnings += [f"{_few(alone)} of the target {verb} no elements"] if alone else []
+        if checkpoint.beside:
+            read = checkpoint.index_name or checkpoint.shards[0].path.name
+            found.notes.append(f"{checkpoint.path}: {listed(checkpoint.beside)} was not read, but {read}")
+        factors = [name for name in checkpoint.tensors if is_factor(name) and found.skipped(name) is None]
+        if factors:
+            text = f"{role} ({checkpoint.path}) holds an adapter that is not merged in: {_few(factors)}"
+            found.problem(text, _FACTORS)
+
+
+def _few(found: list[str]) -> str:
+    """How many, and the first of them."""
+    return f"{len(found)} tensors such as {brief(found[0])}" if len(found) > 1 else brief(found[0])
 
 
 def apply_step(ref: TensorRef, inputs: Mapping[str, Checkpoint], found: Findings) -> Step:

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from ires_kernels import names, quantized
-from ires_kernels.checkpoint import open_checkpoint
+from ires_kernels.checkpoint import is_factor, is_shard, open_checkpoint, shard_number
 from ires_kernels.inplace import foreign
 from ires_kernels.inputs import StrPath
 
@@ -42,7 +42,11 @@ def inspect(path: StrPath, *, follow_links: bool = False) -> dict[str, Any]:
             }
             for shard in checkpoint.shards
         ],
-        "head_is_embedding": names.is_tied(checkpoint),
+        "beside": list(checkpoint.beside),
+        "shard": list(shard_number(checkpoint.path) or []) or None,
+        "head_is_embedding": not is_shard(checkpoint.path) and names.is_tied(checkpoint),
+        "empty": [ref.name for ref in names.empty(checkpoint)],
+        "adapter": [name for name in checkpoint.tensors if is_factor(name)],
         "quantized": {name: part.why for name, part in quantized.parts(checkpoint).items()},
         "config": {key: value for key, value in (checkpoint.config or {}).items() if key in _CONFIG},
         "notes": list(foreign(checkpoint.path).values()),

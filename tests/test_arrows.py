@@ -20,7 +20,8 @@ ARROWS: dict[str, set[str]] = {
     "ownership": {"opening", "trust"},
     "locks": {"opening", "ownership", "trust"},
     "inplace": {"locks", "opening", "ownership", "store", "trust"},
-    "checkpoint": {"header", "inplace", "opening", "store"},
+    "folders": {"opening"},
+    "checkpoint": {"folders", "header", "inplace", "opening", "store"},
     "names": {"checkpoint"},
     "quantized": {"checkpoint", "header", "names", "rules"},
     "absences": {"checkpoint", "header", "names"},
@@ -32,11 +33,11 @@ ARROWS: dict[str, set[str]] = {
     "sidefiles": {
         "checkpoint", "configs", "endings", "header", "opening", "references", "store", "tokens",
     },
-    "steps": {"absences", "checkpoint", "header", "names", "quantized", "rules"},
+    "steps": {"absences", "checkpoint", "folders", "header", "names", "quantized", "rules"},
     "plan": {"absences", "checkpoint", "configs", "header", "names", "rules", "sidefiles", "steps"},
     "store": {"interrupts", "locks", "opening", "ownership", "trust"},
     "journal": {"interrupts", "ownership", "store"},
-    "inputs": {"checkpoint", "header", "inplace", "rules"},
+    "inputs": {"checkpoint", "folders", "header", "inplace", "rules"},
     "operation": {"checkpoint", "header", "inplace", "inputs", "ownership", "rules", "store", "trust"},
     "updates": {"checkpoint", "header", "names", "plan", "steps"},
     "state": {
@@ -82,7 +83,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "pages": set(),
     "mapping": {"checkpoint", "header", "opening", "pages", "regions"},
-    "cli": {"header", "inplace", "inputs", "merge", "plan", "rules", "store", "stream", "trust", "windows"},
+    "cli": {"folders", "header", "inplace", "inputs", "merge", "plan", "rules", "store", "stream", "trust", "windows"},
     "__main__": {"cli"},
     "__init__": {"backends", "mapping", "merge", "ops"},
 }  # fmt: skip

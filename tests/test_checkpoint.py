@@ -119,7 +119,7 @@ def test_residual_folders(folder: Path) -> None:
     assert (checkpoint.kind, checkpoint.index_name, list(checkpoint.tensors)) == ("residual", index, ["a"])
 
 
-@pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "adapter_model.safetensors"])
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "my_merge.safetensors"])
 def test_the_only_file_of_a_folder(folder: Path, name: str) -> None:
     write(folder / name, "a")
     write(folder / f"._{name}", "b")  # as macOS leaves them on foreign disks
@@ -322,7 +322,7 @@ def test_bad_shard_is_named(sharded: Path) -> None:
         ([A, B], f"found {A}, {B} and no index"),
         (["x.safetensors", "y.safetensors"], "found x.safetensors, y.safetensors and no index"),
         ([A], f"found {A} and no index"),
-        (["pytorch_model-00001-of-00002.bin", "config.json"], "found pytorch_model-00001-of-00002.bin; wanted model"),
+        (["pytorch_model-00001-of-00002.bin", "config.json"], "its weights are in pytorch_model-00001-of-00002.bin"),
         (["model.pt"], "save_pretrained"),
         (["model-Q4_K_M.gguf"], "GGUF files are not read"),
         (["README.md", "tokenizer.json"], "found README.md, tokenizer.json; wanted"),
