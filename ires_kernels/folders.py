@@ -15,7 +15,7 @@ from pathlib import Path
 from ires_kernels.opening import CheckpointError
 
 SHARD_NAME = re.compile(r".*-\d+-of-\d+\.safetensors")
-ADAPTER_NAME = re.compile(r"adapter(s|_model)?(-\d+-of-\d+)?\.(safetensors|bin)")
+ADAPTER_NAME = re.compile(r"(adapters|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)")
 _MODEL_NAME = re.compile(r"(consolidated|diffusion_pytorch_model)\.safetensors|model\.[\w-]+\.safetensors")
 # What trainers leave beside weights, in the same formats.
 _STATE = re.compile(

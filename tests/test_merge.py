@@ -896,12 +896,3 @@ def test_unfinished_output_under_another_name(tmp_path: Path, monkeypatch: pytes
     for path in (tmp_path / "link", Path(".")):
         with pytest.raises(CheckpointError, match="is the unfinished output of a merge"):
             merge(path, (instruct, base), out=tmp_path / "new")
-
-
-def test_adapters_are_warned_of(tmp_path: Path) -> None:
-    models = [
-        write_model(tmp_path / name, {"q.lora_A.weight": normal((4, 8), seed), "q.lora_B.weight": normal((8, 4), seed)})
-        for seed, name in enumerate(("base", "instruct", "target"))
-    ]
-    report = merge(models[2], (models[1], models[0]), out=tmp_path / "out")
-    assert any("adapters" in warning for warning in report.warnings)
