@@ -8,7 +8,7 @@ residual, so `extract` and `apply` compare instruct with base as well:
 
     table["ancestry"] = ancestry.sketch(inputs["base"])                      # a key of the manifest, in extract
     found = ancestry.compare(target, ancestry.sketch(base))                  # apply with instruct and base
-    found = ancestry.compare(target, (residual.manifest or {}).get("ancestry"))  # apply with a residual
+    found = ancestry.compare(target, residual.manifest.ancestry)             # apply with a residual
     if found is not None and not found.related:
         warnings.append(found.warning("target", "base"))
 

@@ -17,9 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from ires_kernels import manifest as manifests
 from ires_kernels.folders import ADAPTER_NAME, SHARD_NAME, check_adapter, listed, only_file
 from ires_kernels.header import CheckpointError, Header, brief, check_depth, parse_json, read_header, sniff
 from ires_kernels.inplace import foreign, unfinished
+from ires_kernels.manifest import Manifest
 from ires_kernels.opening import MAX_CONFIG, MAX_INDEX, MAX_MANIFEST, check_link, kind_of_file, read_bytes
 from ires_kernels.store import is_unfinished
 
@@ -56,8 +58,8 @@ class FileId(NamedTuple):
         return self[:4] == since[:4]
 
     def stamp(self) -> dict[str, int]:
-        """What survives a move to another disk."""
-        return {"size": self.size, "mtime_ns": self.mtime_ns}
+        """All of it in JSON types."""
+        return self._asdict()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,7 @@ class Checkpoint:
     """``metadata`` of the index as it stands; its total_size is wrong in many published models and not checked."""
     config: dict[str, Any] | None
     """config.json of the folder."""
-    manifest: dict[str, Any] | None
+    manifest: Manifest | None
     """residual.json of a residual, ires.json of a merged model, NAME.ires.json of a file that was updated in place."""
     follow_links: bool = False
     """Whether files of the folder may be links out of it."""
@@ -186,9 +188,7 @@ def _open_checkpoint(path: Path, follow_links: bool) -> Checkpoint:
     beside = path.with_name("residual.json" if is_residual else f"{path.name}.ires.json")
     if not follow_links and os.path.exists(beside):
         check_link(beside, path.parent)
-    return _with_settings(
-        _assemble(path, kind, [shard], None, {}, None, _read_json(beside, MAX_MANIFEST), follow_links)
-    )
+    return _with_settings(_assemble(path, kind, [shard], None, {}, None, _read_manifest(beside), follow_links))
 
 
 def _open_folder(folder: Path, follow_links: bool) -> Checkpoint:
@@ -213,7 +213,7 @@ def _open_folder(folder: Path, follow_links: bool) -> Checkpoint:
             check_link(path, folder)
         return path
 
-    manifest = _read_json(inside("residual.json" if residual else "ires.json"), MAX_MANIFEST)
+    manifest = _read_manifest(inside("residual.json" if residual else "ires.json"))
     if residual and manifest is None:
         raise CheckpointError(
             f"{folder}: residual.json is missing beside {listed(residual)}. Copy it there, or extract again."
@@ -292,7 +292,7 @@ def _assemble(
     index_name: str | None,
     index_metadata: dict[str, Any],
     config: dict[str, Any] | None,
-    manifest: dict[str, Any] | None,
+    manifest: Manifest | None,
     follow_links: bool,
 ) -> Checkpoint:
     tensors: dict[str, TensorRef] = {}
@@ -325,6 +325,11 @@ def _check_agreement(index: Path, weight_map: dict[str, str], checkpoint: Checkp
             f"{index}: index and shards disagree: {'; '.join(problems[:10])}{more}. "
             "The files come from different versions of the model: download or save all of them again."
         )
+
+
+def _read_manifest(path: Path) -> Manifest | None:
+    raw = _read_bytes(path, MAX_MANIFEST)
+    return None if raw is None else manifests.parse(raw, path)
 
 
 def _read_json(path: Path, limit: int) -> dict[str, Any] | None:

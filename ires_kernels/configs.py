@@ -61,10 +61,8 @@ def differences(inputs: Mapping[str, Checkpoint]) -> list[str]:
     tables: dict[str, Fields] = {}
     for role, checkpoint in inputs.items():
         if checkpoint.kind == "residual":
-            recorded = (checkpoint.manifest or {}).get("config")
-            for of, table in recorded.items() if isinstance(recorded, dict) else ():
-                if isinstance(table, dict):
-                    tables[f"{of} of {role}"] = table
+            for of, table in checkpoint.manifest.config.items() if checkpoint.manifest else ():
+                tables[f"{of} of {role}"] = table
         elif checkpoint.config is not None:
             tables[role] = fields(checkpoint.config)
     lines = []

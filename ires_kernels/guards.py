@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
-from ires_kernels import ancestry, manifest, stream
+from ires_kernels import ancestry, stream
 from ires_kernels.checkpoint import Checkpoint, FileId
 from ires_kernels.header import CheckpointError, read_header
 from ires_kernels.plan import Plan
 from ires_kernels.reader import all_file_ids, differing
+from ires_kernels.samples import sample
+from ires_kernels.store import StoreError
 from ires_kernels.stream import Outcome
 
 
@@ -37,7 +39,7 @@ def strangers(inputs: Mapping[str, Checkpoint]) -> tuple[str, ...]:
         sketches: dict[str, object] = {"base": ancestry.sketch(inputs["base"])}
     else:
         residuals = {role: checkpoint for role, checkpoint in inputs.items() if role != "target"}
-        sketches = {f"the base of {r}": (c.manifest or {}).get("ancestry") for r, c in residuals.items()}
+        sketches = {f"the base of {r}": c.manifest.ancestry if c.manifest else None for r, c in residuals.items()}
     pairs = [(model, base) for base in sketches for model in models]
     found = [(*pair, ancestry.compare(inputs[pair[0]], sketches[pair[1]])) for pair in pairs]
     return tuple(each.warning(model, base) for model, base, each in found if each is not None and not each.related)
@@ -61,9 +63,9 @@ def check_residuals(plan: Plan, hashes: Mapping[str, Mapping[str, str]]) -> None
     """Compare what was read of residuals, by role and name, with the hashes that `extract` recorded."""
     for role, checkpoint in plan.inputs.items():
         if checkpoint.kind == "residual":
-            recorded = manifest.tensors(checkpoint)
+            recorded = checkpoint.manifest.tensors if checkpoint.manifest else {}
             for name, found in hashes.get(role, {}).items():
-                wanted = recorded.get(name, {}).get("xxh3_128", found)
+                wanted = recorded[name].xxh3_128 if name in recorded else found
                 if found != wanted:
                     raise CheckpointError(
                         f"{checkpoint.tensors[name].path}: tensor {name!r} is damaged: its xxh3_128 is {found}, "
@@ -97,8 +99,22 @@ def check_unchanged(
             raise CheckpointError(f"{written[0]}: changed while it was read. Wait for its writer, then start again.")
 
 
-def check_contents(plan: Plan, outcome: Outcome, changed: Iterable[Path], current: Mapping[Path, FileId]) -> None:
-    """Refuse files of inputs that have other times than when an update began, if what was read of them is not there."""
+def check_begun(
+    plan: Plan,
+    samples: Mapping[str, Mapping[str, str]],
+    outcome: Outcome,
+    changed: Iterable[Path],
+    current: Mapping[Path, FileId] | None = None,
+    *,
+    but: Container[str] = (),
+) -> None:
+    """Refuse with StoreError inputs that are not those with which an interrupted merge was begun; not the roles `but`.
+
+    samples  of the files of then, by role and name, at the places that the plan's id chooses
+    outcome  what that run has learnt of the tensors that it has read: in files that are not the very ones of then,
+             those `changed`, they must have their hashes
+    current  what the files were when they were opened, if the plan has another time for them
+    """
     changed = set(changed)
     refs = {
         f"{role} {name}": checkpoint.tensors[name]
@@ -106,10 +122,20 @@ def check_contents(plan: Plan, outcome: Outcome, changed: Iterable[Path], curren
         for name in outcome.inputs.get(role, {})
         if name in checkpoint.tensors and checkpoint.tensors[name].path in changed
     }
-    for name, digest in stream.hashes(refs, current).items():
+    for name, digest in stream.hashes(refs, file_ids(plan) if current is None else current).items():
         role, _, tensor = name.partition(" ")
         if digest != outcome.inputs[role][tensor]:
-            raise CheckpointError(
-                f"{refs[name].path}: is not the file that the interrupted merge has read: its tensor {tensor!r} is "
+            raise StoreError(
+                f"{refs[name].path}: is not the file of the {role} that this was begun with: its tensor {tensor!r} is "
                 "another. Put that one back, then go on; or roll back."
             )
+    for role, checkpoint in plan.inputs.items():
+        known = {} if role in but else samples.get(role, {})
+        for shard in checkpoint.shards:
+            name = shard.path.name
+            if name in known and known[name] != sample(shard.path, plan.id):
+                kind = "residual" if role.startswith("residual") else f"{role} model"
+                raise StoreError(
+                    f"{shard.path}: is not the file of the {kind} that this was begun with, but has other bytes. "
+                    "Put that one back, then go on; or roll back."
+                )

@@ -201,8 +201,10 @@ def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return total // 8
 
 
-def parse_json(raw: bytes, where: str) -> dict[str, Any]:
+def parse_json(raw: bytes, where: str, *, escaped: bool = False) -> dict[str, Any]:
     """Parse one strict JSON object: UTF-8 without byte order mark, no duplicate keys, no NaN, no lone surrogates.
+
+    escaped  whether lone surrogates may be escaped in it, as which Python has the bytes of paths that are not UTF-8
 
     Numbers that are not integers of at most 20 digits come back as float. Raises CheckpointError, which names `where`.
     """
@@ -210,7 +212,7 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
     try:
         text = raw.decode()
         value = json.loads(text, object_pairs_hook=_unique, parse_int=_integer, parse_constant=_constant)
-        if re.search(r"\\u[dD][89a-fA-F]", text):
+        if not escaped and re.search(r"\\u[dD][89a-fA-F]", text):
             json.dumps(value, ensure_ascii=False).encode()
     except ValueError as error:  # includes JSONDecodeError, UnicodeDecodeError and UnicodeEncodeError
         kind = sniff(raw)

@@ -1,224 +1,272 @@
 """The manifest that a merge leaves in its output: what it was made of, how, and the hash of every tensor.
 
-``residual.json`` in a residual, ``ires.json`` in a merged model. Tensor hashes are xxh3_128 of the tensor's bytes; the
-digest of a checkpoint is xxh3_128 of the sorted lines ``name dtype shape hash``, so equal tensors give equal digests
-however they are split into files.
+``residual.json`` in a residual, ``ires.json`` in a merged model, ``NAME.ires.json`` beside a file that was updated in
+place. Here it is read: parsed once, into frozen dataclasses, and refused with the name of the key where a value is not
+of its kind. `provenance` makes it.
+
+Whoever has a folder can write such a file. So it is signed, and what it says of the past of a model is believed only
+where `is_mine`; everything else in it can be looked up in the files themselves.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import threading
-from collections import deque
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import xxhash
+from ires_kernels import trust
+from ires_kernels.decode import APART, KEY, RAW, Count, Time, Wanted, decode
+from ires_kernels.header import CheckpointError, brief, parse_json
+from ires_kernels.opening import MAX_MANIFEST, read_bytes
+from ires_kernels.rules import Rules
 
-from ires_kernels import ancestry, interrupts, names, sidefiles
-from ires_kernels.checkpoint import Checkpoint, TensorRef
-from ires_kernels.header import CheckpointError
-from ires_kernels.plan import MANIFESTS, VERSION, Plan
-from ires_kernels.report import Report
-from ires_kernels.store import chunks
-from ires_kernels.stream import Outcome
+_ADVICE = "It was edited since a merge wrote it, or damaged: put the right one back; or, if it is of no use, delete it."
 
-_ENTRY = {"dtype", "shape", "xxh3_128", "inputs"}
-
-
-SUMS = "SHA256SUMS"
-"""Name of the file with the sums of a folder, in the format of `sha256sum -c`."""
+Digest = Annotated[str, Wanted("32 hexadecimal digits", lambda text: re.fullmatch(r"[0-9a-f]{32}", text) is not None)]
+"""xxh3_128"""
+Sum = Annotated[str, Wanted("64 hexadecimal digits", lambda text: re.fullmatch(r"[0-9a-f]{64}", text) is not None)]
+"""sha256"""
+PathText = Annotated[str, Wanted("a path", lambda text: "\0" not in text)]
+FileName = Annotated[str, Wanted("the name of a file in the folder", lambda text: is_inside(text))]
 
 
-def build(
-    plan: Plan,
-    outcome: Outcome,
-    report: Report,
-    others: Mapping[str, dict[str, str]],
-    *,
-    paths: Mapping[str, str] | None = None,
-    sha256: Mapping[str, str] | None = None,
-    in_place: Mapping[str, Any] | None = None,
-    previous: Mapping[str, str | None] | None = None,
-    unsynced: str = "",
-) -> bytes:
-    """The manifest as JSON text.
+def is_inside(name: str) -> bool:
+    """Whether a name stays in the folder that it is looked up in, links apart."""
+    parts = name.split("/")
+    return "\0" not in name and all(part not in ("", ".", "..") for part in parts) and not name.startswith("/")
 
-    others    the output's other files, by name, with their hash and origin
-    paths     where the inputs are, if that is not where they were opened
-    sha256    of whole files, by name
-    in_place  what is special about an update in place: the hash of a tensor that was not read is then the `previous`
-              one, or null, and that of what the target held is not known
-    unsynced  where nothing was fsynced, the boot_id of the machine
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What a file was: by its status, and by a `sample` of its bytes, at places that the manifest's id chooses.
+
+    Manifests of version 0.1.0 have size and time alone.
     """
-    known = {**(previous or {}), **outcome.outputs} if in_place else outcome.outputs
-    entries = {
-        step.name: {
-            "dtype": step.dtype,
-            "shape": list(step.shape),
-            "xxh3_128": known.get(step.name) if in_place else known[step.name],
-            "inputs": {
-                role: outcome.inputs[role][ref.name]
-                for role, ref in zip(step.roles, step.inputs, strict=True)
-                if not in_place or ref.name in outcome.inputs.get(role, {})
-            },
-            **({"copied": step.reason} if step.reason else {}),
-        }
-        for step in plan.steps
-    }
-    hashes = [(step.name, step.dtype, step.shape, known.get(step.name)) for step in plan.steps]
-    table: dict[str, Any] = {
-        "ires": VERSION,
-        "operation": plan.operation,
-        "id": plan.id,
-        "digest": digest((n, d, s, h) for n, d, s, h in hashes if h) if all(h for *_, h in hashes) else None,
-        "inputs": {
-            role: _input(plan, role, outcome.inputs.get(role, {}), (paths or {}).get(role, f"{checkpoint.path}"))
-            for role, checkpoint in plan.inputs.items()
-        },
-        "rules": plan.rules.to_dict(),
-        "report": report.numbers(),
-        "files": dict(others),
-        **({} if in_place else {"headers": {f.name: xxhash.xxh3_128_hexdigest(f.header) for f in plan.files}}),
-        **({"sha256": dict(sha256)} if sha256 else {}),
-        **({"in_place": dict(in_place)} if in_place else {}),
-        **({"unsynced": unsynced} if unsynced else {}),
-        "tensors": entries,
-    }
-    if plan.operation == "extract":
-        table["ancestry"] = ancestry.sketch(plan.inputs["base"])
-        table |= sidefiles.record(plan.inputs["base"], plan.inputs["instruct"])
-        table["tied"] = all(map(names.is_tied, plan.inputs.values()))
-        table["not_stored"] = {
-            name: {"reason": reason, "dtype": ref.dtype, "shape": list(ref.shape)}
-            for name, (reason, ref) in plan.not_stored.items()
-        }
-    return (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode(errors="replace")
+
+    size: Count
+    mtime_ns: Time
+    dev: Count | None = None
+    ino: Count | None = None
+    ctime_ns: Time | None = None
+    sample: str = ""
 
 
-def read(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The manifest that `build` wrote into a folder. Raises CheckpointError when there is none, or not such a one."""
-    table = checkpoint.manifest
-    if table is None or not (checkpoint.path.is_dir() or "in_place" in table):
-        raise CheckpointError(f"{checkpoint.path}: has no ires.json or residual.json; wanted the output of a merge.")
-    kinds = {"operation": str, "inputs": dict, "rules": dict, "files": dict, "tensors": dict}
-    wrong = [key for key, kind in kinds.items() if not isinstance(table.get(key), kind)]
-    wrong += [f"tensor {name}" for name, entry in tensors(checkpoint).items() if _ENTRY - entry.keys()]
-    if wrong or table["operation"] not in MANIFESTS:
-        raise CheckpointError(
-            f"{checkpoint.path}: its manifest cannot be used, for {', '.join(wrong[:10]) or 'operation'}: it was not "
-            "written by a merge, or edited since. Merge again."
-        )
-    return table
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One of the models or residuals that an output was made of."""
+
+    path: PathText = ""
+    digest: Digest | None = None
+    """Of all its tensors, if all were read."""
+    read: Digest | None = None
+    """Of what was read of it, in place."""
+    files: dict[str, Stamp] = field(default_factory=dict)
+    """Its weights, by name."""
 
 
-def tensors(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """What the manifest of a checkpoint says of its tensors, by name; nothing where there is none."""
-    table = (checkpoint.manifest or {}).get("tensors")
-    return {name: entry for name, entry in table.items() if isinstance(entry, dict)} if isinstance(table, dict) else {}
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor of the output."""
+
+    dtype: str
+    shape: tuple[Count, ...]
+    xxh3_128: Digest | None
+    """None of one that an update in place left as it was, unseen."""
+    inputs: dict[str, Digest]
+    """xxh3_128 of what it was made of, by role."""
+    copied: str = ""
+    """Why it is the target's own."""
 
 
-def history_entry(table: Mapping[str, Any]) -> dict[str, Any]:
-    """What the manifest of an update in place leaves of itself in that of the next one."""
-    inputs = table.get("inputs", {})
-    keys = ("path", "read", "files")
-    return {
-        "id": table.get("id"),
-        "recipe": table.get("in_place", {}).get("recipe"),
-        "inputs": {role: {key: entry.get(key) for key in keys} for role, entry in inputs.items()},
-        "rules": table.get("rules"),
-        "report": table.get("report"),
-    }
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A file of the output that holds no tensors."""
+
+    xxh3_128: Digest
+    origin: str = field(default="", metadata={KEY: "from"})
 
 
-def sha256(files: Mapping[str, Path]) -> dict[str, str]:
-    """sha256 of whole files, by name, as the Hub shows it. An interrupt ends it within a moment.
+@dataclass(frozen=True, slots=True)
+class NotStored:
+    """A tensor of the instruct model that its residual does not hold."""
 
-    The calling thread works as well, so that it does where the system starts no other.
+    reason: str
+    dtype: str
+    shape: tuple[Count, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Strength:
+    """How much of the updates asked for with the same factors is in the stored result.
+
+    `realised` is <stored - target, update> / <update, update>, update = alpha * residual: 1 when rounding changed
+    nothing on the whole, None when there was no update. With one factor, alpha * realised is the effective alpha.
     """
-    found: dict[str, str] = {}
-    waiting, errors = deque(files), deque[BaseException]()
 
-    def work(ended: threading.Event) -> None:
-        try:
-            while waiting and not errors:
-                with suppress(IndexError):  # another thread was faster
-                    name = waiting.popleft()
-                    found[name] = one(files[name])
-        except BaseException as error:
-            errors.append(error)
-        finally:
-            ended.set()
+    factors: tuple[float, ...]
+    elements: Count
+    realised: float | None
 
-    def one(path: Path) -> str:
-        hasher = hashlib.sha256()
-        for _ in chunks(path, hasher):
-            if errors:
-                break
-        return hasher.hexdigest()
+    @property
+    def effective_alpha(self) -> float | None:
+        """Of the only factor; None for several residuals or without any update."""
+        return self.factors[0] * self.realised if len(self.factors) == 1 and self.realised is not None else None
 
-    with interrupts.held():
-        events = []
-        for _ in range(min(len(files), len(os.sched_getaffinity(0))) - 1):
-            event = threading.Event()
-            try:
-                threading.Thread(target=work, args=(event,), name="ires-sha256").start()
-            except RuntimeError:
-                break
-            events.append(event)
-        work(threading.Event())
-        for event in events:
-            while not event.wait(0.1):
-                try:
-                    interrupts.check()
-                except BaseException as error:
-                    errors.append(error)
-        if errors:
-            raise errors[0]
-    return {name: found[name] for name in files}
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "factors": list(self.factors),
+            "elements": self.elements,
+            "realised": self.realised,
+            "effective_alpha": self.effective_alpha,
+        }
 
 
-def sums_file(sums: Mapping[str, str]) -> bytes:
-    """The sums as `sha256sum -c` reads them."""
-    return "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode()
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """What a merge did to the numbers, as `report.Report.numbers` counts it."""
+
+    tensors: Count = 0
+    elements: Count = 0
+    updates: Count = 0
+    lost: Count = 0
+    nan_in: Count = 0
+    inf_in: Count = 0
+    nan_out: Count = 0
+    overflow: Count = 0
+    strengths: tuple[Strength, ...] = ()
 
 
-def digest(tensors: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
-    """The digest of a checkpoint from (name, dtype, shape, xxh3_128) of all its tensors."""
-    lines = sorted(f"{name} {dtype} {list(shape)} {hash_}\n" for name, dtype, shape, hash_ in tensors)
-    return xxhash.xxh3_128_hexdigest("".join(lines).encode())
+@dataclass(frozen=True, slots=True)
+class Update:
+    """An update in place, as the manifests of later ones tell of it."""
+
+    id: str
+    recipe: str | None
+    inputs: dict[str, Input]
+    report: Numbers
+    rules: Rules | None = None
+    table: dict[str, Any] = field(default_factory=dict, repr=False, compare=False, metadata={RAW: True})
+    """As it stands."""
 
 
-def stamps(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
-    """Size and time of its weights, by name."""
-    return {shard.path.name: shard.file_id.stamp() for shard in checkpoint.shards}
+@dataclass(frozen=True, slots=True)
+class InPlace:
+    """What is special about an update in place."""
+
+    recipe: str
+    files: dict[str, Stamp]
+    """The target's own files, as it has left them."""
+    layouts: dict[str, str]
+    """Hash of what they have where."""
+    undo: str = "ring"
+    history: tuple[Update, ...] = ()
+    """The updates before, the last one last."""
 
 
-def layouts(checkpoint: Checkpoint) -> dict[str, str]:
-    """Hash of what its weights have where, by the name of the file."""
-    found: dict[str, list[Any]] = {shard.path.name: [] for shard in checkpoint.shards}
-    for ref in checkpoint.tensors.values():
-        found[ref.path.name].append([ref.offset, ref.name, ref.dtype, ref.shape])
-    return {name: xxhash.xxh3_128_hexdigest(json.dumps(sorted(table)).encode()) for name, table in found.items()}
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What `provenance.build` wrote. Of a key that is missing it has the default, so that older ones can be read."""
+
+    path: Path = field(default=Path(), metadata={APART: True})
+    """Where it was read."""
+    version: str = field(default="", metadata={KEY: "ires"})
+    operation: str = ""
+    id: str = ""
+    """Plan.id."""
+    digest: Digest | None = None
+    inputs: dict[str, Input] = field(default_factory=dict)
+    """By role."""
+    rules: Rules | None = None
+    """Not checked beyond their types: `Rules.from_dict` does that."""
+    report: Numbers = field(default_factory=Numbers)
+    files: dict[FileName, SideFile] = field(default_factory=dict)
+    headers: dict[FileName, Digest] = field(default_factory=dict)
+    """xxh3_128 of what comes before the data in the weights, by name."""
+    samples: dict[FileName, Digest] = field(default_factory=dict)
+    """Of the weights of a new folder, by name, at places that `id` chooses."""
+    sha256: dict[FileName, Sum] = field(default_factory=dict)
+    in_place: InPlace | None = None
+    unsynced: str = ""
+    """Where nothing was fsynced, the boot_id of the machine."""
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    ancestry: object = None
+    """A sketch of base, of a residual: see ancestry.py."""
+    tied: bool | None = None
+    """Of a residual: whether the head is the embedding in both of its models."""
+    not_stored: dict[str, NotStored] = field(default_factory=dict)
+    config: dict[str, dict[str, object]] = field(default_factory=dict)
+    """Of a residual: what `configs.fields` gave of base and instruct."""
+    special_ids: dict[str, object] = field(default_factory=dict)
+    """Of a residual: `configs.special_ids` of instruct."""
+    renamed_tokens: dict[str, Count] = field(default_factory=dict)
+    """Of a residual: tokens of base in whose rows instruct has others, and their ids."""
+    table: dict[str, Any] = field(default_factory=dict, repr=False, compare=False, metadata={RAW: True})
+    """As it stands."""
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether it was made with the key of this user, and not changed since."""
+        return trust.is_signed("manifest", self.table)
+
+    def history(self) -> list[Update]:
+        """What the manifest of the next update in place keeps: the updates before this one, and this one last."""
+        if self.in_place is None:
+            return []
+        keys = ("path", "digest", "read", "files")
+        inputs = self.table["inputs"]
+        last = {
+            "id": self.id,
+            "recipe": self.in_place.recipe,
+            "inputs": {role: {key: entry[key] for key in keys if key in entry} for role, entry in inputs.items()},
+            "rules": self.table.get("rules"),
+            "report": self.table.get("report"),
+        }
+        return [*self.in_place.history, decode(Update, last, f"{self.path}", _ADVICE)]
+
+    def demand(self, keys: Iterable[str]) -> None:
+        """Refuse with CheckpointError a manifest that lacks one of the keys."""
+        absent = [key for key in keys if key not in self.table]
+        if absent:
+            raise CheckpointError(f"{self.path}: {absent[0]} is missing, wanted it. {_ADVICE}")
+
+    def made_of(self) -> dict[str, Input]:
+        """The inputs by role, in the order of `inputs.open_inputs`.
+
+        Raises CheckpointError for a manifest that does not tell all that a merge tells of its output.
+        """
+        self.demand(("operation", "inputs", "rules", "files", "tensors"))
+        operation = self.operation
+        residuals = [f"residual-{number}" for number in range(1, len(self.inputs))]
+        shapes: dict[str, list[list[str]]] = {
+            "extract": [["base", "instruct"]],
+            "apply": [["target", "instruct", "base"], ["target", "residual"], ["target", *residuals]],
+        }
+        if operation not in shapes:
+            raise CheckpointError(f"{self.path}: operation is {brief(operation)}, wanted apply or extract. {_ADVICE}")
+        roles = next((names for names in shapes[operation] if set(names) == self.inputs.keys()), None)
+        if roles is None:
+            wanted = " or ".join(", ".join(names) for names in shapes[operation][:2])
+            raise CheckpointError(f"{self.path}: inputs are {brief(list(self.inputs))}, wanted {wanted}. {_ADVICE}")
+        count = 0 if operation == "extract" else 1 if "instruct" in roles else len(roles) - 1
+        if self.rules is None or len(self.rules.alpha) != count:
+            raise CheckpointError(f"{self.path}: rules.alpha has not {count} factors. {_ADVICE}")
+        if operation == "extract" and self.rules.dtype is None:
+            raise CheckpointError(f"{self.path}: rules.dtype is null, wanted that of the residual. {_ADVICE}")
+        return {role: self.inputs[role] for role in roles}
 
 
-def digest_of(refs: Iterable[TensorRef], hashes: Mapping[str, str]) -> str:
-    """The `digest` of some tensors of a checkpoint."""
-    return digest((ref.name, ref.dtype, ref.shape, hashes[ref.name]) for ref in refs)
+def parse(raw: bytes, path: Path) -> Manifest:
+    """A manifest from its text. Raises CheckpointError with file and key for what is none."""
+    table = parse_json(raw, f"{path}", escaped=True)
+    return replace(decode(Manifest, table, f"{path}", _ADVICE), path=path)
 
 
-def _input(plan: Plan, role: str, hashes: Mapping[str, str], path: str) -> dict[str, Any]:
-    """Where an input was, its digest if all of its tensors were read, and in place that of what was."""
-    tensors = plan.inputs[role].tensors
-    table: dict[str, Any] = {
-        "path": os.path.abspath(path),
-        "digest": digest_of(tensors.values(), hashes) if hashes.keys() >= tensors.keys() else None,
-        "files": stamps(plan.inputs[role]),
-    }
-    if plan.in_place and role not in plan.roles_of_target():
-        table["read"] = digest_of(plan.reads(role).values(), hashes)
-    return table
+def read(path: Path) -> Manifest | None:
+    """The manifest in the file `path`; None where there is none. Raises CheckpointError, and OSError."""
+    try:
+        raw = read_bytes(path, MAX_MANIFEST)
+    except FileNotFoundError:
+        return None
+    return parse(raw, path)

@@ -22,24 +22,25 @@ from ires_kernels import (
     interrupts,
     manifest,
     overwrite,
+    provenance,
     records,
     sidefiles,
     statedict,
     stream,
 )
 from ires_kernels import device as devices
-from ires_kernels.checkpoint import Checkpoint, is_shard, open_checkpoint
+from ires_kernels.checkpoint import Checkpoint, is_shard
 from ires_kernels.header import CheckpointError, brief
 from ires_kernels.inplace import Workplace
 from ires_kernels.inputs import StrPath, absolute, check_path, open_inputs, roles_of_apply
-from ires_kernels.opening import MAX_MANIFEST, read_bytes
-from ires_kernels.operation import UNDO, Operation, same_plan
+from ires_kernels.operation import UNDO, Operation, other_files, same_plan, stamps_of
 from ires_kernels.overwrite import Options
 from ires_kernels.ownership import Foreign
 from ires_kernels.plan import MANIFESTS, VERSION, Plan, plan_apply, plan_extract
 from ires_kernels.reader import second_copies
 from ires_kernels.report import Report
 from ires_kernels.rules import ArgumentError, Rules
+from ires_kernels.samples import sample
 from ires_kernels.state import Status, status
 from ires_kernels.steps import Step
 from ires_kernels.store import (
@@ -393,12 +394,15 @@ def _carry_out(
     compared = guards.compare(plan)
     paths = absolute({role: checkpoint.path for role, checkpoint in plan.inputs.items()})
     links = any(checkpoint.follow_links for checkpoint in plan.inputs.values())
+    samples = {role: provenance.samples(checkpoint, plan.id) for role, checkpoint in plan.inputs.items()}
     operation = Operation(
-        plan.id, VERSION, plan.operation, paths, plan.rules.to_dict(), sync, sha256, follow_links=links
-    )
+        plan.id, VERSION, plan.operation, paths, plan.rules.to_dict(), sync, sha256, follow_links=links,
+        stamps=stamps_of(plan.inputs), samples=samples,
+    )  # fmt: skip
     identity = plan.id if sync else f"{plan.id} {operation.boot}"
-    access = overwrite.access_of(plan)
-    with NewFolder(out, identity, operation.to_bytes(), sync=sync, locked=options.locked, access=access) as folder:
+    access, accept = overwrite.access_of(plan), partial(_check_begun, plan, out)
+    kept = operation.to_bytes()
+    with NewFolder(out, identity, kept, accept=accept, sync=sync, locked=options.locked, access=access) as folder:
         outcome = Outcome()
         for record in folder.finished.values():
             outcome.update(Outcome.from_dict(json.loads(record)))
@@ -433,12 +437,16 @@ def _carry_out(
         for name, content in plan.documents:
             folder.add(name, [content])
             others[name] = {"from": plan.operation, "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
-        sums = manifest.sha256({file.name: folder.partial / file.name for file in plan.files}) if sha256 else {}
+        sums = provenance.sha256({file.name: folder.partial / file.name for file in plan.files}) if sha256 else {}
         if sums:
-            folder.add(manifest.SUMS, [manifest.sums_file(sums)])
+            folder.add(provenance.SUMS, [provenance.sums_file(sums)])
         report = Report.of(plan, outcome, out, 0.0)
         unsynced = "" if sync else operation.boot
-        receipt = manifest.build(plan, outcome, report, others, sha256=sums, unsynced=unsynced)
+        stamps = {role: provenance.stamps(checkpoint, samples[role]) for role, checkpoint in plan.inputs.items()}
+        written = {file.name: sample(folder.partial / file.name, plan.id) for file in plan.files}
+        receipt = provenance.build(
+            plan, outcome, report, stamps, others, outputs=written, sha256=sums, unsynced=unsynced
+        )
         folder.add(MANIFESTS[plan.operation], [receipt])
         guards.check_unchanged(plan, outcome.inputs)
         folder.commit()
@@ -450,38 +458,64 @@ def _record(outcome: Outcome, group: Iterable[Step]) -> bytes:
     return json.dumps(outcome.of(group).to_dict()).encode()
 
 
+def _check_begun(plan: Plan, out: Path, kept: bytes, finished: Mapping[str, bytes]) -> None:
+    """Refuse with StoreError to go on with an unfinished folder that was begun with other inputs."""
+    operation = Operation.from_bytes(kept, partial_path(out))
+    outcome = Outcome()
+    for record in finished.values():
+        outcome.update(Outcome.from_dict(json.loads(record)))
+    guards.check_begun(plan, operation.samples, outcome, other_files(plan.inputs, operation.stamps))
+
+
 def _written_before(plan: Plan, out: Path, *, sync: bool, sha256: bool) -> Report | None:
     """The report of this very plan, if it was carried out: perhaps by a run that was killed as it ended.
 
-    Raises StoreError where the machine has been restarted since, and has lost some of what was not synced.
+    Raises StoreError where it was with other inputs, and where the output is no longer what was written: changed, or
+    lost in part when the machine was restarted before all was synced.
     """
     try:
-        table = json.loads(read_bytes(out / MANIFESTS[plan.operation], MAX_MANIFEST))
-        if not isinstance(table, dict) or table.get("id") != plan.id or (sha256 and "sha256" not in table):
-            return None
-        files = {shard.path.name: shard.file_id.size for shard in open_checkpoint(out).shards}
-    except (OSError, ValueError):
+        table = manifest.read(out / MANIFESTS[plan.operation])
+    except (OSError, CheckpointError):
         return None
-    if files != {file.name: file.size for file in plan.files}:
+    if table is None or table.id != plan.id or (sha256 and not table.sha256):
         return None
-    gone = [name for name in table.get("files", {}) if not (out / name).exists()]
-    if gone:
+    if not table.is_mine:
         raise StoreError(
-            f"{out}: is the output of the same command, but {', '.join(gone)} is gone. Delete it, then merge again."
+            f"{table.path}: says that this is the output of this very command, but is not signed with your key, so it "
+            f"is not believed. Give the name of a new folder, or delete {out} first."
         )
-    if records.is_doubtful(table):
-        found = verify(out, hashes_only=True)
-        if not found:
-            raise StoreError(
-                f"{out}: was written with --no-sync before the machine was restarted, and is not what was written: "
-                f"{[*found.mismatches, *found.problems][0]}. Delete it, then merge again."
-            )
+    other = records.other_input(plan, table)
+    if other is not None:
+        role, path = other
+        raise StoreError(
+            f"{out}: was made by the same command, but of another {role}: {path} has other bytes now, though its name, "
+            f"size and time are the same. Give the name of a new folder, or delete {out} first."
+        )
+    looked_at = "of its weights a sample was compared, `ires verify` reads all of them"
+    if not records.is_as_written(plan, out, table):
+        found = _damage(out)
+        if found:
+            lost = "was written with --no-sync before the machine was restarted, and is"
+            what = lost if records.is_doubtful(table) else "is the output of the same command, but"
+            raise StoreError(f"{out}: {what} {found}. Delete it, then merge again.")
+        looked_at = "all of it was compared with the recorded hashes"
     tidy(out)
-    if sync and "unsynced" in table:
+    if sync and table.unsynced:
         fsync_all(out)
     if sync:
         fsync_folder(out.parent)
-    return Report.recorded(plan.operation, plan.id, out, table["report"], _THERE)
+    return Report.recorded(plan.operation, plan.id, out, table.report, f"{_THERE}; {looked_at}")
+
+
+def _damage(out: Path) -> str:
+    """What is wrong with an output, by its recorded hashes; nothing where nothing is."""
+    try:
+        report = verify(out, hashes_only=True)
+    except CheckpointError as error:
+        return f"cannot be used any more: {error}".removesuffix(".")
+    found = [*report.mismatches, *report.problems]
+    more = f", and {len(found) - 1} more differences" if found[1:] else ""
+    return f"not as it was written: {found[0]}{more}" if found else ""
 
 
 _THERE = "nothing was done: this is the output of the same command, run before with the same inputs"

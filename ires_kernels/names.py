@@ -74,7 +74,7 @@ def embedding(checkpoint: Checkpoint) -> TensorRef | None:
 def says_tied(checkpoint: Checkpoint) -> bool | None:
     """What config.json says of tie_word_embeddings, for a residual what its two models had; None if nothing."""
     if checkpoint.kind == "residual":
-        said = (checkpoint.manifest or {}).get("tied")
+        said = checkpoint.manifest.tied if checkpoint.manifest else None
     else:
         config = checkpoint.config or {}
         text = config.get("text_config")
@@ -129,6 +129,5 @@ def rows(checkpoint: Checkpoint, name: str) -> int | None:
     ref = lookup(checkpoint, name)
     if ref is not None:
         return ref.shape[0] if ref.shape else None
-    known = (checkpoint.manifest or {}).get("not_stored", {}).get(name, {}) if checkpoint.kind == "residual" else {}
-    shape = known.get("shape")
-    return shape[0] if shape else None
+    known = checkpoint.manifest.not_stored.get(name) if checkpoint.kind == "residual" and checkpoint.manifest else None
+    return known.shape[0] if known and known.shape else None

@@ -50,7 +50,9 @@ class Operation:
     names: list[str] = field(default_factory=list)
     """Files of the target that are hidden."""
     stamps: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
-    """Size and mtime_ns of the weights of all inputs before, by role and name."""
+    """FileId of the weights of all inputs when it began, by role and name."""
+    samples: dict[str, dict[str, str]] = field(default_factory=dict)
+    """And a sample of each, at the places that `id` chooses."""
     log_size: int = 0
     """Bytes that are reserved for the log."""
     windows: list[list[Any]] = field(default_factory=list)
@@ -119,6 +121,10 @@ def _is_count(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
+def _is_time(value: object) -> bool:
+    return type(value) is int
+
+
 def _is_window(value: object) -> bool:
     return (
         isinstance(value, list)
@@ -141,7 +147,8 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "paths": lambda value: _is_table(value, lambda path: _is_text(path) and os.path.isabs(path)),
     "rules": lambda value: isinstance(value, dict),
     "names": lambda value: _is_list(value, is_bare),
-    "stamps": lambda value: _is_table(value, lambda stamps: isinstance(stamps, dict)),
+    "stamps": lambda value: _is_table(value, lambda files: _is_table(files, lambda stamp: _is_table(stamp, _is_time))),
+    "samples": lambda value: _is_table(value, lambda files: _is_table(files, _is_text)),
     "log_size": _is_count,
     "windows": lambda value: _is_list(value, _is_window),
     "copies": lambda value: _is_table(value, _is_text),
@@ -150,6 +157,24 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "history": lambda value: _is_list(value, lambda entry: isinstance(entry, dict)),
 }
 """What is right for each key of a record. Files are named within their folder: an update touches nothing elsewhere."""
+
+
+def stamps_of(inputs: Mapping[str, Checkpoint]) -> dict[str, dict[str, dict[str, int]]]:
+    """FileId of the weights of all inputs, by role and name."""
+    return {
+        role: {path.name: file_id.stamp() for path, file_id in checkpoint.file_ids.items()}
+        for role, checkpoint in inputs.items()
+    }
+
+
+def other_files(inputs: Mapping[str, Checkpoint], stamps: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[Path]:
+    """The weights of inputs that are not the very files of `stamps_of`, by any of their times or place on the disk."""
+    return [
+        path
+        for role, checkpoint in inputs.items()
+        for path, file_id in checkpoint.file_ids.items()
+        if stamps.get(role, {}).get(path.name) != file_id.stamp()
+    ]
 
 
 def same_plan(operation: Operation, plan_id: str, version: str) -> None:
@@ -171,13 +196,14 @@ def same_plan(operation: Operation, plan_id: str, version: str) -> None:
 def as_it_was(checkpoint: Checkpoint, stamps: Mapping[str, Mapping[str, int]]) -> tuple[Checkpoint, list[Path]]:
     """A checkpoint with the times that its files had when the operation began, so that it gives the same Plan.
 
-    Also returns the files that have other times now. Those of another size are left as they are.
+    Also returns the files that are not the very ones of then, by any of their times or their place on the disk. Those
+    of another size are left as they are.
     """
     shards, changed = [], []
     for shard in checkpoint.shards:
         known = stamps.get(shard.path.name, {})
         if known != shard.file_id.stamp() and known.get("size") == shard.file_id.size:
             changed.append(shard.path)
-            shard = replace(shard, file_id=shard.file_id._replace(**known))
+            shard = replace(shard, file_id=shard.file_id._replace(mtime_ns=known["mtime_ns"]))
         shards.append(shard)
     return replace(checkpoint, shards=tuple(shards)), changed

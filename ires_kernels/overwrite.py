@@ -19,10 +19,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
-from ires_kernels import guards, inplace, interrupts, manifest, records, sidefiles, store, stream, updates
+from ires_kernels import guards, inplace, interrupts, manifest, provenance, records, sidefiles, store, stream, updates
 from ires_kernels.backends import Tally
 from ires_kernels.checkpoint import Checkpoint, FileId, open_checkpoint
 from ires_kernels.inplace import Workplace
@@ -30,19 +31,23 @@ from ires_kernels.inputs import absolute, open_inputs
 from ires_kernels.journal import AHEAD, Extent, Journal, JournalError, UndoGone
 from ires_kernels.names import FLOATS
 from ires_kernels.opening import MAX_MANIFEST, read_bytes
-from ires_kernels.operation import Operation, as_it_was, same_plan
+from ires_kernels.operation import Operation, as_it_was, same_plan, stamps_of
 from ires_kernels.ownership import Access, open_folder
 from ires_kernels.plan import VERSION, Plan, plan_apply
 from ires_kernels.reader import all_file_ids
 from ires_kernels.report import Report
 from ires_kernels.rules import Rules
+from ires_kernels.samples import sample
 from ires_kernels.steps import Step
 from ires_kernels.store import LostError, StoreError, boot_id
 from ires_kernels.stream import Done, Outcome, Progress
 from ires_kernels.updates import Window
 from ires_kernels.windows import Processors
 
-_AGAIN = "nothing was done: this was applied before. To apply it once more on purpose, give it another --tag."
+_AGAIN = (
+    "nothing was done: this was applied before. To apply it once more on purpose, give it another --tag. Of files with "
+    "the times of then a sample was compared; `ires verify` reads all of what it has hashes of"
+)
 _FINISHED = "all weights had been updated before; what was left to do was to give the files their places"
 # Bytes that are reserved for the log and the manifest, so that neither finds the disk full when the weights are new.
 _ROOM, _OF_TENSOR, _OF_WINDOW = 1 << 16, 768, 512
@@ -79,13 +84,14 @@ def apply(
     inplace.check(target.path, names)
     recipe = plan.recipe(tag)
     history = records.applied(target)
+    plan = replace(plan, warnings=(*plan.warnings, *records.claims(target)))
     before = records.repeated(plan, recipe, history)
     if before is not None:
-        if sync and "unsynced" in (target.manifest or {}):
+        if sync and target.manifest and target.manifest.unsynced:
             store.fsync_all(target.path)
             if not target.path.is_dir():  # its manifest lies beside it
                 store.fsync_file(target.path.with_name(f"{target.path.name}.ires.json"))
-        return Report.recorded(plan.operation, plan.id, target.path, before["report"], _AGAIN)
+        return Report.recorded(plan.operation, plan.id, target.path, before.report, _AGAIN)
     guards.compare(plan)
     if dry_run:
         return plan
@@ -111,13 +117,14 @@ def apply(
                 undo=undo,
                 recipe=recipe,
                 names=names,
-                stamps={role: manifest.stamps(checkpoint) for role, checkpoint in plan.inputs.items()},
+                stamps=stamps_of(plan.inputs),
+                samples={role: provenance.samples(checkpoint, plan.id) for role, checkpoint in plan.inputs.items()},
                 log_size=_ROOM + sum(_OF_TENSOR + 4 * len(step.name) for step in steps) + _OF_WINDOW * len(windows),
                 windows=[[window.file, window.start, window.stop] for window in windows],
                 copies=dict(copies),
                 installed=installed,
                 dropped=dropped,
-                history=history,
+                history=[update.table for update in history],
             )  # fmt: skip
             content = operation.to_bytes()
             place.reserve(_ROOM + sum(_OF_TENSOR + 4 * len(step.name) for step in plan.steps) + len(content))
@@ -159,14 +166,14 @@ def carry_on(place: Workplace, options: Options, started: float, *, fresh: bool 
         report = Report.of(plan, outcome, place.target, time.perf_counter() - started)
         # The target's side files are not where the plan looks for them while it is hidden.
         report = replace(report, side_files={name: entry["from"] for name, entry in operation.installed.items()})
-        _write_manifest(place, operation, plan, outcome, report)
+        _write_manifest(place, operation, plan, current, outcome, report)
         place.advance("installing")
     if place.phase() == "installing":
         place.install(_new_files(place, operation), operation.dropped)
         place.advance("finished")
     if report is None:
-        table = json.loads(read_bytes(place.folder / _manifest_name(place), MAX_MANIFEST))
-        report = Report.recorded(operation.kind, operation.id, place.target, table["report"], _FINISHED)
+        table = manifest.read(place.folder / _manifest_name(place)) or manifest.Manifest()
+        report = Report.recorded(operation.kind, operation.id, place.target, table.report, _FINISHED)
     return replace(report, notes=(*report.notes, *_finish(place, operation)))
 
 
@@ -210,12 +217,17 @@ def rollback_kept(target: Path, *, locked: bool = True) -> str:
         raise StoreError("\n".join([f"{target}: {text}", *inplace.foreign(target).values()]))
     operation = Operation.from_bytes(inplace.read_record(kept[-1]), kept[-1])
     checkpoint = open_checkpoint(target, follow_links=True)  # nothing of it is copied
-    table = checkpoint.manifest or {}
-    last = table.get("in_place", {})
-    if (table.get("id"), last.get("recipe")) != (operation.id, operation.recipe):
+    table = checkpoint.manifest
+    last = table.in_place if table else None
+    if table is None or last is None or (table.id, last.recipe) != (operation.id, operation.recipe):
         raise StoreError(
             f"{target}: {kept[-1]} keeps what {operation.kind} {operation.id} has changed, and that is not the last "
             "that was applied here: it cannot be taken back any more. Delete it."
+        )
+    if not table.is_mine:
+        raise StoreError(
+            f"{table.path}: is not signed with your key, or was edited since, so nobody knows whether the old bytes in "
+            f"{kept[-1]} belong into {target} as it is. Put the manifest back that the update wrote."
         )
     if not records.replaceable(checkpoint, table):
         raise StoreError(
@@ -346,7 +358,7 @@ def _overwrite(
             outcome.update(Outcome.from_dict(table["outcome"]))
             part = table["part"]
             done = {part["name"]: Done(part["elements"], Tally(**part["tally"]))} if part else {}
-        guards.check_contents(plan, outcome, changed, current)
+        guards.check_begun(plan, operation.samples, outcome, changed, current, but=plan.roles_of_target())
         file_ids = {path: FileId.of(path) if path.parent == place.model else known for path, known in current.items()}
         writer = _Writer(windows, journal, outcome)
         journal.start()
@@ -408,33 +420,43 @@ class _Writer:
         return json.dumps({"outcome": ended.to_dict(), "part": part}).encode()
 
 
-def _write_manifest(place: Workplace, operation: Operation, plan: Plan, outcome: Outcome, report: Report) -> None:
+def _write_manifest(
+    place: Workplace,
+    operation: Operation,
+    plan: Plan,
+    current: Mapping[Path, FileId],
+    outcome: Outcome,
+    report: Report,
+) -> None:
     weights = {shard.path.name: shard.path for shard in plan.inputs["target"].shards}
     if operation.sync:
         for path in weights.values():  # with their times, by which a repetition is told
             store.fsync_file(path)
-    file_ids = {name: FileId.of(path) for name, path in weights.items()}
     entry = {
         "recipe": operation.recipe,
         "undo": operation.undo,
-        "files": {name: file_id.stamp() for name, file_id in file_ids.items()},
-        "layouts": manifest.layouts(plan.inputs["target"]),
+        "files": {name: _as_left(path, operation.id) for name, path in weights.items()},
+        "layouts": provenance.layouts(plan.inputs["target"]),
         "history": operation.history,
     }
-    sums = manifest.sha256(weights) if operation.sha256 else {}
+    sums = provenance.sha256(weights) if operation.sha256 else {}
     previous: dict[str, str | None] = {}
     if operation.history:  # else what an older manifest says may no longer be true
         previous = _recorded_hashes(place)
     others, paths = operation.installed, operation.paths
-    content = manifest.build(
-        plan, outcome, report, others, paths=paths, sha256=sums, in_place=entry, previous=previous,
+    stamps = {
+        role: provenance.stamps(checkpoint, operation.samples.get(role, {}), current)
+        for role, checkpoint in plan.inputs.items()
+    }
+    content = provenance.build(
+        plan, outcome, report, stamps, others, paths=paths, sha256=sums, in_place=entry, previous=previous,
         unsynced="" if operation.sync else operation.boot,
     )  # fmt: skip
     place.release()
     mode = Access(weights.values()).file
     place.stage(_manifest_name(place), [content], mode)
     if sums:
-        place.stage(_sums_name(place), [manifest.sums_file(sums)], mode)
+        place.stage(_sums_name(place), [provenance.sums_file(sums)], mode)
 
 
 def access_of(plan: Plan) -> Access:
@@ -446,13 +468,16 @@ def access_of(plan: Plan) -> Access:
     return Access(paths.pop("target", []), chain.from_iterable(paths.values()))
 
 
+def _as_left(path: Path, seed: str) -> dict[str, Any]:
+    """What a file of the target is when all of it is new. Its other times change when it is shown."""
+    file_id = FileId.of(path)
+    return {"size": file_id.size, "mtime_ns": file_id.mtime_ns, "sample": sample(path, seed)}
+
+
 def _recorded_hashes(place: Workplace) -> dict[str, str | None]:
     """What the manifest of the update before says of the tensors, where there is one."""
-    try:
-        table = json.loads(read_bytes(place.folder / _manifest_name(place), MAX_MANIFEST))
-    except FileNotFoundError:
-        return {}
-    return {tensor: entry.get("xxh3_128") for tensor, entry in table["tensors"].items()}
+    table = manifest.read(place.folder / _manifest_name(place))
+    return {name: tensor.xxh3_128 for name, tensor in table.tensors.items()} if table and table.is_mine else {}
 
 
 def _finish(place: Workplace, operation: Operation) -> list[str]:
@@ -470,7 +495,7 @@ def _manifest_name(place: Workplace) -> str:
 
 
 def _sums_name(place: Workplace) -> str:
-    return manifest.SUMS if place.folder == place.target else f"{place.target.name}.sha256"
+    return provenance.SUMS if place.folder == place.target else f"{place.target.name}.sha256"
 
 
 def _new_files(place: Workplace, operation: Operation) -> list[str]:
@@ -486,10 +511,7 @@ def _is_ours(place: Workplace, operation: Operation) -> Callable[[str], bool]:
         if path.is_symlink() or not path.is_file():
             return False
         if name in operation.installed:
-            hasher = xxhash.xxh3_128()
-            for _ in store.chunks(path, hasher):
-                pass
-            return hasher.hexdigest() == operation.installed[name]["xxh3_128"]
+            return provenance.hash_file(path) == operation.installed[name]["xxh3_128"]
         return name != _manifest_name(place) or operation.id.encode() in read_bytes(path, MAX_MANIFEST)
 
     return is_ours

@@ -12,36 +12,11 @@ from typing import Any
 from ires_kernels import sidefiles
 from ires_kernels.absences import Absence, grouped
 from ires_kernels.backends import Tally
+from ires_kernels.manifest import Numbers, Strength
 from ires_kernels.plan import Plan, size
 from ires_kernels.stream import Outcome
 
 _DONE = {"extract": "extracted", "apply": "merged"}
-
-
-@dataclass(frozen=True, slots=True)
-class Strength:
-    """How much of the updates asked for with the same factors is in the stored result.
-
-    `realised` is <stored - target, update> / <update, update>, update = alpha * residual: 1 when rounding changed
-    nothing on the whole, None when there was no update. With one factor, alpha * realised is the effective alpha.
-    """
-
-    factors: tuple[float, ...]
-    elements: int
-    realised: float | None
-
-    @property
-    def effective_alpha(self) -> float | None:
-        """Of the only factor; None for several residuals or without any update."""
-        return self.factors[0] * self.realised if len(self.factors) == 1 and self.realised is not None else None
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "factors": list(self.factors),
-            "elements": self.elements,
-            "realised": self.realised,
-            "effective_alpha": self.effective_alpha,
-        }
 
 
 @dataclass(frozen=True)
@@ -77,14 +52,13 @@ class Report:
     """Of side files, by name, why they come from that model, where this is not the rule."""
 
     @classmethod
-    def recorded(cls, operation: str, id_: str, out: Path, numbers: Mapping[str, Any], note: str) -> Report:
+    def recorded(cls, operation: str, id_: str, out: Path, numbers: Numbers, note: str) -> Report:
         """What a manifest says of an operation that was carried out before; of what this run did, nothing."""
         names = ("elements", "updates", "lost", "nan_in", "inf_in", "nan_out", "overflow")
-        counts = Tally(**{name: int(numbers.get(name, 0)) for name in names})
-        strengths = (Strength(tuple(s["factors"]), s["elements"], s["realised"]) for s in numbers.get("strengths", []))
+        counts = Tally(**{name: getattr(numbers, name) for name in names})
         return cls(
-            operation, id_, out, 0.0, 0, 0, int(numbers.get("tensors", 0)), counts, counts.overflow, tuple(strengths),
-            {}, {}, (), {}, (), notes=(note,),
+            operation, id_, out, 0.0, 0, 0, numbers.tensors, counts, counts.overflow, numbers.strengths, {}, {}, (), {},
+            (), notes=(note,),
         )  # fmt: skip
 
     @classmethod

@@ -232,15 +232,14 @@ class _Parent:
     def special_ids(self) -> dict[str, Any]:
         """Ids of tokens that begin and end texts, by config.json; for a residual by that of its instruct model."""
         if self.checkpoint.kind == "residual":
-            known = (self.checkpoint.manifest or {}).get("special_ids")
-            return known if isinstance(known, dict) else {}
+            return self.checkpoint.manifest.special_ids if self.checkpoint.manifest else {}
         return configs.special_ids(self.checkpoint.config)
 
     @property
     def renamed(self) -> dict[str, int]:
         """Of a residual: tokens of base in whose rows its instruct model has others."""
-        known = (self.checkpoint.manifest or {}).get("renamed_tokens") if self.checkpoint.kind == "residual" else None
-        return known if isinstance(known, dict) else {}
+        known = self.checkpoint.manifest if self.checkpoint.kind == "residual" else None
+        return known.renamed_tokens if known else {}
 
     @property
     def template(self) -> str | None:

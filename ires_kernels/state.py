@@ -13,6 +13,7 @@ from ires_kernels.header import CheckpointError
 from ires_kernels.inputs import StrPath
 from ires_kernels.journal import count_records, is_broken_off
 from ires_kernels.locks import holder
+from ires_kernels.manifest import Manifest
 from ires_kernels.operation import Operation
 from ires_kernels.ownership import Foreign, StoreError
 from ires_kernels.store import MARKER, is_unfinished, partial_path, read_kept
@@ -67,7 +68,7 @@ def _look(path: Path) -> Status:
 
 def _of_model(path: Path) -> Status:
     try:
-        manifest = open_checkpoint(path, follow_links=True).manifest or {}
+        manifest = open_checkpoint(path, follow_links=True).manifest or Manifest()
     except CheckpointError:
         for file in inplace.unfinished_files(path):  # it is incomplete because of them
             return _look(file)
@@ -75,16 +76,17 @@ def _of_model(path: Path) -> Status:
     kept = inplace.undo_folders(path)
     if kept:
         operation = Operation.from_bytes(inplace.read_record(kept[-1]), kept[-1])
-        if operation.id == manifest.get("id"):
+        if operation.id == manifest.id:
             return Status(
                 f"{path}", "finished", f"updated in place; {kept[-1]} keeps the old bytes",
                 (f"`ires rollback {path}` takes the update back.", f"Delete {kept[-1]} when that is no longer wanted."),
             )  # fmt: skip
-    if "operation" not in manifest:
+    if not manifest.operation:
         return Status(f"{path}", "none", "nothing is unfinished, and no merge made it")
-    how = "in place" if "in_place" in manifest else "as a new folder"
+    whose = "" if not manifest.operation or manifest.is_mine else "; its manifest is not signed with your key"
+    how = "in place" if manifest.in_place else "as a new folder"
     useless = tuple(f"{folder} is of an earlier update, and cannot take back anything: delete it." for folder in kept)
-    return Status(f"{path}", "finished", f"{manifest['operation']} {manifest.get('id')}, {how}", useless)
+    return Status(f"{path}", "finished", f"{manifest.operation} {manifest.id}, {how}{whose}", useless)
 
 
 def _of_new_folder(out: Path) -> Status:

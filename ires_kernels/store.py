@@ -21,7 +21,7 @@ import os
 import shutil
 import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -169,6 +169,8 @@ class NewFolder:
     identity  one line of words: what an earlier run with the same line, or with its first word alone, has completed is
               kept; with the same first word it is done again, with another it is refused
     keep      bytes for the lock file, for whoever finds the unfinished folder
+    accept    called before the files of an earlier run are kept, with what that one gave to keep and with `finished`;
+              raises StoreError to leave all as it is
     access    what others may do with it at most
     locked    False: without the lock, where the user says that no other process writes there
 
@@ -182,6 +184,7 @@ class NewFolder:
         identity: str,
         keep: bytes,
         *,
+        accept: Callable[[bytes, Mapping[str, bytes]], None] | None = None,
         sync: bool = True,
         locked: bool = True,
         access: Access | None = None,
@@ -193,6 +196,7 @@ class NewFolder:
         """Files that need not be made, by name, and what was recorded of them."""
         self._identity = identity.encode()
         self._keep = keep
+        self._accept = accept
         self._sync = sync
         self._locked = locked
         self._at = self._lock = -1
@@ -256,9 +260,9 @@ class NewFolder:
     def _take_over(self, content: bytes) -> None:
         """Keep what an interrupted run of the same operation has completed, and nothing else."""
         names = set(os.listdir(self.partial))
-        identity = b""
+        identity = kept = b""
         if not _is_unused(names):
-            identity, _ = _read_lock(self._lock, self.partial)
+            identity, kept = _read_lock(self._lock, self.partial)
         complete = [name for name in sorted(names) if _hidden(Path(name), _RECORD).name in names]
         name_of_mine = self._identity.split()[0]
         if complete and identity.split()[:1] != [name_of_mine]:
@@ -271,8 +275,10 @@ class NewFolder:
                 record = self._read_record(name)
                 if record is not None:
                     self.finished[name] = record
+        if self.finished and self._accept is not None:
+            self._accept(kept, self.finished)
         self._empty()
-        if identity != self._identity:
+        if identity != self._identity or not self.finished:  # nothing is left of what an earlier run was begun with
             write_all(self._lock, content, 0, self.partial / MARKER)
             os.ftruncate(self._lock, len(content))
             if self._sync:

@@ -24,7 +24,7 @@ def inspect(path: StrPath, *, follow_links: bool = False) -> dict[str, Any]:
     elements: Counter[str] = Counter()
     for ref in refs:
         elements[ref.dtype] += ref.numel
-    manifest = checkpoint.manifest or {}
+    manifest = checkpoint.manifest.table if checkpoint.manifest else {}
     return {
         "path": f"{checkpoint.path}",
         "kind": checkpoint.kind,

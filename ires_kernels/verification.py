@@ -15,7 +15,7 @@ import xxhash
 from torch import Tensor
 
 from ires_kernels import device as devices
-from ires_kernels import manifest, stream
+from ires_kernels import manifest, provenance, stream
 from ires_kernels.checkpoint import Checkpoint, TensorRef, open_checkpoint
 from ires_kernels.header import DTYPE_BITS, CheckpointError
 from ires_kernels.inputs import StrPath, open_inputs
@@ -25,7 +25,7 @@ from ires_kernels.plan import Plan, plan_apply, plan_extract, size
 from ires_kernels.reader import all_file_ids, second_copies
 from ires_kernels.rules import ArgumentError, Rules
 from ires_kernels.steps import Step
-from ires_kernels.store import chunks, read_into
+from ires_kernels.store import read_into
 from ires_kernels.stream import Progress
 from ires_kernels.windows import TORCH_DTYPES, Processors
 
@@ -113,25 +113,27 @@ def verify(
     started = time.perf_counter()
     processors = devices.processors(devices.resolve(device))
     checkpoint = open_checkpoint(out, follow_links=follow_links)
-    table = manifest.read(checkpoint)
-    if "in_place" in table and "target" not in (inputs or {}):
+    table = checkpoint.manifest
+    if table is None or not (checkpoint.path.is_dir() or table.in_place):
+        raise CheckpointError(f"{checkpoint.path}: has no ires.json or residual.json; wanted the output of a merge.")
+    made_of = table.made_of()
+    if table.in_place and "target" not in (inputs or {}):
         hashes_only = True
     report = VerifyReport(checkpoint.path, hashes_only)
-    recorded = manifest.tensors(checkpoint)
+    recorded = table.tensors
     _check_names(checkpoint, recorded, report)
-    unread = [name for name, entry in recorded.items() if entry["xxh3_128"] is None]
+    unread = [name for name, entry in recorded.items() if entry.xxh3_128 is None]
     report.unread = len(unread)
     to_hash = [ref for name, ref in checkpoint.tensors.items() if name in recorded and name not in unread]
     if not hashes_only:
-        made_of = table["inputs"]
         given = dict(inputs or {})
         unknown = given.keys() - made_of.keys()
         if unknown:
             raise ArgumentError(f"{out}: was not made of {', '.join(sorted(unknown))} but of {', '.join(made_of)}.")
-        moved = {entry["path"]: given[role] for role, entry in made_of.items() if role in given}
-        paths = {role: given.get(role) or moved.get(entry["path"], entry["path"]) for role, entry in made_of.items()}
-        rules, opened = Rules.from_dict(table["rules"]), _opened(paths, given, follow_links)
-        if table["operation"] == "apply":
+        moved = {entry.path: given[role] for role, entry in made_of.items() if role in given}
+        paths = {role: given.get(role) or moved.get(entry.path, entry.path) for role, entry in made_of.items()}
+        rules, opened = Rules.from_dict(table.table["rules"]), _opened(paths, given, follow_links)
+        if table.operation == "apply":
             plan = plan_apply(opened, rules, second_copies(opened))
         else:
             plan = plan_extract(opened, rules)
@@ -139,17 +141,15 @@ def verify(
         progress = None
     _check_hashes(checkpoint, to_hash, recorded, report, threads, progress)
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    _check_headers(checkpoint, table.get("headers", {}), report)
-    _check_files(folder, table["files"], report)
-    _check_sums(folder, table.get("sha256", {}), report)
+    _check_headers(checkpoint, table.headers, report)
+    _check_files(folder, table.files, report)
+    _check_sums(folder, table.sha256, report)
     report.tensors = len(checkpoint.tensors)
     report.seconds = time.perf_counter() - started
     return report
 
 
-def _opened(
-    paths: Mapping[str, StrPath], given: Mapping[str, StrPath], follow_links: bool
-) -> dict[str, Checkpoint]:
+def _opened(paths: Mapping[str, StrPath], given: Mapping[str, StrPath], follow_links: bool) -> dict[str, Checkpoint]:
     """Open the inputs; of one that is no longer where the manifest has it, say how to tell where it is."""
     inputs: dict[str, Checkpoint] = {}
     for role, path in paths.items():
@@ -166,20 +166,21 @@ def _opened(
     return inputs
 
 
-def _check_names(out: Checkpoint, recorded: Mapping[str, dict[str, Any]], report: VerifyReport) -> None:
+def _check_names(out: Checkpoint, recorded: Mapping[str, manifest.Tensor], report: VerifyReport) -> None:
     for name, ref in out.tensors.items():
         entry = recorded.get(name)
         if entry is None:
             report.problems.append(f"{name} of {ref.path.name} is not in the manifest")
-        elif (entry["dtype"], entry["shape"]) != (ref.dtype, list(ref.shape)):
-            report.problems.append(f"{name} is {ref.dtype} {list(ref.shape)}, wanted {entry['dtype']} {entry['shape']}")
+        elif (entry.dtype, entry.shape) != (ref.dtype, ref.shape):
+            wanted = f"{entry.dtype} {list(entry.shape)}"
+            report.problems.append(f"{name} is {ref.dtype} {list(ref.shape)}, wanted {wanted}")
     report.problems += [f"{name} is gone" for name in recorded if name not in out.tensors]
 
 
 def _recompute(
     plan: Plan,
     out: Checkpoint,
-    recorded: Mapping[str, dict[str, Any]],
+    recorded: Mapping[str, manifest.Tensor],
     report: VerifyReport,
     processors: Processors,
     threads: int | None,
@@ -220,14 +221,14 @@ def _recompute(
     report.bytes_read += sum(step.nbytes + sum(ref.nbytes for ref in step.inputs) for step in steps)
     unsettled = []
     for step in steps:
-        entry = recorded.get(step.name, {})
-        for role, digest in entry.get("inputs", {}).items():
+        entry = recorded.get(step.name)
+        for role, digest in entry.inputs.items() if entry else ():
             ref = dict(zip(step.roles, step.inputs, strict=True)).get(role)
             if ref is not None and outcome.inputs[role][ref.name] != digest:
                 report.problems.append(f"{ref.name} of {role} is not the one that was merged: it has another hash")
         if step.name in comparer.other_nan:
             unsettled.append(out.tensors[step.name])
-        elif step.name not in comparer.found and entry.get("xxh3_128") not in (None, outcome.outputs[step.name]):
+        elif step.name not in comparer.found and entry and entry.xxh3_128 not in (None, outcome.outputs[step.name]):
             report.problems.append(f"{step.name} has another hash than the manifest says")
     return unsettled
 
@@ -235,7 +236,7 @@ def _recompute(
 def _check_hashes(
     out: Checkpoint,
     refs: Iterable[TensorRef],
-    recorded: Mapping[str, dict[str, Any]],
+    recorded: Mapping[str, manifest.Tensor],
     report: VerifyReport,
     threads: int | None,
     progress: Progress | None,
@@ -243,11 +244,11 @@ def _check_hashes(
     by_name = {ref.name: ref for ref in refs}
     report.bytes_read += sum(ref.nbytes for ref in by_name.values())
     for name, digest in stream.hashes(by_name, out.file_ids, threads=threads, progress=progress).items():
-        if recorded[name]["xxh3_128"] != digest:
+        if recorded[name].xxh3_128 != digest:
             report.problems.append(f"{name} has another hash than the manifest says")
 
 
-def _check_headers(out: Checkpoint, recorded: Mapping[str, Any], report: VerifyReport) -> None:
+def _check_headers(out: Checkpoint, recorded: Mapping[str, str], report: VerifyReport) -> None:
     for shard in out.shards:
         fd = open_file(shard.path)
         try:
@@ -258,21 +259,17 @@ def _check_headers(out: Checkpoint, recorded: Mapping[str, Any], report: VerifyR
             report.problems.append(f"{shard.path.name} has another header than the manifest says")
 
 
-def _check_files(folder: Path, recorded: Mapping[str, Any], report: VerifyReport) -> None:
+def _check_files(folder: Path, recorded: Mapping[str, manifest.SideFile], report: VerifyReport) -> None:
     for name, entry in recorded.items():
         path = folder / name
-        hasher = xxhash.xxh3_128()
         if not path.is_file():
             report.problems.append(f"{name} is gone")
-            continue
-        for _ in chunks(path, hasher):
-            pass
-        if not isinstance(entry, dict) or entry.get("xxh3_128") != hasher.hexdigest():
+        elif entry.xxh3_128 != provenance.hash_file(path):
             report.problems.append(f"{name} has changed since the merge")
 
 
 def _check_sums(folder: Path, recorded: Mapping[str, str], report: VerifyReport) -> None:
-    found = manifest.sha256({name: folder / name for name in recorded if (folder / name).is_file()})
+    found = provenance.sha256({name: folder / name for name in recorded if (folder / name).is_file()})
     for name, wanted in recorded.items():
         if found.get(name) != wanted:
             report.problems.append(f"{name} has the sha256 {found.get(name)}, the manifest says {wanted}")
