@@ -52,8 +52,13 @@ def fields(config: Mapping[str, Any] | None) -> Fields:
     for key in _TEXT:  # of the language model of a multimodal model, as if it were on its own
         if isinstance(table.get(key), dict):
             table = {**table.pop(key), **table}
-    found = dict(_flat("", table))
-    return {name: value for name, value in found.items() if len(json.dumps(value)) <= _LONGEST}
+    found: Fields = {}
+    for name, value in _flat("", table):
+        text = json.dumps(value)
+        if len(text) <= _LONGEST:
+            # Infinity is no JSON, though some models have it; and what is not a number is not equal to itself.
+            found[name] = text if re.search(r"NaN|Infinity", text) else value
+    return found
 
 
 def differences(inputs: Mapping[str, Checkpoint]) -> list[str]:
@@ -61,8 +66,8 @@ def differences(inputs: Mapping[str, Checkpoint]) -> list[str]:
     tables: dict[str, Fields] = {}
     for role, checkpoint in inputs.items():
         if checkpoint.kind == "residual":
-            for of, table in checkpoint.manifest.config.items() if checkpoint.manifest else ():
-                tables[f"{of} of {role}"] = table
+            recorded = checkpoint.manifest.config if checkpoint.manifest else {}
+            tables |= {f"{of} of {role}": recorded[of] for of in ("instruct", "base") if of in recorded}
         elif checkpoint.config is not None:
             tables[role] = fields(checkpoint.config)
     lines = []
@@ -84,12 +89,16 @@ def special_ids(config: Mapping[str, Any] | None) -> dict[str, Any]:
     """The ids of the tokens that begin, end and fill a text, as loaders find them in config.json."""
     table = dict(config or {})
     parts = [table, *(table[key] for key in _TEXT if isinstance(table.get(key), dict))]
-    keys = ("eos_token_id", "bos_token_id", "pad_token_id")
-    return {key: value for key in keys for value in [_first(part.get(key) for part in parts)] if value is not None}
+    found = {}
+    for key in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        values = (part.get(key) for part in parts)
+        value = next((value for value in values if _is_ids(value)), None)
+        found |= {} if value is None else {key: value}
+    return found
 
 
-def _first(values: Iterator[Any]) -> Any:
-    return next((value for value in values if value is not None), None)
+def _is_ids(value: object) -> bool:
+    return type(value) is int or (isinstance(value, list) and all(type(id_) is int for id_ in value) and bool(value))
 
 
 def _flat(path: str, table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -143,7 +152,7 @@ def _one_spelling(table: Mapping[str, Any]) -> Fields:
 
 def _differ(name: str, values: Mapping[str, Any], tables: Mapping[str, Fields]) -> bool:
     given = [value for value in values.values() if value is not None]
-    if any(value != given[0] and json.dumps(value) != json.dumps(given[0]) for value in given):  # NaN is not itself
+    if any(value != given[0] for value in given):
         return True
     if len(given) == len(values) or given[0] in _NEUTRAL or not _KNOWN.fullmatch(name):
         return False

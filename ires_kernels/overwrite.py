@@ -134,7 +134,8 @@ def apply(
             if place.phase() is None:
                 place.remove()  # nothing was touched
             raise
-        return replace(carry_on(place, options, started, fresh=True), warnings=plan.warnings)
+        why = {side.name: side.why for side in plan.side_files if side.why}
+        return replace(carry_on(place, options, started, fresh=True), warnings=plan.warnings, why=why)
 
 
 def carry_on(place: Workplace, options: Options, started: float, *, fresh: bool = False) -> Report:
@@ -164,7 +165,6 @@ def carry_on(place: Workplace, options: Options, started: float, *, fresh: bool 
         guards.check_residuals(plan, outcome.inputs)
         guards.check_unchanged(plan, outcome.inputs, but=plan.roles_of_target(), current=current)
         report = Report.of(plan, outcome, place.target, time.perf_counter() - started)
-        # The target's side files are not where the plan looks for them while it is hidden.
         report = replace(report, side_files={name: entry["from"] for name, entry in operation.installed.items()})
         _write_manifest(place, operation, plan, current, outcome, report)
         place.advance("installing")
@@ -334,6 +334,8 @@ def _plan_again(place: Workplace, operation: Operation) -> tuple[Plan, dict[Path
     for role, checkpoint in inputs.items():
         before[role], others = as_it_was(checkpoint, operation.stamps.get(role, {}))
         changed += others if operation.paths[role] != target else []
+        if operation.paths[role] == target:  # where its side files still are
+            before[role] = replace(before[role], path=place.target)
     plan = plan_apply(before, Rules.from_dict(operation.rules), operation.copies)
     return replace(plan, in_place=True), current, changed
 

@@ -65,6 +65,8 @@ class Plan:
     """What else is in the target's folder."""
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
+    about: dict[str, Any] = field(default_factory=dict)
+    """What residual.json says of the two models, in JSON types."""
     in_place: bool = False
     """Whether the target's own files are changed, where they differ, and nothing else is written."""
     id: str = field(init=False)
@@ -163,7 +165,11 @@ class Plan:
         reasons = Counter(reason for reason, _ in self.not_stored.values())
         rows += [(f"{count} tensors", f"not stored: {reason}") for reason, count in reasons.items()]
         rows += [("missing", line) for line in grouped(self.missing)]
-        rows += sidefiles.rows((side.name, side.role, side.why) for side in self.side_files)
+        rows += sidefiles.rows(
+            (side.name, side.role, side.why)
+            for side in self.side_files
+            if side.why or not self.in_place or side.role != "target"
+        )
         rows.append(("new files", ", ".join([*(name for name, _ in self.documents), MANIFESTS[self.operation]])))
         rows += [("not copied", ", ".join(self.not_copied))] if self.not_copied else []
         rows += [("warning", line) for line in self.warnings]
@@ -257,6 +263,7 @@ def plan_extract(inputs: Mapping[str, Checkpoint], rules: Rules) -> Plan:
         "extract", dict(inputs), rules, files, placed, tuple(index), tuple(sidefiles.of_residual(instruct)),
         tuple(found.comparisons), found.not_stored, tuple(found.missing), (), tuple(found.warnings),
         tuple(found.notes),
+        sidefiles.record(base, instruct),
     )  # fmt: skip
 
 
@@ -330,6 +337,7 @@ def _operation_id(plan: Plan) -> str:
         "rules": plan.rules.to_dict(),
         # In place these are copied or left before anything begins, and are no part of what is gone on with.
         "side_files": [_made_of(side) for side in plan.side_files if not plan.in_place],
+        "about": plan.about,
         "documents": [[n, xxhash.xxh3_128_hexdigest(content)] for n, content in plan.documents if not plan.in_place],
     }
     return _hash(table)

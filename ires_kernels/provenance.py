@@ -19,7 +19,7 @@ from typing import Any
 
 import xxhash
 
-from ires_kernels import ancestry, interrupts, names, sidefiles, trust
+from ires_kernels import ancestry, interrupts, names, trust
 from ires_kernels.checkpoint import Checkpoint, FileId, TensorRef
 from ires_kernels.manifest import Stamp
 from ires_kernels.plan import VERSION, Plan
@@ -96,7 +96,7 @@ def build(
     }
     if plan.operation == "extract":
         table["ancestry"] = ancestry.sketch(plan.inputs["base"])
-        table |= sidefiles.record(plan.inputs["base"], plan.inputs["instruct"])
+        table |= plan.about
         table["tied"] = all(map(names.is_tied, plan.inputs.values()))
         table["not_stored"] = {
             name: {"reason": reason, "dtype": ref.dtype, "shape": list(ref.shape)}

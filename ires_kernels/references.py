@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
+from ires_kernels.header import check_depth
+
 _PARTS = ("modules.json", "router_config.json")
 _FROM = re.compile(r"^[ \t]*from[ \t]+(\.+)([\w.]*)[ \t]+import[ \t]+(\([^)]*\)|[^\n#;]*)", re.MULTILINE)
 # Settings that tell where a model was made, which may be the name of a folder here by chance.
@@ -29,8 +31,9 @@ def named_by(name: str, raw: bytes) -> set[str]:
     if not name.endswith(".json"):
         return set()
     try:
+        check_depth(raw, name)
         table = json.loads(raw)
-    except ValueError:  # loaders cannot read it either
+    except ValueError:  # loaders cannot read it either; CheckpointError is one
         return set()
     return {_first(text) for text in _texts(table, bare=PurePosixPath(name).name in _PARTS)} - {""}
 

@@ -21,7 +21,7 @@ from ires_kernels.checkpoint import Checkpoint, FileId
 from ires_kernels.header import CheckpointError
 from ires_kernels.opening import MAX_CONFIG, check_link, kind_of_file, open_file, read_bytes
 from ires_kernels.store import Hasher
-from ires_kernels.tokens import MAX_TOKENIZER, Tokens, read_json
+from ires_kernels.tokens import MAX_TOKENIZER, Tokens, as_object
 
 Group = Literal["tokenizer", "template", "generation", "processor", "model"]
 
@@ -94,28 +94,30 @@ def of_model(inputs: Mapping[str, Checkpoint], *, own_tokenizer: bool = False) -
     donors = [parent for parent in others if parent.role != "base"]
     said: list[str] = []
 
-    def first(group: Group, why: str = "") -> list[SideFile]:
-        """The files of a group, of the first donor that has any, or the target's."""
-        giver = next((donor for donor in donors if donor.has(group)), None)
-        return giver.files(group) if giver else own.files(group, why or f"{_and(donors)} without")
+    def first(group: Group) -> _Parent | None:
+        return next((donor for donor in donors if donor.has(group)), None)
 
-    giver = next((donor for donor in donors if donor.has("tokenizer")), None)
-    if giver is None and not own.has("tokenizer") and "base" in parents and parents["base"].has("tokenizer"):
+    giver, base = first("tokenizer"), parents.get("base")
+    if giver is None and base is not None and base.has("tokenizer") and not own.has("tokenizer"):
         said.append("neither instruct nor the target has a tokenizer, and that of base is not taken")
-    holder = giver or own
+    absent = f"not in {' and '.join(donor.role for donor in donors)}"
+    holder, why = giver or own, "" if giver else absent
     if own_tokenizer:
         holder, why = own, "its vocabulary is another"
-        groups = [own.files(group, why) for group in ("tokenizer", "template", "generation")]
-    elif giver is not None and _clash(own, giver, parents.get("base"), said):
+        groups = [own.files("template", why), own.files("generation", why)]
+    elif giver is not None and _clash(own, giver, base, said):
         holder, why = own, "it has tokens of its own"
-        groups = [own.files("tokenizer", why), _template(own, giver), _generation(own, donors, giver)]
+        groups = [_template(own, giver), _generation(own, donors, giver)]
     elif giver is not None:
-        # Its template may be inside, where a file of the target's would override it.
-        groups = [giver.files("tokenizer"), giver.files("template"), _generation(own, donors)]
+        groups = [giver.templates() or own.templates(absent), _generation(own, donors)]
     else:
-        groups = [first("tokenizer"), first("template"), _generation(own, donors)]
+        groups = [(first("template") or own).files("template"), _generation(own, donors)]
+    groups.append(holder.files("tokenizer", why))
     keeps = holder is own and giver is not None and own.has("processor")
-    groups.append(own.files("processor", "as its tokenizer") if keeps else first("processor"))
+    source = None if keeps else first("processor")
+    groups.append(
+        source.files("processor") if source else own.files("processor", "as its tokenizer" if keeps else absent)
+    )
 
     found: dict[str, SideFile] = {}
     for side in (side for group in [*groups, own.files("model")] for side in group):
@@ -137,7 +139,7 @@ def of_residual(instruct: Checkpoint) -> list[SideFile]:
 
 
 def record(base: Checkpoint, instruct: Checkpoint) -> dict[str, Any]:
-    """What `of_model` and `configs` have to know of the two models of a residual besides these files."""
+    """What residual.json keeps of the two models, for `of_model` and `configs`, besides these files."""
     renamed: dict[str, int] = {}
     parents = [_Parent("base", base), _Parent("instruct", instruct)]
     if not _same(*parents):
@@ -192,6 +194,13 @@ class _Parent:
     def files(self, group: Group, why: str = "") -> list[SideFile]:
         return [self.file(name, why) for name in self.listing if _group(name) == group]
 
+    def templates(self, why: str = "") -> list[SideFile]:
+        """The files of its chat template, made of what is inside of its tokenizer's where it has none of its own."""
+        text = self.template
+        if text is None or _JINJA in self.listing:
+            return self.files("template", why)
+        return [self.file(_JINJA, why or f"from {_SETTINGS}", text.encode(errors="replace"))]
+
     def file(self, name: str, why: str = "", content: bytes | None = None, path: Path | None = None) -> SideFile:
         """A file of the output from the one of this name; one with other `content` may also be made of none."""
         path = path or self.listing.get(name, self.checkpoint.path)
@@ -207,10 +216,7 @@ class _Parent:
 
     def json(self, name: str) -> dict[str, Any] | None:
         """A file of settings; None where there is none that loaders could read."""
-        try:
-            return read_json(self.listing[name]) if name in self.listing else None
-        except CheckpointError:
-            return None
+        return as_object(self.read(name))
 
     @property
     def vocabulary(self) -> list[str]:
@@ -302,13 +308,11 @@ def _template(own: _Parent, giver: _Parent) -> list[SideFile]:
     """The giver's chat template for the target's tokenizer, if it has all marks of it at the same ids; or its own."""
     text, mine, theirs = giver.template, own.tokens_or_none(), giver.tokens_or_none()
     if text is None:
-        return own.files("template", f"{giver.role} without")
+        return own.files("template", f"not in {giver.role}")
     marks = endings.marks(text, theirs) if theirs else []
     if not mine or not theirs or not marks or any(mine.ids.get(mark) != theirs.ids[mark] for mark in marks):
         return own.files("template", f"that of {giver.role} has marks that its tokenizer has not, or at other ids")
-    if _JINJA in giver.listing:
-        return giver.files("template")
-    return [giver.file(_JINJA, f"from {_SETTINGS} of {giver.role}", text.encode(errors="surrogatepass"))]
+    return giver.templates()
 
 
 def _generation(own: _Parent, donors: Sequence[_Parent], giver: _Parent | None = None) -> list[SideFile]:
@@ -336,11 +340,7 @@ def _generation(own: _Parent, donors: Sequence[_Parent], giver: _Parent | None =
         if giver is not None and not _agree(special, own, giver):
             return own.files("generation", f"that of {donor.role} has ids of other tokens")
         return [side]
-    return own.files("generation", f"{_and(donors)} without")
-
-
-def _and(donors: Sequence[_Parent]) -> str:
-    return " and ".join(donor.role for donor in donors)
+    return own.files("generation", f"not in {' and '.join(donor.role for donor in donors)}")
 
 
 def _agree(special: Mapping[str, Any], own: _Parent, giver: _Parent) -> bool:
@@ -359,7 +359,7 @@ def _ending(files: Iterable[SideFile], own: _Parent, holder: _Parent) -> str | N
     generation, text = chosen.get(_GENERATION), holder.template
     if _JINJA in chosen:
         text = chosen[_JINJA].read().decode(errors="replace")
-    ids = tokens.as_object(generation.read()) if generation else None
+    ids = as_object(generation.read()) if generation else None
     return endings.warning(ids or {}, own.special_ids, holder.tokens_or_none(), text)
 
 
@@ -369,6 +369,8 @@ def _add_named(found: dict[str, SideFile], parents: Mapping[str, _Parent], said:
     seen: set[tuple[str, str]] = set()
     while queue:
         side = queue.pop()
+        if side.file_id.size > MAX_CONFIG:
+            continue  # data, and not settings or code
         folder = parents[side.role].checkpoint.path
         for part in sorted(references.named_by(side.name, side.read())):
             if (side.role, part) in seen:

@@ -102,8 +102,9 @@ def read_json(path: Path, limit: int = MAX_CONFIG) -> dict[str, Any]:
 def as_object(raw: bytes) -> dict[str, Any] | None:
     """A JSON object from its text; None for anything else."""
     try:
+        check_depth(raw, "")
         table = json.loads(raw)
-    except (ValueError, RecursionError):
+    except ValueError:  # CheckpointError is one
         return None
     return table if isinstance(table, dict) else None
 

@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "tokens": {"header", "opening"},
     "endings": {"tokens"},
     "configs": {"checkpoint", "header"},
-    "references": set(),
+    "references": {"header"},
     "sidefiles": {
         "checkpoint", "configs", "endings", "header", "opening", "references", "store", "tokens",
     },
@@ -65,7 +65,7 @@ ARROWS: dict[str, set[str]] = {
     "statedict": {"checkpoint", "header", "names", "plan", "steps", "windows"},
     "report": {"absences", "backends", "manifest", "plan", "sidefiles", "stream"},
     "provenance": {
-        "ancestry", "checkpoint", "interrupts", "manifest", "names", "plan", "report", "samples", "sidefiles", "store",
+        "ancestry", "checkpoint", "interrupts", "manifest", "names", "plan", "report", "samples", "store",
         "stream", "trust",
     },
     "summary": {"checkpoint", "inplace", "inputs", "names", "quantized"},
