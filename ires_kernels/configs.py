@@ -89,7 +89,7 @@ def special_ids(config: Mapping[str, Any] | None) -> dict[str, Any]:
     """The ids of the tokens that begin, end and fill a text, as loaders find them in config.json."""
     table = dict(config or {})
     parts = [table, *(table[key] for key in _TEXT if isinstance(table.get(key), dict))]
-    found = {}
+    found: dict[str, Any] = {}
     for key in ("eos_token_id", "bos_token_id", "pad_token_id"):
         values = (part.get(key) for part in parts)
         value = next((value for value in values if _is_ids(value)), None)

@@ -292,7 +292,7 @@ def _stage(place: Workplace, plan: Plan) -> tuple[dict[str, dict[str, str]], lis
         return installed, []
     access = access_of(plan)
     for side in plan.side_files:
-        if side.role != "target" and not side.is_at(place.folder / side.name):
+        if (side.role != "target" or side.content is not None) and not side.is_at(place.folder / side.name):
             hasher = xxhash.xxh3_128()
             place.stage(side.name, sidefiles.chunks(side, hasher), access.of(side.source))
             installed[side.name] = {"from": side.role, "xxh3_128": hasher.hexdigest()}

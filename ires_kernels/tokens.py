@@ -82,7 +82,11 @@ def lost(target: Tokens, donor: Tokens, base: Tokens | Mapping[str, int] | None)
 def renamed(base: Tokens, donor: Tokens) -> dict[str, int]:
     """Tokens of base in whose rows the donor has new ones; none where they are so many that all of it is another."""
     new = {id_ for token, id_ in donor.ids.items() if token not in base.ids}
-    found = {token: id_ for token, id_ in base.ids.items() if token not in donor.ids and id_ in new}
+    found = {
+        token: id_
+        for token, id_ in base.ids.items()
+        if token not in donor.ids and id_ in new and not _FREE.fullmatch(token)
+    }
     return found if len(found) <= _RENAMED * len(base.ids) else {}
 
 
