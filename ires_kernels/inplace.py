@@ -393,7 +393,7 @@ class Workplace:
             phase = self.phase()
             names = set(os.listdir(self.work))
             model = os.listdir(self.model) if "model" in names else []
-            known = {"journal", "log", "reserve", "new", "old", "edited", "model", "operation.tmp", MARKER}
+            known = {"journal", "log", "reserve", "new", "old", "edited", "model", "copy", "operation.tmp", MARKER}
             strange = [*(names - known - {f"{phase}.json"}), *model]
             if strange:
                 raise StoreError(f"{self.work}: holds {', '.join(sorted(strange))}. Move that to where it belongs.")

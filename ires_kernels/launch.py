@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from ires_kernels import checks
+from ires_kernels import checks, regions
 from ires_kernels.backends import Call, Tally, choose
 from ires_kernels.checks import Names, Rounding
 
@@ -73,10 +73,20 @@ def _run(call: Call, written: Sequence[Tensor], shape_only: bool) -> None:
     if not call.outs:
         return
     backend = None if shape_only else choose(call.outs[0].device)
+    if backend is not None and regions.is_any():
+        regions.populate(_ranges(call))
     for t in written:
         torch.autograd.graph.increment_version(t)
     if backend is not None:
         backend.run(call)
+
+
+def _ranges(call: Call) -> Iterator[tuple[int, int, bool]]:
+    """The memory of the operands that have theirs in one piece, and whether it is written."""
+    for out, row in zip(call.outs, call.inputs, strict=True):
+        for x in (out, *(x for x in row if x is not out)):
+            if x.device.type == "cpu" and x.numel() and x.is_contiguous():
+                yield x.data_ptr(), x.numel() * x.element_size(), x is out
 
 
 def _default_dtype(op: str, row: tuple[Tensor, ...]) -> torch.dtype:

@@ -27,13 +27,15 @@ from ires_kernels import (
     sidefiles,
     statedict,
     stream,
+    writing,
 )
 from ires_kernels import device as devices
 from ires_kernels.checkpoint import Checkpoint, is_shard
 from ires_kernels.header import CheckpointError, brief
 from ires_kernels.inplace import Workplace
 from ires_kernels.inputs import StrPath, absolute, check_path, open_inputs, roles_of_apply
-from ires_kernels.operation import UNDO, Operation, other_files, same_plan, stamps_of
+from ires_kernels.manifest import Numbers
+from ires_kernels.operation import MAPPED, UNDO, Operation, other_files, same_plan, stamps_of
 from ires_kernels.overwrite import Options
 from ires_kernels.ownership import Foreign
 from ires_kernels.plan import MANIFESTS, VERSION, Plan, plan_apply, plan_extract
@@ -41,7 +43,7 @@ from ires_kernels.reader import second_copies
 from ires_kernels.report import Report
 from ires_kernels.rules import ArgumentError, Rules
 from ires_kernels.samples import sample
-from ires_kernels.state import Status, status
+from ires_kernels.state import Status, status, unclosed, way_out
 from ires_kernels.steps import Step
 from ires_kernels.store import (
     NewFolder,
@@ -218,6 +220,10 @@ def resume(
         if place.phase() is None:
             place.remove()
             raise StoreError(f"{path}: no update in place was under way. `ires status {path}` says what the model is.")
+        begun = overwrite.read_operation(place)
+        if begun.kind == MAPPED:
+            writing.finish(place, begun)
+            return Report.recorded(MAPPED, begun.id, path, Numbers(), _SHOWN)
         return overwrite.carry_on(place, options, started)
     finally:
         place.close()
@@ -241,6 +247,9 @@ def rollback(path: StrPath, *, lock: bool = True) -> str:
         return overwrite.rollback_kept(path, locked=lock)
     place = Workplace.take(path, locked=lock)
     try:
+        begun = overwrite.read_operation(place) if place.phase() else None
+        if begun is not None and begun.kind == MAPPED:
+            return writing.rollback(place, begun)
         return overwrite.rollback(place)
     finally:
         place.close()
@@ -367,6 +376,8 @@ def _go_on_in_place(
     place = Workplace.take(target, locked=options.locked)
     try:
         operation = overwrite.read_operation(place)
+        if operation.kind == MAPPED:
+            raise StoreError(f"{target}: {unclosed(operation)}. {way_out(target, place.work, operation)}")
         if not operation.is_asked_for(paths, rules, **asked):
             raise StoreError(
                 f"{target}: another update in place is unfinished: {operation}. `ires resume {target}` finishes it, "
@@ -518,4 +529,5 @@ def _damage(out: Path) -> str:
     return f"not as it was written: {found[0]}{more}" if found else ""
 
 
+_SHOWN = "what was written to memory is durable; what was left to do was to give the files their places"
 _THERE = "nothing was done: this is the output of the same command, run before with the same inputs"

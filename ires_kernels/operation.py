@@ -18,6 +18,10 @@ from ires_kernels.ownership import is_bare, is_inner, unproved
 from ires_kernels.rules import Rules
 from ires_kernels.store import boot_id
 
+MAPPED = "mapped"
+"""The kind of operation in which nobody knows what is written: see writing.py."""
+MAPPED = "mapped"
+"""The kind of operation in which nobody knows what is written: see writing.py."""
 UNDO = ("ring", "all", "none")
 """What an update in place keeps of the old bytes: what an interruption needs, all of them, nothing."""
 
@@ -31,7 +35,7 @@ class Operation:
     version: str
     """Of this package."""
     kind: str
-    """apply or extract"""
+    """apply, extract or MAPPED"""
     paths: dict[str, str]
     """By role, absolute."""
     rules: dict[str, Any]
@@ -142,7 +146,7 @@ def _is_flag(value: object) -> bool:
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("id", "version", "tag", "boot", "recipe"), _is_text),
     **dict.fromkeys(("sync", "sha256", "follow_links"), _is_flag),
-    "kind": ("apply", "extract").__contains__,
+    "kind": ("apply", "extract", MAPPED).__contains__,
     "undo": UNDO.__contains__,
     "paths": lambda value: _is_table(value, lambda path: _is_text(path) and os.path.isabs(path)),
     "rules": lambda value: isinstance(value, dict),

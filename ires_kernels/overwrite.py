@@ -107,7 +107,7 @@ def apply(
         try:
             guards.check_unchanged(plan)  # also by another process that held the lock before
             installed, dropped = _stage(place, plan)
-            ours = [_manifest_name(place), _sums_name(place)]
+            ours = [manifest_name(place), sums_name(place)]
             place.check_movable([*names, *installed, *dropped, *ours])
             operation = Operation(
                 plan.id, VERSION, plan.operation,
@@ -143,7 +143,7 @@ def carry_on(place: Workplace, options: Options, started: float, *, fresh: bool 
     if place.phase() in ("withdraw", "rollback", "restored"):
         raise StoreError(f"{place.target}: is being rolled back. `ires rollback {place.target}` goes on with that.")
     operation = read_operation(place)
-    _check_boot(place, operation)
+    check_boot(place, operation)
     place.sync = operation.sync
     report = None
     if place.phase() == "operation":
@@ -172,7 +172,7 @@ def carry_on(place: Workplace, options: Options, started: float, *, fresh: bool 
         place.install(_new_files(place, operation), operation.dropped)
         place.advance("finished")
     if report is None:
-        table = manifest.read(place.folder / _manifest_name(place)) or manifest.Manifest()
+        table = manifest.read(place.folder / manifest_name(place)) or manifest.Manifest()
         report = Report.recorded(operation.kind, operation.id, place.target, table.report, _FINISHED)
     return replace(report, notes=(*report.notes, *_finish(place, operation)))
 
@@ -191,7 +191,7 @@ def rollback(place: Workplace) -> str:
     if place.phase() != "restored":
         ended = place.phase() not in ("operation", "withdraw")
         if not ended:  # else all old bytes are there, with their hashes, or it is refused
-            _check_boot(place, operation)
+            check_boot(place, operation)
         place.move_in(operation.names)
         with _refused(place, "cannot be rolled back: "), _journal(place.work, operation, place.model) as journal:
             journal.check_restorable(ended=ended)
@@ -252,7 +252,7 @@ def read_operation(place: Workplace) -> Operation:
     return Operation.from_bytes(place.read(), place.work)
 
 
-def _check_boot(place: Workplace, operation: Operation) -> None:
+def check_boot(place: Workplace, operation: Operation) -> None:
     if not operation.sync and operation.boot != boot_id():
         kept = operation.undo == "all" and place.phase() != "operation"
         way = f"`ires rollback {place.target}` gives it the old ones." if kept else _copy_again(place)
@@ -297,7 +297,7 @@ def _stage(place: Workplace, plan: Plan) -> tuple[dict[str, dict[str, str]], lis
             place.stage(side.name, sidefiles.chunks(side, hasher), access.of(side.source))
             installed[side.name] = {"from": side.role, "xxh3_128": hasher.hexdigest()}
     dropped = sidefiles.replaced_by(plan.inputs["target"], plan.side_files)
-    return installed, dropped + [name for name in [_sums_name(place)] if (place.folder / name).exists()]
+    return installed, dropped + [name for name in [sums_name(place)] if (place.folder / name).exists()]
 
 
 @contextmanager
@@ -437,7 +437,7 @@ def _write_manifest(
     entry = {
         "recipe": operation.recipe,
         "undo": operation.undo,
-        "files": {name: _as_left(path, operation.id) for name, path in weights.items()},
+        "files": {name: as_left(path, operation.id) for name, path in weights.items()},
         "layouts": provenance.layouts(plan.inputs["target"]),
         "history": operation.history,
     }
@@ -456,9 +456,9 @@ def _write_manifest(
     )  # fmt: skip
     place.release()
     mode = Access(weights.values()).file
-    place.stage(_manifest_name(place), [content], mode)
+    place.stage(manifest_name(place), [content], mode)
     if sums:
-        place.stage(_sums_name(place), [provenance.sums_file(sums)], mode)
+        place.stage(sums_name(place), [provenance.sums_file(sums)], mode)
 
 
 def access_of(plan: Plan) -> Access:
@@ -470,7 +470,7 @@ def access_of(plan: Plan) -> Access:
     return Access(paths.pop("target", []), chain.from_iterable(paths.values()))
 
 
-def _as_left(path: Path, seed: str) -> dict[str, Any]:
+def as_left(path: Path, seed: str) -> dict[str, Any]:
     """What a file of the target is when all of it is new. Its other times change when it is shown."""
     file_id = FileId.of(path)
     return {"size": file_id.size, "mtime_ns": file_id.mtime_ns, "sample": sample(path, seed)}
@@ -478,7 +478,7 @@ def _as_left(path: Path, seed: str) -> dict[str, Any]:
 
 def _recorded_hashes(place: Workplace) -> dict[str, str | None]:
     """What the manifest of the update before says of the tensors, where there is one."""
-    table = manifest.read(place.folder / _manifest_name(place))
+    table = manifest.read(place.folder / manifest_name(place))
     return {name: tensor.xxh3_128 for name, tensor in table.tensors.items()} if table and table.is_mine else {}
 
 
@@ -488,21 +488,21 @@ def _finish(place: Workplace, operation: Operation) -> list[str]:
     if operation.undo == "all":
         undo = place.keep()
         return [f"`ires rollback {place.target}` takes it back; until then {undo} keeps the old bytes"]
-    kept = place.remove(drop=[_manifest_name(place)])
+    kept = place.remove(drop=[manifest_name(place)])
     return [f"files that came from another model replaced those that are now in {kept}"] if kept else []
 
 
-def _manifest_name(place: Workplace) -> str:
+def manifest_name(place: Workplace) -> str:
     return "ires.json" if place.folder == place.target else f"{place.target.name}.ires.json"
 
 
-def _sums_name(place: Workplace) -> str:
+def sums_name(place: Workplace) -> str:
     return provenance.SUMS if place.folder == place.target else f"{place.target.name}.sha256"
 
 
 def _new_files(place: Workplace, operation: Operation) -> list[str]:
     """The files beside the weights that the update puts there."""
-    return [*operation.installed, _manifest_name(place), *([_sums_name(place)] if operation.sha256 else [])]
+    return [*operation.installed, manifest_name(place), *([sums_name(place)] if operation.sha256 else [])]
 
 
 def _is_ours(place: Workplace, operation: Operation) -> Callable[[str], bool]:
@@ -514,6 +514,6 @@ def _is_ours(place: Workplace, operation: Operation) -> Callable[[str], bool]:
             return False
         if name in operation.installed:
             return provenance.hash_file(path) == operation.installed[name]["xxh3_128"]
-        return name != _manifest_name(place) or operation.id.encode() in read_bytes(path, MAX_MANIFEST)
+        return name != manifest_name(place) or operation.id.encode() in read_bytes(path, MAX_MANIFEST)
 
     return is_ours

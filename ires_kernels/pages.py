@@ -14,7 +14,8 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
-_SEQUENTIAL, _POPULATE_READ, _POPULATE_WRITE = 2, 22, 23  # of madvise; the last two since Linux 5.14
+_POPULATE = {False: 22, True: 23}  # of madvise, for reading and for writing; since Linux 5.14
+_LOST = {errno.EFAULT, 133}  # and EHWPOISON; other errors come from a kernel that does not know this advice
 _MS_SYNC = 4
 _NORESERVE = 0x4000  # private pages that nobody writes need no swap
 _FAILED = ctypes.c_void_p(-1).value
@@ -67,6 +68,17 @@ class Pages:
         """Write what has changed to the disk. Raises OSError where that fails."""
         if _libc.msync(self.start, self.size, _MS_SYNC):
             raise _error(self.path)
+
+
+def populate(address: int, nbytes: int, written: bool, path: Path) -> None:
+    """Have all pages of memory that is mapped from a file, for reading or writing, so that no fault stops its user.
+
+    Raises OSError where the file has become shorter, or the disk is full or fails, of which a fault tells by SIGBUS.
+    """
+    start = address & -mmap.PAGESIZE
+    if _libc.madvise(start, address + nbytes - start, _POPULATE[written]) and ctypes.get_errno() in _LOST:
+        text = "cannot be read or written where it is mapped: it was cut, or the disk is full or fails"
+        raise OSError(errno.EIO, text, f"{path}")
 
 
 def _map(start: int | None, size: int, shared: bool, fd: int, path: Path) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 
@@ -23,6 +23,13 @@ class Region(Protocol):
 
     def note(self, address: int) -> str | None:
         """Why the tensor at `address` has a dtype that nobody would expect of it; to follow a complaint about that."""
+
+    def populate(self, address: int, nbytes: int, written: bool) -> None:
+        """Have the memory there, for reading or writing. Raises OSError where that cannot be."""
+
+
+POPULATED = 1 << 30
+"""Bytes of one call that are there before it begins. Much more than memory has would go before it is used."""
 
 
 # Starts and regions, in order. Replaced as a whole, so that whoever looks at it needs no lock.
@@ -50,6 +57,23 @@ def note(address: int) -> str | None:
     """`Region.note` of the memory at an address."""
     region = _find(address)
     return region.note(address) if region else None
+
+
+def populate(ranges: Iterable[tuple[int, int, bool]]) -> None:
+    """Have the memory there that an operation is about to use: (address, bytes, written) of each operand.
+
+    One system call in place of a fault every 64 KiB, or every 4 KiB that are written: .86 of the time of bfloat16
+    `add_difference_` on 3 × 256 MB of page cache, two threads. From the disk it is as fast as faults are.
+    """
+    found = [(region, *each) for each in ranges if (region := _find(each[0])) is not None]
+    if sum(nbytes for _, _, nbytes, _ in found) <= POPULATED:
+        for region, address, nbytes, written in found:
+            region.populate(address, nbytes, written)
+
+
+def is_any() -> bool:
+    """Whether anybody registered any memory."""
+    return bool(_known[0])
 
 
 def _find(address: int) -> Region | None:

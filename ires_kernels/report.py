@@ -155,10 +155,10 @@ class Report:
     def rows(self) -> list[tuple[str, str]]:
         """The table: what, and how much."""
         counts = self.counts
-        rows = [
-            ("output", f"{self.out}"),
-            (_DONE[self.operation], f"{self.tensors} tensors, {counts.elements:,} elements"),
-        ]
+        rows = [("output", f"{self.out}")]
+        if self.operation not in _DONE:  # of what was written through `mapped` nobody knows anything
+            return rows + [("note", line) for line in self.notes]
+        rows.append((_DONE[self.operation], f"{self.tensors} tensors, {counts.elements:,} elements"))
         if self.seconds:
             rows.append(("read, written", f"{size(self.bytes_read)}, {size(self.bytes_written)}"))
             rows.append(("time", f"{self.seconds:.2f} s, {self.gb_per_second:.2f} GB/s"))

@@ -14,7 +14,7 @@ from ires_kernels.inputs import StrPath
 from ires_kernels.journal import count_records, is_broken_off
 from ires_kernels.locks import holder
 from ires_kernels.manifest import Manifest
-from ires_kernels.operation import Operation
+from ires_kernels.operation import MAPPED, Operation
 from ires_kernels.ownership import Foreign, StoreError
 from ires_kernels.store import MARKER, is_unfinished, partial_path, read_kept
 
@@ -85,6 +85,8 @@ def _of_model(path: Path) -> Status:
         return Status(f"{path}", "none", "nothing is unfinished, and no merge made it")
     whose = "" if not manifest.operation or manifest.is_mine else "; its manifest is not signed with your key"
     how = "in place" if manifest.in_place else "as a new folder"
+    if manifest.operation == MAPPED:
+        how = "written through ik.mapped"
     useless = tuple(f"{folder} is of an earlier update, and cannot take back anything: delete it." for folder in kept)
     return Status(f"{path}", "finished", f"{manifest.operation} {manifest.id}, {how}{whose}", useless)
 
@@ -112,12 +114,14 @@ def _of_new_folder(out: Path) -> Status:
 def _of_update(target: Path, work: Path) -> Status:
     who = holder(work / MARKER)
     if who:
-        return Status(f"{target}", "running", f"an update in place, by {who}", ("Wait for it to end.",))
+        return Status(f"{target}", "running", f"an update in place, or ik.mapped, by {who}", ("Wait for it to end.",))
     phase = inplace.unfinished(target)
     if phase is None:
         return Status(f"{target}", "none", f"no update in place is under way; {work} is left of one",
                       (f"`ires rollback {target}` removes that.",))  # fmt: skip
     operation = Operation.from_bytes(inplace.read_record(work, phase), work)
+    if operation.kind == MAPPED:
+        return _of_mapped(target, work, phase, operation)
     done, total = count_records(work), len(operation.windows)
     what = f"{operation}, in place, {done} of {total} windows new; the model is in {work} until it is finished"
     back = f"`ires rollback {target}` takes it back."
@@ -130,3 +134,27 @@ def _of_update(target: Path, work: Path) -> Status:
     if operation.undo == "all" or (not done and operation.undo == "ring"):
         steps.append(back)
     return Status(f"{target}", "unfinished", what, tuple(steps))
+
+
+def _of_mapped(target: Path, work: Path, phase: str, operation: Operation) -> Status:
+    if phase in ("installing", "finished"):
+        what = "what was written to its memory is durable; what is left is to give the files their places"
+        return Status(f"{target}", "unfinished", what, (f"`ires resume {target}` does that.",))
+    if phase != "operation":
+        what = "its old bytes are being put back"
+        return Status(f"{target}", "rolling back", what, (f"`ires rollback {target}` goes on.",))
+    what = f"{unclosed(operation)}; the model is in {work}"
+    return Status(f"{target}", "unfinished", what, (way_out(target, work, operation),))
+
+
+def unclosed(operation: Operation) -> str:
+    """What became of a model that `mapped` has opened for writing, in words."""
+    kept = "with a copy of its old bytes" if operation.undo == "all" else 'with undo="none"'
+    return f"was opened for writing by ik.mapped {kept}, and not closed"
+
+
+def way_out(target: Path, work: Path, operation: Operation) -> str:
+    """What to do about that."""
+    if operation.undo == "all":
+        return f"`ires rollback {target}` puts the old bytes back."
+    return f"Nobody knows which of its bytes are new: delete {work} and copy the model again."

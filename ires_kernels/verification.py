@@ -21,6 +21,7 @@ from ires_kernels.header import DTYPE_BITS, CheckpointError
 from ires_kernels.inputs import StrPath, open_inputs
 from ires_kernels.names import FLOATS
 from ires_kernels.opening import open_file, read_start
+from ires_kernels.operation import MAPPED
 from ires_kernels.plan import Plan, plan_apply, plan_extract, size
 from ires_kernels.reader import all_file_ids, second_copies
 from ires_kernels.rules import ArgumentError, Rules
@@ -116,6 +117,11 @@ def verify(
     table = checkpoint.manifest
     if table is None or not (checkpoint.path.is_dir() or table.in_place):
         raise CheckpointError(f"{checkpoint.path}: has no ires.json or residual.json; wanted the output of a merge.")
+    if table.operation == MAPPED:
+        raise CheckpointError(
+            f"{checkpoint.path}: was written through ik.mapped, and nobody recorded what was written: there is nothing "
+            "to compare it with. Keep sums of your own (sha256sum) of what you write in this way."
+        )
     made_of = table.made_of()
     if table.in_place and "target" not in (inputs or {}):
         hashes_only = True

@@ -52,7 +52,7 @@ ARROWS: dict[str, set[str]] = {
     "backends": {"_native"},
     "regions": set(),
     "checks": {"regions"},
-    "launch": {"backends", "checks"},
+    "launch": {"backends", "checks", "regions"},
     "library": {"backends", "checks", "launch"},
     "ops": {"backends", "checks", "launch", "library"},
     # merges
@@ -70,8 +70,8 @@ ARROWS: dict[str, set[str]] = {
     },
     "summary": {"checkpoint", "inplace", "inputs", "names", "quantized"},
     "verification": {
-        "checkpoint", "device", "header", "inputs", "manifest", "names", "opening", "plan", "provenance", "reader",
-        "rules", "steps", "store", "stream", "windows",
+        "checkpoint", "device", "header", "inputs", "manifest", "names", "opening", "operation", "plan", "provenance",
+        "reader", "rules", "steps", "store", "stream", "windows",
     },
     "guards": {"ancestry", "checkpoint", "header", "plan", "reader", "samples", "store", "stream"},
     "records": {"checkpoint", "header", "manifest", "plan", "provenance", "samples", "store", "stream"},
@@ -84,9 +84,15 @@ ARROWS: dict[str, set[str]] = {
         "checkpoint", "configs", "device", "guards", "header", "inplace", "inputs", "interrupts", "manifest",
         "operation", "overwrite", "ownership", "plan", "provenance", "reader", "records", "report", "rules", "samples",
         "sidefiles", "state", "statedict", "steps", "store", "stream", "summary", "verification",
+        "writing",
     },
     "pages": set(),
-    "mapping": {"checkpoint", "header", "opening", "pages", "regions"},
+    "copies": {"interrupts", "store"},
+    "writing": {
+        "checkpoint", "copies", "header", "inplace", "inputs", "operation", "overwrite", "ownership", "plan",
+        "provenance", "records", "rules", "state", "store", "trust",
+    },
+    "mapping": {"checkpoint", "header", "interrupts", "opening", "pages", "regions", "rules", "writing"},
     "cli": {"folders", "header", "inplace", "inputs", "merge", "plan", "rules", "store", "stream", "trust", "windows"},
     "__main__": {"cli"},
     "__init__": {"backends", "mapping", "merge", "ops"},
@@ -96,12 +102,12 @@ NO_TORCH = {
     "interrupts",
     "opening", "header", "checkpoint", "names", "rules", "sidefiles", "steps", "plan", "store", "inplace", "journal",
     "inputs", "operation", "updates", "state", "reader", "trust", "pages", "regions", "tokens", "endings", "configs",
-    "references", "ownership", "locks", "decode", "manifest", "samples",
+    "references", "ownership", "locks", "decode", "manifest", "samples", "copies",
 }  # fmt: skip
 STANDARD_ONLY = {
     "interrupts",
     "opening", "header", "checkpoint", "store", "inplace", "sidefiles", "names", "rules", "inputs", "operation",
-    "trust", "ownership", "locks", "pages", "regions", "tokens", "endings", "configs", "references",
+    "trust", "ownership", "locks", "pages", "regions", "copies", "tokens", "endings", "configs", "references",
 }  # fmt: skip
 
 

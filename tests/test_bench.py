@@ -14,7 +14,7 @@ import torch
 
 from ires_kernels.backends import Call, native, reference
 from ires_kernels.bench import __main__ as bench
-from ires_kernels.bench import kernels, merges
+from ires_kernels.bench import floor, kernels, mappings, merges
 from ires_kernels.bench.contenders import CHUNKED, COMPILED, EAGER, UPCAST, torch_contenders
 from ires_kernels.bench.measure import Quartiles, interleave, machine, private_memory, ratio, watch
 from ires_kernels.synthetic import write_triple
@@ -78,20 +78,60 @@ def test_merges(tmp_path, capsys):
     first, second = record["merges"]
     assert first["parameters"] == 131_392
     assert first["model_bytes"] == 2 * 131_392
+    floor = [merges.FLOOR] if native.isas() else []
     jobs = [
-        merges.COPY, merges.ONE_PASS, merges.BARE, merges.SYNCED, merges.EXTRACT, merges.APPLY, merges.RING,
+        merges.COPY, *floor, merges.ONE_PASS, merges.BARE, merges.SYNCED, merges.EXTRACT, merges.APPLY, merges.RING,
         merges.RING_SYNCED,
     ]  # fmt: skip
     assert list(first["contenders"]) == jobs
-    assert list(second["contenders"]) == jobs[:3]
+    assert list(second["contenders"]) == jobs[: 3 + len(floor)]
     for entry in record["merges"]:
         assert entry["private_memory_bytes"] > 0
         assert entry["ns_per_byte"] > 0
         for contender in entry["contenders"].values():
             quartiles_of(contender, "of_copy")
         quartiles_of(entry["contenders"][merges.COPY], "of_copy")
-    assert [gate["gate"] for gate in record["gates"]] == [256, 1.0, 0.6, 256, 1.0, 0.6, 0.15]
+    of_floor = [1.5] if floor else []
+    assert [gate["gate"] for gate in record["gates"]] == [256, 1.0, *of_floor, 0.6, 256, 1.0, *of_floor, 0.6, 0.15]
     assert list(work.iterdir()) == []
+
+
+def test_mapped(tmp_path, capsys):
+    path = tmp_path / "m.json"
+    arguments = ["mapped", "--size", "tiny", "--rounds", "2", "--dir", f"{tmp_path}", "--json", f"{path}"]
+    assert bench.main(arguments) == 0
+    out, _ = capsys.readouterr()
+    assert "bytes equal those that apply makes" in out
+    (entry,) = json.loads(path.read_text())["mapped"]
+    assert entry["model_bytes"] == 2 * 131_392
+    floor = [mappings.FLOOR] if native.isas() else []
+    ways = [merges.BARE, mappings.MAPPED, mappings.LISTED, mappings.SAFETENSORS, *floor]
+    assert list(entry["contenders"]) == ways
+    for contender in entry["contenders"].values():
+        quartiles_of(contender, "of_apply")
+    assert [gate["gate"] for gate in entry["gates"]] == [1.0, *([1.5] if floor else [])]
+    assert [each.name for each in tmp_path.iterdir()] == ["m.json"]
+
+
+def test_wrong_mapping_is_not_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mappings, "change", lambda *_, **__: None)
+    assert bench.main(["mapped", "--size", "tiny", "--dir", f"{tmp_path}"]) == 1
+    assert "differs from what apply makes" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not native.isas(), reason="the floor is a compiled loop")
+@pytest.mark.parametrize("size", [2, 1 << 20, (9 << 20) + 130])
+def test_the_floor_reads_and_writes_all_of_it(tmp_path, size):
+    inputs = [tmp_path / name for name in "abc"]
+    for number, each in enumerate(inputs):
+        each.write_bytes(bytes([1 << number]) * size)
+    floor.new_file(inputs, tmp_path / "out", 2)
+    floor.over([inputs], 2)
+    for made in (tmp_path / "out", inputs[0]):
+        assert made.stat().st_size == size
+        whole = size // 2 // 64 * 128  # the loop takes 64 elements a step
+        assert made.read_bytes()[: min(whole, 1 << 20)] == bytes([7]) * min(whole, 1 << 20)
 
 
 def test_merges_from_the_disk(tmp_path):

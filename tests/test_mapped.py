@@ -258,6 +258,20 @@ def test_ordinary_tensors_come_of_clones(model: Path) -> None:
     assert torch.equal(t, 2 * load_file(model / "model.safetensors")["a.weight"])
 
 
+def test_a_file_that_is_cut_is_an_error_of_our_operations(tmp_path: Path) -> None:
+    # In a process of its own: what touches the memory without looking first is killed by SIGBUS.
+    file = write_model(tmp_path / "model", {"w": normal((1 << 16,), 1)}) / "model.safetensors"
+    program = (
+        "import os, sys, torch, ires_kernels as ik\n"
+        "w = ik.mapped(sys.argv[1])['w']\n"
+        "os.truncate(sys.argv[1], 4096)\n"
+        "try: ik.subtract(w, torch.ones(1 << 16))\n"
+        "except OSError as error: print(error.filename, error.strerror)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, f"{file}"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()[:3]) == (0, [f"{file}", "cannot", "be"]), done.stderr
+
+
 # Afterwards
 
 
@@ -329,6 +343,10 @@ def test_regions_are_found_by_address() -> None:
         def note(self, address: int) -> str | None:
             return f"{address}"
 
+        def populate(self, address: int, nbytes: int, written: bool) -> None:
+            populated.append((address, nbytes, written))
+
+    populated: list[tuple[int, int, bool]] = []
     found = [Region(start, start + 4) for start in (32, 8, 16)]
     for region in found:
         regions.add(region)
@@ -336,6 +354,11 @@ def test_regions_are_found_by_address() -> None:
         told = [regions.problem(address, True) for address in (7, 8, 11, 12, 16, 35, 36)]
         assert told == [None, "8+0", "8+3", None, "16+0", "32+3", None]
         assert regions.problem(8, False) is None
+        assert regions.is_any()
+        regions.populate([(9, 2, True), (12, 1, True), (16, regions.POPULATED - 2, False)])
+        assert populated == [(9, 2, True), (16, regions.POPULATED - 2, False)]
+        regions.populate([(9, 2, True), (16, regions.POPULATED - 1, False)])
+        assert len(populated) == 2
     finally:
         for region in found:
             regions.remove(region)

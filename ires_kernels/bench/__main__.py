@@ -1,8 +1,8 @@
 """``python -m ires_kernels.bench``: how fast the kernels and whole merges are here, beside what limits them.
 
 Everything is checked against the reference arithmetic before the clock starts, contenders take turns in one run, and
-what is reported are medians and quartiles of the rounds' ratios. The cases are in kernels and merges, and those of
-``gpu``, for a GPU machine, in gpu and gpu_merges.
+what is reported are medians and quartiles of the rounds' ratios. The cases are in kernels, merges and mappings, and
+those of ``gpu``, for a GPU machine, in gpu and gpu_merges.
 Exit codes: 0 measured, whatever the numbers; 1 a result was wrong, nothing was timed; 2 wrong usage.
 """
 
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ires_kernels.backends import backends, choose
-from ires_kernels.bench import gpu, gpu_merges, kernels, merges
+from ires_kernels.bench import gpu, gpu_merges, kernels, mappings, merges
 from ires_kernels.bench.accelerator import Accelerator, open_cuda
 from ires_kernels.bench.contenders import TORCH
 from ires_kernels.bench.kernels import CASES, VerificationError
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None, device: Accelerator | None = None) -
         print(f"bench: {arguments.what} measures tensors on the CPU only, got {arguments.device}", file=sys.stderr)
         return 2
     record: dict[str, Any] = {"machine": machine(), "backends": {k: v._asdict() for k, v in backends().items()}}
-    record |= {"verified": [], "kernels": [], "merges": [], "gates": []}
+    record |= {"verified": [], "kernels": [], "merges": [], "mapped": [], "gates": []}
     console.print(_machine_line(record["machine"]))
     try:
         if arguments.what == "gpu":
@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None, device: Accelerator | None = None) -
             _kernels(arguments, record, console)
         if arguments.what in ("merge", "all"):
             _merges(arguments, record, console)
+        if arguments.what in ("mapped", "all"):
+            _mapped(arguments, record, console)
     except VerificationError as error:
         print(f"bench: wrong result: {error}", file=sys.stderr)
         return 1
@@ -101,7 +103,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         return [_at_least_one(part) for part in text.split(",")]
 
     parser = argparse.ArgumentParser(prog="python -m ires_kernels.bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("what", nargs="?", choices=["kernels", "merge", "all", "gpu"], default="all")
+    parser.add_argument("what", nargs="?", choices=["kernels", "merge", "mapped", "all", "gpu"], default="all")
     parser.add_argument(
         "--size",
         metavar="N",
@@ -133,7 +135,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.results and not (on_gpu and Path(arguments.results).is_dir()):
         parser.error(f"--results {arguments.results}: wanted a folder that exists, and only for gpu")
     try:
-        if arguments.what != "merge":
+        if arguments.what not in ("merge", "mapped"):
             default = ON_GPU if on_gpu else ELEMENTS
             arguments.elements = (
                 default if size is None else SHAPES[size].parameters if size in SHAPES else count_of(size)
@@ -194,6 +196,39 @@ def _merges(arguments: argparse.Namespace, record: dict[str, Any], console: Cons
         record["gates"] += result.gates()
     record["gates"] += merges.cost_per_byte(results)
     _print_merges(console, results)
+
+
+def _mapped(arguments: argparse.Namespace, record: dict[str, Any], console: Console) -> None:
+    threads = max(arguments.threads) if arguments.threads else min(16, len(os.sched_getaffinity(0)))
+    results = []
+    for shape in arguments.shapes:
+        with tempfile.TemporaryDirectory(prefix="ires-bench-", dir=arguments.dir) as name:
+            folder = Path(name)
+            with console.status(f"writing models of {shape.parameters / 1e6:,.0f} M parameters"):
+                triple = write_triple(folder, shape)
+            compared = mappings.verify(triple, folder, threads)
+            size = f"{triple.nbytes / 1e9:.3g} GB"
+            _verified(record, console, f"mapped models of {size}: {compared:,} bytes equal those that apply makes")
+            with console.status(f"changing mapped models of {size}"):
+                result = mappings.measure(triple, folder, arguments.rounds, threads=threads)
+        results.append(result)
+        record["mapped"].append(result.to_dict())
+        record["gates"] += result.gates()
+    table = _table(f"In place through mapped pages, {threads} threads, no fsync: time as a multiple of apply's", "way")
+    for column in ("model GB", "seconds", "GB/s", f"/ {merges.BARE}", f"/ {mappings.FLOOR}"):
+        table.add_column(column, justify="right")
+    for result in results:
+        for name, seconds in result.times.items():
+            median = Quartiles.of(seconds).median
+            table.add_row(
+                name,
+                f"{result.triple.nbytes / 1e9:.3g}",
+                f"{median:.2f}",
+                f"{4 * result.triple.nbytes / median / 1e9:.2f}",
+                _shown(result.of(name, merges.BARE)),
+                _shown(result.of(name, mappings.FLOOR)),
+            )
+    console.print(table)
 
 
 def _on_gpu(arguments: argparse.Namespace, device: Accelerator, record: dict[str, Any], console: Console) -> None:

@@ -1,5 +1,6 @@
 """Whole merges against copying: `cat` of two models and `cp` of a third is the least that a merge reads and writes.
 
+And against compiled loops that do as much in this process (floor.py).
 Contenders take turns; between turns outputs are removed and dirty pages written, untimed. Before the clock starts, one
 merge is compared with the reference arithmetic at both ends of every tensor. Memory is what a process of its own holds
 privately (RssAnon) above an interpreter that has imported torch; pages of files are not counted.
@@ -21,13 +22,14 @@ import torch
 from torch import Tensor
 
 from ires_kernels import merge, ops
+from ires_kernels.bench import floor
 from ires_kernels.bench.kernels import VerificationError, chosen, differing
 from ires_kernels.bench.measure import Quartiles, Times, interleave, ratio, watch
 from ires_kernels.checkpoint import TensorRef, open_checkpoint
 from ires_kernels.synthetic import Triple
 from ires_kernels.windows import TORCH_DTYPES
 
-COPY = "cat + cp"
+COPY, FLOOR = "cat + cp", "bare floor"
 ONE_PASS, SYNCED, EXTRACT, APPLY = "one pass", "one pass, fsync", "extract f32", "apply f32"
 BARE, RING, RING_SYNCED = "in place, no undo", "in place", "in place, fsync"
 _CHECKED = 1 << 14  # elements compared at each end of a tensor
@@ -81,6 +83,10 @@ class Result:
         if of_copy and not self.cold:
             what = f"one pass without fsync, {size} / cat + cp"
             rows.append({"what": what, "gate": 1.0, "reach": 0.6, "measured": of_copy.median, "at_most": True})
+        of_floor = ratio(self.times, ONE_PASS, FLOOR)
+        if of_floor and not self.cold:
+            what = f"one pass without fsync, {size} / {FLOOR}"
+            rows.append({"what": what, "gate": 1.5, "reach": 1.2, "measured": of_floor.median, "at_most": True})
         of_copy = self.of_copy(BARE)
         if of_copy and not self.cold:
             what = f"in place without undo and fsync, {size} / cat + cp"
@@ -121,6 +127,13 @@ def copy(triple: Triple, out: Path) -> None:
         subprocess.run(["cat", *weights(triple.base), *weights(triple.instruct)], stdout=null, check=True)
     out.mkdir()
     subprocess.run(["cp", "--reflink=never", *weights(triple.target), f"{out}"], check=True)
+
+
+def bare(triple: Triple, out: Path, threads: int) -> None:
+    """The least that a merge can take: reads what it reads and writes what it writes."""
+    out.mkdir()
+    for group in zip(*map(weights, (triple.target, triple.instruct, triple.base)), strict=True):
+        floor.new_file([Path(path) for path in group], out / Path(group[0]).name, threads)
 
 
 def forget(folders: Iterable[Path]) -> None:
@@ -194,12 +207,14 @@ def measure(
         tag = f"{next(turns)}"
         return merge.apply(changed, pair, in_place=True, undo=undo, sync=sync, tag=tag, threads=threads)
 
+    count = threads or min(16, len(os.sched_getaffinity(0)))
     contenders: dict[str, Callable[[], object]] = {
         COPY: lambda: copy(triple, out),
+        **({FLOOR: lambda: bare(triple, out, count)} if floor.is_possible() else {}),
         ONE_PASS: lambda: merge.apply(triple.target, pair, out=out, sync=False, threads=threads),
         BARE: lambda: in_place("none", False),
     }
-    traffic = {COPY: 4 * size, ONE_PASS: 4 * size, BARE: 4 * size}
+    traffic = {COPY: 4 * size, FLOOR: 4 * size, ONE_PASS: 4 * size, BARE: 4 * size}
     if not only_one_pass:
         contenders |= {
             SYNCED: lambda: merge.apply(triple.target, pair, out=out, threads=threads),

@@ -1,0 +1,176 @@
+"""Models that are changed through their own pages, beside an update in place and what people write with safetensors.
+
+All of them change copies of one target again and again, without waiting for the disk; between turns dirty pages are
+written, untimed. Before the clock starts, what mapping makes is compared with what `apply` makes, byte for byte.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ires_kernels import merge, ops
+from ires_kernels.backends import threads as kernel_threads
+from ires_kernels.bench import floor
+from ires_kernels.bench.kernels import VerificationError
+from ires_kernels.bench.measure import Quartiles, Times, interleave, ratio
+from ires_kernels.bench.merges import BARE, weights
+from ires_kernels.checkpoint import open_checkpoint
+from ires_kernels.mapping import mapped
+from ires_kernels.synthetic import Triple
+
+MAPPED, LISTED, SAFETENSORS, FLOOR = "mapped", "mapped, one call", "safe_open + torch", "bare floor"
+
+
+@dataclass
+class Result:
+    """All ways for models of one size."""
+
+    triple: Triple
+    threads: int
+    times: Times
+
+    def of(self, name: str, other: str) -> Quartiles | None:
+        """Time as a multiple of that of another way, if both were measured."""
+        return ratio(self.times, name, other)
+
+    def gates(self) -> list[dict[str, Any]]:
+        """What was wanted, what to reach for, and what was measured; information, not a verdict."""
+        size = f"{self.triple.nbytes / 1e9:.3g} GB"
+        rows = []
+        for other, gate, reach in ((BARE, 1.0, 0.8), (FLOOR, 1.5, 1.2)):
+            found = self.of(MAPPED, other)
+            if found:
+                what = f"mapped in place, {size} / {other}"
+                rows.append({"what": what, "gate": gate, "reach": reach, "measured": found.median, "at_most": True})
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it in JSON types."""
+        contenders = {}
+        for name, seconds in self.times.items():
+            median = Quartiles.of(seconds).median
+            of_apply = self.of(name, BARE)
+            contenders[name] = {
+                "seconds": seconds,
+                "median_seconds": median,
+                "gb_per_second": 4 * self.triple.nbytes / median / 1e9,
+                "of_apply": of_apply and of_apply.to_dict(),
+            }
+        return {
+            "parameters": self.triple.parameters,
+            "model_bytes": self.triple.nbytes,
+            "threads": self.threads,
+            "contenders": contenders,
+            "gates": self.gates(),
+        }
+
+
+def change(target: Path, triple: Triple, *, listed: bool = False) -> None:
+    """target += instruct - base, through the pages of the files."""
+    with mapped(target, True, "none", sync=False) as t, mapped(triple.instruct) as i, mapped(triple.base) as b:
+        if listed:
+            ops.add_difference_([t[name] for name in t], [i[name] for name in t], [b[name] for name in t])
+        else:
+            for name in t:
+                ops.add_difference_(t[name], i[name], b[name])
+
+
+def by_hand(target: Path, triple: Triple) -> None:
+    """The same with safetensors and torch: file by file, tensor by tensor, in float32, and saved again."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    shards = {path: open_checkpoint(path).shards for path in (triple.instruct, triple.base)}
+    where = {path: {name: s.path for s in found for name in s.header.tensors} for path, found in shards.items()}
+    for file in weights(target):
+        made = {}
+        with safe_open(file, "pt") as t:
+            for name in list(t.keys()):
+                instruct, base = (_read(safe_open, where[path][name], name) for path in (triple.instruct, triple.base))
+                own = t.get_tensor(name)
+                made[name] = (own.float() + (instruct.float() - base.float())).to(own.dtype)
+            metadata = t.metadata()
+        save_file(made, f"{file}.new", metadata=metadata)
+        os.rename(f"{file}.new", file)
+
+
+def _read(safe_open: Callable[..., Any], file: Path, name: str) -> Any:
+    with safe_open(file, "pt") as opened:
+        return opened.get_tensor(name)
+
+
+def verify(triple: Triple, folder: Path, threads: int) -> int:
+    """Change a copy, and compare it with what `apply` makes; returns how many bytes. Raises VerificationError."""
+    out, changed = folder / "out", folder / "changed"
+    token = kernel_threads.set(threads)
+    try:
+        merge.apply(triple.target, (triple.instruct, triple.base), out=out, sync=False, threads=threads)
+        for listed in (False, True):
+            shutil.copytree(triple.target, changed)
+            change(changed, triple, listed=listed)
+            for one, other in zip(weights(changed), weights(out), strict=True):
+                if not _same(Path(one), Path(other)):
+                    raise VerificationError(f"{one}: differs from what apply makes. Nothing was timed.")
+            shutil.rmtree(changed)
+        return sum(os.stat(path).st_size for path in weights(out))
+    finally:
+        kernel_threads.reset(token)
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(changed, ignore_errors=True)
+
+
+def _same(one: Path, other: Path) -> bool:
+    with open(one, "rb") as first, open(other, "rb") as second:
+        while True:
+            piece = first.read(1 << 24)
+            if piece != second.read(1 << 24):
+                return False
+            if not piece:
+                return True
+
+
+def measure(triple: Triple, folder: Path, rounds: int, *, threads: int) -> Result:
+    """Time all ways in one run; each has a copy of the target of its own, except that `apply` and mapping share one."""
+    changed, saved, over = folder / "changed", folder / "saved", folder / "over"
+    turns = iter(range(1 << 30))
+    pair = (triple.instruct, triple.base)
+
+    def in_place() -> None:
+        tag = f"{next(turns)}"
+        merge.apply(changed, pair, in_place=True, undo="none", sync=False, tag=tag, threads=threads)
+
+    contenders: dict[str, Callable[[], object]] = {
+        BARE: in_place,
+        MAPPED: lambda: change(changed, triple),
+        LISTED: lambda: change(changed, triple, listed=True),
+    }
+    token = kernel_threads.set(threads)
+    try:
+        shutil.copytree(triple.target, changed)
+        if _has_safetensors():
+            shutil.copytree(triple.target, saved)
+            contenders[SAFETENSORS] = lambda: by_hand(saved, triple)
+        if floor.is_possible():
+            shutil.copytree(triple.target, over)
+            files = [weights(path) for path in (over, triple.instruct, triple.base)]
+            groups = [[Path(path) for path in group] for group in zip(*files, strict=True)]
+            contenders[FLOOR] = lambda: floor.over(groups, threads)
+        times = interleave(contenders, rounds, before=lambda _: os.sync())
+    finally:
+        kernel_threads.reset(token)
+        for path in (changed, saved, over):
+            shutil.rmtree(path, ignore_errors=True)
+    return Result(triple, threads, times)
+
+
+def _has_safetensors() -> bool:
+    try:
+        import safetensors.torch  # noqa: F401
+    except ImportError:
+        return False
+    return True
