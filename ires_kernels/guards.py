@@ -20,9 +20,12 @@ def file_ids(plan: Plan) -> dict[Path, FileId]:
     return all_file_ids(plan.inputs)
 
 
-def compare(plan: Plan) -> dict[str, dict[str, str]]:
-    """Refuse tensors that would be copied, or left out, although instruct and base differ in them; returns digests."""
-    different, digests = differing(plan.comparisons, file_ids(plan))
+def compare(plan: Plan, current: Mapping[Path, FileId] | None = None) -> dict[str, dict[str, str]]:
+    """Refuse tensors that would be copied, or left out, although instruct and base differ in them; returns digests.
+
+    current  what the files were when they were opened, if the plan has another time for them
+    """
+    different, digests = differing(plan.comparisons, file_ids(plan) if current is None else current)
     if different:
         lines = [f"cannot {plan.operation}: tensors that are not floating point differ between instruct and base:"]
         for name, _, (instruct, base) in different[:10]:
@@ -45,8 +48,13 @@ def strangers(inputs: Mapping[str, Checkpoint]) -> tuple[str, ...]:
     return tuple(each.warning(model, base) for model, base, each in found if each is not None and not each.related)
 
 
-def read_residuals(plan: Plan, threads: int | None = None) -> None:
-    """Read what the plan needs of its residuals, to find damage before the first byte of a model changes."""
+def read_residuals(
+    plan: Plan, threads: int | None = None, current: Mapping[Path, FileId] | None = None
+) -> None:
+    """Read what the plan needs of its residuals, to find damage before the first byte of a model changes.
+
+    current  what the files were when they were opened, if the plan has another time for them
+    """
     refs = {
         f"{role} {ref.name}": ref
         for step in plan.steps
@@ -54,7 +62,8 @@ def read_residuals(plan: Plan, threads: int | None = None) -> None:
         if role.startswith("residual") and not step.reason
     }
     found: dict[str, dict[str, str]] = {}
-    for name, digest in stream.hashes(refs, file_ids(plan), threads=threads).items():
+    files = file_ids(plan) if current is None else current
+    for name, digest in stream.hashes(refs, files, threads=threads).items():
         found.setdefault(name.partition(" ")[0], {})[refs[name].name] = digest
     check_residuals(plan, found)
 

@@ -83,8 +83,8 @@ def apply(
     names = hidden_names(target)
     inplace.check(target.path, names)
     recipe = plan.recipe(tag)
-    history = records.applied(target)
-    plan = replace(plan, warnings=(*plan.warnings, *records.claims(target)))
+    history, warnings = records.applied(target)
+    plan = replace(plan, warnings=(*plan.warnings, *warnings))
     before = records.repeated(plan, recipe, history)
     if before is not None:
         if sync and target.manifest and target.manifest.unsynced:
@@ -159,9 +159,9 @@ def carry_on(place: Workplace, options: Options, started: float, *, fresh: bool 
                 f"though both are version {VERSION}. Go on with that one, or try `ires rollback {place.target}`."
             )
         if not fresh:
-            guards.read_residuals(plan, options.threads)
+            guards.read_residuals(plan, options.threads, current)
         outcome = _overwrite(place, operation, plan, current, changed, steps, windows, options)
-        outcome.update(Outcome(inputs=guards.compare(plan)))
+        outcome.update(Outcome(inputs=guards.compare(plan, _with_own(place, current))))
         guards.check_residuals(plan, outcome.inputs)
         guards.check_unchanged(plan, outcome.inputs, but=plan.roles_of_target(), current=current)
         report = Report.of(plan, outcome, place.target, time.perf_counter() - started)
@@ -361,7 +361,7 @@ def _overwrite(
             part = table["part"]
             done = {part["name"]: Done(part["elements"], Tally(**part["tally"]))} if part else {}
         guards.check_begun(plan, operation.samples, outcome, changed, current, but=plan.roles_of_target())
-        file_ids = {path: FileId.of(path) if path.parent == place.model else known for path, known in current.items()}
+        file_ids = _with_own(place, current)
         writer = _Writer(windows, journal, outcome)
         journal.start()
         return stream.run(
@@ -378,6 +378,11 @@ def _overwrite(
             outcome=outcome,
             failed=journal.stop,
         )
+
+
+def _with_own(place: Workplace, current: Mapping[Path, FileId]) -> dict[Path, FileId]:
+    """What the files of the inputs are, of which we write the target's."""
+    return {path: FileId.of(path) if path.parent == place.model else known for path, known in current.items()}
 
 
 class _Writer:
@@ -444,7 +449,7 @@ def _write_manifest(
     sums = provenance.sha256(weights) if operation.sha256 else {}
     previous: dict[str, str | None] = {}
     if operation.history:  # else what an older manifest says may no longer be true
-        previous = _recorded_hashes(place)
+        previous = _recorded_hashes(place, operation.history[-1]["id"])
     others, paths = operation.installed, operation.paths
     stamps = {
         role: provenance.stamps(checkpoint, operation.samples.get(role, {}), current)
@@ -476,10 +481,14 @@ def as_left(path: Path, seed: str) -> dict[str, Any]:
     return {"size": file_id.size, "mtime_ns": file_id.mtime_ns, "sample": sample(path, seed)}
 
 
-def _recorded_hashes(place: Workplace) -> dict[str, str | None]:
-    """What the manifest of the update before says of the tensors, where there is one."""
-    table = manifest.read(place.folder / manifest_name(place))
-    return {name: tensor.xxh3_128 for name, tensor in table.tensors.items()} if table and table.is_mine else {}
+def _recorded_hashes(place: Workplace, update: str) -> dict[str, str | None]:
+    """What the manifest of the update before says of the tensors: that of the model, or of its file on its own."""
+    names = [manifest_name(place), "ires.json", *(f"{path.name}.ires.json" for path in place.model.iterdir())]
+    for name in dict.fromkeys(names):
+        table = manifest.read(place.folder / name)
+        if table and table.id == update and table.is_mine:
+            return {name: tensor.xxh3_128 for name, tensor in table.tensors.items()}
+    return {}
 
 
 def _finish(place: Workplace, operation: Operation) -> list[str]:

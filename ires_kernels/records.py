@@ -18,11 +18,21 @@ from ires_kernels.samples import sample
 from ires_kernels.store import StoreError, boot_id
 
 
-def applied(target: Checkpoint) -> list[Update]:
-    """What was applied to this model, as long as its bytes are still the result of that; the last one last."""
+def applied(target: Checkpoint) -> tuple[list[Update], list[str]]:
+    """What was applied to this model, as long as its bytes are still the result of that; the last one last.
+
+    And warnings of what its manifests say of updates besides, for which nothing stands.
+    """
     found: list[Update] = []
-    for table in _manifests(target):
-        if table.in_place is None or not table.is_mine:
+    warnings = []
+    for table in manifests(target):
+        if table.in_place is None:
+            continue
+        if not table.is_mine:
+            warnings.append(
+                f"{table.path} says that update {table.id} was applied before, but is not signed with your key, so it "
+                "is not believed: if this is that very update, it is in the model twice now"
+            )
             continue
         if is_doubtful(table) and not has_hashes(target, table):
             raise StoreError(
@@ -31,17 +41,12 @@ def applied(target: Checkpoint) -> list[Update]:
             )
         if unchanged(target, table):
             found += table.history()
-    return found
-
-
-def claims(target: Checkpoint) -> list[str]:
-    """Warnings of manifests that tell of updates of this model, and are not ours: nothing stands for what they say."""
-    return [
-        f"{table.path} says that update {table.id} was applied before, but is not signed with your key, so it is not "
-        "believed: if this is that very update, it is in the model twice now"
-        for table in _manifests(target)
-        if table.in_place and not table.is_mine
-    ]
+        else:
+            warnings.append(
+                f"{table.path} tells of update {table.id}, but the model is not what that left: it was changed since, "
+                "so what was applied to it before is not known"
+            )
+    return found, warnings
 
 
 def repeated(plan: Plan, recipe: str, history: Sequence[Update]) -> Update | None:
@@ -168,8 +173,8 @@ def _is_same(plan: Plan, role: str, entry: Update) -> bool | None:
     return provenance.digest_of(refs.values(), stream.hashes(refs, checkpoint.file_ids)) == recorded.read
 
 
-def _manifests(target: Checkpoint) -> list[Manifest]:
-    """That of the model, and that of the same file under its other name: alone, or as the weights of its folder."""
+def manifests(target: Checkpoint) -> list[Manifest]:
+    """That of a model, and that of the same file under its other name: alone, or as the weights of its folder."""
     tables = [target.manifest] if target.manifest else []
     if len(target.shards) == 1:
         file = target.shards[0].path

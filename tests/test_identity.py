@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import triple
+import torch
+from checkpoints import read_model, triple
+from safetensors.torch import save_file
 
 import ires_kernels as ik
 from ires_kernels import stream
@@ -75,3 +77,20 @@ def test_a_new_folder_takes_nothing_that_belongs_to_an_update_in_place(tmp_path:
         with pytest.raises(ArgumentError, match="undo and tag go with in_place=True"):
             ik.apply(target, (instruct, base), out=tmp_path / "out", **ignored)
     assert not (tmp_path / "out").exists()
+
+
+def triple_with_numbers(folder: Path) -> tuple[Path, Path, Path]:
+    """Models with a tensor of whole numbers, the same in all, which is compared and copied."""
+    paths = triple(folder)
+    for path in paths:
+        model = read_model(path) | {"position_ids": torch.arange(12)}
+        save_file(model, path / "model.safetensors", metadata={"format": "pt"})
+    return paths
+
+
+def test_the_target_as_instruct_with_numbers_that_are_compared(tmp_path: Path) -> None:
+    base, _, target = triple_with_numbers(tmp_path)
+    ik.apply(target, (target, base), out=tmp_path / "out", sync=False)
+    ik.apply(target, (target, base), in_place=True, sync=False)
+    out, mine = read_model(tmp_path / "out"), read_model(target)
+    assert all(torch.equal(out[name], mine[name]) for name in out)
