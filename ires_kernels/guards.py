@@ -48,9 +48,7 @@ def strangers(inputs: Mapping[str, Checkpoint]) -> tuple[str, ...]:
     return tuple(each.warning(model, base) for model, base, each in found if each is not None and not each.related)
 
 
-def read_residuals(
-    plan: Plan, threads: int | None = None, current: Mapping[Path, FileId] | None = None
-) -> None:
+def read_residuals(plan: Plan, threads: int | None = None, current: Mapping[Path, FileId] | None = None) -> None:
     """Read what the plan needs of its residuals, to find damage before the first byte of a model changes.
 
     current  what the files were when they were opened, if the plan has another time for them

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from xxhash import xxh3_128_hexdigest
+
 from ires_kernels import manifest, provenance, stream
 from ires_kernels.checkpoint import Checkpoint, FileId, TensorRef
 from ires_kernels.header import CheckpointError
@@ -84,7 +86,8 @@ def other_input(plan: Plan, table: Manifest) -> tuple[str, Path] | None:
                     return role, refs[name].path
     for side in plan.side_files:
         known = table.files.get(side.name)
-        if known is None or known.xxh3_128 != provenance.hash_file(side.source):
+        found = provenance.hash_file(side.source) if side.content is None else xxh3_128_hexdigest(side.content)
+        if known is None or known.xxh3_128 != found:
             return side.role, side.source
     return None
 
