@@ -212,9 +212,10 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, at: int, run: Callable[[], object
     def fail() -> None:
         raise OSError(5, "an interruption")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="an interruption"):
+    with monkeypatch.context() as patch:
         before_window(patch, at, fail)
-        run()
+        with pytest.raises(OSError, match="an interruption"):
+            run()
 
 
 @pytest.mark.parametrize("again", ["resume", "the same command"])
