@@ -378,6 +378,7 @@ def _options(arguments: argparse.Namespace, progress: Progress | None) -> dict[s
         "dry_run": arguments.dry_run,
         "progress": progress,
         "follow_links": arguments.follow_links,
+        "lock": not arguments.no_lock,
     }
 
 

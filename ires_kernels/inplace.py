@@ -51,7 +51,7 @@ SEAL = "operation"
 """What the signature of an update's record is for."""
 PHASES = ("operation", "installing", "finished", "withdraw", "rollback", "restored")
 _WORK, _UNDO, _REPLACED = ".ires-unfinished", ".ires-undo", ".ires-replaced"
-_FIXED = (errno.EPERM, errno.EACCES, errno.EBUSY, errno.EXDEV, errno.EROFS, errno.ETXTBSY)
+_FIXED = (errno.EPERM, errno.EACCES, errno.EBUSY, errno.EXDEV)
 """What the kernel says of a file that may not be moved."""
 _TOKEN = "place", b"an update in place"
 """What is signed in the lock, so that what an update leaves is known to be ours before it has begun."""
@@ -197,6 +197,9 @@ class Workplace:
         with named(work):
             at = _open(work)
             try:
+                strange = _strange(work)
+                if strange:
+                    raise Foreign(strange)
                 make_private(at)
                 fd = lock(work / MARKER, make=MARKER not in os.listdir(at), wanted=locked)
                 try:
@@ -530,7 +533,10 @@ def _take_after(new: Path, old: Path) -> None:
     """Give a file the mode and, where allowed, the owner of the one that it replaces."""
     if not old.is_symlink() and old.exists():
         status = old.stat()
-        os.chmod(new, stat.S_IMODE(status.st_mode))
+        try:
+            os.chmod(new, stat.S_IMODE(status.st_mode))
+        except PermissionError:  # another user who shares the key has staged it
+            return
         if (status.st_uid, status.st_gid) != (os.getuid(), os.getgid()):
             try:
                 os.chown(new, status.st_uid, status.st_gid)
