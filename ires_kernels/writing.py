@@ -60,7 +60,7 @@ class Writing:
             )
         names = overwrite.hidden_names(target)
         inplace.check(target.path, names)
-        history = records.applied(target)
+        history, _ = records.applied(target)
         place = Workplace.begin(target.path, sync=sync, locked=locked)
         try:
             opened = {shard.path: _open(shard.path, shard.file_id, files) for shard in target.shards}
