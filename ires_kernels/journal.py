@@ -27,7 +27,7 @@ from typing import NamedTuple
 import xxhash
 
 from ires_kernels import interrupts
-from ires_kernels.ownership import open_own, private_mode
+from ires_kernels.ownership import is_same, open_own, private_mode
 from ires_kernels.store import NO_THREAD, allocate, named, read_into, write_all
 
 AHEAD = 2
@@ -82,6 +82,7 @@ class Journal:
         self.records: list[bytes] = []
         """Of the windows that are new, in order."""
         self._files = files
+        self._sizes = {name: os.fstat(fd).st_size for name, fd in files.items()}
         self._path, self._log_path = folder / "journal", folder / "log"
         self._slots = slots
         self._sync = sync
@@ -198,7 +199,7 @@ class Journal:
                 if not self._begun:
                     self._append(_BEGUN)
                     self._begun = True
-        write_all(self._files[file], data, offset, Path(file))
+        self._write(file, data, offset)
 
     def complete(self, number: int, record: bytes) -> None:
         """All of window `number` is written; `record` will be among `records`."""
@@ -274,6 +275,23 @@ class Journal:
         self.records.append(record)
         return True
 
+    def _write(self, file: str, data: memoryview, offset: int) -> None:
+        self._check_size(file)  # before this write may make it as long as it was, with zeros for what was cut
+        write_all(self._files[file], data, offset, Path(file))
+
+    def check_files(self, folder: Path) -> None:
+        """Raise OSError where a file has another size than when the journal was opened, or is not in `folder` now."""
+        for name, fd in self._files.items():
+            self._check_size(name)
+            if not is_same(fd, folder / name):
+                raise OSError(errno.EIO, "somebody has moved or replaced it while it was changed", f"{folder / name}")
+
+    def _check_size(self, file: str) -> None:
+        size = os.fstat(self._files[file]).st_size
+        if size != self._sizes[file]:
+            text = f"somebody has cut or lengthened it while it was changed, to {size} bytes from {self._sizes[file]}"
+            raise OSError(errno.EIO, text, file)
+
     def _save(self, number: int) -> None:
         window = self.windows[number]
         offset = self._offsets[number % self._slots]
@@ -320,7 +338,7 @@ class Journal:
             length = window.stop - window.start
             for done in range(0, length, _CHUNK):
                 old = self._read(min(_CHUNK, length - done), offset + done)
-                write_all(self._files[window.file], old, window.start + done, Path(window.file))
+                self._write(window.file, old, window.start + done)
         for name in {self.windows[number].file for number in held}:
             self._fdatasync(name)
 

@@ -57,6 +57,8 @@ class Operation:
     """FileId of the weights of all inputs when it began, by role and name."""
     samples: dict[str, dict[str, str]] = field(default_factory=dict)
     """And a sample of each, at the places that `id` chooses."""
+    hidden: int = 0
+    """Inode of the hidden folder: who has copied all of an unfinished update has another."""
     log_size: int = 0
     """Bytes that are reserved for the log."""
     windows: list[list[Any]] = field(default_factory=list)
@@ -153,7 +155,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "names": lambda value: _is_list(value, is_bare),
     "stamps": lambda value: _is_table(value, lambda files: _is_table(files, lambda stamp: _is_table(stamp, _is_time))),
     "samples": lambda value: _is_table(value, lambda files: _is_table(files, _is_text)),
-    "log_size": _is_count,
+    **dict.fromkeys(("hidden", "log_size"), _is_count),
     "windows": lambda value: _is_list(value, _is_window),
     "copies": lambda value: _is_table(value, _is_text),
     "installed": lambda value: _is_table(value, lambda entry: _is_table(entry, _is_text)) and all(map(is_inner, value)),

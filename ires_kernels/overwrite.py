@@ -119,6 +119,7 @@ def apply(
                 names=names,
                 stamps=stamps_of(plan.inputs),
                 samples={role: provenance.samples(checkpoint, plan.id) for role, checkpoint in plan.inputs.items()},
+                hidden=os.stat(place.work).st_ino,
                 log_size=_ROOM + sum(_OF_TENSOR + 4 * len(step.name) for step in steps) + _OF_WINDOW * len(windows),
                 windows=[[window.file, window.start, window.stop] for window in windows],
                 copies=dict(copies),
@@ -149,6 +150,8 @@ def carry_on(place: Workplace, options: Options, started: float, *, fresh: bool 
     if place.phase() == "operation":
         stream.check_threads()
         place.move_in(operation.names)
+        with _refused(place):
+            _check_files(place.work, operation, place.model)
         plan, current, changed = _plan_again(place, operation)
         same_plan(operation, plan.id, VERSION)
         steps = updates.changes(plan)
@@ -167,6 +170,8 @@ def carry_on(place: Workplace, options: Options, started: float, *, fresh: bool 
         report = Report.of(plan, outcome, place.target, time.perf_counter() - started)
         report = replace(report, side_files={name: entry["from"] for name, entry in operation.installed.items()})
         _write_manifest(place, operation, plan, current, outcome, report)
+        with _refused(place):
+            _check_files(place.work, operation, place.model)
         place.advance("installing")
     if place.phase() == "installing":
         place.install(_new_files(place, operation), operation.dropped)
@@ -194,12 +199,15 @@ def rollback(place: Workplace) -> str:
             check_boot(place, operation)
         place.move_in(operation.names)
         with _refused(place, "cannot be rolled back: "), _journal(place.work, operation, place.model) as journal:
+            if not ended:  # else their bytes were looked at
+                _check_files(place.work, operation, place.model)
             journal.check_restorable(ended=ended)
             if place.phase() == "operation":
                 place.advance("withdraw")
             elif place.phase() in ("installing", "finished"):
                 place.advance("rollback")
             journal.restore()
+            journal.check_files(place.model)
         if place.phase() == "rollback":
             place.uninstall(_new_files(place, operation), operation.dropped, _is_ours(place, operation))
         place.move_out(operation.names)
@@ -300,6 +308,19 @@ def _stage(place: Workplace, plan: Plan) -> tuple[dict[str, dict[str, str]], lis
     return installed, dropped + [name for name in [sums_name(place)] if (place.folder / name).exists()]
 
 
+def _check_files(work: Path, operation: Operation, where: Path) -> None:
+    """Raise JournalError where the files that change, now in the folder `where`, are not those of the operation."""
+    copied = os.stat(work).st_ino != operation.hidden  # all of it, so that every file has another inode
+    for name in {file for file, _, _ in operation.windows}:
+        status, stamp = os.lstat(where / name), operation.stamps["target"][name]
+        if status.st_size != stamp["size"]:
+            raise JournalError(
+                f"{where / name} had {stamp['size']} bytes and has {status.st_size}: somebody has changed it"
+            )
+        if status.st_ino != stamp["ino"] and not copied:
+            raise JournalError(f"{where / name} is another file than when the update began: somebody has replaced it")
+
+
 @contextmanager
 def _journal(work: Path, operation: Operation, where: Path, *, new: bool = False) -> Iterator[Journal]:
     """The journal in the folder `work` of an update of the target's files, which are in the folder `where` now."""
@@ -364,7 +385,7 @@ def _overwrite(
         file_ids = _with_own(place, current)
         writer = _Writer(windows, journal, outcome)
         journal.start()
-        return stream.run(
+        stream.run(
             [step for step in steps if step.name not in outcome.outputs],
             file_ids,
             plan.rules,
@@ -378,6 +399,9 @@ def _overwrite(
             outcome=outcome,
             failed=journal.stop,
         )
+        journal.finish()
+        journal.check_files(place.model)
+        return outcome
 
 
 def _with_own(place: Workplace, current: Mapping[Path, FileId]) -> dict[Path, FileId]:
@@ -493,12 +517,28 @@ def _recorded_hashes(place: Workplace, update: str) -> dict[str, str | None]:
 
 def _finish(place: Workplace, operation: Operation) -> list[str]:
     """The files are complete: show them, and remove what is no longer needed; returns what was kept and where."""
+    whole = operation.undo == "all" and _is_kept(place, operation)
     place.move_out(operation.names)
-    if operation.undo == "all":
+    if whole:
         undo = place.keep()
         return [f"`ires rollback {place.target}` takes it back; until then {undo} keeps the old bytes"]
+    notes = []
+    if operation.undo == "all":
+        notes.append("it cannot be taken back: somebody has cut the journal with the old bytes, or removed it")
     kept = place.remove(drop=[manifest_name(place)])
-    return [f"files that came from another model replaced those that are now in {kept}"] if kept else []
+    if kept:
+        notes.append(f"files that came from another model replaced those that are now in {kept}")
+    return notes
+
+
+def _is_kept(place: Workplace, operation: Operation) -> bool:
+    """Whether what takes the update back is as large as it has to be, and nobody cut it meanwhile."""
+    windows = [Extent(*window) for window in operation.windows]
+    try:
+        Journal(place.work, {}, windows, len(windows), operation.log_size, sync=operation.sync, new=False).close()
+    except JournalError:
+        return False
+    return True
 
 
 def manifest_name(place: Workplace) -> str:

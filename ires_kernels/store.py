@@ -115,11 +115,13 @@ class NewFile:
         sync: bool,
     ) -> None:
         self.path = path
+        self.identity: tuple[int, ...] = ()
+        """Of the complete file."""
         self._temporary = _hidden(path, _TEMPORARY)
         self._operation = operation
         self._record = record
         self._sync = sync
-        self._left = size
+        self._size = self._left = size
         self._lock = threading.Lock()
         with named(path):
             self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
@@ -133,6 +135,7 @@ class NewFile:
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
         """Write bytes nobody has written yet; whoever writes the last ones makes the file durable and names it."""
+        self._check()  # before this write may make it as long as it was, with zeros for what was cut
         write_all(self._fd, data, offset, self.path)
         with self._lock:
             self._left -= len(data)
@@ -148,13 +151,21 @@ class NewFile:
         with named(self.path):
             if self._sync:
                 os.fsync(self._fd)
-            stamp = _stamp(os.fstat(self._fd))
+            self._check()
+            if not is_same(self._fd, self._temporary):
+                raise _meddled(self._temporary)
+            status = os.fstat(self._fd)
+            self.identity = _identity(status, self._sync)
             self.abandon()
-            content = stamp + self._record()
+            content = _stamp(status) + self._record()
             signature = trust.sign("file", _of_file(self._operation, self.path.name, content)).encode()
             path = _hidden(self.path, _RECORD)
             write_file(path, [signature + b"\n", content], sync=self._sync, mode=private_mode(0o660))
             os.rename(self._temporary, self.path)
+
+    def _check(self) -> None:
+        if os.fstat(self._fd).st_size != self._size:
+            raise _meddled(self._temporary)
 
     def abandon(self) -> None:
         """Close as it is."""
@@ -201,6 +212,8 @@ class NewFolder:
         self._locked = locked
         self._at = self._lock = -1
         self._files: list[NewFile] = []
+        self._identities: dict[str, tuple[int, ...]] = {}
+        """Of the complete files, by name."""
         self._renamed = False
 
     def __enter__(self) -> NewFolder:
@@ -303,7 +316,10 @@ class NewFolder:
         stamp, _, record = content.partition(b"\n")
         signed = _of_file(self._identity.split()[0], name, content)
         proved = trust.is_mine("file", signed, signature.decode(errors="replace"))
-        return record if proved and stamp + b"\n" == _stamp(status) else None
+        if not proved or stamp + b"\n" != _stamp(status):
+            return None
+        self._identities[name] = _identity(status, self._sync)
+        return record
 
     def _empty(self) -> None:
         """Remove all but the lock, and the complete files with their records."""
@@ -333,15 +349,25 @@ class NewFolder:
         with named(path):
             _make_folders(path.parent, self.partial, self.access.folder)
             write_file(path, chunks, sync=self._sync, mode=self.access.file if mode is None else mode)
+            self._identities[name] = _identity(os.lstat(path), self._sync)
 
     def finish_files(self) -> None:
         """Every file that was created is written, and gets its name."""
         for file in self._files:
             file.finish()
+            self._identities[file.path.name] = file.identity
+
+    def _check_files(self) -> None:
+        """Raise OSError where a file is no longer the one that was written."""
+        for name, identity in self._identities.items():
+            with named(self.partial / name):
+                if _identity(os.lstat(self.partial / name), self._sync) != identity:
+                    raise _meddled(self.partial / name)
 
     def commit(self) -> None:
         """Give the folder its name. What was not durable before is when this returns."""
         self.finish_files()
+        self._check_files()
         with named(self.partial):
             os.fchmod(self._at, self._mode())
             if self._sync:
@@ -619,8 +645,18 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
+def _meddled(path: Path) -> OSError:
+    text = "somebody has cut, written or replaced it before all was complete. The same command makes it again"
+    return OSError(errno.EIO, text, f"{path}")
+
+
 def _stamp(status: os.stat_result) -> bytes:
-    return f"{status.st_size} {status.st_mtime_ns}\n".encode()
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ino}\n".encode()
+
+
+def _identity(status: os.stat_result, sync: bool) -> tuple[int, ...]:
+    """What a file of ours stays; a server may still set the time of one that was not synced."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns if sync else 0
 
 
 def _hidden(path: Path, suffix: str) -> Path:

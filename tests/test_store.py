@@ -52,7 +52,8 @@ def unsigned(folder: Path) -> dict[str, bytes]:
 
 def state(folder: Path, *complete: str) -> dict[str, bytes]:
     """What a run of `new` keeps beside files, `complete` ones being of `create`; as `unsigned` shows it."""
-    stamps = {name: f"{(folder / name).stat().st_size} {(folder / name).stat().st_mtime_ns}" for name in complete}
+    found = {name: (folder / name).stat() for name in complete}
+    stamps = {name: f"{status.st_size} {status.st_mtime_ns} {status.st_ino}" for name, status in found.items()}
     records = {f".ires-{name}.done": f"{stamp}\nlearnt".encode() for name, stamp in stamps.items()}
     return {MARKER: b"mine\nkept", **records}
 
