@@ -321,7 +321,7 @@ class Workplace:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)  # of a run that was interrupted
             write_file(path, chunks, sync=self.sync, mode=mode)
-            self._sync(path.parent, self.work / "new", self.work)
+            self._sync(*_folders(self.work, path), self.work)
 
     def install(self, names: Iterable[str], dropped: Iterable[str] = ()) -> None:
         """Put staged files where they belong. What they replace, and the `dropped` files, go to old/."""
@@ -339,8 +339,7 @@ class Workplace:
                     _take_after(new, old)
                     place.parent.mkdir(parents=True, exist_ok=True)
                     os.rename(new, place)
-                    if place.parent != self.folder:
-                        self._sync(place.parent)
+                    self._sync(*_folders(self.folder, place))
             self._sync_below("old")
             self._sync(self.folder)
 
@@ -363,9 +362,10 @@ class Workplace:
                 if os.path.lexists(old):
                     self._check_parents(place)
                     os.rename(old, place)
-                elif place.parent != self.folder:
-                    with suppress(OSError):  # there are other files in it, or it never was
-                        place.parent.rmdir()
+                else:
+                    with suppress(OSError):  # there are other files in one, or it never was
+                        for folder in _folders(self.folder, place):
+                            folder.rmdir()
             self._sync_below("edited")
             self._sync(self.folder)
 
@@ -429,8 +429,8 @@ class Workplace:
 
     def _check_parents(self, place: Path) -> None:
         """A side file goes into a folder of the model, and not through a link out of it."""
-        for parent in place.parents:
-            if self.folder in parent.parents and parent.is_symlink():
+        for parent in _folders(self.folder, place):
+            if parent.is_symlink():
                 raise StoreError(f"{parent}: is a link, wanted a folder. Move it away, then go on.")
 
     def _next(self, kind: str) -> Path:
@@ -527,6 +527,11 @@ def _is_utf8(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _folders(top: Path, path: Path) -> list[Path]:
+    """The folders between `top` and a path in it, from the inside out."""
+    return [folder for folder in path.parents if top in folder.parents]
 
 
 def _take_after(new: Path, old: Path) -> None:
