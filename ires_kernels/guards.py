@@ -86,6 +86,7 @@ def check_unchanged(
     *,
     but: Container[str] = (),
     current: Mapping[Path, FileId] | None = None,
+    threads: int | None = None,
 ) -> None:
     """Refuse inputs whose files are no longer those that were validated; not of the roles `but`, which we change.
 
@@ -100,7 +101,7 @@ def check_unchanged(
         headers = {shard.path: shard.header for shard in checkpoint.shards}
         written += [path for path in touched if read_header(path) != headers[path]]
         if not written:
-            found = stream.hashes(refs, current or checkpoint.file_ids)
+            found = stream.hashes(refs, current or checkpoint.file_ids, threads=threads)
             written += [refs[name].path for name, digest in found.items() if digest != hashes[name]]
         if written:
             raise CheckpointError(f"{written[0]}: changed while it was read. Wait for its writer, then start again.")
@@ -114,6 +115,7 @@ def check_begun(
     current: Mapping[Path, FileId] | None = None,
     *,
     but: Container[str] = (),
+    threads: int | None = None,
 ) -> None:
     """Refuse with StoreError inputs that are not those with which an interrupted merge was begun; not the roles `but`.
 
@@ -129,7 +131,8 @@ def check_begun(
         for name in outcome.inputs.get(role, {})
         if name in checkpoint.tensors and checkpoint.tensors[name].path in changed
     }
-    for name, digest in stream.hashes(refs, file_ids(plan) if current is None else current).items():
+    now = file_ids(plan) if current is None else current
+    for name, digest in stream.hashes(refs, now, threads=threads).items():
         role, _, tensor = name.partition(" ")
         if digest != outcome.inputs[role][tensor]:
             raise StoreError(

@@ -302,7 +302,7 @@ def load(
         progress=progress,
     )
     guards.check_residuals(plan, outcome.inputs)
-    guards.check_unchanged(plan, outcome.inputs)
+    guards.check_unchanged(plan, outcome.inputs, threads=threads)
     shared = statedict.shared_head(plan.inputs["target"])
     if shared is not None:
         head, embedding = shared
@@ -395,7 +395,7 @@ def _carry_out(
     plan: Plan, out: Path, options: Options, *, sync: bool, sha256: bool, dry_run: bool = False
 ) -> Report | Plan:
     """Write a new folder."""
-    recorded = _written_before(plan, out, sync=sync, sha256=sha256)
+    recorded = _written_before(plan, out, options.threads, sync=sync, sha256=sha256)
     if recorded is not None and not dry_run:
         return recorded
     check_destination(out, [checkpoint.path for checkpoint in plan.inputs.values()])
@@ -411,7 +411,7 @@ def _carry_out(
         stamps=stamps_of(plan.inputs), samples=samples,
     )  # fmt: skip
     identity = plan.id if sync else f"{plan.id} {operation.boot}"
-    access, accept = overwrite.access_of(plan), partial(_check_begun, plan, out)
+    access, accept = overwrite.access_of(plan), partial(_check_begun, plan, out, options.threads)
     kept = operation.to_bytes()
     with NewFolder(out, identity, kept, accept=accept, sync=sync, locked=options.locked, access=access) as folder:
         outcome = Outcome()
@@ -448,7 +448,8 @@ def _carry_out(
         for name, content in plan.documents:
             folder.add(name, [content])
             others[name] = {"from": plan.operation, "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
-        sums = provenance.sha256({file.name: folder.partial / file.name for file in plan.files}) if sha256 else {}
+        weights = {file.name: folder.partial / file.name for file in plan.files}
+        sums = provenance.sha256(weights, options.threads) if sha256 else {}
         if sums:
             folder.add(provenance.SUMS, [provenance.sums_file(sums)])
         report = Report.of(plan, outcome, out, 0.0)
@@ -459,7 +460,7 @@ def _carry_out(
             plan, outcome, report, stamps, others, outputs=written, sha256=sums, unsynced=unsynced
         )
         folder.add(MANIFESTS[plan.operation], [receipt])
-        guards.check_unchanged(plan, outcome.inputs)
+        guards.check_unchanged(plan, outcome.inputs, threads=options.threads)
         folder.commit()
     return Report.of(plan, outcome, out, time.perf_counter() - started)
 
@@ -469,16 +470,17 @@ def _record(outcome: Outcome, group: Iterable[Step]) -> bytes:
     return json.dumps(outcome.of(group).to_dict()).encode()
 
 
-def _check_begun(plan: Plan, out: Path, kept: bytes, finished: Mapping[str, bytes]) -> None:
+def _check_begun(plan: Plan, out: Path, threads: int | None, kept: bytes, finished: Mapping[str, bytes]) -> None:
     """Refuse with StoreError to go on with an unfinished folder that was begun with other inputs."""
     operation = Operation.from_bytes(kept, partial_path(out))
     outcome = Outcome()
     for record in finished.values():
         outcome.update(Outcome.from_dict(json.loads(record)))
-    guards.check_begun(plan, operation.samples, outcome, other_files(plan.inputs, operation.stamps))
+    others = other_files(plan.inputs, operation.stamps)
+    guards.check_begun(plan, operation.samples, outcome, others, threads=threads)
 
 
-def _written_before(plan: Plan, out: Path, *, sync: bool, sha256: bool) -> Report | None:
+def _written_before(plan: Plan, out: Path, threads: int | None, *, sync: bool, sha256: bool) -> Report | None:
     """The report of this very plan, if it was carried out: perhaps by a run that was killed as it ended.
 
     Raises StoreError where it was with other inputs, and where the output is no longer what was written: changed, or
@@ -495,7 +497,7 @@ def _written_before(plan: Plan, out: Path, *, sync: bool, sha256: bool) -> Repor
             f"{table.path}: says that this is the output of this very command, but is not signed with your key, so it "
             f"is not believed. Give the name of a new folder, or delete {out} first."
         )
-    other = records.other_input(plan, table)
+    other = records.other_input(plan, table, threads)
     if other is not None:
         role, path = other
         raise StoreError(
@@ -504,7 +506,7 @@ def _written_before(plan: Plan, out: Path, *, sync: bool, sha256: bool) -> Repor
         )
     looked_at = "of its weights a sample was compared, `ires verify` reads all of them"
     if not records.is_as_written(plan, out, table):
-        found = _damage(out)
+        found = _damage(out, threads)
         if found:
             lost = "was written with --no-sync before the machine was restarted, and is"
             what = lost if records.is_doubtful(table) else "is the output of the same command, but"
@@ -518,10 +520,10 @@ def _written_before(plan: Plan, out: Path, *, sync: bool, sha256: bool) -> Repor
     return Report.recorded(plan.operation, plan.id, out, table.report, f"{_THERE}; {looked_at}")
 
 
-def _damage(out: Path) -> str:
+def _damage(out: Path, threads: int | None) -> str:
     """What is wrong with an output, by its recorded hashes; nothing where nothing is."""
     try:
-        report = verify(out, hashes_only=True)
+        report = verify(out, hashes_only=True, threads=threads)
     except CheckpointError as error:
         return f"cannot be used any more: {error}".removesuffix(".")
     found = [*report.mismatches, *report.problems]

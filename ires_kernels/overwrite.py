@@ -83,9 +83,9 @@ def apply(
     names = hidden_names(target)
     inplace.check(target.path, names)
     recipe = plan.recipe(tag)
-    history, warnings = records.applied(target)
+    history, warnings = records.applied(target, options.threads)
     plan = replace(plan, warnings=(*plan.warnings, *warnings))
-    before = records.repeated(plan, recipe, history)
+    before = records.repeated(plan, recipe, history, options.threads)
     if before is not None:
         if sync and target.manifest and target.manifest.unsynced:
             store.fsync_all(target.path)
@@ -105,7 +105,7 @@ def apply(
         place = Workplace.begin(target.path, sync=sync, locked=options.locked)
         stack.callback(place.close)
         try:
-            guards.check_unchanged(plan)  # also by another process that held the lock before
+            guards.check_unchanged(plan, threads=options.threads)  # also by another process that held the lock before
             installed, dropped = _stage(place, plan)
             ours = [manifest_name(place), sums_name(place)]
             place.check_movable([*names, *installed, *dropped, *ours])
@@ -166,10 +166,11 @@ def carry_on(place: Workplace, options: Options, started: float, *, fresh: bool 
         outcome = _overwrite(place, operation, plan, current, changed, steps, windows, options)
         outcome.update(Outcome(inputs=guards.compare(plan, _with_own(place, current))))
         guards.check_residuals(plan, outcome.inputs)
-        guards.check_unchanged(plan, outcome.inputs, but=plan.roles_of_target(), current=current)
+        own = plan.roles_of_target()
+        guards.check_unchanged(plan, outcome.inputs, but=own, current=current, threads=options.threads)
         report = Report.of(plan, outcome, place.target, time.perf_counter() - started)
         report = replace(report, side_files={name: entry["from"] for name, entry in operation.installed.items()})
-        _write_manifest(place, operation, plan, current, outcome, report)
+        _write_manifest(place, operation, plan, current, outcome, report, options.threads)
         with _refused(place):
             _check_files(place.work, operation, place.model)
         place.advance("installing")
@@ -381,7 +382,8 @@ def _overwrite(
             outcome.update(Outcome.from_dict(table["outcome"]))
             part = table["part"]
             done = {part["name"]: Done(part["elements"], Tally(**part["tally"]))} if part else {}
-        guards.check_begun(plan, operation.samples, outcome, changed, current, but=plan.roles_of_target())
+        own = plan.roles_of_target()
+        guards.check_begun(plan, operation.samples, outcome, changed, current, but=own, threads=options.threads)
         file_ids = _with_own(place, current)
         writer = _Writer(windows, journal, outcome)
         journal.start()
@@ -458,6 +460,7 @@ def _write_manifest(
     current: Mapping[Path, FileId],
     outcome: Outcome,
     report: Report,
+    threads: int | None,
 ) -> None:
     weights = {shard.path.name: shard.path for shard in plan.inputs["target"].shards}
     if operation.sync:
@@ -470,7 +473,7 @@ def _write_manifest(
         "layouts": provenance.layouts(plan.inputs["target"]),
         "history": operation.history,
     }
-    sums = provenance.sha256(weights) if operation.sha256 else {}
+    sums = provenance.sha256(weights, threads) if operation.sha256 else {}
     previous: dict[str, str | None] = {}
     if operation.history:  # else what an older manifest says may no longer be true
         previous = _recorded_hashes(place, operation.history[-1]["id"])

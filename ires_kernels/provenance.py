@@ -107,7 +107,7 @@ def build(
     return text.encode(errors="backslashreplace")
 
 
-def sha256(files: Mapping[str, Path]) -> dict[str, str]:
+def sha256(files: Mapping[str, Path], threads: int | None = None) -> dict[str, str]:
     """sha256 of whole files, by name, as the Hub shows it. An interrupt ends it within a moment.
 
     The calling thread works as well, so that it does where the system starts no other.
@@ -135,7 +135,7 @@ def sha256(files: Mapping[str, Path]) -> dict[str, str]:
 
     with interrupts.held():
         events = []
-        for _ in range(min(len(files), len(os.sched_getaffinity(0))) - 1):
+        for _ in range(min(len(files), threads or len(os.sched_getaffinity(0))) - 1):
             event = threading.Event()
             try:
                 threading.Thread(target=work, args=(event,), name="ires-sha256").start()

@@ -20,7 +20,7 @@ from ires_kernels.samples import sample
 from ires_kernels.store import StoreError, boot_id
 
 
-def applied(target: Checkpoint) -> tuple[list[Update], list[str]]:
+def applied(target: Checkpoint, threads: int | None = None) -> tuple[list[Update], list[str]]:
     """What was applied to this model, as long as its bytes are still the result of that; the last one last.
 
     And warnings of what its manifests say of updates besides, for which nothing stands.
@@ -36,12 +36,12 @@ def applied(target: Checkpoint) -> tuple[list[Update], list[str]]:
                 "is not believed: if this is that very update, it is in the model twice now"
             )
             continue
-        if is_doubtful(table) and not has_hashes(target, table):
+        if is_doubtful(table) and not has_hashes(target, table, threads):
             raise StoreError(
                 f"{target.path}: was updated with --no-sync before the machine was restarted, and is not what that "
                 "wrote. Copy the model again; or, if it was you who changed it since, delete its manifest first."
             )
-        if unchanged(target, table):
+        if unchanged(target, table, threads):
             found += table.history()
         else:
             warnings.append(
@@ -51,7 +51,7 @@ def applied(target: Checkpoint) -> tuple[list[Update], list[str]]:
     return found, warnings
 
 
-def repeated(plan: Plan, recipe: str, history: Sequence[Update]) -> Update | None:
+def repeated(plan: Plan, recipe: str, history: Sequence[Update], threads: int | None = None) -> Update | None:
     """The entry of the history that is what `plan` would do, with the same other models.
 
     Raises StoreError where that cannot be told.
@@ -59,7 +59,7 @@ def repeated(plan: Plan, recipe: str, history: Sequence[Update]) -> Update | Non
     for entry in history:
         if entry.recipe == recipe:
             others = plan.inputs.keys() - plan.roles_of_target()
-            same = [_is_same(plan, role, entry) for role in sorted(others)]
+            same = [_is_same(plan, role, entry, threads) for role in sorted(others)]
             if None in same:
                 raise StoreError(
                     f"{plan.inputs['target'].path}: this looks like {entry.id}, which was applied before, but "
@@ -70,7 +70,7 @@ def repeated(plan: Plan, recipe: str, history: Sequence[Update]) -> Update | Non
     return None
 
 
-def other_input(plan: Plan, table: Manifest) -> tuple[str, Path] | None:
+def other_input(plan: Plan, table: Manifest, threads: int | None = None) -> tuple[str, Path] | None:
     """Role and file of an input of `plan` that is not what a new folder was made of, which the manifest tells of."""
     for role, checkpoint in plan.inputs.items():
         if not is_stamped(checkpoint, table.inputs.get(role, Input()), table.id):
@@ -81,7 +81,7 @@ def other_input(plan: Plan, table: Manifest) -> tuple[str, Path] | None:
                 for other, ref in zip(step.roles, step.inputs, strict=True)
                 if other == role and step.name in table.tensors
             }
-            for name, digest in stream.hashes(refs, checkpoint.file_ids).items():
+            for name, digest in stream.hashes(refs, checkpoint.file_ids, threads=threads).items():
                 if wanted.get(name) != digest:
                     return role, refs[name].path
     for side in plan.side_files:
@@ -117,12 +117,12 @@ def is_stamped(checkpoint: Checkpoint, recorded: Input, id_: str) -> bool:
     return provenance.stamps(checkpoint, provenance.samples(checkpoint, id_)) == recorded.files
 
 
-def unchanged(target: Checkpoint, table: Manifest) -> bool:
+def unchanged(target: Checkpoint, table: Manifest, threads: int | None = None) -> bool:
     """Whether the model is what the manifest of an update in place says: by time and sample, or else by all hashes."""
     recorded = table.in_place.files if table.in_place else {}
     if not all(shard.path.name in recorded for shard in target.shards):
         return False
-    return _is_as_left(target, table) or has_hashes(target, table)
+    return _is_as_left(target, table) or has_hashes(target, table, threads)
 
 
 def replaceable(target: Checkpoint, table: Manifest) -> bool:
@@ -144,10 +144,11 @@ def is_doubtful(table: Manifest) -> bool:
     return table.unsynced not in ("", boot_id())
 
 
-def has_hashes(target: Checkpoint, table: Manifest) -> bool:
+def has_hashes(target: Checkpoint, table: Manifest, threads: int | None = None) -> bool:
     """Whether all tensors of which the manifest has a hash have that."""
     hashes = {name: tensor.xxh3_128 for name, tensor in table.tensors.items()}
-    found = stream.hashes({name: ref for name, ref in target.tensors.items() if hashes.get(name)}, target.file_ids)
+    refs = {name: ref for name, ref in target.tensors.items() if hashes.get(name)}
+    found = stream.hashes(refs, target.file_ids, threads=threads)
     return bool(found) and all(hashes[name] == digest for name, digest in found.items())
 
 
@@ -165,7 +166,7 @@ def _is_as_left(target: Checkpoint, table: Manifest) -> bool:
     )
 
 
-def _is_same(plan: Plan, role: str, entry: Update) -> bool | None:
+def _is_same(plan: Plan, role: str, entry: Update, threads: int | None) -> bool | None:
     """Whether an input is the one that was recorded; None when nobody knows."""
     checkpoint, recorded = plan.inputs[role], entry.inputs.get(role, Input())
     if is_stamped(checkpoint, recorded, entry.id):
@@ -173,7 +174,8 @@ def _is_same(plan: Plan, role: str, entry: Update) -> bool | None:
     if recorded.read is None:
         return None
     refs: Mapping[str, TensorRef] = plan.reads(role)
-    return provenance.digest_of(refs.values(), stream.hashes(refs, checkpoint.file_ids)) == recorded.read
+    hashes = stream.hashes(refs, checkpoint.file_ids, threads=threads)
+    return provenance.digest_of(refs.values(), hashes) == recorded.read
 
 
 def manifests(target: Checkpoint) -> list[Manifest]:

@@ -149,7 +149,7 @@ def verify(
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     _check_headers(checkpoint, table.headers, report)
     _check_files(folder, table.files, report)
-    _check_sums(folder, table.sha256, report)
+    _check_sums(folder, table.sha256, report, threads)
     report.tensors = len(checkpoint.tensors)
     report.seconds = time.perf_counter() - started
     return report
@@ -274,8 +274,8 @@ def _check_files(folder: Path, recorded: Mapping[str, manifest.SideFile], report
             report.problems.append(f"{name} has changed since the merge")
 
 
-def _check_sums(folder: Path, recorded: Mapping[str, str], report: VerifyReport) -> None:
-    found = provenance.sha256({name: folder / name for name in recorded if (folder / name).is_file()})
+def _check_sums(folder: Path, recorded: Mapping[str, str], report: VerifyReport, threads: int | None) -> None:
+    found = provenance.sha256({name: folder / name for name in recorded if (folder / name).is_file()}, threads)
     for name, wanted in recorded.items():
         if found.get(name) != wanted:
             report.problems.append(f"{name} has the sha256 {found.get(name)}, the manifest says {wanted}")

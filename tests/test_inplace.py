@@ -1273,7 +1273,7 @@ def test_an_unfinished_new_folder_can_be_taken_back(
     base, instruct, _ = models
     before = snapshot(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(merge.guards, "check_unchanged", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(merge.guards, "check_unchanged", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             ik.extract(base, instruct, tmp_path / "r")
     assert ik.status(tmp_path / "r").state == "unfinished"
