@@ -6,13 +6,14 @@ WORKERS ?= 2
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml setup.py MANIFEST.in $(wildcard csrc/*)
 
-.PHONY: help demo reproduce test test-slow torture sanitize bench peers lint clean
+.PHONY: help demo reproduce test test-root test-slow torture sanitize bench peers lint clean
 .PHONY: gpu gpu-there gpu-build gpu-suite gpu-test gpu-sanitize gpu-bench
 
 help:
 	@echo "make demo       a tiny model follows instructions again; then the same job on a large one, for speed"
 	@echo "make reproduce  train the tiny models from scratch, 3 seeds of 2 worlds, and measure everything (hours)"
 	@echo "make test       the test suite (minutes)"
+	@echo "make test-root  as root: the tests of other users' files, mounts and full disks (a minute)"
 	@echo "make test-slow  the exhaustive tests as well"
 	@echo "make torture    long counts of the random tests"
 	@echo "make sanitize   the compiled code under AddressSanitizer, UBSan and ThreadSanitizer"
@@ -45,6 +46,11 @@ reproduce: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -n $(WORKERS)
+
+# Power cuts, on file systems that they make and shut down, are in `make torture` and a run of their own.
+test-root: $(VENV)/installed
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m "root and not torture and not gpu and not slow" \
+	    --ignore tests/test_powercut.py
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m "not gpu and not root and not torture"

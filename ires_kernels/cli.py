@@ -214,6 +214,7 @@ def _parser() -> argparse.ArgumentParser:
 
     resume = commands.add_parser("resume", help="finish an interrupted extract or apply")
     resume.add_argument("path", metavar="PATH", help="its OUT, or its TARGET if it was in place")
+    _adopt_option(resume)
     _lock_option(resume)
     _common_options(resume)
     resume.set_defaults(run=_resume)
@@ -221,6 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     rollback = commands.add_parser("rollback", help="take back an unfinished merge, or one with --keep-undo")
     rollback.add_argument("path", metavar="PATH", help="its OUT, or its TARGET if it was in place")
     rollback.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    _adopt_option(rollback)
     _lock_option(rollback)
     _key_option(rollback)
     rollback.set_defaults(run=_rollback)
@@ -279,6 +281,15 @@ def _lock_option(parser: argparse.ArgumentParser) -> None:
         "--no-lock",
         action="store_true",
         help="do without the lock (flock), on a file system that has none: no other process may write there",
+    )
+
+
+def _adopt_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adopt",
+        action="store_true",
+        help="take up an update in place whose key is lost, as that of a container that has ended: it is followed "
+        "without proof, so only what you have begun yourself, and nothing that was downloaded",
     )
 
 
@@ -411,12 +422,13 @@ def _resume(arguments: argparse.Namespace) -> int:
             threads=arguments.threads,
             progress=progress,
             lock=not arguments.no_lock,
+            adopt=arguments.adopt,
         )
     return _print_result(arguments, report)
 
 
 def _rollback(arguments: argparse.Namespace) -> int:
-    done = merge.rollback(arguments.path, lock=not arguments.no_lock)
+    done = merge.rollback(arguments.path, lock=not arguments.no_lock, adopt=arguments.adopt)
     if not arguments.quiet:
         _say(done)
     return 0

@@ -51,6 +51,7 @@ SEAL = "operation"
 """What the signature of an update's record is for."""
 PHASES = ("operation", "installing", "finished", "withdraw", "rollback", "restored")
 _WORK, _UNDO, _REPLACED = ".ires-unfinished", ".ires-undo", ".ires-replaced"
+_FOLDERS = {"model", "new", "old", "edited", "copy"}
 _FIXED = (errno.EPERM, errno.EACCES, errno.EBUSY, errno.EXDEV)
 """What the kernel says of a file that may not be moved."""
 _TOKEN = "place", b"an update in place"
@@ -94,6 +95,37 @@ def undo_folders(target: Path) -> list[Path]:
     """What --keep-undo kept of earlier updates, as far as it is ours; the last one last."""
     kept = [path for _, path in _numbered(target, _UNDO) if (path / "finished.json").exists()]
     return [path for path in kept if not _strange(path)]
+
+
+def adopt(target: Path, *, locked: bool = True) -> None:
+    """Sign what an unfinished update has left, on the user's word that they began it: where its key is lost.
+
+    Only of files of this user; and all that is in it is checked as always. Raises StoreError where nothing is.
+    """
+    place = work_folder(target)
+    if not os.path.lexists(place):
+        raise StoreError(f"{target}: nothing is there to be adopted: no update in place is unfinished.")
+    at = _open(place)
+    try:
+        check_owner(at, place, unsigned=True)
+        make_private(at)
+        fd = lock(place / MARKER, make=MARKER not in os.listdir(at), wanted=locked)
+        try:
+            phase = _phase(place)
+            if phase is not None:
+                content = trust.reseal(SEAL, _read(place / f"{phase}.json"))
+                temporary = place / "operation.tmp"
+                temporary.unlink(missing_ok=True)
+                write_file(temporary, [content], sync=True, mode=private_mode(0o660))
+                os.rename(temporary, place / f"{phase}.json")
+            token = trust.sign(*_TOKEN).encode()
+            os.ftruncate(fd, len(token))
+            os.pwrite(fd, token, 0)
+            fsync_folder(place, needed=False)
+        finally:
+            os.close(fd)
+    finally:
+        os.close(at)
 
 
 def read_record(folder: Path, phase: str = "finished") -> bytes:
@@ -396,7 +428,7 @@ class Workplace:
             phase = self.phase()
             names = set(os.listdir(self.work))
             model = os.listdir(self.model) if "model" in names else []
-            known = {"journal", "log", "reserve", "new", "old", "edited", "model", "copy", "operation.tmp", MARKER}
+            known = {"journal", "log", "reserve", "operation.tmp", MARKER, *_FOLDERS}
             strange = [*(names - known - {f"{phase}.json"}), *model]
             if strange:
                 raise StoreError(f"{self.work}: holds {', '.join(sorted(strange))}. Move that to where it belongs.")
@@ -474,6 +506,8 @@ def _strange(place: Path) -> str:
             os.close(at)
         if _is_unused(names):
             return ""
+        if any((place / name).is_symlink() or not (place / name).is_dir() for name in _FOLDERS & set(names)):
+            return f"{unproved(place)}"
         for _ in range(3):  # a process that goes on with it renames its record
             phase = _phase(place)
             if phase is None:

@@ -199,8 +199,12 @@ def resume(
     threads: int | None = None,
     progress: Progress | None = None,
     lock: bool = True,
+    adopt: bool = False,
 ) -> Report:
     """Finish an interrupted merge: `path` is the target of an update in place, or the output that is not there yet.
+
+    adopt  take up an update in place whose key is lost, as that of a container that has ended: it is followed without
+           proof, so only what you have begun yourself
 
     Raises StoreError where nothing is unfinished, CheckpointError where the inputs have changed since.
     """
@@ -215,6 +219,8 @@ def resume(
         report = _carry_out(plan, path, options, sync=operation.sync, sha256=operation.sha256)
         assert isinstance(report, Report)
         return report
+    if adopt:
+        inplace.adopt(path, locked=lock)
     place = Workplace.take(path, locked=lock)
     try:
         if place.phase() is None:
@@ -230,8 +236,10 @@ def resume(
 
 
 @interrupts.uninterrupted
-def rollback(path: StrPath, *, lock: bool = True) -> str:
+def rollback(path: StrPath, *, lock: bool = True, adopt: bool = False) -> str:
     """Take back an unfinished merge, or the last update in place with undo="all"; returns what was done, in words.
+
+    lock, adopt as for `resume`
 
     Raises StoreError where there is nothing to take back, or where the old bytes are gone; then nothing was changed.
     """
@@ -243,6 +251,8 @@ def rollback(path: StrPath, *, lock: bool = True) -> str:
         except Foreign:
             if not path.exists():
                 raise
+    if adopt:
+        inplace.adopt(path, locked=lock)
     if not os.path.lexists(inplace.work_folder(path)):
         return overwrite.rollback_kept(path, locked=lock)
     place = Workplace.take(path, locked=lock)

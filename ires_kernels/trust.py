@@ -69,6 +69,12 @@ def unseal(kind: str, raw: bytes) -> bytes | None:
     return b"{\n" + rest if is_mine(kind, rest, signature.decode(errors="replace")) else None
 
 
+def reseal(kind: str, raw: bytes) -> bytes:
+    """What somebody else has sealed, or nobody, as if we had."""
+    head, _, rest = raw.partition(b"\n")
+    return seal(kind, b"{\n" + rest if head.startswith(f'{{"{SIGNATURE}": '.encode()) else raw)
+
+
 def is_explicit() -> bool:
     """Whether the user has named the key: then files of others who have it are taken up too."""
     return bool(os.environ.get(VARIABLE))

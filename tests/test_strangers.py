@@ -443,6 +443,41 @@ def test_state_of_our_own_is_taken_up_wherever_it_lies(models: tuple[Path, Path,
     assert ik.verify(target)
 
 
+@pytest.mark.parametrize("undo", ["ring", "all"])
+def test_an_update_whose_key_is_lost_can_be_adopted(
+    tmp_path: Path, models: tuple[Path, Path, Path], undo: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the home of a container is lost with it: on the user's word, and with every other check."""
+    with elsewhere(tmp_path):
+        target = unfinished(models, undo=undo)
+    assert main(["resume", f"{target}"]) == 2
+    assert "adopt" not in capsys.readouterr().err, "nobody is advised to"
+    if undo == "all":
+        assert main(["rollback", f"{target}", "--adopt"]) == 0
+        assert ik.status(target).state == "none"
+    else:
+        assert main(["resume", f"{target}", "--adopt"]) == 0
+        assert ik.verify(target)
+    with pytest.raises(StoreError, match="nothing is there to be adopted"):
+        ik.resume(models[0], adopt=True)
+
+
+@pytest.mark.parametrize("name", ["../secret", "model"])
+def test_what_is_adopted_stays_in_its_folder(tmp_path: Path, models: tuple[Path, Path, Path], name: str) -> None:
+    target = models[2]
+    (tmp_path / "models" / "secret").write_text("mine" * 2000)
+    with elsewhere(tmp_path):
+        work = planted(target, windows=[[name if name != "model" else "config.json", 0, 8]])
+    if name == "model":
+        (work / "model").rmdir()
+        (work / "model").symlink_to(models[0])
+    before = snapshot(models[0]), (tmp_path / "models" / "secret").read_bytes()
+    for command in (ik.resume, ik.rollback):
+        with pytest.raises((StoreError, CheckpointError), match=r"cannot be used|no valid signature"):
+            command(target, adopt=True)
+    assert (snapshot(models[0]), (tmp_path / "models" / "secret").read_bytes()) == before
+
+
 def test_without_a_key_nothing_is_begun(
     tmp_path: Path, models: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
