@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import subprocess
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -27,6 +28,15 @@ FILES = {"tokenizer.json": "{}", "merges.txt": ""}
 
 
 @pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """An empty folder that other users can pass through, as those of pytest are not."""
+    folder = Path(tempfile.mkdtemp(prefix="ires-tests-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
 def models(tmp_path: Path) -> tuple[Path, Path, Path]:
     """Base, instruct and target; the instruct model has another tokenizer."""
     paths = triple(tmp_path / "models", shards=2, files=FILES)
@@ -39,13 +49,6 @@ def models(tmp_path: Path) -> tuple[Path, Path, Path]:
 def own(path: Path, uid: int, gid: int | None = None) -> None:
     for each in [path, *path.rglob("*")]:
         os.chown(each, uid, uid if gid is None else gid, follow_symlinks=False)
-
-
-def reachable(path: Path) -> None:
-    """Let other users pass through the folders of pytest."""
-    for parent in path.parents:
-        if len(parent.parts) > 2:
-            parent.chmod(parent.stat().st_mode | 0o011)
 
 
 def as_user(uid: int, function: Callable[[], Any], *, groups: tuple[int, ...] = (), key: Path | None = None) -> Any:
@@ -85,7 +88,6 @@ def shared(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "shared"
     folder.mkdir()
     folder.chmod(0o1777)
-    reachable(folder / "x")
     yield folder
     for uid in (VICTIM, MALLORY):
         shutil.rmtree(f"/tmp/ires-tests-{uid}-{os.getpid()}", ignore_errors=True)
