@@ -26,6 +26,7 @@ import xxhash
 from ires_kernels import guards, inplace, interrupts, manifest, provenance, records, sidefiles, store, stream, updates
 from ires_kernels.backends import Tally
 from ires_kernels.checkpoint import Checkpoint, FileId, open_checkpoint
+from ires_kernels.history import on_top
 from ires_kernels.inplace import Workplace
 from ires_kernels.inputs import absolute, open_inputs
 from ires_kernels.journal import AHEAD, Extent, Journal, JournalError, UndoGone
@@ -92,6 +93,8 @@ def apply(
             if not target.path.is_dir():  # its manifest lies beside it
                 store.fsync_file(target.path.with_name(f"{target.path.name}.ires.json"))
         return Report.recorded(plan.operation, plan.id, target.path, before.report, _AGAIN)
+    if steps:
+        plan = replace(plan, warnings=(*plan.warnings, *on_top([*history, records.under_way(plan, recipe)])))
     guards.compare(plan)
     if dry_run:
         return plan
@@ -177,10 +180,11 @@ def carry_on(place: Workplace, options: Options, started: float, *, fresh: bool 
     if place.phase() == "installing":
         place.install(_new_files(place, operation), operation.dropped)
         place.advance("finished")
+    table = manifest.read(place.folder / manifest_name(place)) or manifest.Manifest()
     if report is None:
-        table = manifest.read(place.folder / manifest_name(place)) or manifest.Manifest()
         report = Report.recorded(operation.kind, operation.id, place.target, table.report, _FINISHED)
-    return replace(report, notes=(*report.notes, *_finish(place, operation)))
+    warnings, notes = (*report.warnings, *on_top(table.history())), (*report.notes, *_finish(place, operation))
+    return replace(report, warnings=warnings, notes=notes)
 
 
 def rollback(place: Workplace) -> str:

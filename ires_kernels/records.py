@@ -6,6 +6,7 @@ the ones: by all their times, place on the disk and a sample of their bytes, or 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from xxhash import xxh3_128_hexdigest
 from ires_kernels import manifest, provenance, stream
 from ires_kernels.checkpoint import Checkpoint, FileId, TensorRef
 from ires_kernels.header import CheckpointError
-from ires_kernels.manifest import Input, Manifest, Update
+from ires_kernels.manifest import Input, Manifest, Numbers, Update
 from ires_kernels.plan import Plan
 from ires_kernels.samples import sample
 from ires_kernels.store import StoreError, boot_id
@@ -49,6 +50,19 @@ def applied(target: Checkpoint, threads: int | None = None) -> tuple[list[Update
                 "so what was applied to it before is not known"
             )
     return found, warnings
+
+
+def under_way(plan: Plan, recipe: str) -> Update:
+    """What a later manifest will say of an update that is about to begin, as far as it is known by now."""
+    inputs = {
+        role: Input(
+            os.path.realpath(checkpoint.path),
+            checkpoint.manifest.digest if checkpoint.kind == "residual" and checkpoint.manifest else None,
+            files=provenance.stamps(checkpoint, {}),
+        )
+        for role, checkpoint in plan.inputs.items()
+    }
+    return Update(plan.id, recipe, inputs, Numbers(), plan.rules)
 
 
 def repeated(plan: Plan, recipe: str, history: Sequence[Update], threads: int | None = None) -> Update | None:

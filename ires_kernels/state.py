@@ -10,6 +10,7 @@ from typing import Any, Literal
 from ires_kernels import inplace
 from ires_kernels.checkpoint import open_checkpoint
 from ires_kernels.header import CheckpointError
+from ires_kernels.history import on_top
 from ires_kernels.inputs import StrPath
 from ires_kernels.journal import count_records, is_broken_off
 from ires_kernels.locks import holder
@@ -74,11 +75,12 @@ def _of_model(path: Path) -> Status:
             return _look(file)
         raise
     kept = inplace.undo_folders(path)
+    together = "".join(f"; {line}" for line in on_top(manifest.history() if manifest.is_mine else ()))
     if kept:
         operation = Operation.from_bytes(inplace.read_record(kept[-1]), kept[-1])
         if operation.id == manifest.id:
             return Status(
-                f"{path}", "finished", f"updated in place; {kept[-1]} keeps the old bytes",
+                f"{path}", "finished", f"updated in place; {kept[-1]} keeps the old bytes{together}",
                 (f"`ires rollback {path}` takes the update back.", f"Delete {kept[-1]} when that is no longer wanted."),
             )  # fmt: skip
     if not manifest.operation:
@@ -88,7 +90,7 @@ def _of_model(path: Path) -> Status:
     if manifest.operation == MAPPED:
         how = "written through ik.mapped"
     useless = tuple(f"{folder} is of an earlier update, and cannot take back anything: delete it." for folder in kept)
-    return Status(f"{path}", "finished", f"{manifest.operation} {manifest.id}, {how}{whose}", useless)
+    return Status(f"{path}", "finished", f"{manifest.operation} {manifest.id}, {how}{whose}{together}", useless)
 
 
 def _of_new_folder(out: Path) -> Status:

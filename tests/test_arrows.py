@@ -22,6 +22,7 @@ ARROWS: dict[str, set[str]] = {
     "inplace": {"locks", "opening", "ownership", "store", "trust"},
     "decode": {"header"},
     "manifest": {"decode", "header", "opening", "rules", "trust"},
+    "history": {"manifest"},
     "folders": {"opening"},
     "checkpoint": {"folders", "header", "inplace", "manifest", "opening", "store"},
     "names": {"checkpoint"},
@@ -44,7 +45,8 @@ ARROWS: dict[str, set[str]] = {
     "operation": {"checkpoint", "header", "inplace", "inputs", "ownership", "rules", "store", "trust"},
     "updates": {"checkpoint", "header", "names", "plan", "steps"},
     "state": {
-        "checkpoint", "header", "inplace", "inputs", "journal", "locks", "manifest", "operation", "ownership", "store",
+        "checkpoint", "header", "history", "inplace", "inputs", "journal", "locks", "manifest", "operation",
+        "ownership", "store",
     },
     "reader": {"checkpoint", "header", "interrupts", "names", "opening", "steps", "store"},
     "ancestry": {"checkpoint", "names", "reader", "store"},
@@ -76,9 +78,9 @@ ARROWS: dict[str, set[str]] = {
     "guards": {"ancestry", "checkpoint", "header", "plan", "reader", "samples", "store", "stream"},
     "records": {"checkpoint", "header", "manifest", "plan", "provenance", "samples", "store", "stream"},
     "overwrite": {
-        "backends", "checkpoint", "guards", "inplace", "inputs", "interrupts", "journal", "manifest", "names",
-        "opening", "operation", "ownership", "plan", "provenance", "reader", "records", "report", "rules", "samples",
-        "sidefiles", "steps", "store", "stream", "updates", "windows",
+        "backends", "checkpoint", "guards", "history", "inplace", "inputs", "interrupts", "journal", "manifest",
+        "names", "opening", "operation", "ownership", "plan", "provenance", "reader", "records", "report", "rules",
+        "samples", "sidefiles", "steps", "store", "stream", "updates", "windows",
     },
     "merge": {
         "checkpoint", "configs", "device", "guards", "header", "inplace", "inputs", "interrupts", "manifest",
@@ -102,7 +104,7 @@ NO_TORCH = {
     "interrupts",
     "opening", "header", "checkpoint", "names", "rules", "sidefiles", "steps", "plan", "store", "inplace", "journal",
     "inputs", "operation", "updates", "state", "reader", "trust", "pages", "regions", "tokens", "endings", "configs",
-    "references", "ownership", "locks", "decode", "manifest", "samples", "copies",
+    "references", "ownership", "locks", "decode", "manifest", "samples", "history", "copies",
 }  # fmt: skip
 STANDARD_ONLY = {
     "interrupts",
