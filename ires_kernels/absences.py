@@ -20,8 +20,8 @@ from ires_kernels.names import pattern
 Refs = Mapping[str, TensorRef]
 
 _NAMES = (
-    "Such names cannot be mapped yet: save the models again with one class of one library, so that they have the same "
-    "names; with transformers 5: AutoModelForCausalLM.from_pretrained(PATH, dtype='auto')"
+    "Such tensors cannot be mapped yet: save all models again with one class of one library, so that their names "
+    "agree. With transformers 5 and the class that config.json names: CLASS.from_pretrained(PATH, dtype='auto')"
     ".save_pretrained(NEW, save_original_format=False)."
 )
 _DEPTH = 4  # components of a prefix
@@ -86,15 +86,15 @@ def explain(inputs: Mapping[str, Checkpoint], absences: Iterable[Absence]) -> li
             continue
         theirs = {n: ref for n, ref in others.tensors.items() if n not in inputs[whose].tensors}
         here, there = " and ".join(present), " and ".join(absent)
-        for each in (*_prefixes(mine, theirs, here, there), *_fused(mine, theirs, here, there)):
-            cause, names, partners = each
-            causes.append(cause)
-            for role in present:
-                explained.setdefault(role, set()).update(names)
-            for role in absent:
-                explained.setdefault(role, set()).update(partners)
-            mine = {n: ref for n, ref in mine.items() if n not in names}
-            theirs = {n: ref for n, ref in theirs.items() if n not in partners}
+        for find in (_prefixes, _fused):
+            for cause, names, partners in list(find(mine, theirs, here, there)):
+                causes.append(cause)
+                for role in present:
+                    explained.setdefault(role, set()).update(names)
+                for role in absent:
+                    explained.setdefault(role, set()).update(partners)
+                mine = {n: ref for n, ref in mine.items() if n not in names}
+                theirs = {n: ref for n, ref in theirs.items() if n not in partners}
         causes += _parts(mine, inputs[whose], others, where, "target" in absent)
     return causes
 
@@ -108,7 +108,7 @@ def _shard(checkpoint: Checkpoint, role: str, number: tuple[int, int], mine: Ref
 
 
 def _prefixes(mine: Refs, theirs: Refs, here: str, there: str) -> Iterable[tuple[Cause, set[str], set[str]]]:
-    """What has another prefix in the other model, and else the same name and shape."""
+    """What has another prefix in the other model, and else its name and shape."""
     ends: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name, ref in theirs.items():
         for prefix, end in _splits(name):

@@ -244,7 +244,19 @@ def _merge_options(parser: argparse.ArgumentParser, *, dtype: str | None, kept: 
         metavar="REGEX",
         help="leave out tensors in whose name REGEX is found (apply copies them from the target); repeatable",
     )
-    parser.add_argument("--allow-missing", action="store_true", help="accept tensors that only some of the models have")
+    parser.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="accept tensors that only some of the models have, as long as nine tenths of the residual find a place",
+    )
+    # A name of its own, as the value of an option that may go without one could be the next residual.
+    parser.add_argument(
+        "--allow-missing=any",
+        dest="allow_missing",
+        action="store_const",
+        const="any",
+        help="the same, however little of the residual finds a place",
+    )
     parser.add_argument("--rounding", choices=["nearest", "stochastic"], default="nearest")
     parser.add_argument("--seed", type=int, default=0, help="of stochastic rounding (default: 0)")
     parser.add_argument(

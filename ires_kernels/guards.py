@@ -13,6 +13,7 @@ from ires_kernels.reader import all_file_ids, differing
 from ires_kernels.samples import sample
 from ires_kernels.store import StoreError
 from ires_kernels.stream import Outcome
+from ires_kernels.windows import Processors
 
 
 def file_ids(plan: Plan) -> dict[Path, FileId]:
@@ -46,6 +47,28 @@ def strangers(inputs: Mapping[str, Checkpoint]) -> tuple[str, ...]:
     pairs = [(model, base) for base in sketches for model in models]
     found = [(*pair, ancestry.compare(inputs[pair[0]], sketches[pair[1]])) for pair in pairs]
     return tuple(each.warning(model, base) for model, base, each in found if each is not None and not each.related)
+
+
+def left_out(
+    plan: Plan, processors: Processors, threads: int | None, current: Mapping[Path, FileId] | None = None
+) -> Outcome:
+    """Read what finds no place in the output, for its part of the update: tallies of it by name, and nothing else.
+
+    current  what the files were when they were opened, if the plan has another time for them
+    """
+    share = plan.share
+    if share is None or not share.left:
+        return Outcome()
+    found = stream.run(
+        share.left,
+        current or file_ids(plan),
+        plan.rules,
+        lambda *_: None,
+        hashed=(),
+        processors=processors,
+        threads=threads,
+    )
+    return Outcome(tallies=found.tallies)
 
 
 def read_residuals(plan: Plan, threads: int | None = None, current: Mapping[Path, FileId] | None = None) -> None:

@@ -73,7 +73,7 @@ def extract(
     *,
     dtype: str = "f32",
     skip: Iterable[str] | str = (),
-    allow_missing: bool = False,
+    allow_missing: bool | str = False,
     rounding: str = "nearest",
     seed: int = 0,
     sync: bool = True,
@@ -90,7 +90,8 @@ def extract(
     dtype          of the residual: f32 loses nothing of a bf16 or f16 pair beyond one rounding; bf16 and f16 are half
                    the size; f64
     skip           regular expressions found in the names of tensors to leave out
-    allow_missing  leave out tensors that only one of the two models has, which is an error otherwise
+    allow_missing  leave out tensors that only one of the two models has, which is an error otherwise; up to a tenth of
+                   what the residual would hold, or with "any" whatever there is
     rounding, seed as in the tensor operations; every tensor draws its own random bits
     sync           False does without waiting for the disk, and so without surviving a power cut
     sha256         also write sha256 sums of the weights into SHA256SUMS and the manifest
@@ -110,7 +111,7 @@ def extract(
     rules = Rules.of(0, skip=skip, dtype=dtype, allow_missing=allow_missing, rounding=rounding, seed=seed)
     inputs = open_inputs({"base": base, "instruct": instruct}, follow_links=follow_links)
     options = _options(device, threads, progress, lock)
-    plan = _warned(plan_extract(inputs, rules))
+    plan = _warned(plan_extract(inputs, rules, second_copies(inputs)))
     return _carry_out(plan, Path(out), options, sync=sync, sha256=sha256, dry_run=dry_run)
 
 
@@ -124,7 +125,7 @@ def apply(
     alphas: Factors = (),
     skip: Iterable[str] | str = (),
     dtype: str | None = None,
-    allow_missing: bool = False,
+    allow_missing: bool | str = False,
     rounding: str = "nearest",
     seed: int = 0,
     sync: bool = True,
@@ -151,7 +152,8 @@ def apply(
     alphas         pairs of a regular expression and factors, as alpha: the first one found in a tensor's name decides
     skip           regular expressions found in the names of tensors that are copied as they are
     dtype          f32, bf16, f16 or f64 for all float tensors of the output; None keeps the target's
-    allow_missing  copy from the target what the other models lack, and leave out what the target lacks
+    allow_missing  copy from the target what the other models lack, and leave out what the target lacks; up to a tenth
+                   of the residual's elements, or with "any" whatever there is. A warning says how much went in
     undo           in place, the old bytes that are kept: "ring", those that an interrupted run needs to go on, 128 MiB
                    at most; "all", so that `rollback` can take back the finished update as well; "none"
     tag            in place, what tells this from an earlier application of the same: the same again changes nothing
@@ -214,7 +216,8 @@ def resume(
     if operation is not None:
         inputs = open_inputs(operation.paths, follow_links=operation.follow_links)
         rules = Rules.from_dict(operation.rules)
-        plan = _warned(plan_extract(inputs, rules) if operation.kind == "extract" else _plan_apply(inputs, rules))
+        plan_again = plan_extract if operation.kind == "extract" else plan_apply
+        plan = _warned(plan_again(inputs, rules, second_copies(inputs)))
         same_plan(operation, plan.id, VERSION)
         report = _carry_out(plan, path, options, sync=operation.sync, sha256=operation.sha256)
         assert isinstance(report, Report)
@@ -273,7 +276,7 @@ def load(
     alphas: Factors = (),
     skip: Iterable[str] | str = (),
     dtype: str | None = None,
-    allow_missing: bool = False,
+    allow_missing: bool | str = False,
     rounding: str = "nearest",
     seed: int = 0,
     device: str | torch.device = "cpu",
@@ -297,7 +300,8 @@ def load(
     plan = _plan_apply(open_inputs(paths, follow_links=follow_links), rules)
     place = devices.resolve(device)
     options = _options(place, threads, progress)
-    for text in (*configs.differences(plan.inputs), *guards.strangers(plan.inputs)):
+    left_out = [plan.share.text()] if plan.share else []
+    for text in (*configs.differences(plan.inputs), *guards.strangers(plan.inputs), *left_out):
         warnings.warn(text, stacklevel=2)
     guards.compare(plan)
     tensors = statedict.allocate(plan.steps, place)
@@ -326,7 +330,7 @@ def _rules_of_apply(
     alphas: Factors,
     skip: Iterable[str] | str,
     dtype: str | None,
-    allow_missing: bool,
+    allow_missing: bool | str,
     rounding: str,
     seed: int,
 ) -> Rules:
@@ -447,6 +451,7 @@ def _carry_out(
         )
         outcome.bytes_written += sum(len(file.header) for file in plan.files if file.name in files)
         folder.finish_files()
+        outcome.update(guards.left_out(plan, options.processors, options.threads))
         outcome.update(Outcome(inputs=compared))
         guards.check_residuals(plan, outcome.inputs)
         # What loaders look for first comes last.

@@ -99,28 +99,40 @@ def lookup(checkpoint: Checkpoint, name: str) -> TensorRef | None:
 
 
 def second_copies(inputs: Mapping[str, Checkpoint]) -> dict[str, list[tuple[str, TensorRef, TensorRef]]]:
-    """Tensors of the target that may be second copies of its embedding: (role, tensor, embedding) in all that have it.
+    """Tensors that may be second copies of an embedding: (role, tensor, embedding) in all models that have it.
 
-    Many checkpoints hold a tied embedding under two names. Only their bytes tell.
+    Many checkpoints hold a tied embedding under two names, and BERT and its kin a bias of the vocabulary as well; some
+    of the models of a merge hold it twice and others once. Only their bytes tell. The target decides what is whose
+    copy, or in `extract` the instruct model.
     """
-    target, *sources = inputs.values()
-    embeddings = [
-        ref
-        for name, ref in target.tensors.items()
-        if _EMBEDDING.search(name) and all(name in source.tensors for source in sources)
-    ]
+    layout = inputs["target" if "target" in inputs else "instruct"]
+    sources = [checkpoint for checkpoint in inputs.values() if checkpoint is not layout]
+    everywhere = {n: ref for n, ref in layout.tensors.items() if all(n in source.tensors for source in sources)}
+    originals: dict[tuple[str, tuple[int, ...]], str] = {}
+    for name, ref in everywhere.items():
+        if _EMBEDDING.search(name):
+            originals.setdefault((ref.dtype, ref.shape), name)
+    rows = {shape[0] for _, shape in originals if shape}
+    for name, ref in everywhere.items():
+        if name.endswith("bias") and len(ref.shape) == 1 and ref.shape[0] in rows:
+            originals.setdefault((ref.dtype, ref.shape), name)
     found: dict[str, list[tuple[str, TensorRef, TensorRef]]] = {}
-    for name, ref in target.tensors.items():
-        if is_head(name) and says_tied(target) is False:
-            continue
-        alike = (each for each in embeddings if (each.dtype, each.shape) == (ref.dtype, ref.shape))
-        original = next(alike, ref)
-        if original is not ref:
-            found[name] = [
-                (role, checkpoint.tensors[name], checkpoint.tensors[original.name])
-                for role, checkpoint in inputs.items()
-                if name in checkpoint.tensors
-            ]
+    for holder in (layout, *sources):
+        alike: dict[tuple[str, tuple[int, ...]], str] = {}
+        for name in originals.values():  # a model may have another dtype
+            alike.setdefault((holder.tensors[name].dtype, holder.tensors[name].shape), name)
+        for name, ref in holder.tensors.items():
+            if name in found or (holder is not layout and name in layout.tensors):
+                continue
+            if is_head(name) and says_tied(layout) is False:
+                continue
+            original = alike.get((ref.dtype, ref.shape), name)
+            if original != name:
+                found[name] = [
+                    (role, checkpoint.tensors[name], checkpoint.tensors[original])
+                    for role, checkpoint in inputs.items()
+                    if name in checkpoint.tensors
+                ]
     return found
 
 

@@ -138,8 +138,9 @@ def apply(
             if place.phase() is None:
                 place.remove()  # nothing was touched
             raise
+        report = carry_on(place, options, started, fresh=True)
         why = {side.name: side.why for side in plan.side_files if side.why}
-        return replace(carry_on(place, options, started, fresh=True), warnings=plan.warnings, why=why)
+        return replace(report, warnings=tuple(dict.fromkeys((*plan.warnings, *report.warnings))), why=why)
 
 
 def carry_on(place: Workplace, options: Options, started: float, *, fresh: bool = False) -> Report:
@@ -167,6 +168,7 @@ def carry_on(place: Workplace, options: Options, started: float, *, fresh: bool 
         if not fresh:
             guards.read_residuals(plan, options.threads, current)
         outcome = _overwrite(place, operation, plan, current, changed, steps, windows, options)
+        outcome.update(guards.left_out(plan, options.processors, options.threads, current))
         outcome.update(Outcome(inputs=guards.compare(plan, _with_own(place, current))))
         guards.check_residuals(plan, outcome.inputs)
         own = plan.roles_of_target()

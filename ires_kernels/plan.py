@@ -23,7 +23,7 @@ from ires_kernels.checkpoint import Checkpoint, TensorRef
 from ires_kernels.header import build_header, tensor_bytes
 from ires_kernels.rules import Rules
 from ires_kernels.sidefiles import SideFile
-from ires_kernels.steps import Comparison, Findings, Step
+from ires_kernels.steps import Comparison, Findings, Share, Step
 
 VERSION = version("ires_kernels")
 
@@ -31,6 +31,12 @@ MANIFESTS = {"apply": "ires.json", "extract": "residual.json"}
 """Name of the manifest that an operation leaves in its output."""
 
 _CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_LEFT_OVER = 0.1
+"""Of the elements of a residual, what --allow-missing leaves out without being told so."""
+_ANY = (
+    "It leaves out a tenth at most: where what is missing belongs to the model, mend that first; "
+    'to go on all the same, give --allow-missing=any (allow_missing="any").'
+)
 _NOTHING = "Take models of one architecture, whose tensors have the same names, and skip less."
 
 
@@ -67,6 +73,8 @@ class Plan:
     notes: tuple[str, ...]
     about: dict[str, Any] = field(default_factory=dict)
     """What residual.json says of the two models, in JSON types."""
+    share: Share | None = None
+    """How much of the residual finds a place, where tensors are missing."""
     in_place: bool = False
     """Whether the target's own files are changed, where they differ, and nothing else is written."""
     id: str = field(init=False)
@@ -151,7 +159,7 @@ class Plan:
             "side_files": {side.name: side.role for side in self.side_files},
             "side_files_why": {side.name: side.why for side in self.side_files if side.why},
             "not_copied": list(self.not_copied),
-            "warnings": list(self.warnings),
+            "warnings": [*self.warnings, *([self.share.text()] if self.share else [])],
             "notes": list(self.notes),
         }
 
@@ -173,6 +181,7 @@ class Plan:
         rows.append(("new files", ", ".join([*(name for name, _ in self.documents), MANIFESTS[self.operation]])))
         rows += [("not copied", ", ".join(self.not_copied))] if self.not_copied else []
         rows += [("warning", line) for line in self.warnings]
+        rows += [("warning", self.share.text())] if self.share else []
         rows += [("note", line) for line in self.notes]
         rows.append(("reads", size(self.bytes_read)))
         where = "in place" if self.in_place else f"in {len(self.files)} files"
@@ -200,7 +209,10 @@ def plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[s
     steps.check_left_over(inputs, found)
     steps.check_tied_head(inputs, everything, found)
     steps.check_patterns(inputs, found)
-    if all(step.reason not in ("", steps.ALPHA_0) for step in everything):
+    share = _share(everything, found)
+    if (not found.missing or rules.allow_missing) and all(
+        step.reason not in ("", steps.ALPHA_0) for step in everything
+    ):
         firsts = [f"{role} has {next(iter(inputs[role].tensors), '')!r} …" for role in list(inputs)[:2]]
         found.problem(f"no tensor would be merged: the {', '.join(firsts)}", _NOTHING)
     found.refuse("apply")
@@ -222,17 +234,19 @@ def plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[s
     return Plan(
         "apply", dict(inputs), rules, files, placed, tuple(documents), tuple(side_files), tuple(found.comparisons), {},
         tuple(found.missing), tuple(sides.left), tuple(found.warnings),
-        tuple(found.notes),
+        tuple(found.notes), share=share,
     )  # fmt: skip
 
 
-def plan_extract(inputs: Mapping[str, Checkpoint], rules: Rules) -> Plan:
+def plan_extract(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[str, str] | None = None) -> Plan:
     """Plan instruct - base, a residual in the layout of the instruct model.
+
+    `copies`: second copies of an embedding, and that one's name (`reader.second_copies`).
 
     `inputs` holds base and instruct. Raises CheckpointError with up to ten problems.
     """
     base, instruct = inputs["base"], inputs["instruct"]
-    found = Findings(rules, inputs)
+    found = Findings(rules, inputs, copies or {})
     steps.check_models(found)
     found.refuse("extract")
     # A head that only base has becomes a difference to instruct's embedding, and is stored next to that one.
@@ -244,10 +258,16 @@ def plan_extract(inputs: Mapping[str, Checkpoint], rules: Rules) -> Plan:
         group = [step for ref in refs if (step := steps.extract_step(ref, inputs, found))]
         groups += [group] if group else []
     for name in base.tensors:
-        if names.lookup(instruct, name) is None and found.skipped(name) is None and not found.codes(name):
+        if names.lookup(instruct, name) is not None or found.skipped(name) is not None or found.codes(name):
+            continue
+        if names.is_recomputed(base.tensors[name]):
+            found.buffers.append(name)
+        elif name not in found.copies:
             found.absent(name, ["base"], ["instruct"])
+    found.note_buffers("instruct")
     steps.check_patterns(inputs, found)
-    if not groups:
+    share = _share([step for group in groups for step in group], found)
+    if not groups and (not found.missing or rules.allow_missing):
         found.problem("no tensor would be stored", _NOTHING)
     found.refuse("extract")
     found.warnings += configs.differences(inputs)
@@ -263,8 +283,17 @@ def plan_extract(inputs: Mapping[str, Checkpoint], rules: Rules) -> Plan:
         "extract", dict(inputs), rules, files, placed, tuple(index), tuple(sidefiles.of_residual(instruct)),
         tuple(found.comparisons), found.not_stored, tuple(found.missing), (), tuple(found.warnings),
         tuple(found.notes),
-        sidefiles.record(base, instruct),
+        sidefiles.record(base, instruct), share,
     )  # fmt: skip
+
+
+def _share(planned: Iterable[Step], found: Findings) -> Share | None:
+    """How much of the residual finds a place; refuses to go on where that is too little to be meant."""
+    share = steps.share(planned, found)
+    if share is not None and found.rules.allow_missing is True and share.left_over > _LEFT_OVER:
+        found.explains = True
+        found.problem(f"--allow-missing would leave out too much: {share.text()}", _ANY)
+    return share
 
 
 def size(count: float) -> str:

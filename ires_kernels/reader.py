@@ -74,10 +74,7 @@ def differing(
 
 
 def second_copies(inputs: Mapping[str, Checkpoint]) -> dict[str, str]:
-    """Names of tensors in the target that are, byte for byte, its embedding again, and the name of that one.
-
-    Where another model has such a tensor too, it is the embedding again in that one as well.
-    """
+    """Names of tensors that are an embedding again, byte for byte, in all models that have them, and its name."""
     found = names.second_copies(inputs)
     file_ids = all_file_ids(inputs)
     copies = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ class Report:
             plan.missing,
             {file.name: file.role for file in plan.side_files if not (plan.in_place and file.role == "target")},
             () if plan.in_place else plan.not_copied,
-            plan.warnings,
+            (*plan.warnings, *_odd_values(plan, outcome), *_share(plan, outcome)),
             plan.notes,
             why={side.name: side.why for side in plan.side_files if side.why},
         )
@@ -185,6 +185,27 @@ class Report:
         rows += [("warning", line) for line in self.warnings]
         rows += [("note", line) for line in self.notes]
         return rows
+
+
+def _odd_values(plan: Plan, outcome: Outcome) -> Iterable[str]:
+    """Warnings of values that are no numbers, with the tensors that have them."""
+    kinds = {"nan_in": "NaN in the inputs", "inf_in": "infinities in the inputs", "overflow": "overflow in the output"}
+    for counted, what in kinds.items():
+        found = [step.name for step in plan.steps if getattr(outcome.tallies.get(step.name), counted, 0)]
+        if found:
+            more = f" and {len(found) - 10} more" if len(found) > 10 else ""
+            yield f"{what} of {len(found)} tensors: {', '.join(found[:10])}{more}"
+
+
+def _share(plan: Plan, outcome: Outcome) -> Iterable[str]:
+    """The warning of how much of the residual went in, where tensors were missing."""
+    share = plan.share
+    if share is not None:
+        tallies = outcome.tallies
+        inside = sum(tallies[step.name].norm2 for step in plan.steps if not step.reason and step.name in tallies)
+        outside = sum(tallies[step.name].norm2 for step in share.left if step.name in tallies)
+        norm = math.sqrt(inside / (inside + outside)) if share.known and inside + outside > 0 else None
+        yield share.text(norm)
 
 
 def _grouped(title: str, reasons: Mapping[str, str]) -> list[tuple[str, str]]:

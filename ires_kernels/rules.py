@@ -34,7 +34,8 @@ class Rules:
     """Patterns of the tensors that are left as they are in the target."""
     dtype: str | None = None
     """safetensors name of the dtype that float tensors get; None keeps the target's."""
-    allow_missing: bool = False
+    allow_missing: bool | str = False
+    """"any": even where more than a tenth of the residual's elements finds no place."""
     rounding: str = "nearest"
     seed: int = 0
 
@@ -47,7 +48,7 @@ class Rules:
         alphas: Iterable[tuple[str, object]] | Mapping[str, object] = (),
         skip: Iterable[str] | str = (),
         dtype: str | None = None,
-        allow_missing: bool = False,
+        allow_missing: bool | str = False,
         rounding: str = "nearest",
         seed: int = 0,
     ) -> Rules:
@@ -59,6 +60,8 @@ class Rules:
             raise ArgumentError(f"dtype is {brief(dtype)}, wanted one of {', '.join(DTYPES)}.")
         if rounding not in ("nearest", "stochastic"):
             raise ArgumentError(f'rounding is {brief(rounding)}, wanted "nearest" or "stochastic".')
+        if not isinstance(allow_missing, bool) and allow_missing != "any":
+            raise ArgumentError(f'allow_missing is {brief(allow_missing)}, wanted True, False or "any".')
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed is {type(seed).__name__}, wanted an integer")
         if not 0 <= seed < 1 << 64:
@@ -68,7 +71,7 @@ class Rules:
             tuple((pattern, _factors_of(pattern, value, residuals)) for pattern, value in _pairs(alphas)),
             tuple(_pattern(each, f"skip[{i}]") for i, each in enumerate(_listed(skip))),
             None if dtype is None else DTYPES[dtype],
-            bool(allow_missing),
+            allow_missing,
             rounding,
             seed,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -10,7 +12,7 @@ import xxhash
 
 from ires_kernels import absences, names
 from ires_kernels.absences import Absence
-from ires_kernels.checkpoint import Checkpoint, TensorRef, is_factor
+from ires_kernels.checkpoint import Checkpoint, TensorRef, is_factor, shard_number
 from ires_kernels.folders import MERGE_ADAPTER, listed
 from ires_kernels.header import CheckpointError, brief
 from ires_kernels.names import FLOATS
@@ -24,8 +26,8 @@ ONLY_TARGET = "only in the target"
 
 _SHAPES = "Operands are not broadcast: take models of one architecture, or leave such tensors as they are with --skip."
 _VOCABULARY = (
-    "Where vocabularies differ, leave the embedding and the head as they are with --skip 'embed_tokens|lm_head', "
-    "or resize the embeddings of one model to the other's first."
+    "Where vocabularies differ, leave what has a row for each token as it is in the target, which then keeps its "
+    "tokenizer, with --skip {skip}, or resize the embeddings of one model to the other's first."
 )
 _CODES = (
     "Arithmetic on codes is meaningless: take weights that are not quantized, or leave such modules as they are with "
@@ -115,6 +117,14 @@ class Findings:
     missing: list[Absence] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    buffers: list[str] = field(default_factory=list)
+    """What only sources have, and loaders compute again."""
+    vocabulary: dict[str, None] = field(default_factory=dict)
+    """Tensors with a row for each token, of which the models have other numbers."""
+
+    explains: bool = False
+    """Whether missing tensors are among the problems though they are allowed."""
+    _embeddings: dict[str, set[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.modules = Modules(self.inputs, self.rules)
@@ -126,6 +136,21 @@ class Findings:
             return f"skipped by {pattern!r}"
         pattern = self.modules.skipped(name)
         return None if pattern is None else f"skipped by {pattern!r}, with its quantized module"
+
+    def is_vocabulary(self, name: str, tensors: Mapping[str, TensorRef]) -> bool:
+        """Whether tensors of one name differ as embeddings do: by the number of their rows alone."""
+        if names.is_vocabulary(name):
+            return True
+        if len({ref.shape[1:] for ref in tensors.values()}) > 1 or not all(ref.shape for ref in tensors.values()):
+            return False
+        return all(ref.shape[0] in self._rows(role) for role, ref in tensors.items())
+
+    def _rows(self, role: str) -> set[int]:
+        """The rows of the embeddings of a model."""
+        if role not in self._embeddings:
+            refs = self.inputs[role].tensors.values()
+            self._embeddings[role] = {r.shape[0] for r in refs if names.is_vocabulary(r.name) and r.shape}
+        return self._embeddings[role]
 
     def problem(self, text: str, advice: str) -> None:
         """Something that forbids the merge, and the way out."""
@@ -150,9 +175,16 @@ class Findings:
         """A tensor that some of the models lack: a problem unless missing tensors are allowed."""
         self.missing.append(Absence(name, tuple(present), tuple(absent), advice))
 
+    def note_buffers(self, role: str) -> None:
+        """Say which buffers were left out."""
+        kinds = sorted({names.pattern(name) for name in self.buffers})
+        if kinds:
+            what = f"{len(self.buffers)} buffers that loaders compute again ({listed(kinds)})"
+            self.notes.append(f"{what} are not in {role} and left out")
+
     def refuse(self, operation: str) -> None:
         """Raise CheckpointError with the first ten problems, if there are any."""
-        if not self.rules.allow_missing:
+        if self.explains or not self.rules.allow_missing:
             for text, advice in absences.explain(self.inputs, self.missing):
                 self.problem(text, advice)
         if not self.problems:
@@ -160,7 +192,10 @@ class Findings:
         problems = list(self.problems.values())
         lines = [f"cannot {operation}:", *(f"  {problem}" for problem in problems[:10])]
         lines += [f"  and {len(problems) - 10} more problems"] if len(problems) > 10 else []
-        raise CheckpointError("\n".join([*lines, *dict.fromkeys(problem.advice for problem in problems)]))
+        rows = "|".join(re.escape(name) for name in self.vocabulary)
+        vocabulary = _VOCABULARY.format(skip=shlex.quote(f"^({rows})$"))
+        ways = dict.fromkeys(vocabulary if p.advice is _VOCABULARY else p.advice for p in problems)
+        raise CheckpointError("\n".join([*lines, *ways]))
 
 
 def check_models(found: Findings) -> None:
@@ -237,7 +272,8 @@ def apply_step(ref: TensorRef, inputs: Mapping[str, Checkpoint], found: Findings
 def extract_step(ref: TensorRef, inputs: Mapping[str, Checkpoint], found: Findings) -> Step | None:
     """The difference for the instruct model's tensor `ref`; None when it is not stored."""
     rules, name = found.rules, ref.name
-    other = names.lookup(inputs["base"], name)
+    original = found.copies.get(name, name)
+    other = names.lookup(inputs["base"], name) or names.lookup(inputs["base"], original)
     reason = found.skipped(name)
     if reason is not None:
         pass
@@ -263,16 +299,30 @@ def check_left_over(inputs: Mapping[str, Checkpoint], found: Findings) -> None:
     sources = {role: checkpoint for role, checkpoint in inputs.items() if role != "target"}
     target = inputs["target"]
     left = {name: None for checkpoint in sources.values() for name in checkpoint.tensors if name not in target.tensors}
+    number = shard_number(target.path)
+    alone = number is not None and number[1] > 1
+    others = 0
     for name in left:
         present = [role for role, checkpoint in sources.items() if name in checkpoint.tensors]
         if found.skipped(name) is not None or found.codes(name):
             continue
-        if names.is_recomputed(sources[present[0]].tensors[name]):
-            continue
-        if not (names.is_head(name) and names.is_tied(target)):
+        if alone:
+            others += 1
+        elif names.is_recomputed(sources[present[0]].tensors[name]):
+            found.buffers.append(name)
+        elif name in found.copies:
+            found.notes.append(
+                f"{brief(name)} is a second copy of {found.copies[name]}, which is all that the target has"
+            )
+        elif not (names.is_head(name) and names.is_tied(target)):
             found.absent(name, present, ["target"])
         elif not all(map(names.is_tied, sources.values())):  # else it is a second copy of the embedding
             found.absent(name, present, ["target, whose head is its embedding"], _TIED)
+    if alone and number is not None and others:
+        found.notes.append(
+            f"target is shard {number[0]} of {number[1]}: {others} tensors of the others stay as they are"
+        )
+    found.note_buffers("target")
 
 
 def check_tied_head(inputs: Mapping[str, Checkpoint], steps: Iterable[Step], found: Findings) -> None:
@@ -283,13 +333,85 @@ def check_tied_head(inputs: Mapping[str, Checkpoint], steps: Iterable[Step], fou
         return
     table = {step.name: step for step in steps}
     one = table[embedding.name]
-    for two in [step for step in table.values() if names.is_head(step.name)]:
+    for two in [step for step in table.values() if names.is_head(step.name) and step.name not in found.copies]:
         changed = not (one.reason and two.reason)
         if changed and (one.op != two.op or one.factors != two.factors or not all(map(names.is_tied, sources))):
             found.problem(
                 f"config.json of the target ties {two.name} to {one.name}, and its files hold both, with other updates",
                 _TIED,
             )
+
+
+class Share(NamedTuple):
+    """How much of the residual finds a place, where tensors are missing."""
+
+    tensors: int
+    all_tensors: int
+    elements: int
+    all_elements: int
+    left: tuple[Step, ...]
+    """What finds none: steps that make its update of itself, and so tell its norm."""
+    known: bool
+    """Whether all of that has an update; where base or instruct lacks a tensor there is none to take."""
+
+    @property
+    def left_over(self) -> float:
+        """The part of the elements that finds no place."""
+        return 1 - self.elements / self.all_elements if self.all_elements else 0.0
+
+    def text(self, norm: float | None = None) -> str:
+        """The warning; `norm` is the part of the update's norm that went in, None where that is not known."""
+        part = f"{_percent(self.elements, self.all_elements)} of its elements"
+        part += "" if norm is None else f" and {_percent(norm, 1)} of its norm"
+        return f"of the residual {self.tensors} of {self.all_tensors} tensors went in, {part}"
+
+
+def _percent(part: float, whole: float) -> str:
+    """A percentage that is 0 or 100 only if it is."""
+    text = f"{part / whole:.2%}" if whole else "100.00%"
+    if part < whole and text == "100.00%":
+        return "more than 99.99%"
+    return "less than 0.01%" if part > 0 and text == "0.00%" else text
+
+
+def share(steps: Iterable[Step], found: Findings) -> Share | None:
+    """How much of the residual, stored or taken on the way, finds a place; None where nothing is missing."""
+    if not found.missing:
+        return None
+    given = [role for role in found.inputs if role == "instruct" or role.startswith("residual")]
+    used = {(role, ref.name): ref for s in steps if not s.reason for role, ref in zip(s.roles, s.inputs, strict=True)}
+    inside = [ref for (role, _), ref in used.items() if role in given]
+    outside: list[TensorRef] = []
+    left = []
+    for absence in found.missing:
+        name = absence.name
+        refs = {r: ref for r in found.inputs if r in absence.present and (ref := found.inputs[r].tensors.get(name))}
+        lost = {r: ref for r, ref in refs.items() if r in given and (r, name) not in used and ref.dtype in FLOATS}
+        outside += lost.values()
+        if lost:
+            left += _update(name, lost | {r: ref for r, ref in refs.items() if r == "base"}, found)
+    elements = sum(ref.numel for ref in inside)
+    everything = elements + sum(ref.numel for ref in outside)
+    known = {step.name for step in left} == {ref.name for ref in outside}
+    return Share(len(inside), len(inside) + len(outside), elements, everything, tuple(left), known)
+
+
+def _update(name: str, refs: Mapping[str, TensorRef], found: Findings) -> list[Step]:
+    """The update that a tensor would make, on top of itself; nothing where there is no difference to take."""
+    roles, tensors = tuple(refs), tuple(refs.values())
+    if len({ref.shape for ref in tensors}) > 1 or not all(ref.dtype in FLOATS for ref in tensors):
+        return []
+    factors = found.rules.factors(name)
+    shape, first = tensors[0].shape, (roles[0], tensors[0])
+    if "instruct" in refs:
+        op: Op = "add_difference"
+        if "base" not in refs:
+            return []
+    else:
+        op = "add"
+        residuals = [role for role in found.inputs if role.startswith("residual")]
+        factors = tuple(factor for role, factor in zip(residuals, factors, strict=True) if role in refs)
+    return [Step(name, "F32", shape, op, (first[0], *roles), (first[1], *tensors), factors)]
 
 
 def other_vocabulary(inputs: Mapping[str, Checkpoint], steps: Iterable[Step]) -> str | None:
@@ -317,11 +439,14 @@ def _numbers(name: str, tensors: Mapping[str, TensorRef], found: Findings) -> bo
     first, *others = tensors.items()
     for role, ref in others:
         if ref.shape != first[1].shape:
+            words = found.is_vocabulary(name, {first[0]: first[1], role: ref})
+            if words:
+                found.vocabulary[name] = None
             found.about(
                 name,
                 f"has shape {brief(list(ref.shape))} in {role} ({ref.path}), "
                 f"{brief(list(first[1].shape))} in {first[0]} ({first[1].path})",
-                _VOCABULARY if names.is_vocabulary(name) else _SHAPES,
+                _VOCABULARY if words else _SHAPES,
             )
             return False
     dtypes = {role: ref.dtype for role, ref in tensors.items()}

@@ -142,7 +142,7 @@ def verify(
         if table.operation == "apply":
             plan = plan_apply(opened, rules, second_copies(opened))
         else:
-            plan = plan_extract(opened, rules)
+            plan = plan_extract(opened, rules, second_copies(opened))
         to_hash = _recompute(plan, checkpoint, recorded, report, processors, threads, progress)
         progress = None
     _check_hashes(checkpoint, to_hash, recorded, report, threads, progress)

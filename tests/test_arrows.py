@@ -75,7 +75,7 @@ ARROWS: dict[str, set[str]] = {
         "checkpoint", "device", "header", "inputs", "manifest", "names", "opening", "operation", "plan", "provenance",
         "reader", "rules", "steps", "store", "stream", "windows",
     },
-    "guards": {"ancestry", "checkpoint", "header", "plan", "reader", "samples", "store", "stream"},
+    "guards": {"ancestry", "checkpoint", "header", "plan", "reader", "samples", "store", "stream", "windows"},
     "records": {"checkpoint", "header", "manifest", "plan", "provenance", "samples", "store", "stream"},
     "overwrite": {
         "backends", "checkpoint", "guards", "history", "inplace", "inputs", "interrupts", "journal", "manifest",
