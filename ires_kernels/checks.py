@@ -204,7 +204,7 @@ def operands(
     `in_place`: the first operand of every item is written. `tally`: results must not overwrite operands.
     Returns whether the tensors have shapes only (meta or fake tensors), so that there is nothing to compute.
     """
-    recording = torch.is_grad_enabled()
+    recording, mapped = torch.is_grad_enabled(), regions.is_any()
     spans: list[_Span] = []
     device, fake, shape_only = None, False, False
     shape: tuple[int, ...] = ()
@@ -235,7 +235,7 @@ def operands(
                 )
             if recording and x.requires_grad:
                 raise RuntimeError(f"{names.at(i, column)}: {_autograd_problem(x, written)}")
-            if x.device.type == "cpu" and not shape_only and x.numel():
+            if mapped and x.device.type == "cpu" and not shape_only and x.numel():
                 problem = regions.problem(x.data_ptr(), written)
                 if problem:
                     raise RuntimeError(f"{names.at(i, column)} {problem}")

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ires_kernels import checks, regions
-from ires_kernels.backends import Call, Tally, choose
+from ires_kernels.backends import Call, Tally, choose, thread_count
 from ires_kernels.checks import Names, Rounding
+
+_PART = regions.POPULATED // 4  # bytes of mapped operands, so that work on the first of a long list begins soon
 
 
 def apart(
@@ -73,12 +75,33 @@ def _run(call: Call, written: Sequence[Tensor], shape_only: bool) -> None:
     if not call.outs:
         return
     backend = None if shape_only else choose(call.outs[0].device)
-    if backend is not None and regions.is_any():
-        regions.populate(_ranges(call))
     for t in written:
         torch.autograd.graph.increment_version(t)
-    if backend is not None:
+    if backend is None:
+        return
+    if not regions.is_any():
         backend.run(call)
+        return
+    for part in _parts(call):
+        regions.populate(_ranges(part), thread_count())
+        backend.run(part)
+
+
+def _parts(call: Call) -> Iterator[Call]:
+    """Calls one after the other that do what `call` does, each of not more tensors than have to be there at once."""
+    first = size = 0
+    for i, row in enumerate(call.inputs):
+        more = sum(x.numel() * x.element_size() for x in row)
+        if size and size + more > _PART:
+            yield _part(call, first, i)
+            first, size = i, 0
+        size += more
+    yield _part(call, first, len(call.outs))
+
+
+def _part(call: Call, first: int, stop: int) -> Call:
+    part = slice(first, stop)
+    return call._replace(outs=call.outs[part], inputs=call.inputs[part], streams=call.streams[part])
 
 
 def _ranges(call: Call) -> Iterator[tuple[int, int, bool]]:

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -150,6 +150,9 @@ class Mapped(Mapping[str, Tensor]):
     # A Mapping compares by its values, and comparing tensors is no answer.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
+
+    def __reduce__(self) -> Any:
+        raise TypeError(f"{self!r} holds memory of this process, and cannot be copied or sent; map {self.path} there")
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "read-only" if self._writing is None else "writable"

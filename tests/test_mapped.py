@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import errno
 import gc
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -272,6 +275,27 @@ def test_a_file_that_is_cut_is_an_error_of_our_operations(tmp_path: Path) -> Non
     assert (done.returncode, done.stdout.split()[:3]) == (0, [f"{file}", "cannot", "be"]), done.stderr
 
 
+def test_a_long_list_is_done_in_parts(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ires_kernels import launch
+
+    paths = triple(tmp_path)
+    monkeypatch.setattr(launch, "_PART", 1500)
+    with ik.mapped(paths[0]) as b, ik.mapped(paths[1]) as i:
+        assert len({*b}) == 7
+        names = list(b)
+        for rounding in ("nearest", "stochastic"):
+            tally, alone = ik.Tally(), ik.Tally()
+            one = [[t.clone() for t in operand.values()] for operand in (i, b)]
+            found = ik.subtract([i[n] for n in names], [b[n] for n in names], rounding=rounding, tally=tally,
+                                dtype=torch.bfloat16, stream=list(range(7)))  # fmt: skip
+            with monkeypatch.context() as patch:
+                patch.setattr(regions, "is_any", lambda: False)
+                wanted = ik.subtract(*one, rounding=rounding, tally=alone, dtype=torch.bfloat16, stream=list(range(7)))
+            assert all(same(x, y) for x, y in zip(found, wanted, strict=True)), backend
+            assert (tally.elements, tally.updates, tally.lost) == (alone.elements, alone.updates, alone.lost)
+    assert ik.subtract([], []) == []
+
+
 # Afterwards
 
 
@@ -312,6 +336,13 @@ def maps(model: Path) -> bool:
     return f"{model}" in Path("/proc/self/maps").read_text()
 
 
+def test_is_neither_copied_nor_sent(model: Path) -> None:
+    with ik.mapped(model) as served:
+        for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="cannot be copied or sent; map"):
+                copied(served)
+
+
 def test_takes_no_descriptors(model: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     with ik.mapped(model):
@@ -344,6 +375,8 @@ def test_regions_are_found_by_address() -> None:
             return f"{address}"
 
         def populate(self, address: int, nbytes: int, written: bool) -> None:
+            if nbytes == 3:
+                raise OSError(errno.EIO, "cut")
             populated.append((address, nbytes, written))
 
     populated: list[tuple[int, int, bool]] = []
@@ -355,10 +388,19 @@ def test_regions_are_found_by_address() -> None:
         assert told == [None, "8+0", "8+3", None, "16+0", "32+3", None]
         assert regions.problem(8, False) is None
         assert regions.is_any()
-        regions.populate([(9, 2, True), (12, 1, True), (16, regions.POPULATED - 2, False)])
-        assert populated == [(9, 2, True), (16, regions.POPULATED - 2, False)]
-        regions.populate([(9, 2, True), (16, regions.POPULATED - 1, False)])
-        assert len(populated) == 2
+        piece, all_of_it = regions._PIECE, regions.POPULATED
+        for threads in (1, 3):
+            populated.clear()
+            regions.populate([(9, 2, True), (12, 1, True), (16, all_of_it - 2, False)], threads)
+            assert (9, 2, True) in populated
+            assert sorted(populated)[1:] == [
+                (16 + start, min(piece, all_of_it - 2 - start), False) for start in range(0, all_of_it, piece)
+            ]
+        populated.clear()
+        regions.populate([(9, 2, True), (16, all_of_it - 1, False)])
+        assert not populated
+        with pytest.raises(OSError, match="cut"):
+            regions.populate([(8, 3, False), *[(16, 4 * piece, False)] * 9], 3)
     finally:
         for region in found:
             regions.remove(region)

@@ -19,7 +19,6 @@ from ires_kernels.bench import floor
 from ires_kernels.bench.kernels import VerificationError
 from ires_kernels.bench.measure import Quartiles, Times, interleave, ratio
 from ires_kernels.bench.merges import BARE, weights
-from ires_kernels.checkpoint import open_checkpoint
 from ires_kernels.mapping import mapped
 from ires_kernels.synthetic import Triple
 
@@ -85,23 +84,19 @@ def by_hand(target: Path, triple: Triple) -> None:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    shards = {path: open_checkpoint(path).shards for path in (triple.instruct, triple.base)}
-    where = {path: {name: s.path for s in found for name in s.header.tensors} for path, found in shards.items()}
+    others = []
+    for model in (triple.instruct, triple.base):
+        opened: list[Any] = [safe_open(path, "pt") for path in weights(model)]
+        others.append({name: file for file in opened for name in list(file.keys())})
     for file in weights(target):
         made = {}
         with safe_open(file, "pt") as t:
             for name in list(t.keys()):
-                instruct, base = (_read(safe_open, where[path][name], name) for path in (triple.instruct, triple.base))
-                own = t.get_tensor(name)
+                own, instruct, base = (each.get_tensor(name) for each in (t, *(other[name] for other in others)))
                 made[name] = (own.float() + (instruct.float() - base.float())).to(own.dtype)
             metadata = t.metadata()
         save_file(made, f"{file}.new", metadata=metadata)
         os.rename(f"{file}.new", file)
-
-
-def _read(safe_open: Callable[..., Any], file: Path, name: str) -> Any:
-    with safe_open(file, "pt") as opened:
-        return opened.get_tensor(name)
 
 
 def verify(triple: Triple, folder: Path, threads: int) -> int:
