@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -35,6 +35,9 @@ from ires_kernels.rules import DTYPES, ArgumentError
 from ires_kernels.store import LostError, StoreError, is_unfinished, partial_path
 from ires_kernels.stream import Progress
 from ires_kernels.windows import ComputeError
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,7 +141,7 @@ def _without_dashes(argv: Sequence[str]) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ires", description="Exact arithmetic on checkpoints of language models.")
+    parser = _Parser(prog="ires", description="Exact arithmetic on checkpoints of language models.")
     parser.add_argument("--version", action="version", version=f"ires_kernels {VERSION}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -561,6 +564,18 @@ def _state(arguments: argparse.Namespace | None) -> str:
 
 class _NotPrinted(OSError):
     """The result of a command could not be printed."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        """Of argparse, which says nothing where help cannot be printed."""
+        if file is not sys.stdout:
+            super()._print_message(message, file)
+            return
+        try:
+            _say(message.rstrip("\n"))
+        except _NotPrinted as error:
+            raise SystemExit(_fail(3, f"standard output: {error.strerror}.")) from None
 
 
 def _say(text: str) -> None:

@@ -152,7 +152,8 @@ def carry_on(place: Workplace, options: Options, started: float, *, fresh: bool 
     place.sync = operation.sync
     report = None
     if place.phase() == "operation":
-        stream.check_threads()
+        if not fresh:
+            stream.check_threads()
         place.move_in(operation.names)
         with _refused(place):
             _check_files(place.work, operation, place.model)

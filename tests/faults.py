@@ -66,11 +66,21 @@ def library() -> Path:
 
 
 class Run(NamedTuple):
-    """A command to run: its arguments, its fault, and the signals that it gets, with the seconds after its start."""
+    """A command to run."""
 
     argv: Sequence[str]
     fault: Fault | None = None
     signals: Sequence[tuple[float, int]] = ()
+    """What it gets, with the seconds after its start; those that come too late are nothing."""
+    ignored: Sequence[int] = ()
+    """Signals that it is started to ignore."""
+    file_size: int | None = None
+    """RLIMIT_FSIZE, in bytes."""
+    user: int | None = None
+    """Whose process it is, with this one as the only process or thread that the user may have."""
+    out: str | None = None
+    err: str | None = None
+    """Where it prints to, if not to what is read back."""
 
 
 class Warm:
@@ -95,37 +105,20 @@ class Warm:
         cwd: Path,
         fault: Fault | None = None,
         *,
-        signals: Sequence[tuple[float, int]] = (),
         held: Callable[[], None] | None = None,
-        file_size: int | None = None,
+        **options: Any,
     ) -> Done:
         """Run ``ires ARGV`` in `cwd`; only what it does below `cwd` is counted and can fail.
 
-        signals    what the command gets, with the seconds after its start; those that come too late are nothing
-        held       called when the fault "hold" has stopped the command, which is killed after that
-        file_size  RLIMIT_FSIZE of the command, in bytes
+        held     called when the fault "hold" has stopped the command, which is killed after that
+        options  as of Run
         """
-        (done,) = self.together([Run(argv, fault, signals)], cwd, held=held, file_size=file_size)
+        (done,) = self.together([Run(argv, fault, **options)], cwd, held=held)
         return done
 
-    def together(
-        self,
-        runs: Sequence[Run],
-        cwd: Path,
-        *,
-        held: Callable[[], None] | None = None,
-        file_size: int | None = None,
-    ) -> list[Done]:
+    def together(self, runs: Sequence[Run], cwd: Path, *, held: Callable[[], None] | None = None) -> list[Done]:
         """`run` several commands at once."""
-        place = os.path.realpath(cwd)
-        children = [
-            {"cwd": place, "fault": run.fault or Fault("any", 0, "count"), "file_size": file_size} for run in runs
-        ]
-        commands = [
-            {"argv": list(run.argv), "signals": list(run.signals), "child": child}
-            for run, child in zip(runs, children, strict=True)
-        ]
-        self._ask(commands=commands)
+        self._ask(commands=[run._asdict() for run in runs], cwd=os.path.realpath(cwd))
         answer = self._answer()
         if "held" in answer:
             try:
@@ -174,10 +167,11 @@ def serve(folder: str, *how: str) -> None:
         windows.WINDOW = 32
         updates.UNIT, updates.WINDOW, updates.GAP = 64, 1024, 16
     for line in sys.stdin:
-        commands = json.loads(line)["commands"]
+        question = json.loads(line)
+        runs = [Run(**command) for command in question["commands"]]
         started = time.monotonic()
-        pids = [start(Path(folder, f"{n}"), command["argv"], command["child"]) for n, command in enumerate(commands)]
-        due = sorted((at, pid, what) for pid, c in zip(pids, commands, strict=True) for at, what in c["signals"])
+        pids = [start(Path(folder, f"{number}"), question["cwd"], run) for number, run in enumerate(runs)]
+        due = sorted((at, pid, what) for pid, run in zip(pids, runs, strict=True) for at, what in run.signals)
         for at, pid, what in due:
             time.sleep(max(0.0, started + at - time.monotonic()))
             os.kill(pid, what)
@@ -193,7 +187,7 @@ def serve(folder: str, *how: str) -> None:
         print(json.dumps({"ends": ends}), flush=True)
 
 
-def start(folder: Path, argv: list[str], child: dict[str, Any]) -> int:
+def start(folder: Path, cwd: str, run: Run) -> int:
     """Fork for a command; returns the process."""
     from ires_kernels import cli
 
@@ -203,30 +197,43 @@ def start(folder: Path, argv: list[str], child: dict[str, Any]) -> int:
         return pid
     code = 4
     try:
-        prepare(f"{folder}", **child)
-        sys.argv = ["ires", *argv]
+        prepare(f"{folder}", cwd, run)
+        sys.argv = ["ires", *run.argv]
         code = cli.main()
     except SystemExit as stop:  # argparse
         code = int(stop.code or 0)
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except OSError:
+            code = 120  # as of Python
         os._exit(code)
 
 
-def prepare(folder: str, cwd: str, fault: list[Any], file_size: int | None) -> None:
-    """In the child: its files, its folder, and its fault."""
-    for name, fd in (("out", 1), ("err", 2)):
-        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), fd)
+def prepare(folder: str, cwd: str, run: Run) -> None:
+    """In the child: its files, its folder, its limits, and its fault."""
+    for path in (f"{folder}/out", f"{folder}/err"):
+        Path(path).write_text("")
+    for path, fd in ((run.out or f"{folder}/out", 1), (run.err or f"{folder}/err", 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_NOCTTY), fd)
     signal.alarm(HUNG)
+    for number in run.ignored:
+        signal.signal(number, signal.SIG_IGN)
     os.chdir(cwd)
-    if file_size is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    kind, n, action, later = fault
+    if run.file_size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (run.file_size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    kind, n, action, later = run.fault or Fault("any", 0, "count")
     arm = ctypes.CDLL(None).faults_arm
-    text, number = ctypes.c_char_p, ctypes.c_uint64
-    arm.argtypes = [text, text, number, text, number, text]
-    assert arm(cwd.encode(), kind.encode(), n, action.encode(), later, f"{folder}/counts".encode()) == 0, fault
+    text, number64 = ctypes.c_char_p, ctypes.c_uint64
+    arm.argtypes = [text, text, number64, text, number64, text]
+    assert arm(cwd.encode(), kind.encode(), n, action.encode(), later, f"{folder}/counts".encode()) == 0, run
+    if run.user is not None:
+        resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+        os.environ["IRES_KEY"] = f"{cwd}/key"
+        os.setgroups([])
+        os.setgid(run.user)
+        os.setuid(run.user)
 
 
 if __name__ == "__main__":
