@@ -145,3 +145,16 @@ class TestSanitize:
         monkeypatch.setattr(cuda_toolkit, "compute_sanitizer", lambda: None)
         assert compute_sanitizer.main() == 0
         assert "compute-sanitizer: not found" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["Benchmarks are automatically disabled because xdist plugin is active.", "another"])
+def test_parallel_runs_start_beside_a_plugin_for_benchmarks(text: str, tmp_path: Path) -> None:
+    """It warns as it is configured, and warnings are errors here: of all others still."""
+    plugin = f"import warnings\ndef pytest_configure(config):\n    warnings.warn({text!r})\n"
+    (tmp_path / "plugin.py").write_text(plugin)
+    (tmp_path / "test_one.py").write_text("def test_one():\n    pass\n")
+    command = [sys.executable, "-m", "pytest", "-c", f"{ROOT / 'pyproject.toml'}", "-q", "-p", "no:benchmark"]
+    command += ["-p", "no:cacheprovider", "-p", "plugin", f"--rootdir={tmp_path}", f"{tmp_path / 'test_one.py'}"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([f"{tmp_path}", os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == (text != "another"), done.stdout + done.stderr
