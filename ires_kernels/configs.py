@@ -26,23 +26,23 @@ _SHOWN = 10
 _WITHOUT_INFLUENCE = re.compile(
     r"(.*_)?dtype|.*version.*|_.*|.*name_or_path|use_cache|.*dropout.*|.*_drop|.*_pdrop|layerdrop|initializer.*|.*init_std"
     r"|initializer_range|.*token_(id|index)s?|(.*_)?vocab_size.*|max_position_embeddings|n_positions|n_ctx|seq_length"
-    r"|model_max_length|output_.*|return_dict|use_return_dict|torchscript|id2label|label2id|num_labels|problem_type"
+    r"|model_max_length|output_(attentions|hidden_states|scores|past|router_logits)|return_dict|use_return_dict|torchscript|id2label|label2id|num_labels|problem_type"
     r"|finetuning_task|task_specific_params|.*quantization.*|auto_map|.*attn_implementation|(use_)?flash_attn.*"
     r"|gradient_checkpointing|.*aux_loss.*|.*z_loss.*|.*jitter.*|pretraining_tp|tokenizer_class|processor_class"
     r"|temperature|top_[kp]|do_sample|num_beams|.*length_penalty|repetition_penalty|(max|min)(_new)?_(length|tokens)"
     r"|pruned_heads|tf_legacy_loss|use_bfloat16|bf16|fp16|fp32|transformers\.js_config|custom_pipelines|use_mems.*"
     r"|license|unsloth.*|trl.*|torch_.*|fused_.*|use_fused.*|ep_size"
 )
-# Fields that may be absent in one model and given in another: only of these is it known that no default hides there.
-_KNOWN = re.compile(
-    r"(.*\.)?(rope_theta|rope_scaling\..*|.*rotary.*|.*norm_eps.*|layer_norm_epsilon|hidden_act.*|activation_function"
-    r"|num_attention_heads|num_key_value_heads|head_dim|sliding_window|layer_types|.*_multiplier|.*softcapping"
-    r"|logits?_scal\w*|query_pre_attn_scalar|scale_\w+|model_type|architectures|num_experts_per_tok|attention_bias"
-    r"|tie_word_embeddings|use_qk_norm|qk_norm|parallel_attn|use_parallel_residual)"
+# Fields that mean something where one model has them and another, whose config.json is written out, does not.
+_TOLD_BY_ABSENCE = re.compile(
+    r"rope_theta|rope_scaling\..*|partial_rotary_factor|num_key_value_heads|sliding_window|.*_multiplier|.*softcapping"
+    r"|logits?_scal\w*|query_pre_attn_scalar|scale_\w+|residual_scale|dim_model_base|mup_\w+|model_type|clip_qkv|alibi"
+    r"|no_rope\w*|attention_chunk_size|routed_scaling_factor"
 )
 # Absent means one of these. Of rope_theta it is the default of nearly all models that have it.
 _NEUTRAL = (None, False, 0, 1, "default", "full_attention")
 _DEFAULTS: Fields = {"rope_theta": 10000.0, "sliding_attention.rope_theta": 10000.0}
+_ALIASES = {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"}
 _TEXT = ("text_config", "llm_config", "language_config")
 
 
@@ -114,7 +114,7 @@ def _flat(path: str, table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _one_spelling(table: Mapping[str, Any]) -> Fields:
     """Fields of one model, or part of one, that mean the same, under one name with one value."""
-    found = dict(table)
+    found = {_ALIASES.get(key, key): value for key, value in table.items()}
     rope: Any = found.pop("rope_parameters", None) or found.pop("rope_scaling", None) or {}
     found.pop("rope_scaling", None)
     if isinstance(rope, dict):
@@ -132,6 +132,8 @@ def _one_spelling(table: Mapping[str, Any]) -> Fields:
         found.setdefault("sliding_attention.rope_theta", found.pop("rope_local_base_freq"))
     if found.get("rope_scaling.rope_type") == "default":
         del found["rope_scaling.rope_type"]
+    elif found.get("rope_scaling.rope_type") in ("dynamic", "longrope", "su"):  # which depend on it
+        found["rope_scaling.max_position_embeddings"] = found.get("max_position_embeddings")
     if found.get("use_sliding_window") is False:
         for key in ("use_sliding_window", "sliding_window", "max_window_layers"):
             found.pop(key, None)
@@ -154,10 +156,11 @@ def _differ(name: str, values: Mapping[str, Any], tables: Mapping[str, Fields]) 
     given = [value for value in values.values() if value is not None]
     if any(value != given[0] for value in given):
         return True
-    if len(given) == len(values) or given[0] in _NEUTRAL or not _KNOWN.fullmatch(name):
+    if len(given) == len(values) or given[0] in (*_NEUTRAL, _DEFAULTS.get(name)):
         return False
-    # Where it is absent in a model that says nothing at all, such as one without config.json, nobody knows.
-    return bool(given[0] != _DEFAULTS.get(name) and all(tables.values()))
+    # Where a model does not even say how many heads it has, absence means whatever its class takes for granted.
+    written = all("num_attention_heads" in table for table in tables.values())
+    return written and _TOLD_BY_ABSENCE.fullmatch(name) is not None
 
 
 def _and(roles: list[str]) -> str:

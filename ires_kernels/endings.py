@@ -72,8 +72,8 @@ def warning(
         return None
     where = "generation_config.json" if of_generation else "config.json"
     return (
-        f"the files of the output do not agree how a turn ends: {'; '.join(said)}. Loaders stop at what {where} says, "
-        "some at the tokenizer's token as well: correct eos_token_id there if answers do not end"
+        f"the files of the output do not agree how a turn ends: {'; '.join(said)}. transformers stops at what {where} "
+        "says, vLLM also at the tokenizer's token; if answers do not end, correct eos_token_id there"
     )
 
 

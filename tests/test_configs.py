@@ -44,9 +44,19 @@ def said(folder: Path, **changes: dict[str, Any]) -> list[str]:
         ({"num_key_value_heads": 2}, {"num_key_value_heads": 1}, "num_key_value_heads is 2"),
         ({}, {"num_key_value_heads": 2}, "num_key_value_heads is absent"),
         ({}, {"num_attention_heads": 8}, "num_attention_heads is 4"),
-        ({}, {"head_dim": 8}, "head_dim is absent"),
+        ({"head_dim": 8}, {"head_dim": 16}, "head_dim is 8"),
         ({"sliding_window": 4096}, {"sliding_window": None}, "sliding_window is 4096 in target and base, absent"),
-        ({}, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is absent"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            {"layer_types": ["sliding_attention", "full_attention"]},
+            "layer_types is ['full_attention', 'sliding_attention'] in target and base",
+        ),
+        ({"rotary_emb_base": 10000}, {"rope_theta": 20000}, "rope_theta is 10000"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic"}, "max_position_embeddings": 10},
+            {"rope_scaling": {"rope_type": "dynamic"}, "max_position_embeddings": 20},
+            "rope_scaling.max_position_embeddings is 10",
+        ),
         ({}, {"tie_word_embeddings": True}, "tie_word_embeddings is False"),
         ({"embedding_multiplier": 12}, {"embedding_multiplier": 6}, "embedding_multiplier is 12"),
         ({"logits_scaling": 8}, {"logits_scaling": 16}, "logits_scaling is 8"),
@@ -122,6 +132,9 @@ def test_fields_that_differ_are_named(tmp_path: Path, one: Any, other: Any, text
         ({"text_config": {"rope_theta": 1e6}}, {"rope_theta": 1e6}),
         ({"odd": float("nan"), "far": float("inf")}, {"odd": float("nan"), "far": float("inf")}),
         ({"only_here": 7}, {}),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, {"sliding_window_pattern": 2}),
+        ({"rotary_emb_base": 20000, "rotary_pct": 0.25}, {"rope_theta": 20000, "partial_rotary_factor": 0.25}),
+        ({"vision_config": {"depth": 2, "hidden_act": "gelu"}}, {"vision_config": {"depth": 2}}),
     ],
 )  # fmt: skip
 def test_other_spellings_are_the_same(tmp_path: Path, one: Any, other: Any) -> None:
@@ -155,3 +168,58 @@ def test_models_without_config_and_old_residuals_say_nothing(tmp_path: Path) -> 
     assert configs.fields(None) == {}
     assert configs.special_ids(None) == {}
     assert configs.special_ids({"eos_token_id": float("nan"), "bos_token_id": [], "pad_token_id": True}) == {}
+
+
+COMMON = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
+WRITTEN = {
+    "llama": {
+        "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "max_position_embeddings": 131072,
+        "rope_scaling": {
+            "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+    },
+    "qwen2": {
+        "num_key_value_heads": 2, "rope_theta": 1e6, "sliding_window": 131072, "use_sliding_window": False,
+        "max_window_layers": 28, "use_mrope": False,
+    },
+    "gemma2": {
+        "num_key_value_heads": 2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "head_dim": 32,
+        "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 224, "sliding_window": 4096,
+        "cache_implementation": "hybrid", "rope_theta": 10000.0,
+    },
+    "gemma3_text": {
+        "num_key_value_heads": 2, "attn_logit_softcapping": None, "head_dim": 32, "query_pre_attn_scalar": 256,
+        "rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 512,
+        "sliding_window_pattern": 6,
+    },
+    "gemma3": {
+        "text_config": {"model_type": "gemma3_text", "rope_scaling": {"factor": 8.0, "rope_type": "linear"}} | COMMON,
+        "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 64, "vision_use_head": False},
+    },
+    "gpt_neox": {"rotary_emb_base": 10000, "rotary_pct": 0.25, "use_parallel_residual": True},
+    "deepseek_v3": {
+        "num_key_value_heads": 4, "rope_theta": 10000, "routed_scaling_factor": 2.5, "n_group": 8, "topk_group": 4,
+        "rope_scaling": {
+            "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+        },
+    },
+}  # fmt: skip
+"""config.json as versions 4 of transformers wrote them."""
+
+
+@pytest.mark.parametrize("family", WRITTEN)
+@pytest.mark.filterwarnings("ignore")
+def test_what_another_version_of_transformers_wrote_means_the_same(tmp_path: Path, family: str) -> None:
+    import transformers
+
+    fields = WRITTEN[family] if family == "gemma3" else COMMON | WRITTEN[family]
+    old = {"model_type": family, "architectures": [f"{family}ForCausalLM"]} | fields
+    new = json.loads(transformers.AutoConfig.for_model(**json.loads(json.dumps(old))).to_json_string())
+    _, instruct, target = triple(tmp_path)
+    for folder, config in ((instruct, new), (target, old)):
+        (folder / "config.json").write_text(json.dumps(config))
+    inputs = {"target": open_checkpoint(target), "instruct": open_checkpoint(instruct)}
+    assert configs.differences(inputs) == []
+    assert len(configs.fields(old)) > 3
