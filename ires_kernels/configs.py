@@ -39,6 +39,7 @@ _TOLD_BY_ABSENCE = re.compile(
     r"|logits?_scal\w*|query_pre_attn_scalar|scale_\w+|residual_scale|dim_model_base|mup_\w+|model_type|clip_qkv|alibi"
     r"|no_rope\w*|attention_chunk_size|routed_scaling_factor"
 )
+_NORM = re.compile(r"\w*norm\w*_eps\w*")
 # Absent means one of these. Of rope_theta it is the default of nearly all models that have it.
 _NEUTRAL = (None, False, 0, 1, "default", "full_attention")
 _DEFAULTS: Fields = {"rope_theta": 10000.0, "sliding_attention.rope_theta": 10000.0}
@@ -158,8 +159,8 @@ def _differ(name: str, values: Mapping[str, Any], tables: Mapping[str, Fields]) 
         return True
     if len(given) == len(values) or given[0] in (*_NEUTRAL, _DEFAULTS.get(name)):
         return False
-    # Where a model does not even say how many heads it has, absence means whatever its class takes for granted.
-    written = all("num_attention_heads" in table for table in tables.values())
+    # Where a model does not even say what its norms add, it says only what its class does not take for granted.
+    written = all(any(_NORM.fullmatch(field) for field in table) for table in tables.values())
     return written and _TOLD_BY_ABSENCE.fullmatch(name) is not None
 
 

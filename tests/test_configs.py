@@ -18,7 +18,7 @@ from ires_kernels.rules import Rules
 
 CONFIG = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False, "hidden_size": 16,
-    "num_attention_heads": 4, "num_hidden_layers": 2, "torch_dtype": "bfloat16",
+    "num_attention_heads": 4, "num_hidden_layers": 2, "torch_dtype": "bfloat16", "layer_norm_eps": 1e-6,
 }  # fmt: skip
 
 
