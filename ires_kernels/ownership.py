@@ -38,7 +38,7 @@ def unproved(path: Path) -> Foreign:
 
 def private_mode(mode: int) -> int:
     """Of what is unfinished: ours alone, or that of a group which shares the key."""
-    return mode & (0o770 if trust.is_shared() else 0o700)
+    return mode & (0o7770 if trust.is_shared() else 0o7700)
 
 
 def check_owner(fd: int, path: Path, *, unsigned: bool = False) -> None:
@@ -60,8 +60,17 @@ def make_private(fd: int) -> None:
     """Close a folder of ours that we have found to others."""
     status = os.fstat(fd)
     mode = private_mode(stat.S_IMODE(status.st_mode))
-    if mode != stat.S_IMODE(status.st_mode) and not trust.stranger(status):
+    if mode != stat.S_IMODE(status.st_mode):
+        set_mode(fd, mode)
+
+
+def set_mode(fd: int, mode: int) -> None:
+    """Change the mode, where that is ours to change and the file system has modes."""
+    try:
         os.fchmod(fd, mode)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
 
 
 def open_own(path: Path, *, write: bool = False) -> int:

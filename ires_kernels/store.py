@@ -39,6 +39,7 @@ from ires_kernels.ownership import (
     open_folder,
     open_own,
     private_mode,
+    set_mode,
     unproved,
 )
 from ires_kernels.ownership import StoreError as StoreError
@@ -369,7 +370,7 @@ class NewFolder:
         self.finish_files()
         self._check_files()
         with named(self.partial):
-            os.fchmod(self._at, self._mode())
+            set_mode(self._at, self._mode())
             if self._sync:
                 for folder, _, _ in os.walk(self.partial, topdown=False):
                     fsync_folder(folder)

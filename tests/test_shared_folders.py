@@ -262,6 +262,18 @@ def test_a_side_file_does_not_go_through_a_link(tmp_path: Path, models: tuple[Pa
     assert not (target / ".ires-unfinished").exists()
 
 
+def begun(target: Path, pair: tuple[Path, Path], out: Path) -> None:
+    """Begin an output that ends with its weights complete."""
+
+    def cut(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store.NewFolder, "finish_files", cut)
+        with pytest.raises(KeyboardInterrupt):
+            ik.apply(target, pair, out=out, threads=1)
+
+
 def cut_off(target: Path, pair: tuple[Path, Path]) -> None:
     """Begin an update that ends in the middle."""
 
@@ -293,11 +305,31 @@ def test_users_who_share_a_key_go_on_with_what_others_began(models: tuple[Path, 
     assert as_user(MALLORY, lambda: ik.status(target).state, groups=(GROUP,), key=key) == "unfinished"
     as_user(MALLORY, lambda: bool(ik.resume(target)), groups=(GROUP,), key=key)
     assert ik.verify(target)
+    as_user(VICTIM, lambda: begun(base, (instruct, base), group / "new"), groups=(GROUP,), key=key)
+    with pytest.raises(Foreign, match="Users who share a key"):
+        as_user(MALLORY, lambda: ik.resume(group / "new"), groups=(GROUP,))
+    report = as_user(MALLORY, lambda: ik.resume(group / "new"), groups=(GROUP,), key=key)
+    assert report.numbers()
+    assert ik.verify(group / "new")
     empty = group / "out.partial"
     empty.mkdir()  # nothing signed is in it, so the key proves nothing
     empty.chmod(0o777)
     with pytest.raises(Foreign, match="uid 0"):
         as_user(VICTIM, lambda: ik.apply(base, (instruct, base), out=group / "out"), groups=(GROUP,), key=key)
+
+
+def test_modes_that_cannot_be_set_are_no_failure(
+    tmp_path: Path, models: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, instruct, target = models
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "fchmod", refuse)
+    (tmp_path / "out.partial").mkdir(mode=0o755)
+    ik.apply(target, (instruct, base), out=tmp_path / "out")
+    assert ik.verify(tmp_path / "out")
 
 
 @pytest.mark.root
