@@ -215,7 +215,7 @@ class Manifest:
         if self.in_place is None:
             return []
         keys = ("path", "digest", "read", "files")
-        inputs = self.table["inputs"]
+        inputs = self.table.get("inputs", {})
         last = {
             "id": self.id,
             "recipe": self.in_place.recipe,
