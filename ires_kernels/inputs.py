@@ -77,6 +77,13 @@ def check_path(path: object, name: str) -> None:
         raise TypeError(f"{name} is {type(path).__name__} {brief(path)}, wanted a path as str or pathlib.Path")
 
 
+def check_flags(**flags: object) -> None:
+    """Refuse what is neither True nor False: it would be taken for one of them, and could not be read back."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is {type(value).__name__} {brief(value)}, wanted True or False")
+
+
 def kind_of(path: StrPath, *, follow_links: bool = False) -> Kind:
     """Whether this is a model or a residual; a model that is being updated in place is one."""
     return "model" if unfinished(Path(path)) else open_checkpoint(path, follow_links=follow_links).kind

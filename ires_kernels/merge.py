@@ -33,7 +33,7 @@ from ires_kernels import device as devices
 from ires_kernels.checkpoint import Checkpoint, is_shard
 from ires_kernels.header import CheckpointError, brief
 from ires_kernels.inplace import Workplace
-from ires_kernels.inputs import StrPath, absolute, check_path, open_inputs, roles_of_apply
+from ires_kernels.inputs import StrPath, absolute, check_flags, check_path, open_inputs, roles_of_apply
 from ires_kernels.manifest import Numbers
 from ires_kernels.operation import MAPPED, UNDO, Operation, other_files, same_plan, stamps_of
 from ires_kernels.overwrite import Options
@@ -108,6 +108,7 @@ def extract(
     OSError when the disk fails. Nothing is at `out` in any of these cases.
     """
     check_path(out, "out")
+    check_flags(sync=sync, sha256=sha256, dry_run=dry_run, follow_links=follow_links, lock=lock)
     rules = Rules.of(0, skip=skip, dtype=dtype, allow_missing=allow_missing, rounding=rounding, seed=seed)
     inputs = open_inputs({"base": base, "instruct": instruct}, follow_links=follow_links)
     options = _options(device, threads, progress, lock)
@@ -160,6 +161,9 @@ def apply(
 
     The others as for `extract`, and the same errors.
     """
+    check_flags(in_place=in_place, sync=sync, sha256=sha256, dry_run=dry_run, follow_links=follow_links, lock=lock)
+    if not isinstance(tag, str):
+        raise TypeError(f"tag is {type(tag).__name__} {brief(tag)}, wanted a text")
     if (out is None) == (not in_place):
         raise ArgumentError("give either out, a new folder, or in_place=True.")
     if out is not None:
@@ -295,6 +299,7 @@ def load(
     return, so any stream may use them. Arguments and errors as for `apply`, and MemoryError when the device has no room
     for the result.
     """
+    check_flags(follow_links=follow_links)
     paths = roles_of_apply(target, residual, follow_links=follow_links)
     rules = _rules_of_apply(paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed)
     plan = _plan_apply(open_inputs(paths, follow_links=follow_links), rules)
@@ -357,6 +362,8 @@ def _plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules) -> Plan:
 
 
 def _options(device: str | torch.device, threads: int | None, progress: Progress | None, lock: bool = True) -> Options:
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress is {type(progress).__name__} {brief(progress)}, wanted a function of two numbers")
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
         raise TypeError(f"threads is {type(threads).__name__} {brief(threads)}, wanted an integer, or None")
     if threads is not None and threads < 1:

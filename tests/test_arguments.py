@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,8 @@ PAIRS = "wanted pairs of a regular expression and factors, as [('mlp', 0.5)] or 
         ({"out": 5}, "out is int 5, wanted a path as str or pathlib.Path"),
         ({"threads": "2"}, "threads is str '2', wanted an integer"),
         ({"threads": 2.0}, "threads is float 2.0, wanted an integer"),
+        ({"progress": 5}, "progress is int 5, wanted a function of two numbers"),
+        ({"follow_links": "no"}, "follow_links is str 'no', wanted True or False"),
     ],
     ids=str,
 )
@@ -133,6 +136,27 @@ def test_arguments_of_a_wrong_type_are_named(arguments: dict[str, Any], message:
             ik.load(**{"target": "target", "residual": "other", **arguments})
         assert f"{raised.value}".startswith(message)
     assert snapshot(root) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tag": 5}, "tag is int 5, wanted a text"),
+        ({"sync": "no"}, "sync is str 'no', wanted True or False"),
+        ({"sync": 0}, "sync is int 0, wanted True or False"),
+        ({"sha256": None}, "sha256 is NoneType None, wanted True or False"),
+        ({"dry_run": "yes"}, "dry_run is str 'yes', wanted True or False"),
+        ({"in_place": 1}, "in_place is int 1, wanted True or False"),
+    ],
+    ids=str,
+)
+def test_arguments_that_would_be_recorded(arguments: dict[str, Any], message: str, root: Path) -> None:
+    """An update in place that began with these could neither be gone on with nor be taken back."""
+    before = snapshot(root)
+    with pytest.raises(TypeError, match=re.escape(message)):
+        ik.apply(**{"target": "target", "residual": "other", "in_place": True, **arguments})
+    assert snapshot(root) == before
+    assert ik.status("target").state == "none"
 
 
 @pytest.mark.parametrize("name", ["base", "instruct", "out"])

@@ -88,6 +88,21 @@ def test_the_errors_of_a_list_do_not_line_up() -> None:
     assert mean == pytest.approx(one / 8, rel=0.1)
 
 
+@pytest.mark.usefixtures("backend")
+def test_steps_with_one_seed_err_together_and_with_their_own_do_not() -> None:
+    """64 updates of a tenth of a gap, as docs/numerics.md has it."""
+    residual = torch.full((4096,), 0.1 * 2**-7)
+    one, own = torch.ones(4096).bfloat16(), torch.ones(4096).bfloat16()
+    for step in range(64):
+        ik.add_(one, residual, rounding="stochastic", seed=7)
+        ik.add_(own, residual, rounding="stochastic", seed=step)
+    gaps = [(each.double() - 1) * 2**7 for each in (one, own)]
+    assert set(gaps[0].tolist()) == {0.0, 64.0}
+    assert (gaps[0] == 64).double().mean().item() == pytest.approx(0.1, abs=0.02)
+    assert gaps[1].mean().item() == pytest.approx(6.4, abs=0.15)
+    assert gaps[1].std().item() == pytest.approx(2.4, abs=0.1)  # sqrt(64 * 0.1 * 0.9)
+
+
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: str(operation.__name__))
 def test_help_explains_every_option_and_its_example_is_true(operation: Any) -> None:
     text = inspect.getdoc(operation) or ""
