@@ -40,6 +40,8 @@ def marks(template: str, tokens: Tokens) -> list[str]:
     settings = tokens.settings
     begin, end = (text_of(settings.get(key)) for key in ("bos_token", "eos_token"))
     # An added token may also be a word or blanks, which any text has.
+    if len(tokens.added) > _MARKS or len(template) > _TEMPLATE:  # whatever they are
+        return []
     found = {token for token in tokens.added if _MARK.fullmatch(token) and token in template} - {begin}
     if end in tokens.ids and re.search(r"\beos_token\b", template):
         found.add(end)
@@ -82,4 +84,5 @@ def _list(ids: Iterable[int], tokens: Tokens | None) -> str:
     return ", ".join(f"{id_} {table[id_]!r}" if id_ in table else f"{id_}" for id_ in ids)
 
 
+_MARKS, _TEMPLATE = 10_000, 1 << 17  # added tokens and characters; the most that are known are some 1,000 and 30,000
 _MARK = re.compile(r"(?=.*\W)\S{3,}")

@@ -373,8 +373,9 @@ def _operation_id(plan: Plan) -> str:
 
 
 def _made_of(side: SideFile) -> list[Any]:
-    made = [] if side.content is None else [xxhash.xxh3_128_hexdigest(side.content)]
-    return [side.name, side.role, side.file_id.size, side.file_id.mtime_ns, *made]
+    if side.content is not None:
+        return [side.name, side.role, xxhash.xxh3_128_hexdigest(side.content)]
+    return [side.name, side.role, *side.file_id.stamp().values()]
 
 
 def _identities(checkpoint: Checkpoint) -> list[list[Any]]:

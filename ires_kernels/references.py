@@ -15,7 +15,7 @@ from typing import Any
 from ires_kernels.header import check_depth
 
 _PARTS = ("modules.json", "router_config.json")
-_FROM = re.compile(r"^[ \t]*from[ \t]+(\.+)([\w.]*)[ \t]+import[ \t]+(\([^)]*\)|[^\n#;]*)", re.MULTILINE)
+_FROM = re.compile(r"^[ \t]*from[ \t]+(\.+)(\w[\w.]*)?[ \t]+import[ \t]+(\([^()]*\)|[^\n#;]*)", re.MULTILINE)
 # Settings that tell where a model was made, which may be the name of a folder here by chance.
 _ELSEWHERE = re.compile(r"_.*|.*name_or_path|.*checkpoint.*|.*_dir")
 _NAME = re.compile(r"[A-Za-z_]\w*")

@@ -109,7 +109,7 @@ def of_model(inputs: Mapping[str, Checkpoint], *, own_tokenizer: bool = False) -
         holder, why = own, "it has tokens of its own"
         groups = [_template(own, giver), _generation(own, donors, giver)]
     elif giver is not None:
-        groups = [giver.templates() or own.templates(absent), _generation(own, donors)]
+        groups = [giver.files("template") if giver.has_template else own.templates(absent), _generation(own, donors)]
     else:
         groups = [(first("template") or own).files("template"), _generation(own, donors)]
     groups.append(holder.files("tokenizer", why))
@@ -176,8 +176,7 @@ def is_weights(name: str) -> bool:
 
 def has_template(checkpoint: Checkpoint) -> bool:
     """Whether there is a chat template, in a file of its own or in tokenizer_config.json."""
-    parent = _Parent("", checkpoint)
-    return parent.has("template") or b'"chat_template"' in parent.read(_SETTINGS)
+    return _Parent("", checkpoint).has_template
 
 
 class _Parent:
@@ -199,15 +198,16 @@ class _Parent:
         text = self.template
         if text is None or _JINJA in self.listing:
             return self.files("template", why)
-        return [self.file(_JINJA, why or f"from {_SETTINGS}", text.encode(errors="replace"))]
+        path = next(self.listing[name] for name in (_SETTINGS, "chat_template.json") if name in self.listing)
+        return [self.file(_JINJA, why or f"from {path.name}", text.encode(errors="replace"), path)]
 
     def file(self, name: str, why: str = "", content: bytes | None = None, path: Path | None = None) -> SideFile:
-        """A file of the output from the one of this name; one with other `content` may also be made of none."""
-        path = path or self.listing.get(name, self.checkpoint.path)
+        """A file of the output, of the bytes of the one of this name or at `path`, or with other `content`."""
+        path = path or self.listing[name]
         file_id = FileId.of(path)
         if not self.checkpoint.follow_links and path != self.checkpoint.path:
             check_link(path, self.checkpoint.path)
-        if _group(name) != "model" and file_id.size > MAX_TOKENIZER:
+        if content is None and _group(name) != "model" and file_id.size > MAX_TOKENIZER:
             raise CheckpointError(f"{path}: has {file_id.size} bytes, wanted at most {MAX_TOKENIZER}. Delete it.")
         return SideFile(name, path, self.role, file_id, why, content)
 
@@ -242,10 +242,24 @@ class _Parent:
         return configs.special_ids(self.checkpoint.config)
 
     @property
+    def says_ids(self) -> Path:
+        """The file that `special_ids` are from; of a residual that is a single file, that file."""
+        place = self.checkpoint.path
+        return (
+            place / ("residual.json" if self.checkpoint.kind == "residual" else "config.json")
+            if place.is_dir()
+            else place
+        )
+
+    @property
     def renamed(self) -> dict[str, int]:
         """Of a residual: tokens of base in whose rows its instruct model has others."""
         known = self.checkpoint.manifest if self.checkpoint.kind == "residual" else None
         return known.renamed_tokens if known else {}
+
+    @property
+    def has_template(self) -> bool:
+        return self.has("template") or self.template is not None
 
     @property
     def template(self) -> str | None:
@@ -334,7 +348,8 @@ def _generation(own: _Parent, donors: Sequence[_Parent], giver: _Parent | None =
             if endings.ids(eos) == endings.ids(special["eos_token_id"]):
                 break
             why = f"{'that of the target' if mine else 'new'}, with eos_token_id of the config.json of {donor.role}"
-            side = donor.file(_GENERATION, why, endings.generation(mine, special))
+            path = own.listing[_GENERATION] if mine else donor.says_ids
+            side = (own if mine else donor).file(_GENERATION, why, endings.generation(mine, special), path)
         else:
             continue
         if giver is not None and not _agree(special, own, giver):

@@ -25,7 +25,7 @@ MAX_TOKENIZER = 1 << 28
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 # Rows that nobody has trained are named so that they can be renamed: a name that is gone is then no loss.
-_FREE = re.compile(r"\W*(reserved|unused|placeholder|dummy)\w*\W*", re.IGNORECASE)
+_FREE = re.compile(r"[<\[(|]+\w*(reserved|unused|placeholder|dummy)\w*[>\])|]+", re.IGNORECASE)
 _RENAMED = 0.05  # of base's tokens: where instruct renamed more, it has not named free rows, it has another tokenizer
 
 
@@ -222,7 +222,10 @@ def _pieces(raw: bytes) -> Iterator[str]:
     """The pieces of a sentencepiece model in order: field 1 of each field 1 of a protobuf."""
     for number, message in _fields(raw):
         if number == 1:
-            yield next(text.decode() for inner, text in _fields(message) if inner == 1)
+            piece = next((text for inner, text in _fields(message) if inner == 1), None)
+            if piece is None:
+                raise ValueError("it has a piece without a text")
+            yield piece.decode()
 
 
 def _fields(raw: bytes) -> Iterator[tuple[int, bytes]]:
@@ -250,6 +253,8 @@ def _varint(raw: bytes, place: int) -> tuple[int, int]:
     while raw[place] & 0x80:
         value |= (raw[place] & 0x7F) << shift
         place, shift = place + 1, shift + 7
+        if shift > 63:
+            raise ValueError("it has a number that is too long")
     return value | raw[place] << shift, place + 1
 
 

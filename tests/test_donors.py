@@ -282,6 +282,31 @@ def test_the_template_of_the_target_stays_where_instruct_has_none(tmp_path: Path
         assert (out / "chat_template.jinja").read_text() == "{{ mine }}"
 
 
+def test_a_template_inside_of_a_tokenizer_comes_with_it(tmp_path: Path) -> None:
+    base, instruct, target = triple(tmp_path)
+    tokenizer(instruct, chat_template="{{ theirs }}")
+    tokenizer(target)
+    write(target, chat_template__jinja="{{ mine }}")
+    for out in outputs(base, instruct, target):
+        assert not (out / "chat_template.jinja").exists(), "it would override the other"
+        assert read(out / "tokenizer_config.json")["chat_template"] == "{{ theirs }}"
+
+
+def test_what_is_made_is_no_more_open_than_what_it_is_made_of(tmp_path: Path) -> None:
+    base, instruct, target = triple(tmp_path, config={**CONFIG, "eos_token_id": 3})
+    write(instruct, config__json=CONFIG | {"eos_token_id": 5})
+    (instruct / "config.json").chmod(0o600)
+    ik.apply(target, (instruct, base), out=tmp_path / "out", sync=False)
+    assert (tmp_path / "out/generation_config.json").stat().st_mode & 0o077 == 0
+
+
+def test_a_template_of_any_size_is_looked_at_or_not_in_no_time(tmp_path: Path) -> None:
+    base, instruct, target = triple(tmp_path)
+    tokenizer(instruct, *(f"<{i}>" for i in range(20_000)), eos_token="w1", chat_template="<x>" * 1_000_000)
+    write(instruct, generation_config__json={"eos_token_id": 1})
+    assert not one_pass(base, instruct, target).warnings
+
+
 def test_a_single_file_gets_no_side_files_in_place(tmp_path: Path) -> None:
     base, instruct, target = triple(tmp_path)
     tokenizer(instruct)

@@ -183,6 +183,8 @@ def test_code_and_settings_that_cannot_be_read_name_nothing(tmp_path: Path) -> N
             "a.json": "[" * 50_000,
             "b.json": '{"x": ',
             "c.py": "from .... import far\nfrom . import *\nfrom .1 import x\n" + "(" * 50_000,
+            "dots.py": "from " + "." * 2_000_000 + "\n",
+            "brackets.py": "from . import (\n" * 200_000,
             "d.json": '"' + "x/" * 5_000 + '"',
         },
     )

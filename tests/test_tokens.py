@@ -169,6 +169,8 @@ def test_other_formats(tmp_path: Path) -> None:
         ("tokenizer.model", b"\x0a\x03\x0a\x01\xff"),
         ("tokenizer.model", b"not one"),
         ("tokenizer.model", b"\x0a\x02\x0f\x00"),
+        ("tokenizer.model", b"\x0a\x05\x15\x00\x00\x00\x00"),
+        ("tokenizer.model", b"\x0a" + b"\x80" * 10_000_000),
         ("vocab.json", b'{"a": {"b": 1}}'),
         ("vocab.txt", b"\xff"),
         ("tekken.json", b"{}"),
