@@ -146,9 +146,10 @@ def apply(
     the tensors of a new folder and keep their headers, and are hidden meanwhile, so that no half-updated model loads.
 
     residual       a residual folder; several of them, added in this order and rounded once; or the pair of models
-                   (instruct, base), whose difference is taken on the way. The tokenizer, chat template and
-                   generation_config.json come from the instruct model or the first residual that has them, and from
-                   the target where its vocabulary is another and stays
+                   (instruct, base), whose difference is taken on the way. The tokenizer, chat template,
+                   generation_config.json and processors come from the instruct model or the first residual that has
+                   them, else from the target; the target keeps its tokenizer where it has tokens of its own, or where
+                   its vocabulary is another and stays
     alpha          a factor for all residuals, or one for each
     alphas         pairs of a regular expression and factors, as alpha: the first one found in a tensor's name decides
     skip           regular expressions found in the names of tensors that are copied as they are
