@@ -11,7 +11,9 @@ from ires_kernels import checks, regions
 from ires_kernels.backends import Call, Tally, choose, thread_count
 from ires_kernels.checks import Names, Rounding
 
-_PART = regions.POPULATED // 4  # bytes of mapped operands, so that work on the first of a long list begins soon
+_PART = 256 << 20
+"""Bytes of operands that have to be there at once where some are mapped files: what is populated long before it is used
+may be gone by then, and work begins sooner."""
 
 
 def apart(
@@ -88,20 +90,36 @@ def _run(call: Call, written: Sequence[Tensor], shape_only: bool) -> None:
 
 
 def _parts(call: Call) -> Iterator[Call]:
-    """Calls one after the other that do what `call` does, each of not more tensors than have to be there at once."""
+    """Calls one after the other that do what `call` does, of not many more bytes each than `_PART`."""
     first = size = 0
-    for i, row in enumerate(call.inputs):
-        more = sum(x.numel() * x.element_size() for x in row)
+    for i, (out, row) in enumerate(zip(call.outs, call.inputs, strict=True)):
+        width = sum(x.element_size() for x in (out, *row))
+        more = width * out.numel()
         if size and size + more > _PART:
-            yield _part(call, first, i)
+            yield _items(call, first, i)
             first, size = i, 0
         size += more
-    yield _part(call, first, len(call.outs))
+        if size > _PART and all(x.is_contiguous() for x in (out, *row)):  # then it is alone
+            step = max(1, _PART // width)
+            yield from (_piece(call, i, start, step) for start in range(0, out.numel(), step))
+            first, size = i + 1, 0
+    if first < len(call.outs):
+        yield _items(call, first, len(call.outs))
 
 
-def _part(call: Call, first: int, stop: int) -> Call:
+def _items(call: Call, first: int, stop: int) -> Call:
     part = slice(first, stop)
     return call._replace(outs=call.outs[part], inputs=call.inputs[part], streams=call.streams[part])
+
+
+def _piece(call: Call, item: int, start: int, count: int) -> Call:
+    """Some elements of one item; their random bits are those that they have in the whole."""
+    part = slice(start, start + count)
+    out, row = call.outs[item].view(-1)[part], call.inputs[item]
+    operands = tuple(out if x is call.outs[item] else x.view(-1)[part] for x in row)
+    return call._replace(
+        outs=[out], inputs=[operands], streams=[call.streams[item]], offset=(call.offset + start) % (1 << 64)
+    )
 
 
 def _ranges(call: Call) -> Iterator[tuple[int, int, bool]]:

@@ -30,8 +30,6 @@ class Region(Protocol):
         """Have the memory there, for reading or writing. Raises OSError where that cannot be."""
 
 
-POPULATED = 1 << 30
-"""Bytes of a call that are there before it begins. Much more than memory has would go before it is used."""
 _PIECE = 8 << 20
 """Bytes that a thread populates at a time."""
 
@@ -70,8 +68,6 @@ def populate(ranges: Iterable[tuple[int, int, bool]], threads: int = 1) -> None:
     `add_difference_` on 3 × 256 MB of page cache, two threads. From the disk it is as fast as faults are.
     """
     found = [(region, *each) for each in ranges if (region := _find(each[0])) is not None]
-    if sum(nbytes for _, _, nbytes, _ in found) > POPULATED:
-        return
     pieces = deque(
         (region, address + start, min(_PIECE, nbytes - start), written)
         for region, address, nbytes, written in found

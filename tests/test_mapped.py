@@ -275,25 +275,33 @@ def test_a_file_that_is_cut_is_an_error_of_our_operations(tmp_path: Path) -> Non
     assert (done.returncode, done.stdout.split()[:3]) == (0, [f"{file}", "cannot", "be"]), done.stderr
 
 
-def test_a_long_list_is_done_in_parts(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("part", [100, 1500, 5000])
+def test_much_is_done_in_parts(
+    tmp_path: Path, backend: str, rounding: str, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ires_kernels import launch
 
-    paths = triple(tmp_path)
-    monkeypatch.setattr(launch, "_PART", 1500)
-    with ik.mapped(paths[0]) as b, ik.mapped(paths[1]) as i:
-        assert len({*b}) == 7
-        names = list(b)
-        for rounding in ("nearest", "stochastic"):
-            tally, alone = ik.Tally(), ik.Tally()
-            one = [[t.clone() for t in operand.values()] for operand in (i, b)]
-            found = ik.subtract([i[n] for n in names], [b[n] for n in names], rounding=rounding, tally=tally,
-                                dtype=torch.bfloat16, stream=list(range(7)))  # fmt: skip
-            with monkeypatch.context() as patch:
-                patch.setattr(regions, "is_any", lambda: False)
-                wanted = ik.subtract(*one, rounding=rounding, tally=alone, dtype=torch.bfloat16, stream=list(range(7)))
-            assert all(same(x, y) for x, y in zip(found, wanted, strict=True)), backend
-            assert (tally.elements, tally.updates, tally.lost) == (alone.elements, alone.updates, alone.lost)
-    assert ik.subtract([], []) == []
+    base, instruct, _ = triple(tmp_path)
+    with ik.mapped(base) as b, ik.mapped(instruct) as i:
+        operands = [[x[name] for name in b] for x in (i, b)]
+        apart = [[x.clone() for x in column] for column in operands]
+        options = {"rounding": rounding, "seed": 3, "offset": 5, "dtype": torch.bfloat16}
+        tally, wanted_tally = ik.Tally(), ik.Tally()
+        with monkeypatch.context() as patch:
+            patch.setattr(regions, "is_any", lambda: False)
+            wanted = ik.subtract(*apart, tally=wanted_tally, **options)
+            ik.scale_(apart[0], 0.7, rounding=rounding)
+        monkeypatch.setattr(launch, "_PART", part)
+        found = ik.subtract(*operands, tally=tally, **options)
+        assert all(same(x, y) for x, y in zip(found, wanted, strict=True)), backend
+        counts = ("elements", "updates", "lost", "nan_in")
+        assert [getattr(tally, name) for name in counts] == [getattr(wanted_tally, name) for name in counts]
+        assert ik.subtract([], []) == []
+        ordinary = [x.clone() for x in operands[0]]
+        ordinary[1] = ordinary[1].t().contiguous().t()  # this one is not cut
+        ik.scale_(ordinary, 0.7, rounding=rounding)
+        assert all(same(x, y) for x, y in zip(ordinary, apart[0], strict=True))
 
 
 # Afterwards
@@ -388,17 +396,12 @@ def test_regions_are_found_by_address() -> None:
         assert told == [None, "8+0", "8+3", None, "16+0", "32+3", None]
         assert regions.problem(8, False) is None
         assert regions.is_any()
-        piece, all_of_it = regions._PIECE, regions.POPULATED
+        piece = regions._PIECE
         for threads in (1, 3):
             populated.clear()
-            regions.populate([(9, 2, True), (12, 1, True), (16, all_of_it - 2, False)], threads)
-            assert (9, 2, True) in populated
-            assert sorted(populated)[1:] == [
-                (16 + start, min(piece, all_of_it - 2 - start), False) for start in range(0, all_of_it, piece)
-            ]
-        populated.clear()
-        regions.populate([(9, 2, True), (16, all_of_it - 1, False)])
-        assert not populated
+            regions.populate([(9, 2, True), (12, 1, True), (16, 3 * piece + 5, False)], threads)
+            pieces = [(16 + k * piece, piece if k < 3 else 5, False) for k in range(4)]
+            assert sorted(populated) == [(9, 2, True), *pieces]
         with pytest.raises(OSError, match="cut"):
             regions.populate([(8, 3, False), *[(16, 4 * piece, False)] * 9], 3)
     finally:
