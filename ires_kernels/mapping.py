@@ -6,7 +6,7 @@ import os
 import warnings
 import weakref
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -55,7 +55,7 @@ def mapped(
 
     >>> with ik.mapped("target/", write=True) as t, ik.mapped("instruct/") as i, ik.mapped("base/") as b:
     ...     for name in t:
-    ...         ik.add_difference_(t[name], i[name], b[name], alpha=0.7)
+    ...         _ = ik.add_difference_(t[name], i[name], b[name], alpha=0.7)
 
     Read-only, tensors are not written. Operations of this package refuse to, and so does torch, for they are inference
     tensors; what gets past that (in torch.inference_mode(), through numpy, .detach() or .data) stays in this process
@@ -124,9 +124,9 @@ class Mapped(Mapping[str, Tensor]):
                     self._files = {}
                     self._writing.cancel()
                 raise
-        self.closed = False
-        if self._writing is not None:
-            _open.add(self)
+            self.closed = False
+            if self._writing is not None:
+                _open.add(self)
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor of that name; made anew by each call, over the same memory."""
@@ -160,6 +160,8 @@ class Mapped(Mapping[str, Tensor]):
 
     def flush(self) -> None:
         """Make durable what was written so far. Raises OSError where the disk fails: then nothing is known of it."""
+        if self.closed:
+            raise ValueError(f"{self.path}: is closed.")
         if self._writing is not None:
             for file in self._files.values():
                 file.pages.sync()
@@ -173,11 +175,10 @@ class Mapped(Mapping[str, Tensor]):
         """
         if self.closed:
             return
-        with interrupts.held():
-            self._release()
-            if self._writing is not None:
-                self._writing.commit()
-                return
+        if self._writing is not None:
+            self._end(self._writing.commit)
+            return
+        self._release()
         changed, _ = self.checkpoint.changed()
         if changed:
             raise CheckpointError(
@@ -195,44 +196,50 @@ class Mapped(Mapping[str, Tensor]):
     ) -> None:
         if error is None:
             self.close()
-        elif not self.closed:  # the error matters more than what became of files that were read meanwhile
-            with interrupts.held():
-                self._release()
-                if self._writing is not None and self._touched:
-                    self._writing.withdraw()
-                elif self._writing is not None:
-                    self._writing.cancel()
+        elif not self.closed and self._writing is not None:
+            self._end(self._writing.withdraw)
+        else:  # the error matters more than what became of files that were read meanwhile
+            self._release()
 
     def __del__(self) -> None:
         if self.closed or self._writing is None:
             return
         if not self._touched:
-            self._release()
-            self._writing.cancel()
+            self._end(self._writing.cancel)
         else:
             warnings.warn(
                 f"{self!r} was never closed: the model stays hidden", ResourceWarning, source=self, stacklevel=1
             )
             self._abandon()
 
-    def _release(self) -> None:
-        """From now on nobody writes to the files."""
+    def _end(self, how: Callable[[], None]) -> None:
+        """End writing in one of its ways; where no tensor was asked for, nothing was written."""
+        assert self._writing is not None
+        _open.discard(self)
+        with interrupts.held():
+            try:
+                for file in self._release():
+                    file.pages.detach()
+            except BaseException:
+                self._writing.leave()
+                raise
+            if self._touched:
+                how()
+            else:
+                self._writing.cancel()
+
+    def _release(self) -> list[_File]:
+        """From now on our operations take no tensors of these files."""
         self.closed = True
-        files, self._files = self._files, {}
-        for file in files.values():
+        files, self._files = list(self._files.values()), {}
+        for file in files:
             file.region.state = "closed"
-        if self._writing is not None:
-            _open.discard(self)
-            for file in files.values():
-                file.pages.detach()
+        return files
 
     def _abandon(self) -> None:
         """Leave the files as they are, and the model hidden: whoever wrote to it is gone, or is another process."""
         assert self._writing is not None
-        files = self._files
-        self.closed, self._files = True, {}
-        for file in files.values():
-            file.region.state = "closed"
+        for file in self._release():
             try:
                 file.pages.detach()
             except OSError:

@@ -30,6 +30,7 @@ from ires_kernels.rules import Rules
 from ires_kernels.state import unclosed, way_out
 
 _COPIES = "copy"
+_ROOM, _OF_TENSOR = 1 << 16, 320  # bytes that are reserved for the manifest
 _log = logging.getLogger("ires_kernels")
 
 
@@ -77,7 +78,9 @@ class Writing:
                 dropped=dropped,
                 history=[update.table for update in history],
             )  # fmt: skip
-            place.write(operation.to_bytes())
+            content = operation.to_bytes()
+            place.reserve(_ROOM + sum(_OF_TENSOR + 6 * len(name) for name in target.tensors) + len(content))
+            place.write(content)
             place.move_in(names)
         except BaseException:
             _show(place, names)
@@ -101,6 +104,7 @@ class Writing:
                 os.utime(self.hidden(shard.path))  # some file systems do not do that for writes to memory
             if operation.sync:
                 self.sync()
+            place.release()
             mode = Access(self.hidden(shard.path) for shard in self._target.shards).file
             place.stage(overwrite.manifest_name(place), [_manifest(place, operation, self._target)], mode)
             place.advance("installing")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import errno
 import gc
 import json
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import normal, snapshot, triple, write_model
+from checkpoints import normal, read_model, snapshot, triple, write_model
+from children import ends
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -262,17 +264,27 @@ def test_ordinary_tensors_come_of_clones(model: Path) -> None:
 
 
 def test_a_file_that_is_cut_is_an_error_of_our_operations(tmp_path: Path) -> None:
-    # In a process of its own: what touches the memory without looking first is killed by SIGBUS.
+    # In a child: what touches the memory without looking first is killed by SIGBUS.
     file = write_model(tmp_path / "model", {"w": normal((1 << 16,), 1)}) / "model.safetensors"
-    program = (
-        "import os, sys, torch, ires_kernels as ik\n"
-        "w = ik.mapped(sys.argv[1])['w']\n"
-        "os.truncate(sys.argv[1], 4096)\n"
-        "try: ik.subtract(w, torch.ones(1 << 16))\n"
-        "except OSError as error: print(error.filename, error.strerror)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program, f"{file}"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout.split()[:3]) == (0, [f"{file}", "cannot", "be"]), done.stderr
+
+    def use() -> None:
+        w = ik.mapped(file)["w"]
+        os.truncate(file, 4096)
+        with pytest.raises(OSError, match="cannot be read or written where it is mapped: it was cut") as caught:
+            ik.subtract(w, torch.ones(1 << 16))
+        assert caught.value.filename == f"{file}"
+
+    assert ends(use) == 0
+
+
+def test_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, instruct, target = triple(tmp_path)
+    ik.apply(target, (instruct, base), alpha=0.7, out=tmp_path / "wanted")
+    monkeypatch.chdir(tmp_path)
+    (example,) = doctest.DocTestFinder(recurse=False).find(ik.mapped, "mapped", globs={"ik": ik})
+    assert len(example.examples) == 1
+    assert doctest.DocTestRunner().run(example).failed == 0
+    assert all(same(t, read_model(tmp_path / "wanted")[name]) for name, t in read_model(target).items())
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])

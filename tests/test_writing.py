@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
 import signal
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import read_model, snapshot, tensors, triple, write_model
+from children import die, end_of, ends, forked
 from safetensors.torch import load_file, save_file
 from test_mapped import raw, same, write_raw
 from torch import Tensor
 
 import ires_kernels as ik
-from ires_kernels import copies, inplace
+from ires_kernels import copies, inplace, interrupts
 from ires_kernels.cli import main
 from ires_kernels.header import CheckpointError
 from ires_kernels.rules import ArgumentError
@@ -142,6 +143,8 @@ def test_flush_is_durable_and_goes_on(target: Path, monkeypatch: pytest.MonkeyPa
     assert (read_model(target)[NAME] == 1).all()
     with ik.mapped(target) as t:
         t.flush()  # nothing to do
+    with pytest.raises(ValueError, match="is closed"):
+        t.flush()
 
 
 def test_errors_of_the_disk_are_told(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +170,8 @@ def test_errors_of_the_disk_are_told(target: Path, monkeypatch: pytest.MonkeyPat
 
 def test_it_is_hidden_and_locked(tmp_path: Path, target: Path) -> None:
     base, instruct = tmp_path / "base", tmp_path / "instruct"
-    with ik.mapped(target, write=True):
+    with ik.mapped(target, write=True) as t:
+        t[NAME].zero_()
         assert visible(target) == [".ires-unfinished"]
         status = ik.status(target)
         assert status.state == "running"
@@ -207,29 +211,9 @@ def test_one_of_two_writers_is_refused(target: Path) -> None:
 
     children = [forked(write) for _ in range(2)]
     os.write(start, b"xx")
-    codes = sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+    codes = sorted(end_of(child) for child in children)
     assert codes == [0, refused]
     assert not read_model(target)[NAME].any()
-
-
-def forked(run: Callable[[], object]) -> int:
-    """A child of this process that does something and ends: with 0, or with 1 if it raises."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which do not matter to what is done here
-        child = os.fork()
-    if not child:
-        code = 1
-        try:
-            run()
-            code = 0
-        finally:
-            os._exit(code)
-    return child
-
-
-def ends(run: Callable[[], object]) -> int:
-    """How such a child ends: its exit code, or the signal that killed it, negative."""
-    return os.waitstatus_to_exitcode(os.waitpid(forked(run), 0)[1])
 
 
 def zero(target: Path, undo: str, then: Callable[[], object]) -> None:
@@ -237,10 +221,6 @@ def zero(target: Path, undo: str, then: Callable[[], object]) -> None:
         for x in t.values():
             x.zero_()
         then()
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def die_after(renames: int) -> None:
@@ -333,6 +313,40 @@ def test_an_interrupt_as_it_begins(target: Path, moment: str, monkeypatch: pytes
         ik.mapped(target, write=True)
     assert {name: entry[:2] for name, entry in snapshot(target).items()} == before
     assert ik.status(target).state == "none"
+
+
+def test_an_interrupt_that_nobody_can_return_from(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes when all is done, and the caller never gets what was opened."""
+    check = interrupts.check
+
+    def late() -> None:
+        check()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = {name: entry[:2] for name, entry in snapshot(target).items()}
+    monkeypatch.setattr(interrupts, "check", late)
+    try:
+        ik.mapped(target, write=True, undo="none")
+    except KeyboardInterrupt as error:
+        error.__traceback__ = None
+    monkeypatch.undo()
+    gc.collect()
+    assert {name: entry[:2] for name, entry in snapshot(target).items()} == before
+    with ik.mapped(target, write=True) as t:
+        assert len(t) == 7
+
+
+def test_the_hidden_files_are_gone_as_it_ends(target: Path) -> None:
+    t = ik.mapped(target, write=True)
+    t[NAME].zero_()
+    work = inplace.work_folder(target)
+    os.rename(work / "model", work / "elsewhere")
+    with pytest.raises(FileNotFoundError):
+        t.close()
+    os.rename(work / "elsewhere", work / "model")
+    assert ik.status(target).state == "unfinished"
+    ik.rollback(target)
+    assert read_model(target)[NAME].any()
 
 
 def test_an_interrupt_as_it_ends(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -476,7 +490,10 @@ def test_a_merged_folder_is_no_longer_what_was_merged(tmp_path: Path) -> None:
     out = tmp_path / "out"
     ik.apply(target, (instruct, base), out=out)
     with ik.mapped(out, write=True, undo="none"):
-        pass
+        pass  # no tensor was asked for
+    assert ik.verify(out)
+    with ik.mapped(out, write=True, undo="none") as t:
+        t[NAME][0] = 0
     with pytest.raises(CheckpointError, match=r"was written through ik\.mapped"):
         ik.verify(out)
     with pytest.raises(StoreError):
@@ -486,9 +503,25 @@ def test_a_merged_folder_is_no_longer_what_was_merged(tmp_path: Path) -> None:
 def test_times_change_even_where_memory_does_not_change_them(target: Path) -> None:
     file = target / "model.safetensors"
     os.utime(file, (1, 1))
-    with ik.mapped(target, write=True, undo="none"):
-        pass
+    with ik.mapped(target, write=True, undo="none") as t:
+        assert t[NAME].any()
     assert file.stat().st_mtime > 1e9
+
+
+def test_room_for_the_manifest_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = {f"{'é' * 60}.{i}": torch.zeros(1, 1, 1, 1, 1) for i in range(300)}
+    model = write_model(tmp_path / "model", weights)
+    reserved = []
+    reserve = inplace.Workplace.reserve
+
+    def watched(place: inplace.Workplace, size: int) -> None:
+        reserved.append(size)
+        reserve(place, size)
+
+    monkeypatch.setattr(inplace.Workplace, "reserve", watched)
+    with ik.mapped(model, write=True, undo="none") as t:
+        assert len(t.values()) == len([*t.values()]) == 300
+    assert reserved[0] > (model / "ires.json").stat().st_size
 
 
 # Refused
