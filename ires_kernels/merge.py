@@ -500,7 +500,10 @@ def _check_begun(plan: Plan, out: Path, threads: int | None, kept: bytes, finish
     for record in finished.values():
         outcome.update(Outcome.from_dict(json.loads(record)))
     others = other_files(plan.inputs, operation.stamps)
-    guards.check_begun(plan, operation.samples, outcome, others, threads=threads)
+    try:
+        guards.check_begun(plan, operation.samples, outcome, others, threads=threads)
+    except CheckpointError as error:  # a file that is just being written is no reason to throw away what is complete
+        raise StoreError(f"{error}") from error
 
 
 def _written_before(plan: Plan, out: Path, threads: int | None, *, sync: bool, sha256: bool) -> Report | None:

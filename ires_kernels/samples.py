@@ -18,7 +18,7 @@ from ires_kernels.opening import open_file
 from ires_kernels.store import read_into
 
 _ENDS = 1 << 15  # bytes of the beginning, where the header is, and of the end
-_BLOCK, _BLOCKS = 1 << 12, 64  # of what is between, spread over it
+_BLOCK, _BLOCKS = 1 << 14, 16  # of what is between, spread over it; few, as each may cost a disk a seek
 
 
 def sample(path: Path, seed: str) -> str:

@@ -85,7 +85,7 @@ def _of_model(path: Path) -> Status:
             )  # fmt: skip
     if not manifest.operation:
         return Status(f"{path}", "none", "nothing is unfinished, and no merge made it")
-    whose = "" if not manifest.operation or manifest.is_mine else "; its manifest is not signed with your key"
+    whose = "" if manifest.is_mine else "; its manifest is not signed with your key"
     how = "in place" if manifest.in_place else "as a new folder"
     if manifest.operation == MAPPED:
         how = "written through ik.mapped"

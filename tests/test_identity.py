@@ -370,7 +370,7 @@ def test_a_sample_is_of_all_parts_and_its_places_follow_from_the_id(tmp_path: Pa
     assert places[0][0] == 0
     assert places[-1][1] == 10_000_000
     assert all(stop <= start for (_, stop), (start, _) in pairwise(places))
-    assert max(start - stop for (_, stop), (start, _) in pairwise(places)) < 2 * 10_000_000 / 64
+    assert max(start - stop for (_, stop), (start, _) in pairwise(places)) < 2 * 10_000_000 / 16
     assert 300_000 < sum(stop - start for start, stop in places) < 400_000
     for start, stop in places:
         for at in (start, stop - 1):
