@@ -76,6 +76,8 @@ class Run(NamedTuple):
     """Signals that it is started to ignore."""
     file_size: int | None = None
     """RLIMIT_FSIZE, in bytes."""
+    small: bool = False
+    """Whether tensors are cut into hundreds of windows, so that a tiny model takes as many as a large one."""
     user: int | None = None
     """Whose process it is, with this one as the only process or thread that the user may have."""
     out: str | None = None
@@ -84,15 +86,12 @@ class Run(NamedTuple):
 
 
 class Warm:
-    """A process that has imported the command line, and forks for every command.
+    """A process that has imported the command line, and forks for every command."""
 
-    small  cut tensors into hundreds of windows, so that a tiny model takes as many as a large one
-    """
-
-    def __init__(self, *, small: bool = False) -> None:
+    def __init__(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="warm-"))
         self._process = subprocess.Popen(
-            [sys.executable, __file__, f"{self._folder}", *(["small"] if small else [])],
+            [sys.executable, __file__, f"{self._folder}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -155,17 +154,14 @@ class Warm:
         shutil.rmtree(self._folder)
 
 
-def serve(folder: str, *how: str) -> None:
+def serve(folder: str) -> None:
     """What the warm process does: a question a line on stdin, an answer a line on stdout."""
     import torch
 
-    from ires_kernels import updates, windows
+    import ires_kernels.cli  # noqa: F401
 
     torch.set_num_threads(1)  # a pool of threads would not survive the fork
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the command line handles it, nobody does
-    if "small" in how:
-        windows.WINDOW = 32
-        updates.UNIT, updates.WINDOW, updates.GAP = 64, 1024, 16
     for line in sys.stdin:
         question = json.loads(line)
         runs = [Run(**command) for command in question["commands"]]
@@ -189,7 +185,7 @@ def serve(folder: str, *how: str) -> None:
 
 def start(folder: Path, cwd: str, run: Run) -> int:
     """Fork for a command; returns the process."""
-    from ires_kernels import cli
+    from ires_kernels import cli, updates, windows
 
     folder.mkdir(exist_ok=True)
     pid = os.fork()
@@ -197,6 +193,9 @@ def start(folder: Path, cwd: str, run: Run) -> int:
         return pid
     code = 4
     try:
+        if run.small:
+            windows.WINDOW = 32
+            updates.UNIT, updates.WINDOW, updates.GAP = 64, 1024, 16
         prepare(f"{folder}", cwd, run)
         sys.argv = ["ires", *run.argv]
         code = cli.main()
@@ -237,4 +236,4 @@ def prepare(folder: str, cwd: str, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    serve(*sys.argv[1:])
+    serve(sys.argv[1])

@@ -142,8 +142,10 @@ def loads(folder: Path) -> bool:
 class World:
     """The folders of one scenario, new for every interruption."""
 
-    def __init__(self, warm: Warm, models: Path, folder: Path, scenario: Scenario) -> None:
+    def __init__(self, warm: Warm, models: Path, folder: Path, scenario: Scenario, *, small: bool = False) -> None:
+        """With `small`, all commands cut the models into many windows."""
         self.warm = warm
+        self.small = small
         self.scenario = scenario
         self.models = models
         self.folder = folder
@@ -159,7 +161,7 @@ class World:
         """Every folder of the world after a command."""
         self._copy()
         if command:
-            done = self.warm.run(command, self.folder)
+            done = self.run(command)
             assert done.code == 0, done
         return self.found()
 
@@ -171,12 +173,12 @@ class World:
         """Make the world anew, up to where the command starts."""
         self._copy()
         for command, fault in self.scenario.before:
-            done = self.warm.run(command, self.folder, fault)
+            done = self.run(command, fault)
             assert (done.code == 0) == (fault is None), done
 
     def run(self, command: Sequence[str], fault: Fault | None = None, **options: Any) -> Done:
         """The command in the world's folder, with the options of Warm.run."""
-        return self.warm.run(command, self.folder, fault, **options)
+        return self.warm.run(command, self.folder, fault, small=self.small, **options)
 
     def found(self) -> dict[str, Contents]:
         """The contents of every folder in which there is anything."""

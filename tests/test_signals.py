@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import random
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,14 +19,6 @@ ALL = [*SCENARIOS, *WITHOUT_UNDO]
 SOME = [scenario for scenario in ALL if scenario.name in ("apply", "in place", "resume", "rollback")] + WITHOUT_UNDO
 GAPS = (0, 0, 1e-4, 1e-3, 1e-2)
 """Seconds between two of them: `timeout` and the like send one to the group and one to the child at once."""
-
-
-@pytest.fixture(scope="module")
-def small() -> Iterator[Warm]:
-    """Commands that take hundreds of windows."""
-    process = Warm(small=True)
-    yield process
-    process.close()
 
 
 def ask(world: World, rng: random.Random, command: tuple[str, ...], uninterrupted: Done) -> Cut:
@@ -49,14 +40,14 @@ def ask(world: World, rng: random.Random, command: tuple[str, ...], uninterrupte
 
 
 @pytest.mark.parametrize("scenario", SOME, ids=lambda scenario: scenario.name)
-def test_signals(scenario: Scenario, small: Warm, models: Path, scratch: Path) -> None:
-    world = World(small, models, scratch / "world", scenario)
+def test_signals(scenario: Scenario, warm: Warm, models: Path, scratch: Path) -> None:
+    world = World(warm, models, scratch / "world", scenario, small=True)
     rounds(world, 1, 0, [2], functools.partial(ask, world))
 
 
 @pytest.mark.torture
 @pytest.mark.parametrize("scenario", ALL, ids=lambda scenario: scenario.name)
-def test_signals_200_rounds(scenario: Scenario, small: Warm, models: Path, scratch: Path) -> None:
-    world = World(small, models, scratch / "world", scenario)
+def test_signals_200_rounds(scenario: Scenario, warm: Warm, models: Path, scratch: Path) -> None:
+    world = World(warm, models, scratch / "world", scenario, small=True)
     counts = rounds(world, 200, 1, [1, 1, 2, 3], functools.partial(ask, world))
     assert counts["stopped"] > 20
