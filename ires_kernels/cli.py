@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as Bar
 
-from ires_kernels import merge, trust
+from ires_kernels import interrupts, merge, trust
 from ires_kernels.folders import MERGE_ADAPTER
 from ires_kernels.header import CheckpointError
 from ires_kernels.inplace import unfinished
@@ -37,6 +37,8 @@ from ires_kernels.stream import Progress
 from ires_kernels.windows import ComputeError
 
 if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
+
     from _typeshed import SupportsWrite
 
 
@@ -113,6 +115,7 @@ class _Once:
     def __init__(self) -> None:
         self._raised = False
         self._before: dict[int, Any] = {}
+        self._hook = sys.unraisablehook
 
     def __call__(self, number: int, _: FrameType | None) -> None:
         if not self._raised:
@@ -121,6 +124,8 @@ class _Once:
 
     def take_over(self) -> None:
         """Handle the signals that nobody ignores or handles otherwise."""
+        interrupts.keep(None)
+        sys.unraisablehook = self._keep
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 before = signal.getsignal(number)
@@ -128,8 +133,16 @@ class _Once:
                     self._before[number] = before
                     signal.signal(number, self)
 
+    def _keep(self, what: UnraisableHookArgs, /) -> None:
+        """The signal came while a finaliser ran: it is not to be lost with what that raised."""
+        if isinstance(what.exc_value, Stopped):
+            interrupts.keep(what.exc_value)
+        else:
+            self._hook(what)
+
     def give_back(self) -> None:
         """Leave them to who had them before."""
+        sys.unraisablehook = self._hook
         for number, before in self._before.items():
             signal.signal(number, before)
 

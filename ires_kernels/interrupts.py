@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 _entered: _Region | None = None
 """Of the main thread, as no other one runs handlers of signals."""
+_dropped: BaseException | None = None
+"""What was raised outside of a region, and Python has dropped."""
 
 
 def held() -> _Region:
@@ -44,8 +46,20 @@ def uninterrupted(function: Callable[P, T]) -> Callable[P, T]:
 
 def check() -> None:
     """Raise what a handler has raised in this region, once. To be called where the work can end in order."""
-    if _entered is not None and threading.current_thread() is threading.main_thread():
+    global _dropped
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if _entered is not None:
         _entered.check()
+    elif _dropped is not None:
+        error, _dropped = _dropped, None
+        raise error
+
+
+def keep(error: BaseException | None) -> None:
+    """Raise an error at the next `check` after all: a handler raised it where Python drops errors, as in finalisers."""
+    global _dropped
+    _dropped = error
 
 
 class _Region:
@@ -55,7 +69,7 @@ class _Region:
         self._raised = False
 
     def __enter__(self) -> None:
-        global _entered
+        global _entered, _dropped
         if _entered is not None or threading.current_thread() is not threading.main_thread():
             return
         try:
@@ -68,6 +82,7 @@ class _Region:
             self._restore()
             raise
         _entered = self  # and not before: so far nobody would raise what was kept
+        self._kept, _dropped = self._kept or _dropped, None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -95,7 +95,10 @@ ARROWS: dict[str, set[str]] = {
         "provenance", "records", "rules", "state", "store", "trust",
     },
     "mapping": {"checkpoint", "header", "interrupts", "opening", "pages", "regions", "rules", "writing"},
-    "cli": {"folders", "header", "inplace", "inputs", "merge", "plan", "rules", "store", "stream", "trust", "windows"},
+    "cli": {
+        "folders", "header", "inplace", "inputs", "interrupts", "merge", "plan", "rules", "store", "stream", "trust",
+        "windows",
+    },
     "__main__": {"cli"},
     "__init__": {"backends", "mapping", "merge", "ops"},
 }  # fmt: skip

@@ -5,11 +5,14 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import triple
 
-from ires_kernels import interrupts
+from ires_kernels import interrupts, merge
+from ires_kernels.cli import main
 
 INT, ALARM = signal.SIGINT, signal.SIGALRM
 
@@ -117,6 +120,39 @@ def test_a_handler_that_is_set_meanwhile_stays(handlers: dict[int, Any]) -> None
         signal.signal(INT, mine)
     assert signal.getsignal(INT) is mine
     signal.signal(INT, handlers[INT])
+
+
+def test_what_python_drops_is_raised_all_the_same() -> None:
+    """As in a finaliser; whoever has the hook for that tells."""
+    interrupts.keep(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        interrupts.check()
+    interrupts.check()
+    interrupts.keep(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt), interrupts.held():
+        interrupts.check()
+    interrupts.check()
+
+
+class Finalised:
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_in_a_finaliser_ends_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, instruct, _ = triple(tmp_path)
+    opened = merge.open_inputs
+
+    def finalising(*arguments: Any, **options: Any) -> Any:
+        Finalised()
+        return opened(*arguments, **options)
+
+    monkeypatch.setattr(merge, "open_inputs", finalising)
+    assert main(["extract", f"{base}", f"{instruct}", "-o", f"{tmp_path}/out"]) == 143
+    assert capsys.readouterr().err.startswith("ires: stopped by SIGTERM.\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_threads_are_left_alone() -> None:
