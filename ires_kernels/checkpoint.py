@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 from ires_kernels import manifest as manifests
 from ires_kernels.folders import ADAPTER_NAME, SHARD_NAME, check_adapter, listed, only_file
 from ires_kernels.header import CheckpointError, Header, brief, check_depth, parse_json, read_header, sniff
-from ires_kernels.inplace import foreign, unfinished
+from ires_kernels.hidden import foreign, unfinished
 from ires_kernels.manifest import Manifest
 from ires_kernels.opening import MAX_CONFIG, MAX_INDEX, MAX_MANIFEST, check_link, kind_of_file, read_bytes
 from ires_kernels.store import is_unfinished

@@ -28,7 +28,7 @@ from rich.progress import Progress as Bar
 from ires_kernels import interrupts, merge, trust
 from ires_kernels.folders import MERGE_ADAPTER
 from ires_kernels.header import CheckpointError
-from ires_kernels.inplace import unfinished
+from ires_kernels.hidden import unfinished
 from ires_kernels.inputs import check_adapter, kind_of
 from ires_kernels.plan import VERSION, size
 from ires_kernels.rules import DTYPES, ArgumentError

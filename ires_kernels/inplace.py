@@ -15,14 +15,12 @@ and what says how far it got:
 
 Every move can be done again: whoever takes up an interrupted one looks at where the files are.
 
-The folder is closed to others, and is ours only if its owner is who we are and its lock and record have our signature:
-a model's folder comes from elsewhere, or others can write to it, so such a name may be there before us.
+The folder is closed to others; which of them are ours, hidden.py knows.
 """
 
 from __future__ import annotations
 
 import errno
-import glob
 import os
 import re
 import shutil
@@ -32,110 +30,34 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ires_kernels import trust
-from ires_kernels.locks import lock
-from ires_kernels.opening import MAX_MANIFEST, read_open
-from ires_kernels.ownership import (
-    Foreign,
-    StoreError,
-    check_owner,
-    is_same,
-    make_private,
-    open_folder,
-    open_own,
-    private_mode,
-    unproved,
+from ires_kernels.hidden import (
+    FOLDERS,
+    REPLACED,
+    TOKEN,
+    UNDO,
+    beside,
+    folder_of,
+    foreign,
+    numbered,
+    open_hidden,
+    phase_of,
+    read_own,
+    undo_folders,
+    why_not_ours,
+    work_folder,
 )
+from ires_kernels.locks import lock
+from ires_kernels.ownership import Foreign, StoreError, is_same, make_private, open_folder, private_mode
 from ires_kernels.store import MARKER, allocate, fsync_folder, named, write_file
 
-SEAL = "operation"
-"""What the signature of an update's record is for."""
-PHASES = ("operation", "installing", "finished", "withdraw", "rollback", "restored")
-_WORK, _UNDO, _REPLACED = ".ires-unfinished", ".ires-undo", ".ires-replaced"
-_FOLDERS = {"model", "new", "old", "edited", "copy"}
 _FIXED = (errno.EPERM, errno.EACCES, errno.EBUSY, errno.EXDEV)
 """What the kernel says of a file that may not be moved."""
-_TOKEN = "place", b"an update in place"
-"""What is signed in the lock, so that what an update leaves is known to be ours before it has begun."""
 _COPY = "Copy the model (`cp -rL`) and update the copy, or write a new folder with -o OUT."
-
-
-def work_folder(target: Path) -> Path:
-    """Where the files of an unfinished update of `target` are."""
-    return _beside(target, _WORK)
-
-
-def unfinished(target: Path) -> str | None:
-    """How far an unfinished update of `target` got, one of PHASES; None where none of ours has begun."""
-    try:
-        work = work_folder(target)
-        phase = _phase(work)
-        return phase if phase is not None and not _strange(work) else None
-    except (OSError, ValueError):  # whoever opens the model finds out why
-        return None
-
-
-def foreign(target: Path) -> dict[Path, str]:
-    """What lies in or beside `target` as if it were the state of an update, and is not ours; and why, in a sentence."""
-    try:
-        places = [work_folder(target), *(path for _, path in _numbered(target, _UNDO))]
-        found = {place: _strange(place) for place in places if os.path.lexists(place)}
-    except ValueError:  # no path at all
-        return {}
-    return {place: text for place, text in found.items() if text}
-
-
-def unfinished_files(folder: Path) -> list[Path]:
-    """The files in a folder that are updated each on its own, and are hidden there."""
-    names = (path.name for path in folder.glob(f".?*{_WORK}"))
-    found = (folder / name.removeprefix(".").removesuffix(_WORK) for name in names)
-    return sorted(path for path in found if unfinished(path))
-
-
-def undo_folders(target: Path) -> list[Path]:
-    """What --keep-undo kept of earlier updates, as far as it is ours; the last one last."""
-    kept = [path for _, path in _numbered(target, _UNDO) if (path / "finished.json").exists()]
-    return [path for path in kept if not _strange(path)]
-
-
-def adopt(target: Path, *, locked: bool = True) -> None:
-    """Sign what an unfinished update has left, on the user's word that they began it: where its key is lost.
-
-    Only of files of this user; and all that is in it is checked as always. Raises StoreError where nothing is.
-    """
-    place = work_folder(target)
-    if not os.path.lexists(place):
-        raise StoreError(f"{target}: nothing is there to be adopted: no update in place is unfinished.")
-    at = _open(place)
-    try:
-        check_owner(at, place, unsigned=True)
-        make_private(at)
-        fd = lock(place / MARKER, make=MARKER not in os.listdir(at), wanted=locked)
-        try:
-            phase = _phase(place)
-            if phase is not None:
-                content = trust.reseal(SEAL, _read(place / f"{phase}.json"))
-                temporary = place / "operation.tmp"
-                temporary.unlink(missing_ok=True)
-                write_file(temporary, [content], sync=True, mode=private_mode(0o660))
-                os.rename(temporary, place / f"{phase}.json")
-            token = trust.sign(*_TOKEN).encode()
-            os.ftruncate(fd, len(token))
-            os.pwrite(fd, token, 0)
-            fsync_folder(place, needed=False)
-        finally:
-            os.close(fd)
-    finally:
-        os.close(at)
-
-
-def read_record(folder: Path, phase: str = "finished") -> bytes:
-    """What `Workplace.write` wrote, in one of `undo_folders` or a `work_folder`."""
-    return _read(folder / f"{phase}.json")
 
 
 def check(target: Path, names: Iterable[str]) -> None:
     """Refuse with StoreError to update these files of `target`, a model folder or a single file."""
-    folder = _folder(target)
+    folder = folder_of(target)
     if target.is_symlink():
         raise StoreError(
             f"{target}: is a symbolic link to {os.path.realpath(target)}. Give that path, if it is the model to change."
@@ -175,7 +97,7 @@ class Workplace:
 
     def __init__(self, target: Path, lock: int, at: int, *, sync: bool = True) -> None:
         self.target = target
-        self.folder = _folder(target)
+        self.folder = folder_of(target)
         self.work = work_folder(target)
         self.model = self.work / "model"
         """Where the model's files are meanwhile."""
@@ -189,7 +111,7 @@ class Workplace:
         locked  False: without the lock, where the user says that no other process works there
         """
         work = work_folder(target)
-        token = trust.sign(*_TOKEN).encode()  # before anything is there: it may lack a key
+        token = trust.sign(*TOKEN).encode()  # before anything is there: it may lack a key
         with named(work):
             try:
                 os.mkdir(work, private_mode(0o770))
@@ -227,15 +149,15 @@ class Workplace:
         if not os.path.lexists(work):
             raise StoreError(f"{target}: nothing is unfinished there: no update in place, and no new folder.")
         with named(work):
-            at = _open(work)
+            at = open_hidden(work)
             try:
-                strange = _strange(work)
+                strange = why_not_ours(work)
                 if strange:
                     raise Foreign(strange)
                 make_private(at)
                 fd = lock(work / MARKER, make=MARKER not in os.listdir(at), wanted=locked)
                 try:
-                    strange = _strange(work)  # again, as it may be another process's by now
+                    strange = why_not_ours(work)  # again, as it may be another process's by now
                     if strange:
                         raise Foreign(strange)
                     return cls(target, fd, at)
@@ -255,13 +177,13 @@ class Workplace:
 
     def phase(self) -> str | None:
         """One of PHASES; None before the first."""
-        return _phase(self.work)
+        return phase_of(self.work)
 
     def read(self) -> bytes:
         """What `write` wrote."""
         path = self.work / f"{self.phase()}.json"
         with named(path):
-            return _read(path)
+            return read_own(path)
 
     def write(self, content: bytes) -> None:
         """Make the update one that has begun: `content` is what it takes to go on with it."""
@@ -408,7 +330,7 @@ class Workplace:
 
     def keep(self) -> Path:
         """End the update, but keep all that taking it back needs; returns where."""
-        kept = self._next(_UNDO)
+        kept = self._next(UNDO)
         with self._here():
             os.rename(self.work, kept)
             self._sync(self.folder)
@@ -422,13 +344,13 @@ class Workplace:
             for name in drop:
                 (self.work / "old" / name).unlink(missing_ok=True)
             for top in self.left_over():
-                kept = self._next(_REPLACED)
+                kept = self._next(REPLACED)
                 os.rename(self.work / top, kept)
                 self._sync(self.folder)
             phase = self.phase()
             names = set(os.listdir(self.work))
             model = os.listdir(self.model) if "model" in names else []
-            known = {"journal", "log", "reserve", "operation.tmp", MARKER, *_FOLDERS}
+            known = {"journal", "log", "reserve", "operation.tmp", MARKER, *FOLDERS}
             strange = [*(names - known - {f"{phase}.json"}), *model]
             if strange:
                 raise StoreError(f"{self.work}: holds {', '.join(sorted(strange))}. Move that to where it belongs.")
@@ -466,8 +388,8 @@ class Workplace:
                 raise StoreError(f"{parent}: is a link, wanted a folder. Move it away, then go on.")
 
     def _next(self, kind: str) -> Path:
-        taken = _numbered(self.target, kind)
-        return _beside(self.target, f"{kind}-{taken[-1][0] + 1 if taken else 1}")
+        taken = numbered(self.target, kind)
+        return beside(self.target, f"{kind}-{taken[-1][0] + 1 if taken else 1}")
 
     def _sync(self, *folders: Path) -> None:
         if self.sync:
@@ -487,72 +409,8 @@ def take_undo(target: Path, *, locked: bool = True) -> Workplace:
         raise StoreError(f"{work}: is in the way. Move it away or delete it.")
     with named(kept):
         os.rename(kept, work)
-        fsync_folder(_folder(target), needed=False)
+        fsync_folder(folder_of(target), needed=False)
     return Workplace.take(target, locked=locked)
-
-
-def _phase(work: Path) -> str | None:
-    return next((name for name in PHASES if (work / f"{name}.json").exists()), None)
-
-
-def _strange(place: Path) -> str:
-    """Why a hidden folder is not one that an update of ours has left, in words; nothing where it is."""
-    try:
-        at = _open(place)
-        try:
-            names = os.listdir(at)
-            check_owner(at, place, unsigned=_is_unused(names))
-        finally:
-            os.close(at)
-        if _is_unused(names):
-            return ""
-        if any((place / name).is_symlink() or not (place / name).is_dir() for name in _FOLDERS & set(names)):
-            return f"{unproved(place)}"
-        for _ in range(3):  # a process that goes on with it renames its record
-            phase = _phase(place)
-            if phase is None:
-                if MARKER not in names:
-                    return f"{place}: is in the way, and nothing that an update in place left. Move it or delete it."
-                token = _read(place / MARKER).decode(errors="replace")
-                return "" if trust.is_mine(*_TOKEN, token) else f"{unproved(place)}"
-            try:
-                raw = _read(place / f"{phase}.json")
-            except FileNotFoundError:
-                continue
-            return "" if trust.unseal(SEAL, raw) is not None else f"{unproved(place)}"
-    except FileNotFoundError:  # it has just been finished
-        return ""
-    except Foreign as error:
-        return f"{error}"
-    return ""
-
-
-def _open(place: Path) -> int:
-    """Open a hidden folder. Raises Foreign where it is none, or closed to us."""
-    try:
-        return open_folder(place)
-    except NotADirectoryError:
-        raise unproved(place) from None
-    except PermissionError:
-        whose = trust.stranger(os.lstat(place))
-        raise Foreign(
-            f"{place}: {whose or 'cannot be opened'}. If an update in place is under way, wait for it to end; else "
-            "have it removed by who owns it."
-        ) from None
-
-
-def _is_unused(names: Iterable[str]) -> bool:
-    """Whether there is nothing in a hidden folder yet."""
-    return set(names) <= {MARKER}
-
-
-def _read(path: Path) -> bytes:
-    """A file of our own, all of it."""
-    fd = open_own(path)
-    try:
-        return read_open(fd, MAX_MANIFEST, path)
-    finally:
-        os.close(fd)
 
 
 def _is_utf8(name: str) -> bool:
@@ -591,25 +449,6 @@ def _mount_points() -> set[str]:
         return set()
     fields = [line.split(" ")[4] for line in table.splitlines()]
     return {re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field) for field in fields}
-
-
-def _folder(target: Path) -> Path:
-    return target if target.is_dir() else target.parent
-
-
-def _beside(target: Path, suffix: str) -> Path:
-    """A hidden name in a model folder, or beside a single file."""
-    folder = _folder(target)
-    return folder / suffix if folder == target else folder / f".{target.name}{suffix}"
-
-
-def _numbered(target: Path, kind: str) -> list[tuple[int, Path]]:
-    first = _beside(target, kind)
-    found = []
-    for path in first.parent.glob(f"{glob.escape(first.name)}-*"):
-        number = path.name[len(first.name) + 1 :]
-        found += [(int(number), path)] if number.isdecimal() else []
-    return sorted(found)
 
 
 def _hub_cache(target: Path) -> Path | None:

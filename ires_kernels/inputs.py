@@ -9,7 +9,7 @@ from pathlib import Path
 from ires_kernels.checkpoint import Checkpoint, Kind, open_checkpoint
 from ires_kernels.folders import MERGE_ADAPTER
 from ires_kernels.header import CheckpointError, brief
-from ires_kernels.inplace import unfinished
+from ires_kernels.hidden import unfinished
 from ires_kernels.rules import ArgumentError
 
 StrPath = str | os.PathLike[str]

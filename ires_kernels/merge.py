@@ -18,7 +18,7 @@ from torch import Tensor
 from ires_kernels import (
     configs,
     guards,
-    inplace,
+    hidden,
     interrupts,
     manifest,
     overwrite,
@@ -176,7 +176,7 @@ def apply(
     paths = roles_of_apply(target, residual, follow_links=follow_links)
     rules = _rules_of_apply(paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed)
     options = _options(device, threads, progress, lock)
-    if in_place and inplace.unfinished(Path(target)):
+    if in_place and hidden.unfinished(Path(target)):
         asked = {"undo": undo, "sync": sync, "sha256": sha256, "tag": tag}
         return _go_on_in_place(Path(target), paths, rules, asked, options, dry_run)
     inputs = open_inputs(paths, follow_links=follow_links)
@@ -228,7 +228,7 @@ def resume(
         assert isinstance(report, Report)
         return report
     if adopt:
-        inplace.adopt(path, locked=lock)
+        hidden.adopt(path, locked=lock)
     place = Workplace.take(path, locked=lock)
     try:
         if place.phase() is None:
@@ -260,8 +260,8 @@ def rollback(path: StrPath, *, lock: bool = True, adopt: bool = False) -> str:
             if not path.exists():
                 raise
     if adopt:
-        inplace.adopt(path, locked=lock)
-    if not os.path.lexists(inplace.work_folder(path)):
+        hidden.adopt(path, locked=lock)
+    if not os.path.lexists(hidden.work_folder(path)):
         return overwrite.rollback_kept(path, locked=lock)
     place = Workplace.take(path, locked=lock)
     try:
@@ -354,7 +354,7 @@ def _rules_of_apply(
 
 def _warned(plan: Plan) -> Plan:
     """The plan, and what is to be said of inputs that look as if they were no relatives, or have a stranger's state."""
-    theirs = [text for checkpoint in plan.inputs.values() for text in inplace.foreign(checkpoint.path).values()]
+    theirs = [text for checkpoint in plan.inputs.values() for text in hidden.foreign(checkpoint.path).values()]
     return replace(plan, warnings=(*plan.warnings, *guards.strangers(plan.inputs), *theirs))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from ires_kernels import trust
 from ires_kernels.checkpoint import Checkpoint
 from ires_kernels.header import CheckpointError
-from ires_kernels.inplace import SEAL
+from ires_kernels.hidden import SEAL
 from ires_kernels.inputs import StrPath, absolute
 from ires_kernels.ownership import is_bare, is_inner, unproved
 from ires_kernels.rules import Rules

@@ -23,7 +23,19 @@ from typing import Any
 
 import xxhash
 
-from ires_kernels import guards, inplace, interrupts, manifest, provenance, records, sidefiles, store, stream, updates
+from ires_kernels import (
+    guards,
+    hidden,
+    inplace,
+    interrupts,
+    manifest,
+    provenance,
+    records,
+    sidefiles,
+    store,
+    stream,
+    updates,
+)
 from ires_kernels.backends import Tally
 from ires_kernels.checkpoint import Checkpoint, FileId, open_checkpoint
 from ires_kernels.history import on_top
@@ -227,11 +239,11 @@ def rollback(place: Workplace) -> str:
 
 def rollback_kept(target: Path, *, locked: bool = True) -> str:
     """Take back the last update, whose old bytes were kept. Raises StoreError where it cannot be, changing nothing."""
-    kept = inplace.undo_folders(target)
+    kept = hidden.undo_folders(target)
     if not kept:
         text = "nothing is unfinished there, and no update in place was kept to be taken back (--keep-undo does that)."
-        raise StoreError("\n".join([f"{target}: {text}", *inplace.foreign(target).values()]))
-    operation = Operation.from_bytes(inplace.read_record(kept[-1]), kept[-1])
+        raise StoreError("\n".join([f"{target}: {text}", *hidden.foreign(target).values()]))
+    operation = Operation.from_bytes(hidden.read_record(kept[-1]), kept[-1])
     checkpoint = open_checkpoint(target, follow_links=True)  # nothing of it is copied
     table = checkpoint.manifest
     last = table.in_place if table else None
@@ -354,9 +366,9 @@ def _journal(work: Path, operation: Operation, where: Path, *, new: bool = False
 
 def _plan_again(place: Workplace, operation: Operation) -> tuple[Plan, dict[Path, FileId], list[Path]]:
     """The plan of an update whose target is hidden, what the inputs' files are now, and which have other times."""
-    hidden = place.model if place.folder == place.target else place.model / place.target.name
+    model = place.model if place.folder == place.target else place.model / place.target.name
     target = operation.paths["target"]
-    paths = {role: hidden if path == target else path for role, path in operation.paths.items()}
+    paths = {role: model if path == target else path for role, path in operation.paths.items()}
     inputs = open_inputs(paths, follow_links=operation.follow_links)
     current = all_file_ids(inputs)
     before, changed = {}, []

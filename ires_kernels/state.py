@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ires_kernels import inplace
+from ires_kernels import hidden
 from ires_kernels.checkpoint import open_checkpoint
 from ires_kernels.header import CheckpointError
 from ires_kernels.history import on_top
@@ -59,8 +59,8 @@ def _look(path: Path) -> Status:
             if not path.exists():
                 return Status(f"{path}", "foreign", f"{error}")
             theirs.append(f"{error}")
-    strange = inplace.foreign(path)
-    work = inplace.work_folder(path)
+    strange = hidden.foreign(path)
+    work = hidden.work_folder(path)
     if work.is_dir() and work not in strange:
         return _of_update(path, work)
     found = _of_model(path)
@@ -71,13 +71,13 @@ def _of_model(path: Path) -> Status:
     try:
         manifest = open_checkpoint(path, follow_links=True).manifest or Manifest()
     except CheckpointError:
-        for file in inplace.unfinished_files(path):  # it is incomplete because of them
+        for file in hidden.unfinished_files(path):  # it is incomplete because of them
             return _look(file)
         raise
-    kept = inplace.undo_folders(path)
+    kept = hidden.undo_folders(path)
     together = "".join(f"; {line}" for line in on_top(manifest.history() if manifest.is_mine else ()))
     if kept:
-        operation = Operation.from_bytes(inplace.read_record(kept[-1]), kept[-1])
+        operation = Operation.from_bytes(hidden.read_record(kept[-1]), kept[-1])
         if operation.id == manifest.id:
             return Status(
                 f"{path}", "finished", f"updated in place; {kept[-1]} keeps the old bytes{together}",
@@ -117,11 +117,11 @@ def _of_update(target: Path, work: Path) -> Status:
     who = holder(work / MARKER)
     if who:
         return Status(f"{target}", "running", f"an update in place, or ik.mapped, by {who}", ("Wait for it to end.",))
-    phase = inplace.unfinished(target)
+    phase = hidden.unfinished(target)
     if phase is None:
         return Status(f"{target}", "none", f"no update in place is under way; {work} is left of one",
                       (f"`ires rollback {target}` removes that.",))  # fmt: skip
-    operation = Operation.from_bytes(inplace.read_record(work, phase), work)
+    operation = Operation.from_bytes(hidden.read_record(work, phase), work)
     if operation.kind == MAPPED:
         return _of_mapped(target, work, phase, operation)
     done, total = count_records(work), len(operation.windows)

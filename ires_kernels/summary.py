@@ -7,7 +7,7 @@ from typing import Any
 
 from ires_kernels import names, quantized
 from ires_kernels.checkpoint import is_factor, is_shard, open_checkpoint, shard_number
-from ires_kernels.inplace import foreign
+from ires_kernels.hidden import foreign
 from ires_kernels.inputs import StrPath
 
 _CONFIG = ("architectures", "model_type", "dtype", "torch_dtype", "tie_word_embeddings", "vocab_size")

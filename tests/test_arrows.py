@@ -19,12 +19,13 @@ ARROWS: dict[str, set[str]] = {
     "trust": set(),
     "ownership": {"opening", "trust"},
     "locks": {"opening", "ownership", "trust"},
-    "inplace": {"locks", "opening", "ownership", "store", "trust"},
+    "hidden": {"locks", "opening", "ownership", "store", "trust"},
+    "inplace": {"hidden", "locks", "ownership", "store", "trust"},
     "decode": {"header"},
     "manifest": {"decode", "header", "opening", "rules", "trust"},
     "history": {"manifest"},
     "folders": {"opening"},
-    "checkpoint": {"folders", "header", "inplace", "manifest", "opening", "store"},
+    "checkpoint": {"folders", "header", "hidden", "manifest", "opening", "store"},
     "names": {"checkpoint"},
     "quantized": {"checkpoint", "header", "names", "rules"},
     "absences": {"checkpoint", "header", "names"},
@@ -41,11 +42,11 @@ ARROWS: dict[str, set[str]] = {
     "store": {"interrupts", "locks", "opening", "ownership", "trust"},
     "samples": {"opening", "store"},
     "journal": {"interrupts", "ownership", "store"},
-    "inputs": {"checkpoint", "folders", "header", "inplace", "rules"},
-    "operation": {"checkpoint", "header", "inplace", "inputs", "ownership", "rules", "store", "trust"},
+    "inputs": {"checkpoint", "folders", "header", "hidden", "rules"},
+    "operation": {"checkpoint", "header", "hidden", "inputs", "ownership", "rules", "store", "trust"},
     "updates": {"checkpoint", "header", "names", "plan", "steps"},
     "state": {
-        "checkpoint", "header", "history", "inplace", "inputs", "journal", "locks", "manifest", "operation",
+        "checkpoint", "header", "history", "hidden", "inputs", "journal", "locks", "manifest", "operation",
         "ownership", "store",
     },
     "reader": {"checkpoint", "header", "interrupts", "names", "opening", "steps", "store"},
@@ -70,7 +71,7 @@ ARROWS: dict[str, set[str]] = {
         "ancestry", "checkpoint", "interrupts", "manifest", "names", "plan", "report", "samples", "store",
         "stream", "trust",
     },
-    "summary": {"checkpoint", "inplace", "inputs", "names", "quantized"},
+    "summary": {"checkpoint", "hidden", "inputs", "names", "quantized"},
     "verification": {
         "checkpoint", "device", "header", "inputs", "manifest", "names", "opening", "operation", "plan", "provenance",
         "reader", "rules", "steps", "store", "stream", "windows",
@@ -78,12 +79,12 @@ ARROWS: dict[str, set[str]] = {
     "guards": {"ancestry", "checkpoint", "header", "plan", "reader", "samples", "store", "stream", "windows"},
     "records": {"checkpoint", "header", "manifest", "plan", "provenance", "samples", "store", "stream"},
     "overwrite": {
-        "backends", "checkpoint", "guards", "history", "inplace", "inputs", "interrupts", "journal", "manifest",
-        "names", "opening", "operation", "ownership", "plan", "provenance", "reader", "records", "report", "rules",
-        "samples", "sidefiles", "steps", "store", "stream", "updates", "windows",
+        "backends", "checkpoint", "guards", "hidden", "history", "inplace", "inputs", "interrupts", "journal",
+        "manifest", "names", "opening", "operation", "ownership", "plan", "provenance", "reader", "records",
+        "report", "rules", "samples", "sidefiles", "steps", "store", "stream", "updates", "windows",
     },
     "merge": {
-        "checkpoint", "configs", "device", "guards", "header", "inplace", "inputs", "interrupts", "manifest",
+        "checkpoint", "configs", "device", "guards", "header", "hidden", "inplace", "inputs", "interrupts", "manifest",
         "operation", "overwrite", "ownership", "plan", "provenance", "reader", "records", "report", "rules", "samples",
         "sidefiles", "state", "statedict", "steps", "store", "stream", "summary", "verification",
         "writing",
@@ -96,7 +97,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "mapping": {"checkpoint", "header", "interrupts", "opening", "pages", "regions", "rules", "writing"},
     "cli": {
-        "folders", "header", "inplace", "inputs", "interrupts", "merge", "plan", "rules", "store", "stream", "trust",
+        "folders", "header", "hidden", "inputs", "interrupts", "merge", "plan", "rules", "store", "stream", "trust",
         "windows",
     },
     "__main__": {"cli"},
@@ -107,12 +108,12 @@ NO_TORCH = {
     "interrupts",
     "opening", "header", "checkpoint", "names", "rules", "sidefiles", "steps", "plan", "store", "inplace", "journal",
     "inputs", "operation", "updates", "state", "reader", "trust", "pages", "regions", "tokens", "endings", "configs",
-    "references", "ownership", "locks", "decode", "manifest", "samples", "history", "copies",
+    "references", "ownership", "locks", "hidden", "decode", "manifest", "samples", "history", "copies",
 }  # fmt: skip
 STANDARD_ONLY = {
     "interrupts",
     "opening", "header", "checkpoint", "store", "inplace", "sidefiles", "names", "rules", "inputs", "operation",
-    "trust", "ownership", "locks", "pages", "regions", "copies", "tokens", "endings", "configs", "references",
+    "trust", "ownership", "locks", "hidden", "pages", "regions", "copies", "tokens", "endings", "configs", "references",
 }  # fmt: skip
 
 

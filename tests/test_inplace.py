@@ -21,7 +21,7 @@ from checkpoints import SHAPES, normal, read_model, snapshot, triple, write_mode
 from safetensors.torch import load_file, save_file
 
 import ires_kernels as ik
-from ires_kernels import inplace, journal, merge, overwrite, records, store, stream, trust, updates, windows
+from ires_kernels import hidden, journal, merge, overwrite, records, store, stream, trust, updates, windows
 from ires_kernels.cli import main
 from ires_kernels.header import CheckpointError, build_header
 from ires_kernels.inplace import Workplace
@@ -493,7 +493,7 @@ def test_two_at_once(models: tuple[Path, Path, Path], monkeypatch: pytest.Monkey
 def test_what_had_not_begun_is_begun_anew(models: tuple[Path, Path, Path]) -> None:
     base, instruct, target = models
     work = target / ".ires-unfinished"
-    token = trust.sign(*inplace._TOKEN)
+    token = trust.sign(*hidden.TOKEN)
     for content in ({}, {".ires-lock": ""}, {".ires-lock": token, "journal": "x", "operation.tmp": "{"}):
         work.mkdir()
         for name, text in content.items():
@@ -519,7 +519,7 @@ def test_what_is_not_ours_is_left_alone(models: tuple[Path, Path, Path]) -> None
     (work / ".ires-lock").write_text("")
     with pytest.raises(StoreError, match=r"is not the state of a merge that you began here \(no valid signature\)"):
         apply(target, (instruct, base))
-    (work / ".ires-lock").write_text(trust.sign(*inplace._TOKEN))
+    (work / ".ires-lock").write_text(trust.sign(*hidden.TOKEN))
     with pytest.raises(StoreError, match=r"holds thesis.txt. Move that to where it belongs"):
         apply(target, (instruct, base))
     assert (work / "thesis.txt").read_text() == "mine"
@@ -1282,15 +1282,15 @@ def test_an_unfinished_new_folder_can_be_taken_back(
 
 
 def test_the_folders_beside_a_model(tmp_path: Path) -> None:
-    assert inplace.work_folder(tmp_path) == tmp_path / ".ires-unfinished"
-    assert inplace.work_folder(tmp_path / "m.safetensors") == tmp_path / ".m.safetensors.ires-unfinished"
+    assert hidden.work_folder(tmp_path) == tmp_path / ".ires-unfinished"
+    assert hidden.work_folder(tmp_path / "m.safetensors") == tmp_path / ".m.safetensors.ires-unfinished"
     (tmp_path / ".ires-undo-x").mkdir()
     for number in (2, 10, 1):
         (tmp_path / f".ires-undo-{number}").mkdir()
-        (tmp_path / f".ires-undo-{number}/finished.json").write_bytes(trust.seal(inplace.SEAL, b"{\n}"))
+        (tmp_path / f".ires-undo-{number}/finished.json").write_bytes(trust.seal(hidden.SEAL, b"{\n}"))
     (tmp_path / ".ires-undo-11").mkdir()  # empty
-    assert [path.name for path in inplace.undo_folders(tmp_path)] == [".ires-undo-1", ".ires-undo-2", ".ires-undo-10"]
-    assert inplace.undo_folders(tmp_path / "m.safetensors") == []
+    assert [path.name for path in hidden.undo_folders(tmp_path)] == [".ires-undo-1", ".ires-undo-2", ".ires-undo-10"]
+    assert hidden.undo_folders(tmp_path / "m.safetensors") == []
 
 
 def test_tensors_that_stay_keep_their_known_hash(models: tuple[Path, Path, Path]) -> None:

@@ -19,7 +19,7 @@ import pytest
 from checkpoints import snapshot, triple
 
 import ires_kernels as ik
-from ires_kernels import inplace, journal, store, trust, updates
+from ires_kernels import hidden, journal, store, trust, updates
 from ires_kernels.cli import main
 from ires_kernels.header import CheckpointError
 from ires_kernels.operation import Operation
@@ -103,7 +103,7 @@ def refused(target: Path, models: tuple[Path, Path, Path], world: Path, match: s
 PROOF = r"no valid signature"
 
 
-@pytest.mark.parametrize("phase", inplace.PHASES)
+@pytest.mark.parametrize("phase", hidden.PHASES)
 def test_state_of_another_machine_is_not_followed(
     tmp_path: Path, models: tuple[Path, Path, Path], phase: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,7 +122,7 @@ def planted(target: Path, **changes: Any) -> Path:
     """An .ires-unfinished of a complete model, as an attacker writes it: by the format, signed with a key of theirs."""
     work = target / ".ires-unfinished"
     (work / "model").mkdir(parents=True)
-    (work / ".ires-lock").write_text(trust.sign(*inplace._TOKEN))
+    (work / ".ires-lock").write_text(trust.sign(*hidden.TOKEN))
     table = {
         "id": "0" * 32, "version": "0.2.0", "kind": "apply",
         "paths": {"target": f"{target}", "residual": f"{target}"}, "rules": {}, "undo": "all", "log_size": 0,

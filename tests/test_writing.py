@@ -19,7 +19,7 @@ from test_mapped import raw, same, write_raw
 from torch import Tensor
 
 import ires_kernels as ik
-from ires_kernels import copies, inplace, interrupts
+from ires_kernels import copies, hidden, inplace, interrupts
 from ires_kernels.cli import main
 from ires_kernels.header import CheckpointError
 from ires_kernels.rules import ArgumentError
@@ -265,7 +265,7 @@ def test_a_crash_with_a_copy(target: Path, alone: bool, capsys: pytest.CaptureFi
 def test_a_crash_without_a_copy(target: Path) -> None:
     killed(target, "none")
     status = ik.status(target)
-    work = inplace.work_folder(target)
+    work = hidden.work_folder(target)
     assert status.next == (f"Nobody knows which of its bytes are new: delete {work} and copy the model again.",)
     for use in (ik.resume, ik.rollback):
         with pytest.raises(StoreError, match=r'with undo="none", and not closed.*copy the model again'):
@@ -339,7 +339,7 @@ def test_an_interrupt_that_nobody_can_return_from(target: Path, monkeypatch: pyt
 def test_the_hidden_files_are_gone_as_it_ends(target: Path) -> None:
     t = ik.mapped(target, write=True)
     t[NAME].zero_()
-    work = inplace.work_folder(target)
+    work = hidden.work_folder(target)
     os.rename(work / "model", work / "elsewhere")
     with pytest.raises(FileNotFoundError):
         t.close()
@@ -434,10 +434,10 @@ def test_what_is_never_closed_stays_hidden(target: Path) -> None:
     with pytest.warns(ResourceWarning, match="was never closed: the model stays hidden"):
         x = ik.mapped(target, write=True)[NAME]
     assert ik.status(target).state == "unfinished"
-    hidden = inplace.work_folder(target) / "model" / "model.safetensors"
-    before = hidden.read_bytes()
+    file = hidden.work_folder(target) / "model" / "model.safetensors"
+    before = file.read_bytes()
     x.zero_()
-    assert hidden.read_bytes() == before
+    assert file.read_bytes() == before
     ik.rollback(target)
 
 
