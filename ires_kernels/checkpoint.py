@@ -88,9 +88,9 @@ class TensorRef:
         return math.prod(self.shape)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A validated checkpoint; see `open_checkpoint`."""
+    """A validated checkpoint; see `open_checkpoint`. It is the same as itself only, so it can be a key."""
 
     path: Path
     """The folder, or the single file."""

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 from ires_kernels.checkpoint import Checkpoint, TensorRef
+
+_T = TypeVar("_T")
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 """The dtypes that arithmetic is defined on, by safetensors name, with their width in bytes."""
@@ -65,6 +70,20 @@ def pattern(text: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", text)
 
 
+def _once(ask: Callable[[Checkpoint], _T]) -> Callable[[Checkpoint], _T]:
+    """Ask once for each checkpoint, which never changes: the answer takes a look at all of its tensors."""
+    known: WeakKeyDictionary[Checkpoint, _T] = WeakKeyDictionary()
+
+    @wraps(ask)
+    def answer(checkpoint: Checkpoint) -> _T:
+        if checkpoint not in known:
+            known[checkpoint] = ask(checkpoint)
+        return known[checkpoint]
+
+    return answer
+
+
+@_once
 def embedding(checkpoint: Checkpoint) -> TensorRef | None:
     """The token embedding, where there is exactly one."""
     found = [ref for name, ref in checkpoint.tensors.items() if _EMBEDDING.search(name)]
@@ -82,6 +101,7 @@ def says_tied(checkpoint: Checkpoint) -> bool | None:
     return said if isinstance(said, bool) else None
 
 
+@_once
 def is_tied(checkpoint: Checkpoint) -> bool:
     """Whether the head is the embedding: config.json says so, or there is no head and it does not deny it."""
     said = says_tied(checkpoint)

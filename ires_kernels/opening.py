@@ -8,6 +8,7 @@ the reader's own, which would become part of what they merge and publish: `check
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -47,7 +48,12 @@ def open_file(path: str | os.PathLike[str], *, dir_fd: int | None = None, flags:
     """
     follow = not flags & os.O_NOFOLLOW
     # A device may do something when it is opened, so it is looked at before; and after, as it may be another by then.
-    _check_regular(os.stat(path, dir_fd=dir_fd, follow_symlinks=follow).st_mode, path)
+    try:
+        _check_regular(os.stat(path, dir_fd=dir_fd, follow_symlinks=follow).st_mode, path)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise CheckpointError(f"{os.fspath(path)}: {error.strerror}, wanted a regular file. Delete it.") from None
     flags |= os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     fd = os.open(path, flags, dir_fd=dir_fd)
     try:

@@ -208,7 +208,7 @@ def plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[s
     everything = [step for _, _, group in layout for step in group]
     steps.check_left_over(inputs, found)
     steps.check_tied_head(inputs, everything, found)
-    steps.check_patterns(inputs, found)
+    found.check_patterns()
     share = _share(everything, found)
     if (not found.missing or rules.allow_missing) and all(
         step.reason not in ("", steps.ALPHA_0) for step in everything
@@ -265,7 +265,7 @@ def plan_extract(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping
         elif name not in found.copies:
             found.absent(name, ["base"], ["instruct"])
     found.note_buffers("instruct")
-    steps.check_patterns(inputs, found)
+    found.check_patterns()
     share = _share([step for group in groups for step in group], found)
     if not groups and (not found.missing or rules.allow_missing):
         found.problem("no tensor would be stored", _NOTHING)

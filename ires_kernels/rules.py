@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import numbers
-import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeGuard
 
 from ires_kernels.header import brief
+from ires_kernels.patterns import PatternError, compiled, matches, unmatched
 
 DTYPES = {"f64": "F64", "f32": "F32", "f16": "F16", "bf16": "BF16"}
 """Names of output dtypes, as users and as safetensors write them."""
@@ -88,6 +88,18 @@ class Rules:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def unmatched(self, names: Collection[str]) -> list[tuple[str, str]]:
+        """The patterns that are found in none of the names, each after its option: typing errors.
+
+        To be called before any is looked for. Raises ArgumentError for one that might take too long.
+        """
+        options = {"skip": self.skip, "alpha-for": tuple(pattern for pattern, _ in self.alphas)}
+        try:
+            found = set(unmatched([pattern for patterns in options.values() for pattern in patterns], names))
+        except PatternError as error:
+            raise ArgumentError(f"{error}") from None
+        return [(option, pattern) for option, patterns in options.items() for pattern in patterns if pattern in found]
+
     def factors(self, name: str) -> tuple[float, ...]:
         """The factors of the tensor `name`."""
         return next((factors for pattern, factors in self.alphas if matches(pattern, name)), self.alpha)
@@ -95,11 +107,6 @@ class Rules:
     def skipped(self, name: str) -> str | None:
         """The pattern by which the tensor `name` is left as it is."""
         return next((pattern for pattern in self.skip if matches(pattern, name)), None)
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether the regular expression is found anywhere in the name; ``^`` and ``$`` anchor it."""
-    return re.search(pattern, name) is not None
 
 
 def _factors(value: object, count: int, where: str) -> tuple[float, ...]:
@@ -169,7 +176,7 @@ def _pattern(pattern: object, where: str) -> str:
     if not isinstance(pattern, str):
         raise TypeError(f"{where} is {type(pattern).__name__} {brief(pattern)}, wanted a regular expression as str")
     try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ArgumentError(f"{brief(pattern)} is not a regular expression: {error}.") from error
+        compiled(pattern)
+    except PatternError as error:
+        raise ArgumentError(f"{brief(pattern)} {error}.") from error
     return pattern

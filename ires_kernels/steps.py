@@ -17,7 +17,7 @@ from ires_kernels.folders import MERGE_ADAPTER, listed
 from ires_kernels.header import CheckpointError, brief
 from ires_kernels.names import FLOATS
 from ires_kernels.quantized import Modules
-from ires_kernels.rules import Rules, matches
+from ires_kernels.rules import Rules
 
 Op = Literal["add", "add_difference", "subtract", "convert", "copy"]
 
@@ -127,7 +127,14 @@ class Findings:
     _embeddings: dict[str, set[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        everything = {name: None for checkpoint in self.inputs.values() for name in checkpoint.tensors}
+        self._unmatched = self.rules.unmatched(everything)
         self.modules = Modules(self.inputs, self.rules)
+
+    def check_patterns(self) -> None:
+        """Find patterns that match no tensor: typing errors."""
+        for option, pattern in self._unmatched:
+            self.problem(f"--{option} {pattern!r} matches no tensor", "`ires inspect --tensors` lists the names.")
 
     def skipped(self, name: str) -> str | None:
         """Why a tensor is left as it is: by a pattern found in its name, or in that of a part of its module."""
@@ -423,15 +430,6 @@ def other_vocabulary(inputs: Mapping[str, Checkpoint], steps: Iterable[Step]) ->
                 if rows is not None and rows != step.shape[0]:
                     return step.name
     return None
-
-
-def check_patterns(inputs: Mapping[str, Checkpoint], found: Findings) -> None:
-    """Find patterns that match no tensor: typing errors."""
-    everything = {name for checkpoint in inputs.values() for name in checkpoint.tensors}
-    for option, patterns in (("skip", found.rules.skip), ("alpha-for", [p for p, _ in found.rules.alphas])):
-        for pattern in patterns:
-            if not any(matches(pattern, name) for name in everything):
-                found.problem(f"--{option} {pattern!r} matches no tensor", "`ires inspect --tensors` lists the names.")
 
 
 def _numbers(name: str, tensors: Mapping[str, TensorRef], found: Findings) -> bool:

@@ -131,7 +131,7 @@ def test_the_command_line_follows_links_and_resume_remembers(
     assert cli.main(["inspect", instruct, "--follow-links"]) == 0
     for where, path in ((["-o", f"{out}"], f"{out}"), (["--in-place"], target)):
         with monkeypatch.context() as patch:
-            patch.setattr("ires_kernels.manifest.build", interrupt)
+            patch.setattr("ires_kernels.provenance.build", interrupt)
             assert cli.main([*arguments, *where, "--follow-links", "--quiet"]) == 130
         assert cli.main(["status", path]) == 0
         assert cli.main(["resume", path, "--quiet"]) == 0
