@@ -177,7 +177,7 @@ def read_own(path: Path) -> bytes:
 
 
 def folder_of(target: Path) -> Path:
-    return target if target.is_dir() else target.parent
+    return target if os.path.isdir(target) else target.parent
 
 
 def beside(target: Path, suffix: str) -> Path:

@@ -113,6 +113,8 @@ def is_as_written(plan: Plan, out: Path, table: Manifest) -> bool:
     """
     if is_doubtful(table) or table.samples.keys() != {file.name for file in plan.files}:
         return False
+    if not all((out / file.name).is_file() for file in plan.files):
+        return False
     try:
         last = FileId.of(table.path)
         now = {file: FileId.of(out / file.name) for file in plan.files}
