@@ -78,7 +78,8 @@ class Chosen:
 
     files: list[SideFile]
     left: list[str]
-    """What is not copied of the target's folder: sub-folders, weights in other formats, what is no regular file."""
+    """What is not copied of the target's folder: sub-folders, weights in other formats, what is no regular file, and
+    parts of a tokenizer, template or processor that another replaces."""
     warnings: list[str] = field(default_factory=list)
 
 
@@ -124,7 +125,9 @@ def of_model(inputs: Mapping[str, Checkpoint], *, own_tokenizer: bool = False) -
         found.setdefault(side.name, side)
     _add_named(found, parents, said)
     folders = {name.partition("/")[0] + "/" for name in found}
-    left = [name for name in own.left if name not in folders]
+    left = sorted(
+        [name for name in own.left if name not in folders] + [name for name in own.listing if name not in found]
+    )
     files = sorted(found.values(), key=lambda side: side.name)
     ending = _ending(files, own, holder)
     return Chosen(files, left, [*said, *([ending] if ending else [])])

@@ -498,7 +498,8 @@ def test_side_files_come_from_the_right_parent(tmp_path: Path) -> None:
         },
         "base": set(),
     }
-    assert plan.not_copied == ("original/", "pipe", "pytorch_model.bin")
+    replaced = ("chat_template.jinja", "merges.txt")
+    assert plan.not_copied == (*replaced, "original/", "pipe", "pytorch_model.bin")
 
 
 @pytest.mark.parametrize("name", ["tiktoken.model", "qwen.tiktoken", "spm.model", "source.spm", "bpe.codes"])
