@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from ires_kernels.checkpoint import Checkpoint, TensorRef, shard_number
@@ -24,7 +24,8 @@ _NAMES = (
     "agree. With transformers 5 and the class that config.json names: CLASS.from_pretrained(PATH, dtype='auto')"
     ".save_pretrained(NEW, save_original_format=False)."
 )
-_DEPTH = 4  # components of a prefix
+_DEPTH, _PREFIXES = 4, 8  # components of a prefix; prefixes of one kind of name that are looked at
+_WORDS = 20  # of a pattern
 
 
 class Absence(NamedTuple):
@@ -50,6 +51,15 @@ class Cause(NamedTuple):
 
     text: str
     advice: str
+    names: tuple[str, ...]
+
+
+class Match(NamedTuple):
+    """Tensors of one model that seem to be tensors of another under other names."""
+
+    text: str
+    names: list[str]
+    partners: list[str]
 
 
 def grouped(absences: Iterable[Absence]) -> list[str]:
@@ -72,7 +82,7 @@ def explain(inputs: Mapping[str, Checkpoint], absences: Iterable[Absence]) -> li
     explained: dict[str, set[str]] = {}  # by role, what was found to be another name of something
     for (present, absent, advice), found in groups.items():
         if advice:
-            causes += [Cause(f"{Absence(name, present, absent)}", advice) for name in found]
+            causes += [Cause(f"{Absence(name, present, absent)}", advice, (name,)) for name in found]
             continue
         others = inputs[absent[0]]
         whose = next(role for role in present if found[0] in inputs[role].tensors)
@@ -87,15 +97,18 @@ def explain(inputs: Mapping[str, Checkpoint], absences: Iterable[Absence]) -> li
         theirs = {n: ref for n, ref in others.tensors.items() if n not in inputs[whose].tensors}
         here, there = " and ".join(present), " and ".join(absent)
         for find in (_prefixes, _fused):
-            for cause, names, partners in list(find(mine, theirs, here, there)):
-                causes.append(cause)
-                for role in present:
-                    explained.setdefault(role, set()).update(names)
-                for role in absent:
-                    explained.setdefault(role, set()).update(partners)
-                mine = {n: ref for n, ref in mine.items() if n not in names}
-                theirs = {n: ref for n, ref in theirs.items() if n not in partners}
-        causes += _parts(mine, inputs[whose], others, where, "target" in absent)
+            matches = list(find(mine, theirs, here, there))
+            causes += [Cause(match.text, _NAMES, tuple(match.names)) for match in matches]
+            known = {name for match in matches for name in match.names}
+            partners = {name for match in matches for name in match.partners}
+            for role in present:
+                explained.setdefault(role, set()).update(known)
+            for role in absent:
+                explained.setdefault(role, set()).update(partners)
+            mine = {n: ref for n, ref in mine.items() if n not in known}
+            theirs = {n: ref for n, ref in theirs.items() if n not in partners}
+        if mine:
+            causes += _parts(mine, inputs[whose], others, where, "target" in absent)
     return causes
 
 
@@ -104,15 +117,18 @@ def _shard(checkpoint: Checkpoint, role: str, number: tuple[int, int], mine: Ref
         f"{role} ({checkpoint.path}) is shard {number[0]} of {number[1]}, and {_count(mine)} of the others are in the "
         "rest of its model",
         f"Give the folder of the model, {checkpoint.path.parent}, in place of one of its shards.",
+        tuple(mine),
     )
 
 
-def _prefixes(mine: Refs, theirs: Refs, here: str, there: str) -> Iterable[tuple[Cause, set[str], set[str]]]:
+def _prefixes(mine: Refs, theirs: Refs, here: str, there: str) -> Iterable[Match]:
     """What has another prefix in the other model, and else its name and shape."""
     ends: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name, ref in theirs.items():
         for prefix, end in _splits(name):
-            ends.setdefault((end, ref.shape), []).append(prefix)
+            prefixes = ends.setdefault((end, ref.shape), [])
+            if len(prefixes) < _PREFIXES:
+                prefixes.append(prefix)
     candidates = {
         name: [
             (prefix, other)
@@ -138,7 +154,7 @@ def _prefixes(mine: Refs, theirs: Refs, here: str, there: str) -> Iterable[tuple
             f"other prefix: {_quoted(prefix)} in {here} is {_quoted(other)} in {there}, for {_count(pairs)}, "
             f"as {brief(one)} is {brief(two)}"
         )
-        yield Cause(text, _NAMES), set(pairs), set(pairs.values())
+        yield Match(text, list(pairs), list(pairs.values()))
 
 
 def _splits(name: str) -> Iterable[tuple[str, str]]:
@@ -151,9 +167,9 @@ def _splits(name: str) -> Iterable[tuple[str, str]]:
         yield ".".join(components[:i]) + ".", ".".join(components[i:])
 
 
-def _fused(mine: Refs, theirs: Refs, here: str, there: str) -> Iterable[tuple[Cause, set[str], set[str]]]:
+def _fused(mine: Refs, theirs: Refs, here: str, there: str) -> Iterable[Match]:
     """What has as many elements in one place in both models, though in other tensors."""
-    left, others = dict(mine), dict(theirs)
+    left, others = mine, theirs
     for place in (_container, _layer):
         ours, yours = _places(left, place), _places(others, place)
         kinds: dict[tuple[str, ...], tuple[list[str], list[str]]] = {}
@@ -166,15 +182,16 @@ def _fused(mine: Refs, theirs: Refs, here: str, there: str) -> Iterable[tuple[Ca
         for names, partners in kinds.values():
             what = "other names" if len(names) == len(partners) else "fused or split weights"
             text = f"{what}: {_listed(names)} in {here} have as many elements as {_listed(partners)} in {there}"
-            yield Cause(text, _NAMES), set(names), set(partners)
-            left = {n: ref for n, ref in left.items() if n not in set(names)}
-            others = {n: ref for n, ref in others.items() if n not in set(partners)}
+            yield Match(text, names, partners)
+        used = {name for names, partners in kinds.values() for name in (*names, *partners)}
+        left = {n: ref for n, ref in left.items() if n not in used}
+        others = {n: ref for n, ref in others.items() if n not in used}
 
 
-def _places(refs: Refs, place: object) -> dict[str, list[str]]:
+def _places(refs: Refs, place: Callable[[str], str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in refs:
-        found.setdefault(place(name), []).append(name)  # type: ignore[operator]
+        found.setdefault(place(name), []).append(name)
     return found
 
 
@@ -200,8 +217,7 @@ def _parts(mine: Refs, model: Checkpoint, others: Checkpoint, where: str, left_o
     kinds: dict[str, list[str]] = {}
     for root in roots:
         kinds.setdefault(pattern(root), []).append(root)
-    patterns = "|".join(re.escape(kind).replace(r"\*", r"\d+") for kind in kinds)
-    skip = shlex.quote(rf"^({patterns})(\.|$)")
+    skip = skip_pattern(roots, {*mine}, {*model.tensors, *others.tensors})
     advice = (
         f"What the target lacks is left out with --skip {skip}, or with --allow-missing whatever it is; where the "
         "target should have it, download or save it again."
@@ -212,13 +228,30 @@ def _parts(mine: Refs, model: Checkpoint, others: Checkpoint, where: str, left_o
     for kind, found in kinds.items():
         names = [name for root in found for name in roots[root]]
         if len(names) == 1:
-            yield Cause(f"{brief(names[0])} is {where}{_prediction(found[0], model)}", advice)
+            text = f"{brief(names[0])} is {where}{_prediction(found[0], model)}"
         elif names == found:
-            yield Cause(f"{len(names)} tensors {kind} are {where}", advice)
+            text = f"{len(names)} tensors {kind} are {where}"
         else:
             nbytes = sum(mine[name].nbytes for name in names)
             what = f"{brief(kind if len(found) > 1 else found[0])} ({len(names)} tensors, {nbytes:,} bytes)"
-            yield Cause(f"a part that not all models have: {what} is {where}{_prediction(found[0], model)}", advice)
+            text = f"a part that not all models have: {what} is {where}{_prediction(found[0], model)}"
+        yield Cause(text, advice, tuple(names))
+
+
+def skip_pattern(roots: Iterable[str], wanted: set[str], everything: set[str]) -> str:
+    """A regular expression, for a shell, that finds the `wanted` names, those below `roots`, and no others."""
+    kinds: dict[str, list[str]] = {}
+    for root in roots:
+        kinds.setdefault(pattern(root), []).append(root)
+    words: list[str] = []
+    for kind, found in kinds.items():
+        short = re.escape(kind).replace(r"\*", r"\d+")
+        like = re.compile(rf"^{short}(\.|$)")
+        is_short = len(found) > 1 and all(name in wanted for name in everything if like.search(name))
+        words += [short] if is_short else [re.escape(root) for root in found]
+        if len(words) > _WORDS:
+            return "REGEX, for patterns of their names"
+    return shlex.quote(rf"^({'|'.join(words)})(\.|$)" if len(words) > 1 else rf"^{words[0]}(\.|$)")
 
 
 def _prediction(root: str, model: Checkpoint) -> str:

@@ -83,6 +83,11 @@ def _explain(error: BaseException, arguments: argparse.Namespace | None) -> int:
     if isinstance(error, LostError):
         return _fail(3, f"{error}")
     if isinstance(error, (CheckpointError, StoreError, ArgumentError)):
+        if isinstance(error, CheckpointError) and error.problems and getattr(arguments, "json", False):
+            try:
+                _say(json.dumps({"error": f"{error}", "problems": error.problems}, indent=2))
+            except OSError:  # what follows still tells
+                _mute(sys.stdout)
         return _fail(2, f"{error}", _unfinished(arguments))
     if isinstance(error, _NotPrinted):
         return _fail(3, f"standard output: {error.strerror}. What the command had to do is done.")

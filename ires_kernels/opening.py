@@ -11,7 +11,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 MAX_CONFIG = 1 << 24
 """Bytes of config.json and other settings; the largest that are known, with the names of 21,841 classes, have 2 MB."""
@@ -31,6 +33,9 @@ _KINDS = (
 
 class CheckpointError(ValueError):
     """A file or folder that cannot be used, and why."""
+
+    problems: Sequence[Mapping[str, Any]] = ()
+    """Of models that do not fit together everything that is wrong, with the names of all tensors."""
 
 
 def kind_of_file(mode: int) -> str:

@@ -75,11 +75,12 @@ def parts(checkpoint: Checkpoint) -> dict[str, Part]:
             found.update((name, part) for name in group if not is_bias(name) or name in codes)
             parent, _, last = place.rpartition(".")
             found.update((name, part) for name in scales.get((parent, last), []))
-    if found:
-        code, why = next((part.code, part.why) for part in found.values())
+    if found or checkpoint.quantization:
+        said = (None, f"a scale of quantized values, by {checkpoint.quantization}")
+        code, why = next(((part.code, part.why) for part in found.values()), said)
         for name in checkpoint.tensors:
             if name not in found and _LOOSE.search(name):
-                found[name] = Part("", code, why)
+                found[name] = Part("", code or name, why)
     return found
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -89,6 +87,8 @@ class Problem:
     """Where the first one is."""
     folder: str = ""
     """Where all are."""
+    tensors: tuple[str, ...] = ()
+    """All that a sentence without names is about."""
 
     def __str__(self) -> str:
         first = next(iter(self.names), None)
@@ -159,9 +159,9 @@ class Findings:
             self._embeddings[role] = {r.shape[0] for r in refs if names.is_vocabulary(r.name) and r.shape}
         return self._embeddings[role]
 
-    def problem(self, text: str, advice: str) -> None:
-        """Something that forbids the merge, and the way out."""
-        self.problems.setdefault(text, Problem({}, text, advice))
+    def problem(self, text: str, advice: str, tensors: Iterable[str] = ()) -> None:
+        """Something that forbids the merge, and the way out; of which tensors, where there are many."""
+        self.problems.setdefault(text, Problem({}, text, advice, tensors=tuple(tensors)))
 
     def about(self, name: str, rest: str, advice: str, place: str = "", folder: str = "") -> None:
         """Something that is wrong with a tensor, and perhaps with others of its kind."""
@@ -192,17 +192,20 @@ class Findings:
     def refuse(self, operation: str) -> None:
         """Raise CheckpointError with the first ten problems, if there are any."""
         if self.explains or not self.rules.allow_missing:
-            for text, advice in absences.explain(self.inputs, self.missing):
-                self.problem(text, advice)
+            for text, advice, missing in absences.explain(self.inputs, self.missing):
+                self.problem(text, advice, missing)
         if not self.problems:
             return
         problems = list(self.problems.values())
         lines = [f"cannot {operation}:", *(f"  {problem}" for problem in problems[:10])]
         lines += [f"  and {len(problems) - 10} more problems"] if len(problems) > 10 else []
-        rows = "|".join(re.escape(name) for name in self.vocabulary)
-        vocabulary = _VOCABULARY.format(skip=shlex.quote(f"^({rows})$"))
+        everything = {name for checkpoint in self.inputs.values() for name in checkpoint.tensors}
+        rows = self.vocabulary
+        vocabulary = _VOCABULARY.format(skip=absences.skip_pattern(rows, {*rows}, everything)) if rows else ""
         ways = dict.fromkeys(vocabulary if p.advice is _VOCABULARY else p.advice for p in problems)
-        raise CheckpointError("\n".join([*lines, *ways]))
+        error = CheckpointError("\n".join([*lines, *ways]))
+        error.problems = [{"problem": f"{p}", "tensors": [*p.names, *p.tensors]} for p in problems]
+        raise error
 
 
 def check_models(found: Findings) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shlex
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,46 @@ def test_further_tokens_and_truly_missing_tensors(tmp_path: Path) -> None:
     assert "'model.layers.1.self_attn.k_proj.weight' is in target and base and not in instruct" in text
     assert "download or save" in text
     assert "--allow-missing" in text
+    skips = [shlex.split(found)[0] for found in re.findall(r"--skip ('[^']*'|\S+)", text)]
+    report = merge(paths, skip=skips)
+    assert report.copied == {"model.layers.1.self_attn.k_proj.weight": f"skipped by {skips[0]!r}"}
+    assert report.tensors == len(model(1)) - 1
+
+
+def test_the_advised_pattern_finds_nothing_else(tmp_path: Path) -> None:
+    """One layer of many, and then all of them: a pattern with numbers in place of a number only where all are meant."""
+    for lacking in (["1"], ["0", "1"]):
+        root = tmp_path / "".join(lacking)
+        few = {n: t for n, t in model(2).items() if "mlp" not in n or n.split(".")[2] not in lacking}
+        paths = write(root, model(3), few, model(1))
+        text = refused(paths)
+        assert ("\\d+" in skip_of(text)) == (len(lacking) == 2)
+        copied = merge(paths, skip=skip_of(text)).copied
+        assert copied.keys() == {n for n in model(1) if "mlp" in n and n.split(".")[2] in lacking}
+
+
+def test_refusals_in_json_name_all_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = write(tmp_path, fused(model(3)), model(2), model(1))
+    command = ["apply", f"{paths[0]}", "--instruct", f"{paths[1]}", "--base", f"{paths[2]}", "-o", f"{tmp_path / 'x'}"]
+    assert main([*command, "--json"]) == 2
+    out, err = capsys.readouterr()
+    table = json.loads(out)
+    assert err == f"ires: {table['error']}\n"
+    assert {name for problem in table["problems"] for name in problem["tensors"]} == {
+        name for name in model(1) if "experts" in name or "self_attn" in name
+    }
+
+
+def test_thousands_of_odd_names_are_explained_in_a_moment(tmp_path: Path) -> None:
+    """With as many prefixes, parts and kinds of names as there are tensors."""
+    inputs = {}
+    for role, head in (("target", "a"), ("instruct", "b"), ("base", "c")):
+        names = [f"{head}{i}.x.weight" for i in range(1500)] + [f"{head}.{i}.k{i}.weight" for i in range(1500)]
+        inputs[role] = write_model(tmp_path / role, {name: torch.zeros(1) for name in names})
+    started = time.perf_counter()
+    text = refused((inputs["target"], inputs["instruct"], inputs["base"]))
+    assert time.perf_counter() - started < 10
+    assert len(text) < 10_000
 
 
 def test_many_missing_tensors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -402,7 +443,8 @@ def test_the_advice_on_vocabularies_has_the_names_of_the_model(tmp_path: Path, r
     text = refused(paths)
     assert "embed_tokens" not in text
     skip = skip_of(text)
-    assert skip == f"^({'|'.join(re.escape(name) for name in sorted(rows))})$"
+    words = "|".join(re.escape(name) for name in sorted(rows))
+    assert skip == (f"^({words})(\\.|$)" if len(rows) > 1 else f"^{words}(\\.|$)")
     assert merge(paths, skip=skip).copied.keys() == set(rows)
 
 
