@@ -229,6 +229,11 @@ def _parser() -> argparse.ArgumentParser:
     for role in ("target", "instruct", "base"):
         verify.add_argument(f"--{role}", metavar="PATH", help=f"where the {role} model is now, if it was moved")
     verify.add_argument("--residual", metavar="PATH", action="append", default=[], help="as above; all, in order")
+    verify.add_argument(
+        "--trust-inputs",
+        action="store_true",
+        help="read the inputs where the manifest says that they are, though it was not signed with your key",
+    )
     _follow_links(verify)
     _common_options(verify)
     verify.set_defaults(run=_verify)
@@ -438,6 +443,7 @@ def _verify(arguments: argparse.Namespace) -> int:
             arguments.out,
             inputs={role: path for role, path in given.items() if path is not None},
             hashes_only=arguments.hashes_only,
+            trust_inputs=arguments.trust_inputs,
             follow_links=arguments.follow_links,
             device=arguments.device,
             threads=arguments.threads,

@@ -65,6 +65,8 @@ class VerifyReport:
     mismatches: list[Mismatch] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     """What else is not as it was left: hashes, order, dtypes, inputs, side files."""
+    notes: list[str] = field(default_factory=list)
+    """What was not looked at, and how to do that."""
 
     @property
     def ok(self) -> bool:
@@ -82,12 +84,13 @@ class VerifyReport:
         if found:
             head = f"{self.out}: {len(found)} differences:"
             more = [f"  and {len(found) - 20} more"] if len(found) > 20 else []
-            return "\n".join([head, *(f"  {line}" for line in found[:20]), *more])
+            return "\n".join([head, *(f"  {line}" for line in found[:20]), *more, *self.notes])
         rate = self.bytes_read / self.seconds / 1e9 if self.seconds else 0.0
         which = f"all {self.tensors} tensors"
         if self.unread:
             which = f"{self.tensors - self.unread} tensors (not {self.unread} that were left as they were)"
-        return f"{self.out}: {which} {how} ({size(self.bytes_read)} read in {self.seconds:.2f} s, {rate:.2f} GB/s)"
+        done = f"{self.out}: {which} {how} ({size(self.bytes_read)} read in {self.seconds:.2f} s, {rate:.2f} GB/s)"
+        return "\n".join([done, *self.notes])
 
 
 def verify(
@@ -96,6 +99,7 @@ def verify(
     inputs: Mapping[str, StrPath] | None = None,
     hashes_only: bool = False,
     follow_links: bool = False,
+    trust_inputs: bool = False,
     device: str | torch.device = "cpu",
     threads: int | None = None,
     progress: Progress | None = None,
@@ -106,6 +110,8 @@ def verify(
     hashes_only    compare hashes of tensors and files with the manifest, without the inputs. It is all that can be done
                    after an update in place, unless `inputs` has a copy of the target as it was
     follow_links   accept files of the folders that are links out of them
+    trust_inputs   read the inputs where the manifest says that they are, though it was not signed with your key: a
+                   stranger's may name any file
     device         where to compute, cpu or a GPU: it need not be the one of the merge
 
     Any NaN serves where a NaN is due, since payloads are no part of the numerics. Raises CheckpointError where there
@@ -125,7 +131,21 @@ def verify(
     made_of = table.made_of()
     if table.in_place and "target" not in (inputs or {}):
         hashes_only = True
-    report = VerifyReport(checkpoint.path, hashes_only)
+    notes = []
+    if not (hashes_only or trust_inputs or table.is_mine):
+        named = [role for role in made_of if role not in (inputs or {})]
+        if named and inputs:
+            raise ArgumentError(
+                f"{out}: its manifest was not signed with your key, so it is not believed where {', '.join(named)} is. "
+                "Say that too, or give --trust-inputs (trust_inputs=True)."
+            )
+        if named:
+            hashes_only = True
+            notes.append(
+                "Hashes alone were compared: the manifest was not signed with your key, so it is not believed where the"
+                f" inputs are. Say where {', '.join(named)} is, or give --trust-inputs (trust_inputs=True)."
+            )
+    report = VerifyReport(checkpoint.path, hashes_only, notes=notes)
     recorded = table.tensors
     _check_names(checkpoint, recorded, report)
     unread = [name for name, entry in recorded.items() if entry.xxh3_128 is None]

@@ -249,3 +249,31 @@ def test_what_is_opened_is_not_followed_where_it_must_not_be(tmp_path: Path) -> 
         os.close(fd)
     finally:
         os.close(place)
+
+
+def test_verify_opens_no_input_that_a_stranger_names(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, path = models / "out", models / "out" / "ires.json"
+    text = path.read_text()
+    assert not ik.verify(out).notes, "it is our own, and says where the inputs were"
+    path.unlink()
+    os.mkfifo(models / "pipe")
+    for place in (models / "pipe", Path("/dev/zero"), models / "gone"):
+        table = json.loads(text)
+        table["inputs"]["residual"]["path"] = f"{place}"
+        path.write_text(json.dumps(table))
+        report = ik.verify(out)
+        assert report.hashes_only
+        assert report.ok
+        assert "--trust-inputs" in report.notes[0]
+        assert "--trust-inputs" in f"{report}"
+        assert cli.main(["verify", f"{out}", "--trust-inputs"]) == 2
+        assert place.name in capsys.readouterr().err
+    target, residual = models / "target", models / "residual"
+    assert cli.main(["verify", f"{out}", f"--target={target}"]) == 2
+    assert "not believed where residual is" in capsys.readouterr().err
+    report = ik.verify(out, inputs={"target": target, "residual": residual})
+    assert report.ok
+    assert not report.hashes_only
+    table["inputs"]["residual"]["path"] = f"{residual}"
+    path.write_text(json.dumps(table))
+    assert not ik.verify(out, trust_inputs=True).hashes_only
