@@ -70,7 +70,7 @@ class Writing:
             if undo:
                 _copy_all(place, opened)
             operation = Operation(
-                f"{MAPPED}-{secrets.token_hex(8)}", VERSION, MAPPED, absolute({"target": target.path}),
+                secrets.token_hex(8), VERSION, MAPPED, absolute({"target": target.path}),
                 Rules.of(0).to_dict(), sync,
                 undo="all" if undo else "none",
                 names=names,

@@ -6,8 +6,11 @@ import gc
 import json
 import logging
 import os
+import random
+import shutil
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -391,6 +394,48 @@ def test_killed_as_it_ends(target: Path, step: int) -> None:
         assert len(t) == 7
 
 
+@pytest.mark.parametrize("rounds", [12, pytest.param(400, marks=pytest.mark.torture)])
+def test_killed_at_any_moment(target: Path, rounds: int) -> None:
+    """Opening, writing, closing or going back: it is old or new, once that was asked of `status` and done."""
+    rng = random.Random(7)
+    states = [{name: torch.full_like(t, value) for name, t in read_model(target).items()} for value in range(3)]
+    with ik.mapped(target, write=True, undo="none") as t:
+        for x in t.values():
+            x.zero_()
+    now, seconds, ways = 0, 0.1, set()
+    for _ in range(rounds):
+        new = (now + 1) % 3
+
+        def write(value: int = new) -> None:
+            with ik.mapped(target, write=True) as t:
+                for x in t.values():
+                    x.fill_(value)
+
+        started = time.monotonic()
+        child = forked(write)
+        time.sleep(rng.uniform(0, 1.3 * seconds))
+        os.kill(child, signal.SIGKILL)
+        if not end_of(child):
+            seconds = min(time.monotonic() - started, 1.0)
+        status = ik.status(target)
+        if "`ires resume" in "".join(status.next):
+            ways.add("resume")
+            ik.resume(target)
+        elif "`ires rollback" in "".join(status.next):
+            ways.add("rollback")
+            child = forked(lambda: ik.rollback(target))
+            time.sleep(rng.uniform(0, 0.02))
+            os.kill(child, signal.SIGKILL)
+            end_of(child)
+            if "`ires rollback" in "".join(ik.status(target).next):
+                ik.rollback(target)
+        found = [value for value, state in enumerate(states) if holds(target, state)]
+        assert found in ([now], [new])
+        now = found[0]
+        assert not [name for name in visible(target) if name.startswith(".")]
+    assert rounds < 100 or ways == {"resume", "rollback"}
+
+
 @pytest.mark.parametrize("step", range(1, 7))
 def test_rolling_back_can_be_killed_and_done_again(tmp_path: Path, step: int) -> None:
     target = triple(tmp_path, shards=2)[2]
@@ -575,6 +620,72 @@ def test_nothing_has_changed_where_there_is_no_room(target: Path, call: str, mon
         ik.mapped(target, write=True)
     assert {k: v[1:] for k, v in snapshot(target).items()} == {k: v[1:] for k, v in before.items()}
     assert ik.status(target).state == "none"
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A file system that makes clones, with 100 MB and a model of 24 MB on it."""
+    from test_powercut import Disk
+
+    missing = [tool for tool in ("mkfs.xfs", "mount") if shutil.which(tool) is None]
+    if os.geteuid() or missing:
+        pytest.skip(f"needs root, and {', '.join(missing) or 'is not'}")
+    disk = Disk(tmp_path, "xfs")
+    fill(disk.mounted / "filled", shutil.disk_usage(disk.mounted).free - (100 << 20))
+    write_model(disk.mounted / "model", {"w": torch.ones(12 << 20, dtype=torch.bfloat16)})
+    os.sync()
+    yield disk.mounted
+    gc.collect()  # what is held of mapped files
+    disk.unmount()
+
+
+def fill(path: Path, size: int) -> None:
+    with open(path, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+
+
+@pytest.mark.root
+def test_a_clone_takes_no_room_until_it_is_written(small: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def free() -> int:
+        return shutil.disk_usage(small).free >> 20
+
+    model, before = small / "model", free()
+    with ik.mapped(model, write=True) as t:
+        assert free() > before - 4
+        ik.scale_(t["w"], 2.0)
+        t.flush()
+        assert free() < before - 20
+    assert not caplog.text
+    until = time.monotonic() + 30  # XFS frees behind
+    while free() <= before - 4:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    with pytest.raises(ZeroDivisionError), ik.mapped(model, write=True) as t:
+        _ = ik.scale_(t["w"], 2.0).sum().item() / 0
+    with ik.mapped(model) as t:
+        assert (t["w"] == 2).all()
+
+
+@pytest.mark.root
+def test_a_full_disk_under_a_clone(small: Path) -> None:
+    """Where clones are written there must be room for them: else nothing begins; if it goes later, it is an error."""
+    model = small / "model"
+    fill(small / "more", shutil.disk_usage(small).free - (16 << 20))
+    with pytest.raises(OSError, match="No space left on device: what is written takes up to"):
+        ik.mapped(model, write=True)
+    assert ik.status(model).state == "none"
+    os.unlink(small / "more")
+
+    def use() -> None:
+        t = ik.mapped(model, write=True)
+        fill(small / "more", shutil.disk_usage(small).free - (8 << 20))
+        with pytest.raises(OSError, match="the disk is full"):
+            ik.scale_(t["w"], 2.0)
+
+    assert ends(use) == 0  # and not by SIGBUS
+    os.unlink(small / "more")
+    ik.rollback(model)
+    assert (read_model(model)["w"] == 1).all()
 
 
 # Copies
