@@ -375,7 +375,8 @@ def _operation_id(plan: Plan) -> str:
 def _made_of(side: SideFile) -> list[Any]:
     if side.content is not None:
         return [side.name, side.role, xxhash.xxh3_128_hexdigest(side.content)]
-    return [side.name, side.role, *side.file_id.stamp().values()]
+    # Not its place on the disk: a restart may number disks anew, and an interrupted merge must know its own id then.
+    return [side.name, side.role, side.file_id.size, side.file_id.mtime_ns]
 
 
 def _identities(checkpoint: Checkpoint) -> list[list[Any]]:
