@@ -23,7 +23,7 @@ _SCALE = re.compile(r"scale|absmax|amax|^SCB$|quant_map|quant_state|codebook|^ce
 _NO_QUANTIZER = re.compile(r"logit_scale|layer_?scale|scale_shift", re.IGNORECASE)
 """Trained numbers that have the word in their name: CLIP and Swin, ConvNeXt, diffusion transformers."""
 # Codes by their name alone: GPTQ and AWQ, compressed-tensors, bitsandbytes, HQQ, torchao.
-_PACKED = re.compile(r"^(qweight|qzeros|g_idx|weight_packed|W_q|Qidxs|_weight_qdata|\w*_blocks)$")
+_PACKED = re.compile(r"^(qweight|qzeros|g_idx|weight_packed|W_q|Qidxs|_weight_qdata)$")
 _BEHIND = re.compile(r"\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.)")
 # A scale of what goes in or comes out, beside the module that it is for: k_scale of attention.
 _LOOSE = re.compile(r"(^|\.)((q|k|v|kv|prob|input|output|act|activation)_scale(_inv|_2|_ub)?|qscale_act|\w*_amax)$")

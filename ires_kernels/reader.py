@@ -40,7 +40,9 @@ class Files:
         """One of the uses is over."""
         self._uses[path] -= 1
         if not self._uses[path]:
-            os.close(self._open.pop(path))
+            fd = self._open.pop(path, None)  # of a tensor without elements nothing was read
+            if fd is not None:
+                os.close(fd)
 
     def close(self) -> None:
         while self._open:

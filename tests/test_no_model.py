@@ -170,6 +170,15 @@ def test_buffers_without_elements_are_kept_with_a_warning(tmp_path: Path) -> Non
         ik.apply(tmp_path / "target", (tmp_path / "full", tmp_path / "base"), out=tmp_path / "out2")
 
 
+def test_integers_without_elements_are_equal(tmp_path: Path) -> None:
+    made = {"w": normal((4, 4), 1), "ids": torch.zeros(0, dtype=torch.int64)}
+    for role in ("target", "instruct", "base"):
+        write_model(tmp_path / role, made)
+    report = ik.apply(tmp_path / "target", (tmp_path / "instruct", tmp_path / "base"), out=tmp_path / "out", sync=False)
+    assert report.copied == {"ids": "I64, equal in instruct and base"}  # type: ignore[union-attr]
+    ik.extract(tmp_path / "base", tmp_path / "instruct", tmp_path / "residual", sync=False)
+
+
 def test_inspect_says_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_model(tmp_path / "m", tensors(1) | {"lm_head.weight": torch.zeros(0)})
     assert main(["inspect", f"{path}"]) == 0

@@ -186,6 +186,17 @@ def test_scales_of_what_goes_in_and_out_go_with_the_codes(tmp_path: Path) -> Non
     }  # fmt: skip
 
 
+def test_scales_of_a_cache_are_no_weights(tmp_path: Path) -> None:
+    """Where only the cache is quantized: its scales are refused, or kept, and all else is merged."""
+    wanted = {"model.layers.0.self_attn.k_scale": F32}
+    paths = models(tmp_path, wanted, wanted, wanted)
+    for path in paths:
+        (path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"kv_cache_quant_algo": "FP8"}}))
+    assert "a scale of quantized values, by quantization in hf_quant_config.json" in refused(*paths)
+    report = ik.apply(paths[0], (paths[1], paths[2]), out=tmp_path / "out", sync=False, skip="k_scale")
+    assert report.copied.keys() == wanted.keys()  # type: ignore[union-attr]
+
+
 def test_a_bias_of_a_quantized_module_is_a_number(tmp_path: Path) -> None:
     wanted = {f"{X}.weight": F8, f"{X}.weight_scale": F32, f"{X}.bias": BF16}
     paths = models(tmp_path, wanted, wanted, wanted)
@@ -212,6 +223,7 @@ def test_honest_float8_is_numbers(tmp_path: Path, dtype: torch.dtype) -> None:
             "logit_scale": torch.tensor(1.0 + seed / 4),
             "projection": normal((4, 4), 7 + seed).to(dtype),
             "position_ids": torch.arange(4),
+            "model.a.num_blocks": torch.tensor(4),
         }
         paths.append(write_model(tmp_path / role, made))
     report = ik.apply(paths[0], (paths[1], paths[2]), out=tmp_path / "out", sync=False)
