@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ires_kernels.synthetic import Shape, count_of, shape_of
+from ires_kernels.bench.synthetic import Shape, count_of, shape_of
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

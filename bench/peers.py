@@ -34,8 +34,8 @@ from rich.table import Table
 
 from ires_kernels.bench.measure import Quartiles, Times, interleave, machine, ratio, watch
 from ires_kernels.bench.merges import COPY, copy
-from ires_kernels.checkpoint import TensorRef, open_checkpoint
-from ires_kernels.synthetic import SHAPES, Triple, shape_of, write_triple
+from ires_kernels.bench.synthetic import SHAPES, Triple, shape_of, write_triple
+from ires_kernels.checkpoints.checkpoint import TensorRef, open_checkpoint
 
 OURS = "ires apply"
 IMPORT = "import torch"

@@ -10,7 +10,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from ires_kernels import apply, extract
 from ires_kernels.bench.merges import copy, verify
-from ires_kernels.synthetic import Shape, Triple, write_triple
+from ires_kernels.bench.synthetic import Shape, Triple, write_triple
 
 ROUNDS = 5
 

@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 import ires_kernels as ik
-from ires_kernels.synthetic import write_triple
+from ires_kernels.bench.synthetic import write_triple
 
 CONTINUAL = Path(__file__).parent / "continual"
 FAMILY = CONTINUAL / "family"

@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ires_kernels.backends import BackendStatus, Tally, backends
-from ires_kernels.ops import add, add_, add_difference, add_difference_, scale, scale_, subtract
+from ires_kernels.tensors.ops import add, add_, add_difference, add_difference_, scale, scale_, subtract
 
 if TYPE_CHECKING:
-    from ires_kernels.mapping import mapped
+    from ires_kernels.memory.mapping import mapped
     from ires_kernels.merge import apply, extract, inspect, load, resume, rollback, status, verify
 
     __version__: str
@@ -48,7 +48,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(merge, name)
     if name == "mapped":
-        from ires_kernels.mapping import mapped
+        from ires_kernels.memory.mapping import mapped
 
         return mapped
     if name == "__version__":

@@ -25,16 +25,17 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as Bar
 
-from ires_kernels import interrupts, merge, trust
-from ires_kernels.folders import MERGE_ADAPTER
-from ires_kernels.header import CheckpointError
-from ires_kernels.hidden import unfinished
-from ires_kernels.inputs import check_adapter, kind_of
-from ires_kernels.plan import VERSION, size
-from ires_kernels.rules import DTYPES, ArgumentError
-from ires_kernels.store import LostError, StoreError, is_unfinished, partial_path
-from ires_kernels.stream import Progress
-from ires_kernels.windows import ComputeError
+from ires_kernels import merge
+from ires_kernels.checkpoints.folders import MERGE_ADAPTER
+from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.files import interrupts, trust
+from ires_kernels.files.hidden import unfinished
+from ires_kernels.files.store import LostError, StoreError, is_unfinished, partial_path
+from ires_kernels.planning.inputs import check_adapter, kind_of
+from ires_kernels.planning.plan import VERSION, size
+from ires_kernels.planning.rules import DTYPES, ArgumentError
+from ires_kernels.streaming.stream import Progress
+from ires_kernels.streaming.windows import ComputeError
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs

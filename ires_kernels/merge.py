@@ -15,37 +15,17 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ires_kernels import (
-    configs,
-    guards,
-    hidden,
-    interrupts,
-    manifest,
-    overwrite,
-    provenance,
-    records,
-    sidefiles,
-    statedict,
-    stream,
-    writing,
-)
-from ires_kernels import device as devices
-from ires_kernels.checkpoint import Checkpoint, is_shard
-from ires_kernels.header import CheckpointError, brief
-from ires_kernels.inplace import Workplace
-from ires_kernels.inputs import StrPath, absolute, check_flags, check_path, open_inputs, roles_of_apply
-from ires_kernels.manifest import Numbers
-from ires_kernels.operation import MAPPED, UNDO, Operation, other_files, same_plan, stamps_of
-from ires_kernels.overwrite import Options
-from ires_kernels.ownership import Foreign
-from ires_kernels.plan import MANIFESTS, VERSION, Plan, plan_apply, plan_extract
-from ires_kernels.reader import second_copies
-from ires_kernels.report import Report
-from ires_kernels.rules import ArgumentError, Rules
-from ires_kernels.samples import sample
-from ires_kernels.state import Status, status, unclosed, way_out
-from ires_kernels.steps import Step
-from ires_kernels.store import (
+from ires_kernels.checking import guards
+from ires_kernels.checking.verification import verify
+from ires_kernels.checkpoints import configs, manifest, sidefiles
+from ires_kernels.checkpoints.checkpoint import Checkpoint, is_shard
+from ires_kernels.checkpoints.header import CheckpointError, brief
+from ires_kernels.checkpoints.manifest import Numbers
+from ires_kernels.files import hidden, interrupts
+from ires_kernels.files.inplace import Workplace
+from ires_kernels.files.ownership import Foreign
+from ires_kernels.files.samples import sample
+from ires_kernels.files.store import (
     NewFolder,
     StoreError,
     check_destination,
@@ -57,9 +37,23 @@ from ires_kernels.store import (
     read_kept,
     tidy,
 )
-from ires_kernels.stream import Outcome, Progress
-from ires_kernels.summary import inspect
-from ires_kernels.verification import verify
+from ires_kernels.in_place import overwrite
+from ires_kernels.in_place.overwrite import Options
+from ires_kernels.memory import writing
+from ires_kernels.planning.inputs import StrPath, absolute, check_flags, check_path, open_inputs, roles_of_apply
+from ires_kernels.planning.plan import MANIFESTS, VERSION, Plan, plan_apply, plan_extract
+from ires_kernels.planning.rules import ArgumentError, Rules
+from ires_kernels.planning.steps import Step
+from ires_kernels.records import provenance
+from ires_kernels.records import repetition as records
+from ires_kernels.records.operation import MAPPED, UNDO, Operation, other_files, same_plan, stamps_of
+from ires_kernels.records.report import Report
+from ires_kernels.records.state import Status, status, unclosed, way_out
+from ires_kernels.records.summary import inspect
+from ires_kernels.streaming import device as devices
+from ires_kernels.streaming import statedict, stream
+from ires_kernels.streaming.reader import second_copies
+from ires_kernels.streaming.stream import Outcome, Progress
 
 __all__ = ["Status", "apply", "extract", "inspect", "load", "resume", "rollback", "status", "verify"]
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from ires_kernels import trust
 from ires_kernels.backends import native
+from ires_kernels.files import trust
 
 if TYPE_CHECKING:
     from faults import Warm

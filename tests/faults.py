@@ -185,7 +185,9 @@ def serve(folder: str) -> None:
 
 def start(folder: Path, cwd: str, run: Run) -> int:
     """Fork for a command; returns the process."""
-    from ires_kernels import cli, updates, windows
+    from ires_kernels import cli
+    from ires_kernels.in_place import updates
+    from ires_kernels.streaming import windows
 
     folder.mkdir(exist_ok=True)
     pid = os.fork()

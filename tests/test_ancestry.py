@@ -14,9 +14,9 @@ from checkpoints import SHAPES, Tensors, normal, tensors, write_model
 from safetensors.torch import save_file
 
 import ires_kernels as ik
-from ires_kernels import ancestry
-from ires_kernels.checkpoint import Checkpoint, open_checkpoint
-from ires_kernels.header import CheckpointError
+from ires_kernels.checking import ancestry
+from ires_kernels.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ires_kernels.checkpoints.header import CheckpointError
 
 
 def model(folder: Path, weights: Tensors, **options: Any) -> Checkpoint:

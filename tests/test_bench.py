@@ -17,7 +17,7 @@ from ires_kernels.bench import __main__ as bench
 from ires_kernels.bench import floor, kernels, mappings, merges
 from ires_kernels.bench.contenders import CHUNKED, COMPILED, EAGER, UPCAST, torch_contenders
 from ires_kernels.bench.measure import Quartiles, interleave, machine, private_memory, ratio, watch
-from ires_kernels.synthetic import write_triple
+from ires_kernels.bench.synthetic import write_triple
 
 QUICK = ["--threads", "1", "--rounds", "2", "--no-compile"]
 BF16 = ["--cases", "^add_difference bf16$", "--size", "20K"]

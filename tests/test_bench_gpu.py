@@ -16,7 +16,7 @@ from ires_kernels.bench import gpu, gpu_merges, measure, merges
 from ires_kernels.bench.accelerator import open_cuda
 from ires_kernels.bench.contenders import COMPILED, EAGER, FOREACH, UPCAST
 from ires_kernels.bench.kernels import BF16, Case, VerificationError
-from ires_kernels.synthetic import SHAPES, write_triple
+from ires_kernels.bench.synthetic import SHAPES, write_triple
 
 QUICK = ["gpu", "--size", "20K", "--list", "tiny", "--model", "tiny", "--rounds", "2", "--no-compile"]
 TINY = SHAPES["tiny"]

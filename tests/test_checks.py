@@ -18,7 +18,7 @@ from oracle import STORAGE
 from torch import Tensor
 
 import ires_kernels as ik
-from ires_kernels.checks import _overlaps_itself, _share_memory
+from ires_kernels.tensors.checks import _overlaps_itself, _share_memory
 
 pytestmark = pytest.mark.usefixtures("backend")
 

@@ -19,7 +19,7 @@ from checkpoints import normal, read_model, snapshot, triple, write_model
 import ires_kernels as ik
 from ires_kernels import cli, merge
 from ires_kernels.cli import main
-from ires_kernels.store import MARKER
+from ires_kernels.files.store import MARKER
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import pytest
 from checkpoints import triple
 
 import ires_kernels as ik
-from ires_kernels import configs
-from ires_kernels.checkpoint import open_checkpoint
-from ires_kernels.plan import plan_apply, plan_extract
-from ires_kernels.rules import Rules
+from ires_kernels.checkpoints import configs
+from ires_kernels.checkpoints.checkpoint import open_checkpoint
+from ires_kernels.planning.plan import plan_apply, plan_extract
+from ires_kernels.planning.rules import Rules
 
 CONFIG = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False, "hidden_size": 16,

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import ires_kernels as ik
-from ires_kernels import ancestry
-from ires_kernels.checkpoint import open_checkpoint
+from ires_kernels.checking import ancestry
+from ires_kernels.checkpoints.checkpoint import open_checkpoint
 
 CONTINUAL = Path(__file__).parent.parent / "examples" / "continual"
 FAMILY = CONTINUAL / "family"

@@ -21,12 +21,12 @@ from checkpoints import Tensors, normal, read_model, snapshot, triple, write_mod
 from torch import Tensor
 
 import ires_kernels as ik
-from ires_kernels import device, statedict, stream, windows
 from ires_kernels.cli import main
-from ires_kernels.plan import Plan
-from ires_kernels.report import Report
-from ires_kernels.rules import ArgumentError
-from ires_kernels.windows import ComputeError
+from ires_kernels.planning.plan import Plan
+from ires_kernels.planning.rules import ArgumentError
+from ires_kernels.records.report import Report
+from ires_kernels.streaming import device, statedict, stream, windows
+from ires_kernels.streaming.windows import ComputeError
 
 Work = Callable[[], None]
 DTYPES = {

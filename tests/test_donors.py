@@ -12,9 +12,9 @@ from checkpoints import triple
 from tokenizers import Tokenizer, models
 
 import ires_kernels as ik
-from ires_kernels.checkpoint import open_checkpoint
-from ires_kernels.plan import Plan, plan_apply
-from ires_kernels.rules import Rules
+from ires_kernels.checkpoints.checkpoint import open_checkpoint
+from ires_kernels.planning.plan import Plan, plan_apply
+from ires_kernels.planning.rules import Rules
 
 CONFIG = {"model_type": "llama", "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
 WORDS = [f"w{i}" for i in range(34)]
@@ -319,7 +319,7 @@ def test_a_single_file_gets_no_side_files_in_place(tmp_path: Path) -> None:
 
 
 def test_what_came_in_place_is_told_after_a_resume_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ires_kernels import overwrite
+    from ires_kernels.in_place import overwrite
 
     base, instruct, target = triple(tmp_path)
     tokenizer(base)

@@ -12,10 +12,10 @@ import pytest
 from checkpoints import triple
 
 import ires_kernels as ik
-from ires_kernels.checkpoint import open_checkpoint
-from ires_kernels.header import CheckpointError
-from ires_kernels.plan import Plan, plan_apply
-from ires_kernels.rules import Rules
+from ires_kernels.checkpoints.checkpoint import open_checkpoint
+from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.planning.plan import Plan, plan_apply
+from ires_kernels.planning.rules import Rules
 
 PARTS = [
     {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},

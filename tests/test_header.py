@@ -22,8 +22,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ires_kernels import header
-from ires_kernels.header import CheckpointError, Header, TensorInfo, build_header, parse_header, read_header
+from ires_kernels.checkpoints import header
+from ires_kernels.checkpoints.header import CheckpointError, Header, TensorInfo, build_header, parse_header, read_header
 
 
 def pack(text: str | bytes, data: bytes = b"") -> bytes:

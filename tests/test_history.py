@@ -11,7 +11,8 @@ import pytest
 from checkpoints import normal, triple, write_model
 
 import ires_kernels as ik
-from ires_kernels import merge, overwrite
+from ires_kernels import merge
+from ires_kernels.in_place import overwrite
 
 
 @pytest.fixture(autouse=True)

@@ -15,13 +15,14 @@ from checkpoints import read_model, snapshot, tensors, triple, write_model
 from safetensors.torch import save_file
 
 import ires_kernels as ik
-from ires_kernels import samples, stream
-from ires_kernels.checkpoint import FileId, open_checkpoint
-from ires_kernels.header import CheckpointError, read_header
-from ires_kernels.plan import Plan
-from ires_kernels.rules import ArgumentError
-from ires_kernels.samples import sample
-from ires_kernels.store import StoreError
+from ires_kernels.checkpoints.checkpoint import FileId, open_checkpoint
+from ires_kernels.checkpoints.header import CheckpointError, read_header
+from ires_kernels.files import samples
+from ires_kernels.files.samples import sample
+from ires_kernels.files.store import StoreError
+from ires_kernels.planning.plan import Plan
+from ires_kernels.planning.rules import ArgumentError
+from ires_kernels.streaming import stream
 
 
 def before_window(monkeypatch: pytest.MonkeyPatch, at: int, action: Callable[[], object]) -> None:

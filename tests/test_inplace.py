@@ -21,13 +21,17 @@ from checkpoints import SHAPES, normal, read_model, snapshot, triple, write_mode
 from safetensors.torch import load_file, save_file
 
 import ires_kernels as ik
-from ires_kernels import hidden, journal, merge, overwrite, records, store, stream, trust, updates, windows
+from ires_kernels import merge
+from ires_kernels.checkpoints.header import CheckpointError, build_header
 from ires_kernels.cli import main
-from ires_kernels.header import CheckpointError, build_header
-from ires_kernels.inplace import Workplace
-from ires_kernels.report import Report
-from ires_kernels.rules import ArgumentError
-from ires_kernels.store import StoreError
+from ires_kernels.files import hidden, journal, store, trust
+from ires_kernels.files.inplace import Workplace
+from ires_kernels.files.store import StoreError
+from ires_kernels.in_place import overwrite, updates
+from ires_kernels.planning.rules import ArgumentError
+from ires_kernels.records import repetition as records
+from ires_kernels.records.report import Report
+from ires_kernels.streaming import stream, windows
 
 SIDE = {
     "instruct": {"tokenizer.json": "{}", "chat_template.jinja": "{{ chat }}", "generation_config.json": '{"eos": 1}'},

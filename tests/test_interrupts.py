@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from checkpoints import triple
 
-from ires_kernels import interrupts, merge
+from ires_kernels import merge
 from ires_kernels.cli import main
+from ires_kernels.files import interrupts
 
 INT, ALARM = signal.SIGINT, signal.SIGALRM
 

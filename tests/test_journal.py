@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from ires_kernels import journal
-from ires_kernels.journal import Extent, Journal, JournalError, UndoGone, count_records
+from ires_kernels.files import journal
+from ires_kernels.files.journal import Extent, Journal, JournalError, UndoGone, count_records
 
 SECTOR = 512
 WINDOWS = [

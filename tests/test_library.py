@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ires_kernels as ik
-from ires_kernels import launch
+from ires_kernels.tensors import launch
 
 # torch's compiler and exporter warn of what they do themselves, such as using what torch has deprecated.
 pytestmark = pytest.mark.filterwarnings(

@@ -11,7 +11,7 @@ from checkpoints import read_model, triple
 
 import ires_kernels as ik
 from ires_kernels import cli
-from ires_kernels.header import CheckpointError
+from ires_kernels.checkpoints.header import CheckpointError
 
 FILES = {"tokenizer.json": "{}", "generation_config.json": "{}", "additional_chat_templates/tool.jinja": "{{ x }}"}
 READ = ("config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors", "tokenizer.json",
@@ -131,7 +131,7 @@ def test_the_command_line_follows_links_and_resume_remembers(
     assert cli.main(["inspect", instruct, "--follow-links"]) == 0
     for where, path in ((["-o", f"{out}"], f"{out}"), (["--in-place"], target)):
         with monkeypatch.context() as patch:
-            patch.setattr("ires_kernels.provenance.build", interrupt)
+            patch.setattr("ires_kernels.records.provenance.build", interrupt)
             assert cli.main([*arguments, *where, "--follow-links", "--quiet"]) == 130
         assert cli.main(["status", path]) == 0
         assert cli.main(["resume", path, "--quiet"]) == 0
@@ -152,7 +152,7 @@ def test_a_side_file_that_is_another_when_it_is_copied_is_refused(
         (instruct / "tokenizer.json").unlink()
         (instruct / "tokenizer.json").symlink_to(tmp_path / "secret")
 
-    monkeypatch.setattr("ires_kernels.guards.check_residuals", swap)
+    monkeypatch.setattr("ires_kernels.checking.guards.check_residuals", swap)
     with pytest.raises(CheckpointError, match=r"tokenizer.json: changed after it was looked at"):
         ik.apply(target, (instruct, base), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()

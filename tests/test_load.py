@@ -19,11 +19,11 @@ from checkpoints import Tensors, normal, read_model, snapshot, triple, write_mod
 from torch import Tensor
 
 import ires_kernels as ik
-from ires_kernels import statedict, windows
-from ires_kernels.checkpoint import open_checkpoint
-from ires_kernels.header import CheckpointError, build_header
-from ires_kernels.plan import Plan
-from ires_kernels.rules import ArgumentError
+from ires_kernels.checkpoints.checkpoint import open_checkpoint
+from ires_kernels.checkpoints.header import CheckpointError, build_header
+from ires_kernels.planning.plan import Plan
+from ires_kernels.planning.rules import ArgumentError
+from ires_kernels.streaming import statedict, windows
 
 SMALL = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -17,11 +17,13 @@ import torch
 from checkpoints import read_model, tensors, write_model
 
 import ires_kernels as ik
-from ires_kernels import cli, manifest, trust
-from ires_kernels.checkpoint import open_checkpoint
-from ires_kernels.header import CheckpointError
-from ires_kernels.report import Report
-from ires_kernels.store import StoreError
+from ires_kernels import cli
+from ires_kernels.checkpoints import manifest
+from ires_kernels.checkpoints.checkpoint import open_checkpoint
+from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.files import trust
+from ires_kernels.files.store import StoreError
+from ires_kernels.records.report import Report
 
 SHAPES = {"model.embed_tokens.weight": (8, 16), "norm.weight": (8,)}
 SIDE = {"tokenizer.json": "{}"}

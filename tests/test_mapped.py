@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ires_kernels as ik
-from ires_kernels import regions
-from ires_kernels.header import CheckpointError
+from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.tensors import regions
 
 SHAPES = {"a.weight": (24, 16), "b.weight": (7, 3), "c.bias": (5,), "scalar": (), "empty": (0, 4)}
 
@@ -159,7 +159,7 @@ def test_validates_headers_as_everywhere(model: Path) -> None:
 
 
 def test_looks_at_the_file_that_is_mapped(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ires_kernels import mapping
+    from ires_kernels.memory import mapping
 
     def opened_late(path: Path) -> int:
         os.truncate(path, 8)
@@ -292,7 +292,7 @@ def test_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_much_is_done_in_parts(
     tmp_path: Path, backend: str, rounding: str, part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ires_kernels import launch
+    from ires_kernels.tensors import launch
 
     base, instruct, _ = triple(tmp_path)
     with ik.mapped(base) as b, ik.mapped(instruct) as i:

@@ -11,8 +11,10 @@ import pytest
 from checkpoints import triple
 
 import ires_kernels as ik
-from ires_kernels import inplace, journal, store, updates, windows
 from ires_kernels.cli import main
+from ires_kernels.files import inplace, journal, store
+from ires_kernels.in_place import updates
+from ires_kernels.streaming import windows
 
 FILE = "model-00002-of-00003.safetensors"
 

@@ -24,12 +24,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ires_kernels as ik
-from ires_kernels import ops, provenance, store, stream, windows
-from ires_kernels.checkpoint import open_checkpoint
-from ires_kernels.header import CheckpointError, build_header
-from ires_kernels.report import Report
-from ires_kernels.rules import ArgumentError
-from ires_kernels.store import MARKER, NewFolder, StoreError
+from ires_kernels.checkpoints.checkpoint import open_checkpoint
+from ires_kernels.checkpoints.header import CheckpointError, build_header
+from ires_kernels.files import store
+from ires_kernels.files.store import MARKER, NewFolder, StoreError
+from ires_kernels.planning.rules import ArgumentError
+from ires_kernels.records import provenance
+from ires_kernels.records.report import Report
+from ires_kernels.streaming import stream, windows
+from ires_kernels.tensors import ops
 
 STORAGE = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 

@@ -16,10 +16,10 @@ import torch
 from checkpoints import Tensors, normal, read_model, write_model
 
 import ires_kernels as ik
+from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.cli import main
-from ires_kernels.header import CheckpointError
-from ires_kernels.report import Report
-from ires_kernels.rules import ArgumentError
+from ires_kernels.planning.rules import ArgumentError
+from ires_kernels.records.report import Report
 
 H, V, LAYERS, EXPERTS = 8, 32, 2, 4
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -185,7 +185,7 @@ def test_an_output_in_another_dtype_loads_in_it(families: Callable[[str], Path],
 def test_what_a_killed_run_leaves_does_not_load(
     families: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ires_kernels import store
+    from ires_kernels.files import store
 
     folder = families("mistral")
 

@@ -13,9 +13,9 @@ from checkpoints import Tensors, normal, read_model, tensors, triple, write_mode
 from safetensors.torch import save_file
 
 import ires_kernels as ik
-from ires_kernels.checkpoint import open_checkpoint
+from ires_kernels.checkpoints.checkpoint import open_checkpoint
+from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.cli import main
-from ires_kernels.header import CheckpointError
 
 Q = "model.layers.{}.self_attn.q_proj"
 

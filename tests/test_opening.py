@@ -17,8 +17,8 @@ from checkpoints import triple
 
 import ires_kernels as ik
 from ires_kernels import cli
-from ires_kernels.header import MAX_DEPTH, CheckpointError, parse_json
-from ires_kernels.opening import MAX_CONFIG, open_file, read_bytes
+from ires_kernels.checkpoints.header import MAX_DEPTH, CheckpointError, parse_json
+from ires_kernels.files.opening import MAX_CONFIG, open_file, read_bytes
 
 INDEX, SHARD = "model.safetensors.index.json", "model-00001-of-00002.safetensors"
 FILES = {"tokenizer.json": "{}", "tokenizer_config.json": "{}", "generation_config.json": "{}"}

@@ -12,9 +12,10 @@ import pytest
 from checkpoints import triple
 
 import ires_kernels as ik
-from ires_kernels import cli, patterns
-from ires_kernels.patterns import LIMIT, PatternError, unmatched, ways
-from ires_kernels.rules import ArgumentError, Rules
+from ires_kernels import cli
+from ires_kernels.planning import patterns
+from ires_kernels.planning.patterns import LIMIT, PatternError, unmatched, ways
+from ires_kernels.planning.rules import ArgumentError, Rules
 
 USUAL = [
     "norm", "embed_tokens|lm_head", r"layers\.\d+\.mlp", r"layers\.([0-9]|1[0-5])\.", "^(?!.*norm).*$", r"(q|k|v)_proj",

@@ -15,11 +15,11 @@ import xxhash
 from checkpoints import SHAPES, normal, tensors, triple, write_model
 
 import ires_kernels as ik
-from ires_kernels.header import CheckpointError, parse_header
-from ires_kernels.inputs import open_inputs
-from ires_kernels.plan import Plan, plan_apply, plan_extract
-from ires_kernels.rules import ArgumentError, Rules
-from ires_kernels.steps import Step
+from ires_kernels.checkpoints.header import CheckpointError, parse_header
+from ires_kernels.planning.inputs import open_inputs
+from ires_kernels.planning.plan import Plan, plan_apply, plan_extract
+from ires_kernels.planning.rules import ArgumentError, Rules
+from ires_kernels.planning.steps import Step
 
 TIED = {name: shape for name, shape in SHAPES.items() if name != "lm_head.weight"}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -12,10 +12,10 @@ import torch
 from checkpoints import Tensors, normal, read_model, tensors, write_model
 
 import ires_kernels as ik
-from ires_kernels.checkpoint import open_checkpoint
+from ires_kernels.checkpoints.checkpoint import open_checkpoint
+from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.cli import main
-from ires_kernels.header import CheckpointError
-from ires_kernels.quantized import parts
+from ires_kernels.planning.quantized import parts
 
 F8, U8, I8, I16, I32, I64 = torch.float8_e4m3fn, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 BF16, F16, F32, E8M0 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e8m0fnu

@@ -12,7 +12,7 @@ from oracle import assert_same
 from torch import Tensor
 
 import ires_kernels as ik
-from ires_kernels import ops
+from ires_kernels.tensors import ops
 
 OPERATIONS = [ik.subtract, ik.add, ik.add_, ik.scale, ik.scale_, ik.add_difference, ik.add_difference_]
 THIRD = torch.full((4096,), 1 / 3)

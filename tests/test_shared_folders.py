@@ -19,9 +19,9 @@ import pytest
 from checkpoints import snapshot, triple
 
 import ires_kernels as ik
-from ires_kernels import journal, locks, store, trust
 from ires_kernels.cli import main
-from ires_kernels.ownership import Foreign, StoreError
+from ires_kernels.files import journal, locks, store, trust
+from ires_kernels.files.ownership import Foreign, StoreError
 
 VICTIM, MALLORY, GROUP = 65533, 65534, 65500
 FILES = {"tokenizer.json": "{}", "merges.txt": ""}

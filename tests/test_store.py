@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from ires_kernels import store
-from ires_kernels.store import MARKER, NewFolder, StoreError, check_destination, is_unfinished, partial_path
+from ires_kernels.files import store
+from ires_kernels.files.store import MARKER, NewFolder, StoreError, check_destination, is_unfinished, partial_path
 
 
 def new(out: Path, identity: str = "mine", *, sync: bool = True) -> NewFolder:

@@ -19,11 +19,12 @@ import pytest
 from checkpoints import snapshot, triple
 
 import ires_kernels as ik
-from ires_kernels import hidden, journal, store, trust, updates
+from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.cli import main
-from ires_kernels.header import CheckpointError
-from ires_kernels.operation import Operation
-from ires_kernels.ownership import Foreign, StoreError, is_bare, is_inner
+from ires_kernels.files import hidden, journal, store, trust
+from ires_kernels.files.ownership import Foreign, StoreError, is_bare, is_inner
+from ires_kernels.in_place import updates
+from ires_kernels.records.operation import Operation
 
 SIDE = {
     "base": {"tokenizer.json": "{}"},

@@ -19,9 +19,10 @@ from checkpoints import snapshot, triple
 from faults import Done, Warm, compiler
 
 import ires_kernels as ik
-from ires_kernels import store, stream
 from ires_kernels.cli import main
-from ires_kernels.report import Report
+from ires_kernels.files import store
+from ires_kernels.records.report import Report
+from ires_kernels.streaming import stream
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="faults.c needs a C compiler")
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from checkpoints import read_model
 
-from ires_kernels import synthetic
-from ires_kernels.checkpoint import open_checkpoint
-from ires_kernels.synthetic import SHAPES, Shape, count_of, shape_of, write_triple
+from ires_kernels.bench import synthetic
+from ires_kernels.bench.synthetic import SHAPES, Shape, count_of, shape_of, write_triple
+from ires_kernels.checkpoints.checkpoint import open_checkpoint
 
 
 def digest(folder: Path) -> str:

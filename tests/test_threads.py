@@ -13,7 +13,7 @@ import pytest
 from checkpoints import triple
 
 import ires_kernels as ik
-from ires_kernels import stream
+from ires_kernels.streaming import stream
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import pytest
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ires_kernels import tokens
-from ires_kernels.header import CheckpointError
-from ires_kernels.tokens import Tokens
+from ires_kernels.checkpoints import tokens
+from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.checkpoints.tokens import Tokens
 
 TEXT = ["the cat sat on the mat", "naïve café — 12 345", "日本語 and more text", "a b c d e f g"] * 3
 

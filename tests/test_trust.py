@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from checkpoints import tensors, write_model
 
-from ires_kernels import trust
 from ires_kernels.cli import main
+from ires_kernels.files import trust
 
 
 @pytest.fixture(autouse=True)

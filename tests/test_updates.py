@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ires_kernels as ik
-from ires_kernels import device, updates, windows
-from ires_kernels.checkpoint import TensorRef
-from ires_kernels.header import CheckpointError
-from ires_kernels.names import FLOATS
-from ires_kernels.plan import Plan
-from ires_kernels.steps import Step
+from ires_kernels.checkpoints.checkpoint import TensorRef
+from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.checkpoints.names import FLOATS
+from ires_kernels.in_place import updates
+from ires_kernels.planning.plan import Plan
+from ires_kernels.planning.steps import Step
+from ires_kernels.streaming import device, windows
 
 
 def test_a_unit_is_whole_windows_of_every_processor() -> None:

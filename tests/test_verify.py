@@ -12,10 +12,10 @@ import torch
 from checkpoints import normal, triple, write_model
 
 import ires_kernels as ik
-from ires_kernels import windows
-from ires_kernels.checkpoint import open_checkpoint
-from ires_kernels.header import CheckpointError
-from ires_kernels.rules import ArgumentError
+from ires_kernels.checkpoints.checkpoint import open_checkpoint
+from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.planning.rules import ArgumentError
+from ires_kernels.streaming import windows
 
 NORM = "model.norm.weight"
 

@@ -22,11 +22,11 @@ from test_mapped import raw, same, write_raw
 from torch import Tensor
 
 import ires_kernels as ik
-from ires_kernels import copies, hidden, inplace, interrupts
+from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.cli import main
-from ires_kernels.header import CheckpointError
-from ires_kernels.rules import ArgumentError
-from ires_kernels.store import StoreError
+from ires_kernels.files import copies, hidden, inplace, interrupts
+from ires_kernels.files.store import StoreError
+from ires_kernels.planning.rules import ArgumentError
 
 NAME = "model.embed_tokens.weight"
 

@@ -33,8 +33,8 @@ from train import STAGES, make, new_progress
 from world import World
 
 import ires_kernels as ik
-from ires_kernels import ancestry
-from ires_kernels.checkpoint import open_checkpoint
+from ires_kernels.checking import ancestry
+from ires_kernels.checkpoints.checkpoint import open_checkpoint
 
 ALPHAS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25)
 STORED_DTYPES = ("f32", "bf16", "f16")
@@ -167,7 +167,7 @@ class Run:
 
 
 def kinship(model: Path, base: Path) -> Row:
-    """By the sample that `ires_kernels.ancestry` takes, and by all weights of the matrices at once."""
+    """By the sample that `ires_kernels.checking.ancestry` takes, and by all weights of the matrices at once."""
     found = ancestry.compare(open_checkpoint(model), ancestry.sketch(open_checkpoint(base)))
     assert found is not None
     ours, theirs = tensors_of(model), tensors_of(base)

@@ -29,7 +29,7 @@ from ires_kernels.bench.accelerator import Accelerator, open_cuda
 from ires_kernels.bench.contenders import TORCH
 from ires_kernels.bench.kernels import CASES, VerificationError
 from ires_kernels.bench.measure import Quartiles, machine
-from ires_kernels.synthetic import SHAPES, count_of, shape_of, write_triple
+from ires_kernels.bench.synthetic import SHAPES, count_of, shape_of, write_triple
 
 ELEMENTS = 1 << 27  # of each tensor: far beyond any cache
 ON_GPU = 1 << 30

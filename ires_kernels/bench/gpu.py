@@ -34,7 +34,7 @@ from ires_kernels.bench.kernels import (
     forced,
 )
 from ires_kernels.bench.measure import Quartiles, Times, interleave, ratio
-from ires_kernels.synthetic import Shape
+from ires_kernels.bench.synthetic import Shape
 
 COPY = "device copy"
 TORCH = (EAGER, UPCAST, COMPILED, FOREACH)

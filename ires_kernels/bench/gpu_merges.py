@@ -19,7 +19,7 @@ from ires_kernels.bench import merges
 from ires_kernels.bench.accelerator import Accelerator
 from ires_kernels.bench.gpu import available
 from ires_kernels.bench.measure import Quartiles, Times, interleave
-from ires_kernels.synthetic import Triple
+from ires_kernels.bench.synthetic import Triple
 
 READ, PCIE, PCIE_IN = "cat", "PCIe", "PCIe in"
 ON_CPU, ON_GPU, LOAD = "apply on the CPU", "apply", "load"

@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ires_kernels import ops
 from ires_kernels.backends import backends, native
 from ires_kernels.backends import threads as kernel_threads
 from ires_kernels.bench.contenders import ALPHA, CHUNKED, COMPILED, EAGER, TORCH, best_chunk, torch_contenders
 from ires_kernels.bench.measure import Quartiles, Times, interleave, ratio
+from ires_kernels.tensors import ops
 
 MEMORY = "memory"
 CHECKED = (1 << 18) + 3  # elements compared of each kind of data

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ires_kernels import merge, ops
+from ires_kernels import merge
 from ires_kernels.backends import threads as kernel_threads
 from ires_kernels.bench import floor
 from ires_kernels.bench.kernels import VerificationError
 from ires_kernels.bench.measure import Quartiles, Times, interleave, ratio
 from ires_kernels.bench.merges import BARE, weights
-from ires_kernels.mapping import mapped
-from ires_kernels.synthetic import Triple
+from ires_kernels.bench.synthetic import Triple
+from ires_kernels.memory.mapping import mapped
+from ires_kernels.tensors import ops
 
 MAPPED, LISTED, SAFETENSORS, FLOOR = "mapped", "mapped, one call", "safe_open + torch", "bare floor"
 

@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ires_kernels import merge, ops
+from ires_kernels import merge
 from ires_kernels.bench import floor
 from ires_kernels.bench.kernels import VerificationError, chosen, differing
 from ires_kernels.bench.measure import Quartiles, Times, interleave, ratio, watch
-from ires_kernels.checkpoint import TensorRef, open_checkpoint
-from ires_kernels.synthetic import Triple
-from ires_kernels.windows import TORCH_DTYPES
+from ires_kernels.bench.synthetic import Triple
+from ires_kernels.checkpoints.checkpoint import TensorRef, open_checkpoint
+from ires_kernels.streaming.windows import TORCH_DTYPES
+from ires_kernels.tensors import ops
 
 COPY, FLOOR = "cat + cp", "bare floor"
 ONE_PASS, SYNCED, EXTRACT, APPLY = "one pass", "one pass, fsync", "extract f32", "apply f32"

@@ -1,0 +1,175 @@
+"""What must be true of the bytes of the inputs before something is written, and still when all of them were read."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping
+from pathlib import Path
+
+from ires_kernels.checking import ancestry
+from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId
+from ires_kernels.checkpoints.header import CheckpointError, read_header
+from ires_kernels.files.samples import sample
+from ires_kernels.files.store import StoreError
+from ires_kernels.planning.plan import Plan
+from ires_kernels.streaming import stream
+from ires_kernels.streaming.reader import all_file_ids, differing
+from ires_kernels.streaming.stream import Outcome
+from ires_kernels.streaming.windows import Processors
+
+
+def file_ids(plan: Plan) -> dict[Path, FileId]:
+    """What the files of the inputs were when they were validated."""
+    return all_file_ids(plan.inputs)
+
+
+def compare(plan: Plan, current: Mapping[Path, FileId] | None = None) -> dict[str, dict[str, str]]:
+    """Refuse tensors that would be copied, or left out, although instruct and base differ in them; returns digests.
+
+    current  what the files were when they were opened, if the plan has another time for them
+    """
+    different, digests = differing(plan.comparisons, file_ids(plan) if current is None else current)
+    if different:
+        lines = [f"cannot {plan.operation}: tensors that are not floating point differ between instruct and base:"]
+        for name, _, (instruct, base) in different[:10]:
+            lines.append(f"  {name!r} is {instruct.dtype} in {instruct.path}, and another in {base.path}")
+        lines += [f"  and {len(different) - 10} more"] if len(different) > 10 else []
+        raise CheckpointError("\n".join([*lines, "Such values have no difference to add: leave them out with --skip."]))
+    return digests
+
+
+def strangers(inputs: Mapping[str, Checkpoint]) -> tuple[str, ...]:
+    """Warnings of a target or an instruct model that looks as if it did not descend from the base."""
+    models = [role for role in ("instruct", "target") if role in inputs]
+    if "base" in inputs:
+        sketches: dict[str, object] = {"base": ancestry.sketch(inputs["base"])}
+    else:
+        residuals = {role: checkpoint for role, checkpoint in inputs.items() if role != "target"}
+        sketches = {f"the base of {r}": c.manifest.ancestry if c.manifest else None for r, c in residuals.items()}
+    pairs = [(model, base) for base in sketches for model in models]
+    found = [(*pair, ancestry.compare(inputs[pair[0]], sketches[pair[1]])) for pair in pairs]
+    return tuple(each.warning(model, base) for model, base, each in found if each is not None and not each.related)
+
+
+def left_out(
+    plan: Plan, processors: Processors, threads: int | None, current: Mapping[Path, FileId] | None = None
+) -> Outcome:
+    """Read what finds no place in the output, for its part of the update: tallies of it by name, and nothing else.
+
+    current  what the files were when they were opened, if the plan has another time for them
+    """
+    share = plan.share
+    if share is None or not share.left:
+        return Outcome()
+    found = stream.run(
+        share.left,
+        current or file_ids(plan),
+        plan.rules,
+        lambda *_: None,
+        hashed=(),
+        processors=processors,
+        threads=threads,
+    )
+    return Outcome(tallies=found.tallies)
+
+
+def read_residuals(plan: Plan, threads: int | None = None, current: Mapping[Path, FileId] | None = None) -> None:
+    """Read what the plan needs of its residuals, to find damage before the first byte of a model changes.
+
+    current  what the files were when they were opened, if the plan has another time for them
+    """
+    refs = {
+        f"{role} {ref.name}": ref
+        for step in plan.steps
+        for role, ref in zip(step.roles, step.inputs, strict=True)
+        if role.startswith("residual") and not step.reason
+    }
+    found: dict[str, dict[str, str]] = {}
+    files = file_ids(plan) if current is None else current
+    for name, digest in stream.hashes(refs, files, threads=threads).items():
+        found.setdefault(name.partition(" ")[0], {})[refs[name].name] = digest
+    check_residuals(plan, found)
+
+
+def check_residuals(plan: Plan, hashes: Mapping[str, Mapping[str, str]]) -> None:
+    """Compare what was read of residuals, by role and name, with the hashes that `extract` recorded."""
+    for role, checkpoint in plan.inputs.items():
+        if checkpoint.kind == "residual":
+            recorded = checkpoint.manifest.tensors if checkpoint.manifest else {}
+            for name, found in hashes.get(role, {}).items():
+                wanted = recorded[name].xxh3_128 if name in recorded else found
+                if found != wanted:
+                    raise CheckpointError(
+                        f"{checkpoint.tensors[name].path}: tensor {name!r} is damaged: its xxh3_128 is {found}, "
+                        f"residual.json says {wanted}. Extract or copy the residual again."
+                    )
+
+
+def check_unchanged(
+    plan: Plan,
+    read: Mapping[str, Mapping[str, str]] | None = None,
+    *,
+    but: Container[str] = (),
+    current: Mapping[Path, FileId] | None = None,
+    threads: int | None = None,
+) -> None:
+    """Refuse inputs whose files are no longer those that were validated; not of the roles `but`, which we change.
+
+    read     xxh3_128 of what was read of them, by role and name: where a file has got another name, a link or a mode,
+             or was written and its time set back, its content tells which
+    current  what they were when they were opened, if the plan has another time for them
+    """
+    for role, checkpoint in plan.inputs.items():
+        written, touched = ([], []) if role in but else checkpoint.changed(current)
+        hashes = (read or {}).get(role, {})
+        refs = {n: ref for n, ref in checkpoint.tensors.items() if ref.path in touched and n in hashes}
+        headers = {shard.path: shard.header for shard in checkpoint.shards}
+        written += [path for path in touched if read_header(path) != headers[path]]
+        if not written:
+            found = stream.hashes(refs, current or checkpoint.file_ids, threads=threads)
+            written += [refs[name].path for name, digest in found.items() if digest != hashes[name]]
+        if written:
+            raise CheckpointError(f"{written[0]}: changed while it was read. Wait for its writer, then start again.")
+
+
+def check_begun(
+    plan: Plan,
+    samples: Mapping[str, Mapping[str, str]],
+    outcome: Outcome,
+    changed: Iterable[Path],
+    current: Mapping[Path, FileId] | None = None,
+    *,
+    but: Container[str] = (),
+    threads: int | None = None,
+) -> None:
+    """Refuse with StoreError inputs that are not those with which an interrupted merge was begun; not the roles `but`.
+
+    samples  of the files of then, by role and name, at the places that the plan's id chooses
+    outcome  what that run has learnt of the tensors that it has read: in files that are not the very ones of then,
+             those `changed`, they must have their hashes
+    current  what the files were when they were opened, if the plan has another time for them
+    """
+    changed = set(changed)
+    refs = {
+        f"{role} {name}": checkpoint.tensors[name]
+        for role, checkpoint in plan.inputs.items()
+        for name in outcome.inputs.get(role, {})
+        if name in checkpoint.tensors and checkpoint.tensors[name].path in changed
+    }
+    now = file_ids(plan) if current is None else current
+    for name, digest in stream.hashes(refs, now, threads=threads).items():
+        role, _, tensor = name.partition(" ")
+        if digest != outcome.inputs[role][tensor]:
+            raise StoreError(
+                f"{refs[name].path}: is not the file of the {role} that this was begun with: its tensor {tensor!r} is "
+                "another. Put that one back, then go on; or roll back."
+            )
+    for role, checkpoint in plan.inputs.items():
+        known = {} if role in but else samples.get(role, {})
+        for shard in checkpoint.shards:
+            name = shard.path.name
+            if name in known and known[name] != sample(shard.path, plan.id):
+                kind = "residual" if role.startswith("residual") else f"{role} model"
+                raise StoreError(
+                    f"{shard.path}: is not the file of the {kind} that this was begun with, but has other bytes. "
+                    "Put that one back, then go on; or roll back."
+                )

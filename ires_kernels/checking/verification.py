@@ -1,0 +1,372 @@
+"""Checking finished output: the arithmetic again from the inputs, window by window, against the bytes on the disk."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from ires_kernels.checkpoints import manifest
+from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, open_checkpoint
+from ires_kernels.checkpoints.header import DTYPE_BITS, CheckpointError
+from ires_kernels.checkpoints.names import FLOATS
+from ires_kernels.files.opening import open_file, read_start
+from ires_kernels.files.store import read_into
+from ires_kernels.planning.inputs import StrPath, open_inputs
+from ires_kernels.planning.plan import Plan, plan_apply, plan_extract, size
+from ires_kernels.planning.rules import ArgumentError, Rules
+from ires_kernels.planning.steps import Step
+from ires_kernels.records import provenance
+from ires_kernels.records.operation import MAPPED
+from ires_kernels.streaming import device as devices
+from ires_kernels.streaming import stream
+from ires_kernels.streaming.reader import all_file_ids, second_copies
+from ires_kernels.streaming.stream import Progress
+from ires_kernels.streaming.windows import TORCH_DTYPES, Processors
+
+
+@dataclass(slots=True)
+class Mismatch:
+    """A tensor whose stored elements are not what the inputs give."""
+
+    tensor: str
+    file: str
+    count: int
+    """Elements that differ."""
+    index: list[int]
+    """Of the first one."""
+    got: str
+    wanted: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tensor} in {self.file}: {self.count:,} elements differ, the first at {self.index}: "
+            f"got {self.got}, wanted {self.wanted}"
+        )
+
+
+@dataclass
+class VerifyReport:
+    """What `verify` found; ``print(report)`` tells it. It is true in a condition when all is well."""
+
+    out: Path
+    hashes_only: bool
+    tensors: int = 0
+    unread: int = 0
+    """Of these, tensors that an update in place left as they were, and of which no hash is known."""
+    bytes_read: int = 0
+    seconds: float = 0.0
+    mismatches: list[Mismatch] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    """What else is not as it was left: hashes, order, dtypes, inputs, side files."""
+    notes: list[str] = field(default_factory=list)
+    """What was not looked at, and how to do that."""
+
+    @property
+    def ok(self) -> bool:
+        return not self.mismatches and not self.problems
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"ok": self.ok, **asdict(self), "out": f"{self.out}"}
+
+    def __str__(self) -> str:
+        how = "have the recorded hashes" if self.hashes_only else "are what the inputs give, bit for bit"
+        found = [f"{mismatch}" for mismatch in self.mismatches] + self.problems
+        if found:
+            head = f"{self.out}: {len(found)} differences:"
+            more = [f"  and {len(found) - 20} more"] if len(found) > 20 else []
+            return "\n".join([head, *(f"  {line}" for line in found[:20]), *more, *self.notes])
+        rate = self.bytes_read / self.seconds / 1e9 if self.seconds else 0.0
+        which = f"all {self.tensors} tensors"
+        if self.unread:
+            which = f"{self.tensors - self.unread} tensors (not {self.unread} that were left as they were)"
+        done = f"{self.out}: {which} {how} ({size(self.bytes_read)} read in {self.seconds:.2f} s, {rate:.2f} GB/s)"
+        return "\n".join([done, *self.notes])
+
+
+def verify(
+    out: StrPath,
+    *,
+    inputs: Mapping[str, StrPath] | None = None,
+    hashes_only: bool = False,
+    follow_links: bool = False,
+    trust_inputs: bool = False,
+    device: str | torch.device = "cpu",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Check output of `extract` or `apply` against its manifest and, recomputed, against its inputs.
+
+    inputs         paths by role (target, instruct, base, residual, residual-1, …) in place of the recorded ones
+    hashes_only    compare hashes of tensors and files with the manifest, without the inputs. It is all that can be done
+                   after an update in place, unless `inputs` has a copy of the target as it was
+    follow_links   accept files of the folders that are links out of them
+    trust_inputs   read the inputs where the manifest says that they are, though it was not signed with your key: a
+                   stranger's may name any file
+    device         where to compute, cpu or a GPU: it need not be the one of the merge
+
+    Any NaN serves where a NaN is due, since payloads are no part of the numerics. Raises CheckpointError where there
+    is nothing to check: no manifest, inputs that are gone.
+    """
+    started = time.perf_counter()
+    processors = devices.processors(devices.resolve(device))
+    checkpoint = open_checkpoint(out, follow_links=follow_links)
+    table = checkpoint.manifest
+    if table is None or not (checkpoint.path.is_dir() or table.in_place):
+        raise CheckpointError(f"{checkpoint.path}: has no ires.json or residual.json; wanted the output of a merge.")
+    if table.operation == MAPPED:
+        raise CheckpointError(
+            f"{checkpoint.path}: was written through ik.mapped, and nobody recorded what was written: there is nothing "
+            "to compare it with. Keep sums of your own (sha256sum) of what you write in this way."
+        )
+    made_of = table.made_of()
+    if table.in_place and "target" not in (inputs or {}):
+        hashes_only = True
+    notes = []
+    if not (hashes_only or trust_inputs or table.is_mine):
+        named = [role for role in made_of if role not in (inputs or {})]
+        if named and inputs:
+            raise ArgumentError(
+                f"{out}: its manifest was not signed with your key, so it is not believed where {', '.join(named)} is. "
+                "Say that too, or give --trust-inputs (trust_inputs=True)."
+            )
+        if named:
+            hashes_only = True
+            notes.append(
+                "Hashes alone were compared: the manifest was not signed with your key, so it is not believed where the"
+                f" inputs are. Say where {', '.join(named)} is, or give --trust-inputs (trust_inputs=True)."
+            )
+    report = VerifyReport(checkpoint.path, hashes_only, notes=notes)
+    recorded = table.tensors
+    _check_names(checkpoint, recorded, report)
+    unread = [name for name, entry in recorded.items() if entry.xxh3_128 is None]
+    report.unread = len(unread)
+    to_hash = [ref for name, ref in checkpoint.tensors.items() if name in recorded and name not in unread]
+    if not hashes_only:
+        given = dict(inputs or {})
+        unknown = given.keys() - made_of.keys()
+        if unknown:
+            raise ArgumentError(f"{out}: was not made of {', '.join(sorted(unknown))} but of {', '.join(made_of)}.")
+        moved = {entry.path: given[role] for role, entry in made_of.items() if role in given}
+        paths = {role: given.get(role) or moved.get(entry.path, entry.path) for role, entry in made_of.items()}
+        rules, opened = Rules.from_dict(table.table["rules"]), _opened(paths, given, follow_links)
+        if table.operation == "apply":
+            plan = plan_apply(opened, rules, second_copies(opened))
+        else:
+            plan = plan_extract(opened, rules, second_copies(opened))
+        to_hash = _recompute(plan, checkpoint, recorded, report, processors, threads, progress)
+        progress = None
+    _check_hashes(checkpoint, to_hash, recorded, report, threads, progress)
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    _check_headers(checkpoint, table.headers, report)
+    _check_files(folder, table.files, report)
+    _check_sums(folder, table.sha256, report, threads)
+    report.tensors = len(checkpoint.tensors)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _opened(paths: Mapping[str, StrPath], given: Mapping[str, StrPath], follow_links: bool) -> dict[str, Checkpoint]:
+    """Open the inputs; of one that is no longer where the manifest has it, say how to tell where it is."""
+    inputs: dict[str, Checkpoint] = {}
+    for role, path in paths.items():
+        try:
+            inputs |= open_inputs({role: path}, follow_links=follow_links)
+        except CheckpointError as error:
+            if role in given:
+                raise
+            option = "--residual, once for each," if role.startswith("residual-") else f"--{role}"
+            raise CheckpointError(
+                f"{error} By the manifest this is the {role}: if it has moved, say where it is with {option} (in "
+                f"Python inputs={{{role!r}: PATH}}), or compare hashes alone with --hashes-only."
+            ) from None
+    return inputs
+
+
+def _check_names(out: Checkpoint, recorded: Mapping[str, manifest.Tensor], report: VerifyReport) -> None:
+    for name, ref in out.tensors.items():
+        entry = recorded.get(name)
+        if entry is None:
+            report.problems.append(f"{name} of {ref.path.name} is not in the manifest")
+        elif (entry.dtype, entry.shape) != (ref.dtype, ref.shape):
+            wanted = f"{entry.dtype} {list(entry.shape)}"
+            report.problems.append(f"{name} is {ref.dtype} {list(ref.shape)}, wanted {wanted}")
+    report.problems += [f"{name} is gone" for name in recorded if name not in out.tensors]
+
+
+def _recompute(
+    plan: Plan,
+    out: Checkpoint,
+    recorded: Mapping[str, manifest.Tensor],
+    report: VerifyReport,
+    processors: Processors,
+    threads: int | None,
+    progress: Progress | None,
+) -> list[TensorRef]:
+    """Compare every element; returns the tensors whose hash this does not settle, as some NaN has another payload."""
+    headers = {shard.path.name: list(shard.header.tensors) for shard in out.shards}
+    wanted: dict[str, list[str]] = {file.name: [] for file in plan.files}
+    for step in plan.steps:
+        wanted[step.file].append(step.name)
+    report.problems += [
+        f"{name} holds other tensors, or in another order, than the plan says"
+        for name in sorted(headers.keys() | wanted.keys())
+        if headers.get(name) != wanted.get(name)
+    ]
+    steps = [
+        step
+        for step in plan.steps
+        if (ref := out.tensors.get(step.name)) and (ref.dtype, ref.shape) == (step.dtype, step.shape)
+    ]
+    planned = {step.name for step in plan.steps}
+    report.problems += [f"{name} is in the manifest and not in the plan" for name in recorded if name not in planned]
+    comparer = _Comparer(out)
+    try:
+        outcome = stream.run(
+            steps,
+            all_file_ids(plan.inputs),
+            plan.rules,
+            comparer.compare,
+            processors=processors,
+            counted=False,
+            threads=threads,
+            progress=progress,
+        )
+    finally:
+        comparer.close()
+    report.mismatches += comparer.found.values()
+    report.bytes_read += sum(step.nbytes + sum(ref.nbytes for ref in step.inputs) for step in steps)
+    unsettled = []
+    for step in steps:
+        entry = recorded.get(step.name)
+        for role, digest in entry.inputs.items() if entry else ():
+            ref = dict(zip(step.roles, step.inputs, strict=True)).get(role)
+            if ref is not None and outcome.inputs[role][ref.name] != digest:
+                report.problems.append(f"{ref.name} of {role} is not the one that was merged: it has another hash")
+        if step.name in comparer.other_nan:
+            unsettled.append(out.tensors[step.name])
+        elif step.name not in comparer.found and entry and entry.xxh3_128 not in (None, outcome.outputs[step.name]):
+            report.problems.append(f"{step.name} has another hash than the manifest says")
+    return unsettled
+
+
+def _check_hashes(
+    out: Checkpoint,
+    refs: Iterable[TensorRef],
+    recorded: Mapping[str, manifest.Tensor],
+    report: VerifyReport,
+    threads: int | None,
+    progress: Progress | None,
+) -> None:
+    by_name = {ref.name: ref for ref in refs}
+    report.bytes_read += sum(ref.nbytes for ref in by_name.values())
+    for name, digest in stream.hashes(by_name, out.file_ids, threads=threads, progress=progress).items():
+        if recorded[name].xxh3_128 != digest:
+            report.problems.append(f"{name} has another hash than the manifest says")
+
+
+def _check_headers(out: Checkpoint, recorded: Mapping[str, str], report: VerifyReport) -> None:
+    for shard in out.shards:
+        fd = open_file(shard.path)
+        try:
+            digest = xxhash.xxh3_128_hexdigest(read_start(fd, shard.header.data_start, shard.path))
+        finally:
+            os.close(fd)
+        if recorded.get(shard.path.name, digest) != digest:
+            report.problems.append(f"{shard.path.name} has another header than the manifest says")
+
+
+def _check_files(folder: Path, recorded: Mapping[str, manifest.SideFile], report: VerifyReport) -> None:
+    for name, entry in recorded.items():
+        path = folder / name
+        if not path.is_file():
+            report.problems.append(f"{name} is gone")
+        elif entry.xxh3_128 != provenance.hash_file(path):
+            report.problems.append(f"{name} has changed since the merge")
+
+
+def _check_sums(folder: Path, recorded: Mapping[str, str], report: VerifyReport, threads: int | None) -> None:
+    found = provenance.sha256({name: folder / name for name in recorded if (folder / name).is_file()}, threads)
+    for name, wanted in recorded.items():
+        if found.get(name) != wanted:
+            report.problems.append(f"{name} has the sha256 {found.get(name)}, the manifest says {wanted}")
+
+
+class _Comparer:
+    """Compares what is recomputed with what the output holds; `compare` is called by several threads."""
+
+    def __init__(self, out: Checkpoint) -> None:
+        self.found: dict[str, Mismatch] = {}
+        self.other_nan: set[str] = set()
+        self._out = out
+        self._fds = {shard.path: open_file(shard.path) for shard in out.shards}
+        self._mine = threading.local()
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+
+    def compare(self, step: Step, start: int, wanted: memoryview, _: object) -> None:
+        ref = self._out.tensors[step.name]
+        buffer = getattr(self._mine, "buffer", memoryview(b""))
+        if len(buffer) < len(wanted):
+            buffer = self._mine.buffer = memoryview(bytearray(len(wanted)))
+        got = buffer[: len(wanted)]
+        read_into(self._fds[ref.path], got, ref.offset + start, ref.path)
+        if not torch.equal(torch.frombuffer(got, dtype=torch.uint8), torch.frombuffer(wanted, dtype=torch.uint8)):
+            self._record(step, start, got, wanted)
+
+    def _record(self, step: Step, start: int, got: memoryview, wanted: memoryview) -> None:
+        width = max(1, DTYPE_BITS[step.dtype] // 8)
+        as_bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
+        bits = [torch.frombuffer(view, dtype=as_bits) for view in (got, wanted)]
+        differs = bits[0] != bits[1]
+        values = bits
+        if step.dtype in FLOATS:
+            values = [each.view(TORCH_DTYPES[step.dtype]) for each in bits]
+            if step.op != "copy":
+                differs &= ~(_is_nan(values[0]) & _is_nan(values[1]))
+        count = int(differs.sum())
+        first = int(differs.to(torch.uint8).argmax())
+        texts = [
+            f"{value[first].item()} (0x{view[first * width : (first + 1) * width][::-1].hex()})"
+            for value, view in zip(values, (got, wanted), strict=True)
+        ]
+        with self._lock:
+            if not count:
+                self.other_nan.add(step.name)
+                return
+            flat = start // width + first
+            index = _unravel(flat, step.shape)
+            mismatch = self.found.get(step.name)
+            if mismatch is None:
+                self.found[step.name] = Mismatch(step.name, step.file, count, index, *texts)
+                return
+            mismatch.count += count
+            if index < mismatch.index:
+                mismatch.index, mismatch.got, mismatch.wanted = index, *texts
+
+
+def _is_nan(values: Tensor) -> Tensor:
+    return values.to(torch.float64).isnan()
+
+
+def _unravel(flat: int, shape: tuple[int, ...]) -> list[int]:
+    """Row-major index of an element."""
+    index: list[int] = []
+    for length in reversed(shape):
+        flat, rest = divmod(flat, length)
+        index.insert(0, rest)
+    return index

@@ -1,0 +1,1 @@
+"""The executor that updates a model's own files."""

@@ -1,0 +1,1 @@
+"""Models as tensors that are the pages of their files."""

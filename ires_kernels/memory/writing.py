@@ -1,0 +1,265 @@
+"""A model whose files are open for writing as memory: hidden meanwhile as in an update in place, and what comes after.
+
+    begin     check → lock → whole copies of the weights, unless without undo → operation.json → hide the files
+    commit    fsync of the files → manifest → installing.json → finished.json → show the files
+    rollback  the copies take the places of the files → show them
+
+Whoever writes to memory tells nobody, so there are no windows, and nothing to go on with: until `commit` the bytes may
+be anything, and from then on they are what they are meant to be.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+
+from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId
+from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.files import copies, inplace, store, trust
+from ires_kernels.files.inplace import Workplace
+from ires_kernels.files.ownership import Access, StoreError
+from ires_kernels.in_place import overwrite
+from ires_kernels.planning.inputs import absolute
+from ires_kernels.planning.plan import VERSION
+from ires_kernels.planning.rules import Rules
+from ires_kernels.records import provenance
+from ires_kernels.records import repetition as records
+from ires_kernels.records.operation import MAPPED, Operation, stamps_of
+from ires_kernels.records.state import unclosed, way_out
+
+_COPIES = "copy"
+_ROOM, _OF_TENSOR = 1 << 16, 320  # bytes that are reserved for the manifest
+_log = logging.getLogger("ires_kernels")
+
+
+class Writing:
+    """A model that this process may write to. Make one with `begin`; `commit` or `withdraw` ends it."""
+
+    def __init__(self, place: Workplace, operation: Operation, target: Checkpoint) -> None:
+        self.place = place
+        self._operation = operation
+        self._target = target
+
+    @classmethod
+    def begin(
+        cls, target: Checkpoint, files: ExitStack, *, undo: bool, sync: bool, locked: bool
+    ) -> tuple[Writing, dict[Path, int]]:
+        """Hide the files of a model. Also returns descriptors of its weights, by their paths until then.
+
+        files   closes them
+        undo    keep whole copies of the weights until it ends
+        locked  False: without the lock, where the user says that no other process works there
+
+        Raises StoreError, CheckpointError and OSError, and has changed nothing then.
+        """
+        if target.kind == "residual":
+            raise StoreError(
+                f"{target.path}: is a residual, and residual.json keeps the hashes of what is in it, so it cannot be "
+                "written. Scale it with an alpha where it is applied."
+            )
+        names = overwrite.hidden_names(target)
+        inplace.check(target.path, names)
+        history, _ = records.applied(target)
+        place = Workplace.begin(target.path, sync=sync, locked=locked)
+        try:
+            opened = {shard.path: _open(shard.path, shard.file_id, files) for shard in target.shards}
+            dropped = [name for name in [overwrite.sums_name(place)] if (place.folder / name).exists()]
+            place.check_movable([*names, *dropped, overwrite.manifest_name(place)])
+            if undo:
+                _copy_all(place, opened)
+            operation = Operation(
+                secrets.token_hex(8), VERSION, MAPPED, absolute({"target": target.path}),
+                Rules.of(0).to_dict(), sync,
+                undo="all" if undo else "none",
+                names=names,
+                stamps=stamps_of({"target": target}),
+                dropped=dropped,
+                history=[update.table for update in history],
+            )  # fmt: skip
+            content = operation.to_bytes()
+            place.reserve(_ROOM + sum(_OF_TENSOR + 6 * len(name) for name in target.tensors) + len(content))
+            place.write(content)
+            place.move_in(names)
+        except BaseException:
+            _show(place, names)
+            raise
+        return cls(place, operation, target), opened
+
+    def hidden(self, path: Path) -> Path:
+        """Where a file of the model is meanwhile."""
+        return self.place.model / path.name
+
+    def sync(self) -> None:
+        """Make durable what is in the files. Raises OSError where that fails."""
+        for shard in self._target.shards:
+            store.fsync_file(self.hidden(shard.path))
+
+    def commit(self) -> None:
+        """Keep what was written: nobody writes any more. Raises OSError; then the model stays hidden."""
+        place, operation = self.place, self._operation
+        try:
+            for shard in self._target.shards:
+                os.utime(self.hidden(shard.path))  # some file systems do not do that for writes to memory
+            if operation.sync:
+                self.sync()
+            place.release()
+            mode = Access(self.hidden(shard.path) for shard in self._target.shards).file
+            place.stage(overwrite.manifest_name(place), [_manifest(place, operation, self._target)], mode)
+            place.advance("installing")
+            finish(place, operation)
+        finally:
+            place.close()
+
+    def withdraw(self) -> None:
+        """Put the old bytes back: nobody writes any more. Without copies of them the model stays hidden."""
+        place, operation = self.place, self._operation
+        try:
+            if operation.undo == "all":
+                rollback(place, operation)
+            else:
+                _log.warning(
+                    "%s: %s. %s", place.target, unclosed(operation), way_out(place.target, place.work, operation)
+                )
+        finally:
+            place.close()
+
+    def cancel(self) -> None:
+        """Show the files again, to which nobody has written."""
+        _show(self.place, self._operation.names)
+
+    def leave(self) -> None:
+        """Unlock, with the model as it is."""
+        self.place.close()
+
+
+def _show(place: Workplace, names: Iterable[str]) -> None:
+    """End before anything was written."""
+    try:
+        place.move_out(names)
+        place.remove()
+    finally:
+        place.close()
+
+
+def finish(place: Workplace, operation: Operation) -> None:
+    """End what was committed, from wherever it is. Raises StoreError for what was not."""
+    if place.phase() not in ("installing", "finished"):
+        raise StoreError(f"{place.target}: {unclosed(operation)}. {way_out(place.target, place.work, operation)}")
+    place.sync = operation.sync
+    if place.phase() == "installing":
+        place.install([overwrite.manifest_name(place)], operation.dropped)
+        place.advance("finished")
+    place.move_out(operation.names)
+    place.remove(drop=[overwrite.manifest_name(place)])
+
+
+def rollback(place: Workplace, operation: Operation) -> str:
+    """Put the copies in the places of the files; returns what was done. Raises StoreError where that cannot be."""
+    place.sync = operation.sync
+    if place.phase() in ("installing", "finished"):
+        raise StoreError(
+            f"{place.target}: all of it is new. `ires resume {place.target}` gives the files their places."
+        )
+    if place.phase() == "operation":
+        if operation.undo == "none":
+            raise StoreError(f"{place.target}: {unclosed(operation)}. {way_out(place.target, place.work, operation)}")
+        overwrite.check_boot(place, operation)
+        for name in _weights(operation):
+            copy = place.work / _COPIES / name
+            if not copy.is_file() or copy.stat().st_size != operation.stamps["target"][name]["size"]:
+                raise StoreError(f"{copy}: is gone or was cut. Delete {place.work} and copy the model again.")
+        place.move_in(operation.names)
+        place.advance("withdraw")
+    if place.phase() == "withdraw":
+        for name in _weights(operation):
+            copy = place.work / _COPIES / name
+            if copy.exists():  # else it is there already
+                os.rename(copy, place.model / name)
+        if place.sync:
+            store.fsync_folder(place.model)
+        place.move_out(operation.names)
+        place.advance("restored")
+    place.remove()
+    return f"{place.target}: is what it was before it was opened for writing."
+
+
+def _weights(operation: Operation) -> list[str]:
+    """The files that were written."""
+    return [name for name in operation.names if name in operation.stamps["target"]]
+
+
+def _open(path: Path, file_id: FileId, files: ExitStack) -> int:
+    """Open a file that is to be mapped, and have blocks under all of it: a full disk would end the process later."""
+    with store.named(path):
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        files.callback(os.close, fd)
+        status = os.fstat(fd)
+        if FileId.of(fd) != file_id:
+            raise CheckpointError(f"{path}: changed while it was opened. Wait for its writer to finish.")
+        if status.st_blocks * 512 < status.st_size:
+            store.allocate(fd, status.st_size, path)
+            os.utime(fd, ns=(status.st_atime_ns, status.st_mtime_ns))
+    return fd
+
+
+def _copy_all(place: Workplace, opened: dict[Path, int]) -> None:
+    """Make the copies that `rollback` puts back, durable and with the modes and times of the files."""
+    folder = place.work / _COPIES
+    os.mkdir(folder, 0o700)
+    total = sum(os.fstat(fd).st_size for fd in opened.values())
+    said = False
+    with store.named(folder):
+        for path, fd in opened.items():
+            copy = folder / path.name
+            to = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                if copies.clone(fd, to):
+                    copies.check_room(fd, total, path)
+                else:
+                    if not said:
+                        _log.warning(
+                            "%s: copying its weights (%.3g GB) before they are written; without, with undo='none'",
+                            place.target, total / 1e9,
+                        )  # fmt: skip
+                        said = True
+                    copies.fill(fd, to, os.fstat(fd).st_size, copy)
+                copies.take_after(to, fd)
+                if place.sync:
+                    os.fsync(to)
+            finally:
+                os.close(to)
+        if place.sync:
+            store.fsync_folder(folder)
+
+
+def _manifest(place: Workplace, operation: Operation, target: Checkpoint) -> bytes:
+    """What the model's manifest says from now on: by what it was written, and that no hash of a tensor is known."""
+    table: dict[str, object] = {
+        "ires": VERSION,
+        "operation": MAPPED,
+        "id": operation.id,
+        "written": "through ik.mapped, by whom and with what is not recorded",
+        "digest": None,
+        "inputs": {},
+        "report": {},
+        "files": {},
+        "in_place": {
+            "recipe": operation.id,
+            "undo": operation.undo,
+            "files": {s.path.name: overwrite.as_left(place.model / s.path.name, operation.id) for s in target.shards},
+            "layouts": provenance.layouts(target),
+            "history": operation.history,
+        },
+        **({} if operation.sync else {"unsynced": operation.boot}),
+        "tensors": {
+            name: {"dtype": ref.dtype, "shape": list(ref.shape), "xxh3_128": None, "inputs": {}}
+            for name, ref in target.tensors.items()
+        },
+    }
+    text = json.dumps(trust.signed("manifest", table), indent=1, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")

@@ -1,0 +1,1 @@
+"""Pure planning of a merge, with every refusal: rules, inputs, what tensors are, steps, plan."""

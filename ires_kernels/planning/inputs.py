@@ -1,0 +1,94 @@
+"""Who is who among the paths of a merge: target, instruct, base, residual, residual-1, …"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ires_kernels.checkpoints.checkpoint import Checkpoint, Kind, open_checkpoint
+from ires_kernels.checkpoints.folders import MERGE_ADAPTER
+from ires_kernels.checkpoints.header import CheckpointError, brief
+from ires_kernels.files.hidden import unfinished
+from ires_kernels.planning.rules import ArgumentError
+
+StrPath = str | os.PathLike[str]
+
+_ADVICE = {
+    "model": "Residuals are added to models: give several of them to apply.",
+    "residual": "Extract one from two models, or give both: --instruct and --base, in Python (instruct, base).",
+}
+
+
+def open_inputs(paths: Mapping[str, StrPath], *, follow_links: bool = False) -> dict[str, Checkpoint]:
+    """Open checkpoints by role. Refuses a residual where a model belongs, a model for a residual, unfinished output."""
+    inputs = {}
+    for role, path in paths.items():
+        check_path(path, role)
+        checkpoint = open_checkpoint(path, follow_links=follow_links)
+        wanted = "residual" if role.startswith("residual") else "model"
+        check_adapter(checkpoint.kind, path, role)
+        if checkpoint.kind != wanted:
+            raise CheckpointError(f"{path}: is a {checkpoint.kind}, wanted a {wanted} as {role}. {_ADVICE[wanted]}")
+        inputs[role] = checkpoint
+    return inputs
+
+
+def roles_of_apply(
+    target: StrPath, residual: StrPath | Sequence[StrPath], *, follow_links: bool = False
+) -> dict[str, StrPath]:
+    """Roles for one residual, several, or a tuple of two models (instruct, base)."""
+    check_path(target, "target")
+    if isinstance(residual, (str, os.PathLike)):
+        return {"target": target, "residual": residual}
+    if not isinstance(residual, Sequence) or isinstance(residual, bytes):
+        raise TypeError(
+            f"residual is {type(residual).__name__} {brief(residual)}, wanted the path of a residual, a list of them, "
+            "or the tuple of models (instruct, base)"
+        )
+    paths = list(residual)
+    for i, path in enumerate(paths):
+        check_path(path, f"residual[{i}]")
+    kinds = [kind_of(path, follow_links=follow_links) for path in paths]
+    for kind, path in zip(kinds, paths, strict=True):
+        check_adapter(kind, path, "residual" if "residual" in kinds or len(paths) != 2 else "instruct or base")
+    if kinds == ["model", "model"] and isinstance(residual, tuple):
+        return {"target": target, "instruct": paths[0], "base": paths[1]}
+    if not paths or "model" in kinds:
+        given = ", ".join(f"{path} is a {kind}" for path, kind in zip(paths, kinds, strict=True)) or "nothing is given"
+        raise ArgumentError(
+            f"{given}; wanted one or more residual folders, or the pair of models (instruct, base): "
+            "a tuple in Python, --instruct and --base on the command line."
+        )
+    if len(paths) == 1:
+        return {"target": target, "residual": paths[0]}
+    return {"target": target, **{f"residual-{number}": path for number, path in enumerate(paths, 1)}}
+
+
+def check_adapter(kind: Kind, path: StrPath, role: str) -> None:
+    """Refuse an adapter, which holds no weights but factors of an update: their sums are not sums of the updates."""
+    if kind == "adapter":
+        raise CheckpointError(f"{path}: is an adapter (LoRA or its kin), wanted a model as {role}. {MERGE_ADAPTER}")
+
+
+def check_path(path: object, name: str) -> None:
+    """Refuse what is no path. A path of bytes is none: names of files are text, in manifests as well."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{name} is {type(path).__name__} {brief(path)}, wanted a path as str or pathlib.Path")
+
+
+def check_flags(**flags: object) -> None:
+    """Refuse what is neither True nor False: it would be taken for one of them, and could not be read back."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is {type(value).__name__} {brief(value)}, wanted True or False")
+
+
+def kind_of(path: StrPath, *, follow_links: bool = False) -> Kind:
+    """Whether this is a model or a residual; a model that is being updated in place is one."""
+    return "model" if unfinished(Path(path)) else open_checkpoint(path, follow_links=follow_links).kind
+
+
+def absolute(paths: Mapping[str, StrPath]) -> dict[str, str]:
+    """The same paths from anywhere, links resolved."""
+    return {role: os.path.realpath(path) for role, path in paths.items()}

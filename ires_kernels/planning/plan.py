@@ -1,0 +1,396 @@
+"""Planning a merge: validated checkpoints and rules become a frozen Plan, or one error that lists what is wrong.
+
+Nothing is written here, and of the weights no more is read than `open_checkpoint` has read; but the files beside them
+are. A Plan fixes the headers of the output, where the bytes of every tensor come from and what is done to them. So
+printing it is a dry run, and the same inputs and rules give the same Plan everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from typing import Any, Literal, NamedTuple
+
+import xxhash
+
+from ires_kernels.checkpoints import configs, names, sidefiles
+from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
+from ires_kernels.checkpoints.header import build_header, tensor_bytes
+from ires_kernels.checkpoints.sidefiles import SideFile
+from ires_kernels.planning import steps
+from ires_kernels.planning.absences import Absence, grouped
+from ires_kernels.planning.rules import Rules
+from ires_kernels.planning.steps import Comparison, Findings, Share, Step
+
+VERSION = version("ires_kernels")
+
+MANIFESTS = {"apply": "ires.json", "extract": "residual.json"}
+"""Name of the manifest that an operation leaves in its output."""
+
+_CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_LEFT_OVER = 0.1
+"""Of the elements of a residual, what --allow-missing leaves out without being told so."""
+_ANY = (
+    "It leaves out a tenth at most: where what is missing belongs to the model, mend that first; "
+    'to go on all the same, give --allow-missing=any (allow_missing="any").'
+)
+_NOTHING = "Take models of one architecture, whose tensors have the same names, and skip less."
+
+
+class OutputFile(NamedTuple):
+    """A safetensors file to write: the bytes before its data, and the size of all of it."""
+
+    name: str
+    header: bytes
+    size: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a merge will do, but for where its output goes. ``print(plan)`` tells a person."""
+
+    operation: Literal["apply", "extract"]
+    inputs: dict[str, Checkpoint]
+    """By role: target, instruct, base, residual (or residual-1, residual-2, …)."""
+    rules: Rules
+    files: tuple[OutputFile, ...]
+    steps: tuple[Step, ...]
+    """In the order of the output's bytes."""
+    documents: tuple[tuple[str, bytes], ...]
+    """Names and contents of the index and, where the dtype changes, config.json."""
+    side_files: tuple[SideFile, ...]
+    comparisons: tuple[Comparison, ...]
+    not_stored: dict[str, tuple[str, TensorRef]]
+    """The tensors of the instruct model that its residual does not hold, and why."""
+    missing: tuple[Absence, ...]
+    """What allow_missing let pass."""
+    not_copied: tuple[str, ...]
+    """What else is in the target's folder."""
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+    about: dict[str, Any] = field(default_factory=dict)
+    """What residual.json says of the two models, in JSON types."""
+    share: Share | None = None
+    """How much of the residual finds a place, where tensors are missing."""
+    in_place: bool = False
+    """Whether the target's own files are changed, where they differ, and nothing else is written."""
+    id: str = field(init=False)
+    """xxh3_128, as hex, of everything that determines the output."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "id", _operation_id(self))
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors that the steps read; a tensor that two steps use counts twice."""
+        return sum(ref.nbytes for step in self._active() for ref in step.inputs)
+
+    @property
+    def bytes_written(self) -> int:
+        """Size of the safetensors files of the output; in place what changes in them, the journal apart."""
+        if self.in_place:
+            return sum(step.nbytes for step in self._active())
+        return sum(file.size for file in self.files)
+
+    def roles_of_target(self) -> set[str]:
+        """The target, and every other role in which it is given as well."""
+        place = os.path.realpath(self.inputs["target"].path)
+        return {role for role, checkpoint in self.inputs.items() if os.path.realpath(checkpoint.path) == place}
+
+    def recipe(self, tag: str = "") -> str:
+        """What is done to the target in place, as the same hash before and after, to tell a repetition.
+
+        Whether the other models are the same ones is no part of it: `records` looks into them.
+        """
+        rules = self.rules.to_dict()
+        del rules["dtype"]  # in place it is the target's
+        if self.rules.rounding == "nearest":
+            del rules["seed"]
+        return _hash({"roles": sorted(self.inputs), "own": sorted(self.roles_of_target()), "rules": rules, "tag": tag})
+
+    def reads(self, role: str) -> dict[str, TensorRef]:
+        """The tensors of an input that the steps read, by name."""
+        return {
+            ref.name: ref
+            for step in self._active()
+            for other, ref in zip(step.roles, step.inputs, strict=True)
+            if other == role
+        }
+
+    def _active(self) -> Iterable[Step]:
+        return (step for step in self.steps if not (self.in_place and step.reason))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan in JSON types, with every tensor."""
+        return {
+            "operation": self.operation,
+            "id": self.id,
+            "inputs": {
+                role: {"path": f"{checkpoint.path}", "tensors": len(checkpoint.tensors)}
+                for role, checkpoint in self.inputs.items()
+            },
+            "rules": self.rules.to_dict(),
+            "in_place": self.in_place,
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "files": [{"name": file.name, "size": file.size} for file in self.files],
+            "tensors": [
+                {
+                    "name": step.name,
+                    "dtype": step.dtype,
+                    "shape": list(step.shape),
+                    "file": step.file,
+                    "op": step.op,
+                    "factors": list(step.factors),
+                    "inputs": {
+                        role: {"name": ref.name, "dtype": ref.dtype, "file": f"{ref.path}"}
+                        for role, ref in zip(step.roles, step.inputs, strict=True)
+                    },
+                    "reason": step.reason,
+                }
+                for step in self.steps
+            ],
+            "compared": [comparison.name for comparison in self.comparisons],
+            "not_stored": {name: reason for name, (reason, _) in self.not_stored.items()},
+            "missing": [f"{absence.name!r} is {absence.where}" for absence in self.missing],
+            "side_files": {side.name: side.role for side in self.side_files},
+            "side_files_why": {side.name: side.why for side in self.side_files if side.why},
+            "not_copied": list(self.not_copied),
+            "warnings": [*self.warnings, *([self.share.text()] if self.share else [])],
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        rows = [("operation", f"{self.operation} {self.id}")]
+        for role, checkpoint in self.inputs.items():
+            rows.append((role, f"{checkpoint.path} ({len(checkpoint.tensors)} tensors)"))
+        seed = f", seed {self.rules.seed}" if self.rules.rounding == "stochastic" else ""
+        rows.append(("rounding", self.rules.rounding + seed))
+        rows += [(f"{count} tensors", deed) for deed, count in Counter(map(_deed, self.steps)).items()]
+        reasons = Counter(reason for reason, _ in self.not_stored.values())
+        rows += [(f"{count} tensors", f"not stored: {reason}") for reason, count in reasons.items()]
+        rows += [("missing", line) for line in grouped(self.missing)]
+        rows += sidefiles.rows(
+            (side.name, side.role, side.why)
+            for side in self.side_files
+            if side.why or not self.in_place or side.role != "target"
+        )
+        rows.append(("new files", ", ".join([*(name for name, _ in self.documents), MANIFESTS[self.operation]])))
+        rows += [("not copied", ", ".join(self.not_copied))] if self.not_copied else []
+        rows += [("warning", line) for line in self.warnings]
+        rows += [("warning", self.share.text())] if self.share else []
+        rows += [("note", line) for line in self.notes]
+        rows.append(("reads", size(self.bytes_read)))
+        where = "in place" if self.in_place else f"in {len(self.files)} files"
+        rows.append(("writes", f"{size(self.bytes_written)} {where}"))
+        width = max(len(title) for title, _ in rows)
+        return "\n".join(f"{title:<{width}}  {text}" for title, text in rows)
+
+
+def plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[str, str] | None = None) -> Plan:
+    """Plan target + alpha * residuals, or target + alpha * (instruct - base).
+
+    `copies`: second copies in the target of its embedding, and the embedding's name (`reader.second_copies`).
+
+    `inputs` holds target first, then instruct and base, or residuals. Raises CheckpointError with up to ten problems.
+    """
+    target, *sources = inputs.values()
+    found = Findings(rules, inputs, copies or {})
+    steps.check_models(found)
+    found.refuse("apply")
+    layout = []
+    for shard in target.shards:
+        group = [steps.apply_step(target.tensors[name], inputs, found) for name in shard.header.tensors]
+        layout.append((shard.path.name, {"format": "pt"} | shard.header.metadata, group))
+    everything = [step for _, _, group in layout for step in group]
+    steps.check_left_over(inputs, found)
+    steps.check_tied_head(inputs, everything, found)
+    found.check_patterns()
+    share = _share(everything, found)
+    if (not found.missing or rules.allow_missing) and all(
+        step.reason not in ("", steps.ALPHA_0) for step in everything
+    ):
+        firsts = [f"{role} has {next(iter(inputs[role].tensors), '')!r} …" for role in list(inputs)[:2]]
+        found.problem(f"no tensor would be merged: the {', '.join(firsts)}", _NOTHING)
+    found.refuse("apply")
+
+    foreign = steps.other_vocabulary(inputs, everything)
+    if foreign is not None:
+        found.warnings.append(f"{foreign} has other rows in the target, which keeps its tokenizer and chat template")
+    if [sidefiles.has_template(source) for source in sources if "instruct" in inputs] == [False, True]:
+        found.warnings.append("base has a chat template and instruct has none: are they the wrong way round?")
+    found.warnings += configs.differences(inputs)
+    sides = sidefiles.of_model(inputs, own_tokenizer=foreign is not None)
+    found.warnings += sides.warnings
+    side_files = sides.files
+    files, placed = _lay_out(layout)
+    documents = [] if target.index_name is None else [(target.index_name, _index(placed, target.index_metadata))]
+    if target.config is not None and rules.dtype is not None:
+        documents.append(("config.json", _json(_with_dtype(target.config, _CONFIG_DTYPES[rules.dtype]))))
+        side_files = [file for file in side_files if file.name != "config.json"]
+    return Plan(
+        "apply", dict(inputs), rules, files, placed, tuple(documents), tuple(side_files), tuple(found.comparisons), {},
+        tuple(found.missing), tuple(sides.left), tuple(found.warnings),
+        tuple(found.notes), share=share,
+    )  # fmt: skip
+
+
+def plan_extract(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[str, str] | None = None) -> Plan:
+    """Plan instruct - base, a residual in the layout of the instruct model.
+
+    `copies`: second copies of an embedding, and that one's name (`reader.second_copies`).
+
+    `inputs` holds base and instruct. Raises CheckpointError with up to ten problems.
+    """
+    base, instruct = inputs["base"], inputs["instruct"]
+    found = Findings(rules, inputs, copies or {})
+    steps.check_models(found)
+    found.refuse("extract")
+    # A head that only base has becomes a difference to instruct's embedding, and is stored next to that one.
+    heads = [] if names.is_tied(base) else [n for n in base.tensors if names.is_head(n) and n not in instruct.tensors]
+    tied = {ref.name: [replace(ref, name=head)] for head in heads if (ref := names.lookup(instruct, head))}
+    groups = []
+    for shard in instruct.shards:
+        refs = [ref for name in shard.header.tensors for ref in (instruct.tensors[name], *tied.get(name, []))]
+        group = [step for ref in refs if (step := steps.extract_step(ref, inputs, found))]
+        groups += [group] if group else []
+    for name in base.tensors:
+        if names.lookup(instruct, name) is not None or found.skipped(name) is not None or found.codes(name):
+            continue
+        if names.is_recomputed(base.tensors[name]):
+            found.buffers.append(name)
+        elif name not in found.copies:
+            found.absent(name, ["base"], ["instruct"])
+    found.note_buffers("instruct")
+    found.check_patterns()
+    share = _share([step for group in groups for step in group], found)
+    if not groups and (not found.missing or rules.allow_missing):
+        found.problem("no tensor would be stored", _NOTHING)
+    found.refuse("extract")
+    found.warnings += configs.differences(inputs)
+
+    stem = "residual-{:05}-of-{:05}" if len(groups) > 1 else "residual"
+    layout = [
+        (f"{stem.format(number, len(groups))}.safetensors", {"format": "pt"}, group)
+        for number, group in enumerate(groups, 1)
+    ]
+    files, placed = _lay_out(layout)
+    index = [("residual.safetensors.index.json", _index(placed, {}))] if len(groups) > 1 else []
+    return Plan(
+        "extract", dict(inputs), rules, files, placed, tuple(index), tuple(sidefiles.of_residual(instruct)),
+        tuple(found.comparisons), found.not_stored, tuple(found.missing), (), tuple(found.warnings),
+        tuple(found.notes),
+        sidefiles.record(base, instruct), share,
+    )  # fmt: skip
+
+
+def _share(planned: Iterable[Step], found: Findings) -> Share | None:
+    """How much of the residual finds a place; refuses to go on where that is too little to be meant."""
+    share = steps.share(planned, found)
+    if share is not None and found.rules.allow_missing is True and share.left_over > _LEFT_OVER:
+        found.explains = True
+        found.problem(f"--allow-missing would leave out too much: {share.text()}", _ANY)
+    return share
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1000 as disks and networks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _deed(step: Step) -> str:
+    """What is done to a tensor, in words that group the like ones."""
+    dtypes = "/".join(dict.fromkeys(ref.dtype for ref in step.inputs))
+    factors = ", ".join(f"{factor:g}" for factor in step.factors)
+    deed = {
+        "copy": f"copied: {step.reason}",
+        "convert": f"converted: {step.reason}",
+        "add": f"+ ({factors}) * residual",
+        "add_difference": f"+ {factors} * (instruct - base)",
+        "subtract": "instruct - base",
+    }[step.op]
+    return f"{deed}, {dtypes} → {step.dtype}"
+
+
+def _lay_out(
+    layout: Iterable[tuple[str, dict[str, str], list[Step]]],
+) -> tuple[tuple[OutputFile, ...], tuple[Step, ...]]:
+    """Give every step its place in the files, each of which is (name, metadata, steps)."""
+    files, placed = [], []
+    for name, metadata, group in layout:
+        header = build_header(((step.name, step.dtype, step.shape) for step in group), metadata)
+        end = len(header)
+        for step in group:
+            nbytes = tensor_bytes(step.dtype, step.shape)
+            placed.append(replace(step, file=name, offset=end, nbytes=nbytes))
+            end += nbytes
+        files.append(OutputFile(name, header, end))
+    return tuple(files), tuple(placed)
+
+
+def _index(placed: Iterable[Step], metadata: dict[str, Any]) -> bytes:
+    weight_map = {step.name: step.file for step in placed}
+    total = sum(step.nbytes for step in placed)
+    return _json({"metadata": metadata | {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _with_dtype(config: Any, dtype: str) -> Any:
+    """config.json with the dtype replaced wherever it is given, as it is for every part of a multimodal model."""
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: dtype if key in ("dtype", "torch_dtype") and isinstance(value, str) else _with_dtype(value, dtype)
+        for key, value in config.items()
+    }
+
+
+def _json(table: dict[str, Any]) -> bytes:
+    try:
+        return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can only escape
+        return (json.dumps(table, indent=2) + "\n").encode()
+
+
+def _operation_id(plan: Plan) -> str:
+    table = {
+        "version": VERSION,
+        "operation": plan.operation,
+        "inputs": {role: _identities(checkpoint) for role, checkpoint in plan.inputs.items()},
+        "rules": plan.rules.to_dict(),
+        # In place these are copied or left before anything begins, and are no part of what is gone on with.
+        "side_files": [_made_of(side) for side in plan.side_files if not plan.in_place],
+        "about": plan.about,
+        "documents": [[n, xxhash.xxh3_128_hexdigest(content)] for n, content in plan.documents if not plan.in_place],
+    }
+    return _hash(table)
+
+
+def _made_of(side: SideFile) -> list[Any]:
+    if side.content is not None:
+        return [side.name, side.role, xxhash.xxh3_128_hexdigest(side.content)]
+    # Not its place on the disk: a restart may number disks anew, and an interrupted merge must know its own id then.
+    return [side.name, side.role, side.file_id.size, side.file_id.mtime_ns]
+
+
+def _identities(checkpoint: Checkpoint) -> list[list[Any]]:
+    return [
+        [shard.path.name, shard.file_id.size, shard.file_id.mtime_ns, _header_digest(shard.header.tensors.items())]
+        for shard in checkpoint.shards
+    ]
+
+
+def _hash(table: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(table, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _header_digest(tensors: Iterable[tuple[str, Any]]) -> str:
+    table = [[name, info.dtype, info.shape, info.begin] for name, info in tensors]
+    return xxhash.xxh3_128_hexdigest(json.dumps(table, separators=(",", ":")).encode())

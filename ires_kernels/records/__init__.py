@@ -1,0 +1,1 @@
+"""What is written down and told: commands, provenance, history, reports, states."""

@@ -1,0 +1,214 @@
+"""Where an output comes from: makes the manifest of a merge, which `manifest` reads, and the hashes in it.
+
+Tensor hashes are xxh3_128 of the tensor's bytes; the digest of a checkpoint is xxh3_128 of the sorted lines ``name
+dtype shape hash``, so equal tensors give equal digests however they are split into files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections import deque
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ires_kernels.checking import ancestry
+from ires_kernels.checkpoints import names
+from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId, TensorRef
+from ires_kernels.checkpoints.manifest import Stamp
+from ires_kernels.files import interrupts, trust
+from ires_kernels.files.samples import sample
+from ires_kernels.files.store import chunks
+from ires_kernels.planning.plan import VERSION, Plan
+from ires_kernels.records.report import Report
+from ires_kernels.streaming.stream import Outcome
+
+SUMS = "SHA256SUMS"
+"""Name of the file with the sums of a folder, in the format of `sha256sum -c`."""
+
+
+def build(
+    plan: Plan,
+    outcome: Outcome,
+    report: Report,
+    stamps: Mapping[str, Mapping[str, Stamp]],
+    others: Mapping[str, dict[str, str]],
+    *,
+    outputs: Mapping[str, str] | None = None,
+    paths: Mapping[str, str] | None = None,
+    sha256: Mapping[str, str] | None = None,
+    in_place: Mapping[str, Any] | None = None,
+    previous: Mapping[str, str | None] | None = None,
+    unsynced: str = "",
+) -> bytes:
+    """The manifest as JSON text.
+
+    stamps    of the inputs' weights as they were read, by role and name
+    outputs   samples of a new folder's weights, by name
+    others    the output's other files, by name, with their hash and origin
+    paths     where the inputs are, if that is not where they were opened
+    sha256    of whole files, by name
+    in_place  what is special about an update in place: the hash of a tensor that was not read is then the `previous`
+              one, or null, and that of what the target held is not known
+    unsynced  where nothing was fsynced, the boot_id of the machine
+    """
+    known = {**(previous or {}), **outcome.outputs} if in_place else outcome.outputs
+    entries = {
+        step.name: {
+            "dtype": step.dtype,
+            "shape": list(step.shape),
+            "xxh3_128": known.get(step.name) if in_place else known[step.name],
+            "inputs": {
+                role: outcome.inputs[role][ref.name]
+                for role, ref in zip(step.roles, step.inputs, strict=True)
+                if not in_place or ref.name in outcome.inputs.get(role, {})
+            },
+            **({"copied": step.reason} if step.reason else {}),
+        }
+        for step in plan.steps
+    }
+    hashes = [(step.name, step.dtype, step.shape, known.get(step.name)) for step in plan.steps]
+    table: dict[str, Any] = {
+        "ires": VERSION,
+        "operation": plan.operation,
+        "id": plan.id,
+        "digest": digest((n, d, s, h) for n, d, s, h in hashes if h) if all(h for *_, h in hashes) else None,
+        "inputs": {
+            role: _input(
+                plan, role, outcome.inputs.get(role, {}), (paths or {}).get(role, f"{checkpoint.path}"), stamps[role]
+            )
+            for role, checkpoint in plan.inputs.items()
+        },
+        "rules": plan.rules.to_dict(),
+        "report": report.numbers(),
+        "files": dict(others),
+        **({"samples": dict(outputs)} if outputs else {}),
+        **({} if in_place else {"headers": {f.name: xxhash.xxh3_128_hexdigest(f.header) for f in plan.files}}),
+        **({"sha256": dict(sha256)} if sha256 else {}),
+        **({"in_place": dict(in_place)} if in_place else {}),
+        **({"unsynced": unsynced} if unsynced else {}),
+        "tensors": entries,
+    }
+    if plan.operation == "extract":
+        table["ancestry"] = ancestry.sketch(plan.inputs["base"])
+        table |= plan.about
+        table["tied"] = all(map(names.is_tied, plan.inputs.values()))
+        table["not_stored"] = {
+            name: {"reason": reason, "dtype": ref.dtype, "shape": list(ref.shape)}
+            for name, (reason, ref) in plan.not_stored.items()
+        }
+    # A path that is not UTF-8 has its bytes as lone surrogates, and these are escaped as JSON escapes them.
+    text = json.dumps(trust.signed("manifest", table), indent=1, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")
+
+
+def sha256(files: Mapping[str, Path], threads: int | None = None) -> dict[str, str]:
+    """sha256 of whole files, by name, as the Hub shows it. An interrupt ends it within a moment.
+
+    The calling thread works as well, so that it does where the system starts no other.
+    """
+    found: dict[str, str] = {}
+    waiting, errors = deque(files), deque[BaseException]()
+
+    def work(ended: threading.Event) -> None:
+        try:
+            while waiting and not errors:
+                with suppress(IndexError):  # another thread was faster
+                    name = waiting.popleft()
+                    found[name] = one(files[name])
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            ended.set()
+
+    def one(path: Path) -> str:
+        hasher = hashlib.sha256()
+        for _ in chunks(path, hasher):
+            if errors:
+                break
+        return hasher.hexdigest()
+
+    with interrupts.held():
+        events = []
+        for _ in range(min(len(files), threads or len(os.sched_getaffinity(0))) - 1):
+            event = threading.Event()
+            try:
+                threading.Thread(target=work, args=(event,), name="ires-sha256").start()
+            except RuntimeError:
+                break
+            events.append(event)
+        work(threading.Event())
+        for event in events:
+            while not event.wait(0.1):
+                try:
+                    interrupts.check()
+                except BaseException as error:
+                    errors.append(error)
+        if errors:
+            raise errors[0]
+    return {name: found[name] for name in files}
+
+
+def hash_file(path: Path) -> str:
+    """xxh3_128 of a whole file."""
+    hasher = xxhash.xxh3_128()
+    for _ in chunks(path, hasher):
+        pass
+    return hasher.hexdigest()
+
+
+def sums_file(sums: Mapping[str, str]) -> bytes:
+    """The sums as `sha256sum -c` reads them."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode(errors="surrogateescape")
+
+
+def digest(tensors: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
+    """The digest of a checkpoint from (name, dtype, shape, xxh3_128) of all its tensors."""
+    lines = sorted(f"{name} {dtype} {list(shape)} {hash_}\n" for name, dtype, shape, hash_ in tensors)
+    return xxhash.xxh3_128_hexdigest("".join(lines).encode())
+
+
+def samples(checkpoint: Checkpoint, seed: str) -> dict[str, str]:
+    """A `sample` of each of its weights, by name."""
+    return {shard.path.name: sample(shard.path, seed) for shard in checkpoint.shards}
+
+
+def stamps(
+    checkpoint: Checkpoint, samples: Mapping[str, str], current: Mapping[Path, FileId] | None = None
+) -> dict[str, Stamp]:
+    """What its weights are, by name; `current` is what they were when they were opened, if it has another time."""
+    ids = checkpoint.file_ids if current is None else current
+    return {path.name: Stamp(**ids[path].stamp(), sample=samples.get(path.name, "")) for path in checkpoint.file_ids}
+
+
+def layouts(checkpoint: Checkpoint) -> dict[str, str]:
+    """Hash of what its weights have where, by the name of the file."""
+    found: dict[str, list[Any]] = {shard.path.name: [] for shard in checkpoint.shards}
+    for ref in checkpoint.tensors.values():
+        found[ref.path.name].append([ref.offset, ref.name, ref.dtype, ref.shape])
+    return {name: xxhash.xxh3_128_hexdigest(json.dumps(sorted(table)).encode()) for name, table in found.items()}
+
+
+def digest_of(refs: Iterable[TensorRef], hashes: Mapping[str, str]) -> str:
+    """The `digest` of some tensors of a checkpoint."""
+    return digest((ref.name, ref.dtype, ref.shape, hashes[ref.name]) for ref in refs)
+
+
+def _input(plan: Plan, role: str, hashes: Mapping[str, str], path: str, stamps: Mapping[str, Stamp]) -> dict[str, Any]:
+    """Where an input was, its digest if all of its tensors were read, and in place that of what was."""
+    tensors = plan.inputs[role].tensors
+    table: dict[str, Any] = {
+        "path": os.path.abspath(path),
+        "digest": digest_of(tensors.values(), hashes) if hashes.keys() >= tensors.keys() else None,
+        "files": {name: asdict(stamp) for name, stamp in stamps.items()},
+    }
+    if plan.in_place and role not in plan.roles_of_target():
+        table["read"] = digest_of(plan.reads(role).values(), hashes)
+    return table

@@ -1,0 +1,212 @@
+"""What a merge did to the numbers, for people and for machines."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ires_kernels.backends import Tally
+from ires_kernels.checkpoints import sidefiles
+from ires_kernels.checkpoints.manifest import Numbers, Strength
+from ires_kernels.planning.absences import Absence, grouped
+from ires_kernels.planning.plan import Plan, size
+from ires_kernels.streaming.stream import Outcome
+
+_DONE = {"extract": "extracted", "apply": "merged"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Outcome of `apply` or `extract`; ``print(report)`` is a table. Counts are of elements of merged tensors."""
+
+    operation: str
+    id: str
+    out: Path
+    seconds: float
+    bytes_read: int
+    bytes_written: int
+    """By this run: what an interrupted one before it has done is not among them."""
+    tensors: int
+    """Merged tensors."""
+    counts: Tally
+    overflow: int
+    """Finite inputs whose result the stored dtype cannot hold, in converted tensors as well."""
+    strengths: tuple[Strength, ...]
+    """By factors, for `apply`."""
+    copied: dict[str, str]
+    """Tensors taken from the target as they are, or in another dtype, and why."""
+    not_stored: dict[str, str]
+    """Tensors of the instruct model that the residual does not hold, and why."""
+    missing: tuple[Absence, ...]
+    side_files: dict[str, str]
+    """Name and the model each comes from."""
+    not_copied: tuple[str, ...]
+    warnings: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = field(default=())
+    """What to know about the files."""
+    why: dict[str, str] = field(default_factory=dict)
+    """Of side files, by name, why they come from that model, where this is not the rule."""
+
+    @classmethod
+    def recorded(cls, operation: str, id_: str, out: Path, numbers: Numbers, note: str) -> Report:
+        """What a manifest says of an operation that was carried out before; of what this run did, nothing."""
+        names = ("elements", "updates", "lost", "nan_in", "inf_in", "nan_out", "overflow")
+        counts = Tally(**{name: getattr(numbers, name) for name in names})
+        return cls(
+            operation, id_, out, 0.0, 0, 0, numbers.tensors, counts, counts.overflow, numbers.strengths, {}, {}, (), {},
+            (), notes=(note,),
+        )  # fmt: skip
+
+    @classmethod
+    def of(cls, plan: Plan, outcome: Outcome, out: Path, seconds: float) -> Report:
+        total, converted = Tally(), Tally()
+        merged: dict[tuple[float, ...], Tally] = {}
+        for step in plan.steps:
+            tally = outcome.tallies.get(step.name)
+            if tally is None:
+                continue
+            if step.op == "convert":
+                converted += tally
+            else:
+                total += tally
+                merged.setdefault(step.factors, Tally()).__iadd__(tally)
+        strengths = []
+        for factors, tally in sorted(merged.items()):
+            ratio = tally.dot / tally.norm2 if tally.norm2 else math.nan
+            strengths += [Strength(factors, tally.elements, ratio if math.isfinite(ratio) else None)] if factors else []
+        return cls(
+            plan.operation,
+            plan.id,
+            out,
+            seconds,
+            outcome.bytes_read,
+            outcome.bytes_written,
+            sum(not step.reason for step in plan.steps),
+            total,
+            total.overflow + converted.overflow,
+            tuple(strengths),
+            {step.name: step.reason for step in plan.steps if step.reason},
+            {name: reason for name, (reason, _) in plan.not_stored.items()},
+            plan.missing,
+            {file.name: file.role for file in plan.side_files if not (plan.in_place and file.role == "target")},
+            () if plan.in_place else plan.not_copied,
+            (*plan.warnings, *_odd_values(plan, outcome), *_share(plan, outcome)),
+            plan.notes,
+            why={side.name: side.why for side in plan.side_files if side.why},
+        )
+
+    @property
+    def lost_fraction(self) -> float:
+        """Part of the updates (elements whose update is not 0) that rounding took back entirely."""
+        return self.counts.lost / self.counts.updates if self.counts.updates else 0.0
+
+    @property
+    def gb_per_second(self) -> float:
+        """Bytes read and written per second, in GB (10^9)."""
+        return (self.bytes_read + self.bytes_written) / self.seconds / 1e9 if self.seconds else math.inf
+
+    def numbers(self) -> dict[str, Any]:
+        """What depends on the inputs and rules alone, and so belongs into the manifest.
+
+        But for the last digits of effective alphas: sums are taken in an order that the processor chooses.
+        """
+        return {
+            "tensors": self.tensors,
+            "elements": self.counts.elements,
+            "updates": self.counts.updates,
+            "lost": self.counts.lost,
+            "lost_fraction": self.lost_fraction,
+            "nan_in": self.counts.nan_in,
+            "inf_in": self.counts.inf_in,
+            "nan_out": self.counts.nan_out,
+            "overflow": self.overflow,
+            "strengths": [strength.to_dict() for strength in self.strengths],
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it in JSON types."""
+        return {
+            "operation": self.operation,
+            "id": self.id,
+            "out": f"{self.out}",
+            "seconds": self.seconds,
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "gb_per_second": self.gb_per_second if self.seconds else None,
+            **self.numbers(),
+            "copied": self.copied,
+            "not_stored": self.not_stored,
+            "missing": [f"{absence.name!r} is {absence.where}" for absence in self.missing],
+            "side_files": self.side_files,
+            "side_files_why": {name: why for name, why in self.why.items() if name in self.side_files},
+            "not_copied": list(self.not_copied),
+            "warnings": list(self.warnings),
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        width = max(len(title) for title, _ in self.rows())
+        return "\n".join(f"{title:<{width}}  {text}" for title, text in self.rows())
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The table: what, and how much."""
+        counts = self.counts
+        rows = [("output", f"{self.out}")]
+        if self.operation not in _DONE:  # of what was written through `mapped` nobody knows anything
+            return rows + [("note", line) for line in self.notes]
+        rows.append((_DONE[self.operation], f"{self.tensors} tensors, {counts.elements:,} elements"))
+        if self.seconds:
+            rows.append(("read, written", f"{size(self.bytes_read)}, {size(self.bytes_written)}"))
+            rows.append(("time", f"{self.seconds:.2f} s, {self.gb_per_second:.2f} GB/s"))
+        for strength in self.strengths:
+            asked = ", ".join(f"{factor:g}" for factor in strength.factors)
+            if strength.realised is None:
+                rows.append((f"alpha {asked}", "no update: the residual is 0"))
+            elif strength.effective_alpha is None:
+                rows.append((f"alphas {asked}", f"{strength.realised:.4%} of the update is in the result"))
+            else:
+                rows.append((f"alpha {asked}", f"effective {strength.effective_alpha:.6g}"))
+        rows.append(("lost to rounding", f"{counts.lost:,} of {counts.updates:,} updates ({self.lost_fraction:.3%})"))
+        for title, count in (
+            ("NaN in the inputs", counts.nan_in),
+            ("inf in the inputs", counts.inf_in),
+            ("NaN in the output", counts.nan_out),
+            ("overflow", self.overflow),
+        ):
+            rows += [(title, f"{count:,} elements")] if count else []
+        rows += _grouped("copied", self.copied) + _grouped("not stored", self.not_stored)
+        rows += [("missing", line) for line in grouped(self.missing)]
+        rows += sidefiles.rows((name, role, self.why.get(name, "")) for name, role in self.side_files.items())
+        rows += [("not copied", ", ".join(self.not_copied))] if self.not_copied else []
+        rows += [("warning", line) for line in self.warnings]
+        rows += [("note", line) for line in self.notes]
+        return rows
+
+
+def _odd_values(plan: Plan, outcome: Outcome) -> Iterable[str]:
+    """Warnings of values that are no numbers, with the tensors that have them."""
+    kinds = {"nan_in": "NaN in the inputs", "inf_in": "infinities in the inputs", "overflow": "overflow in the output"}
+    for counted, what in kinds.items():
+        found = [step.name for step in plan.steps if getattr(outcome.tallies.get(step.name), counted, 0)]
+        if found:
+            more = f" and {len(found) - 10} more" if len(found) > 10 else ""
+            yield f"{what} of {len(found)} tensors: {', '.join(found[:10])}{more}"
+
+
+def _share(plan: Plan, outcome: Outcome) -> Iterable[str]:
+    """The warning of how much of the residual went in, where tensors were missing."""
+    share = plan.share
+    if share is not None:
+        tallies = outcome.tallies
+        inside = sum(tallies[step.name].norm2 for step in plan.steps if not step.reason and step.name in tallies)
+        outside = sum(tallies[step.name].norm2 for step in share.left if step.name in tallies)
+        norm = math.sqrt(inside / (inside + outside)) if share.known and inside + outside > 0 else None
+        yield share.text(norm)
+
+
+def _grouped(title: str, reasons: Mapping[str, str]) -> list[tuple[str, str]]:
+    return [(title, f"{count} tensors, {reason}") for reason, count in Counter(reasons.values()).items()]

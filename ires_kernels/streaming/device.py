@@ -1,0 +1,215 @@
+"""The same windows through a GPU: from pinned host memory to the device, computed there, and back.
+
+    thread:  read a window | start it | read the next one | start it | wait for the first | hash and write it | …
+    queue:                   copy in → kernel → copy out, count
+
+Every thread has SLOTS windows under way, each with host and device memory and a queue (a CUDA stream) of its own. What
+is queued runs in order, so a slot needs no other care than to wait before its host memory is used again; queues of
+different slots overlap, so that copies in, kernels and copies out of all threads run at the same time.
+
+The kernels do not tally. Where counts are wanted, plain torch makes them on the device from the operands and the result
+(counting.py), behind the copy out and without stopping the queue, and they come back with it. Tensors that are copied
+to a file never go there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ires_kernels.backends import Tally, choose, counting
+from ires_kernels.checkpoints.names import FLOATS
+from ires_kernels.planning.plan import size
+from ires_kernels.planning.rules import ArgumentError, Rules
+from ires_kernels.planning.steps import Step
+from ires_kernels.streaming.windows import (
+    TORCH_DTYPES,
+    ComputeError,
+    Cpu,
+    Processors,
+    Slot,
+    buffer_sizes,
+    compute,
+    cut,
+    zeros,
+)
+
+WINDOW = 1 << 21
+"""Elements of a window on a GPU: more than on the CPU, as each costs a fixed number of launches."""
+SLOTS = 2
+"""Windows that a thread has under way: one is read or written while the other is on the device."""
+_ALIGNED = 16  # elements, so that every buffer begins at a multiple of 16 bytes
+
+
+class Queue(Protocol):
+    """Work of a device in order: a CUDA stream."""
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Call `work`, which queues its operations here; an error leaves in the queue what was queued before it."""
+
+    def wait(self) -> None:
+        """Return when all that was submitted is done. Raises RuntimeError when it failed."""
+
+
+class Runtime(Protocol):
+    """What is special about a GPU; all else here is the same on any device."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the memory of a window is, beside the host."""
+
+    def queue(self) -> Queue:
+        """A queue of its own."""
+
+    def pinned(self, nbytes: int) -> Tensor:
+        """Bytes of host memory that the device can copy from and to while the host goes on."""
+
+    def settle(self) -> None:
+        """Wait for what the calling thread has queued: memory it got may be in use by that until then."""
+
+
+class CudaQueue:
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+
+    def submit(self, work: Callable[[], None]) -> None:
+        with torch.cuda.stream(self._stream):
+            try:
+                work()
+            finally:
+                self._done.record()
+
+    def wait(self) -> None:
+        self._done.synchronize()
+
+
+class Cuda:
+    """A device of torch.cuda."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def queue(self) -> Queue:
+        return CudaQueue(self.device)
+
+    def pinned(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+    def settle(self) -> None:
+        torch.cuda.current_stream(self.device).synchronize()
+
+
+def resolve(device: str | torch.device) -> torch.device:
+    """The device that is meant, known to be there and to have a backend. Raises ArgumentError."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ArgumentError(f"--device {device}: {_WANTED}") from None
+    if found.type not in ("cpu", "cuda"):
+        raise ArgumentError(f"--device {device}: {_WANTED}")
+    if found.type == "cuda":
+        count = torch.cuda.device_count()
+        if not count:
+            built = torch.version.cuda or torch.version.hip
+            why = "is there a driver, and a GPU?" if built else f"torch {torch.__version__} was built without CUDA"
+            raise ArgumentError(f"--device {device}: torch sees no CUDA device ({why}). {_LEAVE_OUT}")
+        # Other threads have another current device.
+        index = torch.cuda.current_device() if found.index is None else found.index
+        if index >= count:
+            raise ArgumentError(f"--device {device}: torch sees {count} CUDA devices, the last is cuda:{count - 1}.")
+        found = torch.device("cuda", index)
+    try:
+        choose(found)
+    except RuntimeError as error:
+        raise ArgumentError(f"--device {device}: {error}.") from None
+    return found
+
+
+_WANTED = "wanted cpu, cuda, or cuda:N for one of several."
+_LEAVE_OUT = "Leave it out to compute on the CPU."
+
+
+def processors(device: torch.device) -> Processors:
+    """What computes windows on a device that `resolve` gave."""
+    return Cpu if device.type == "cpu" else partial(Gpu, Cuda(device))
+
+
+class Gpu:
+    """Windows of all threads through one GPU."""
+
+    def __init__(self, runtime: Runtime, steps: Sequence[Step], rules: Rules, counted: bool) -> None:
+        largest = max((step.inputs[0].numel for step in steps if step.op != "copy"), default=1)
+        self.window = min(WINDOW, -(-largest // _ALIGNED) * _ALIGNED or _ALIGNED)
+        self.runtime = runtime
+        self.rules = rules
+        self.counted = counted
+        self.sizes = buffer_sizes(steps, self.window)
+        self.zeros = zeros(steps, self.window, runtime.device)
+        runtime.settle()
+
+    def slots(self) -> list[Slot]:
+        try:
+            return [_GpuSlot(self) for _ in range(SLOTS)]
+        except RuntimeError as error:
+            raise ComputeError(
+                f"{self.runtime.device}: no room for {SLOTS} windows of {size(sum(self.sizes))} a thread, pinned and "
+                f"on the device: {_first_line(error)}. Fewer --threads need less."
+            ) from error
+
+
+class _GpuSlot:
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self._queue = gpu.runtime.queue()
+        pinned = gpu.runtime.pinned(sum(gpu.sizes))
+        self._host = cut(pinned, gpu.sizes)
+        self.buffers = cut(pinned.numpy().data, gpu.sizes)
+        self._device: Sequence[Tensor] = ()
+        self._numbers = gpu.runtime.pinned(8 * counting.NUMBERS).view(torch.float64)
+        self._counted = 0  # elements of the window under way whose counts are on their way to `_numbers`
+        self._queue.submit(self._allocate)  # there, so that no other stream was the last to use this memory
+
+    def _allocate(self) -> None:
+        whole = torch.empty(sum(self._gpu.sizes), dtype=torch.uint8, device=self._gpu.runtime.device)
+        self._device = cut(whole, self._gpu.sizes)
+
+    def start(self, step: Step, first: int, count: int, out: Tensor | None) -> None:
+        self._counted = count if self._gpu.counted and step.op != "copy" else 0
+        self._queue.submit(partial(self._run, step, first, count, out))
+
+    def _run(self, step: Step, first: int, count: int, out: Tensor | None) -> None:
+        if step.op == "copy":
+            assert out is not None
+            out.copy_(self._host[0][:count], non_blocking=True)
+            return
+        operands = [self._copied_in(slot, ref.dtype, count) for slot, ref in enumerate(step.inputs)]
+        if step.op == "convert":
+            operands.append(self._gpu.zeros[step.inputs[0].dtype][:count])
+        nbytes = count * FLOATS[step.dtype]
+        stored = self._device[-1][:nbytes].view(TORCH_DTYPES[step.dtype]) if out is None else out
+        compute(step, operands, stored, first, self._gpu.rules, None)
+        if out is None:
+            self._host[-1][:nbytes].copy_(self._device[-1][:nbytes], non_blocking=True)
+        if self._gpu.counted:
+            numbers = counting.count("subtract" if step.op == "convert" else step.op, operands, step.factors, stored)
+            self._numbers.copy_(numbers, non_blocking=True)
+
+    def _copied_in(self, slot: int, dtype: str, count: int) -> Tensor:
+        nbytes = count * FLOATS[dtype]
+        there = self._device[slot][:nbytes]
+        there.copy_(self._host[slot][:nbytes], non_blocking=True)
+        return there.view(TORCH_DTYPES[dtype])
+
+    def wait(self) -> Tally | None:
+        self._queue.wait()
+        elements, self._counted = self._counted, 0
+        return counting.tally(elements, self._numbers) if elements else None
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{error}".partition("\n")[0].rstrip(".")

@@ -1,0 +1,109 @@
+"""Reading input files by position: opened once, known to be the files that were validated, and never past their end."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import xxhash
+
+from ires_kernels.checkpoints import names
+from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId, TensorRef
+from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.files import interrupts
+from ires_kernels.files.opening import open_file
+from ires_kernels.files.store import read_into
+from ires_kernels.planning.steps import Comparison
+
+_CHUNK = 1 << 19  # bytes at a time
+
+
+class Files:
+    """Input files, open from their first use to their last; opening makes sure that they are still the same."""
+
+    def __init__(self, file_ids: Mapping[Path, FileId], uses: Iterable[Path]) -> None:
+        self._file_ids = file_ids
+        self._uses = Counter(uses)
+        self._open: dict[Path, int] = {}
+
+    def open(self, path: Path) -> int:
+        fd = self._open.get(path)
+        if fd is None:
+            fd = self._open[path] = open_file(path)
+            if not FileId.of(fd).is_unwritten(self._file_ids[path]):
+                raise CheckpointError(f"{path}: changed after it was validated. Wait for its writer, then start again.")
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return fd
+
+    def release(self, path: Path) -> None:
+        """One of the uses is over."""
+        self._uses[path] -= 1
+        if not self._uses[path]:
+            fd = self._open.pop(path, None)  # of a tensor without elements nothing was read
+            if fd is not None:
+                os.close(fd)
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+def all_file_ids(inputs: Mapping[str, Checkpoint]) -> dict[Path, FileId]:
+    """What the files of several checkpoints were when they were validated."""
+    return {path: file_id for checkpoint in inputs.values() for path, file_id in checkpoint.file_ids.items()}
+
+
+def differing(
+    comparisons: Iterable[Comparison], file_ids: Mapping[Path, FileId]
+) -> tuple[list[Comparison], dict[str, dict[str, str]]]:
+    """The comparisons whose two tensors differ in a byte, and xxh3_128 of all of them by role and tensor name."""
+    comparisons = list(comparisons)
+    different = []
+    digests: dict[str, dict[str, str]] = {}
+    files = Files(file_ids, (ref.path for comparison in comparisons for ref in comparison.inputs))
+    try:
+        for comparison in comparisons:
+            hashers = [xxhash.xxh3_128() for _ in comparison.inputs]
+            if not _equal(files, comparison.inputs, hashers):
+                different.append(comparison)
+            for role, ref, hasher in zip(comparison.roles, comparison.inputs, hashers, strict=True):
+                digests.setdefault(role, {})[ref.name] = hasher.hexdigest()
+                files.release(ref.path)
+    finally:
+        files.close()
+    return different, digests
+
+
+def second_copies(inputs: Mapping[str, Checkpoint]) -> dict[str, str]:
+    """Names of tensors that are an embedding again, byte for byte, in all models that have them, and its name."""
+    found = names.second_copies(inputs)
+    file_ids = all_file_ids(inputs)
+    copies = {}
+    files = Files(file_ids, (ref.path for models in found.values() for _, *pair in models for ref in pair))
+    try:
+        for name, models in found.items():
+            if all(one.nbytes == two.nbytes and _equal(files, (one, two)) for _, one, two in models):
+                copies[name] = models[0][2].name
+    finally:
+        files.close()
+    return copies
+
+
+def _equal(files: Files, refs: tuple[TensorRef, TensorRef], hashers: Sequence[xxhash.xxh3_128] = ()) -> bool:
+    """Whether two tensors of one size have the same bytes. With hashers both are hashed to their end."""
+    size = refs[0].nbytes
+    buffers = [bytearray(min(_CHUNK, size)) for _ in refs]
+    equal = True
+    for start in range(0, size, _CHUNK):
+        interrupts.check()
+        views = [memoryview(buffer)[: size - start] for buffer in buffers]
+        for ref, view in zip(refs, views, strict=True):
+            read_into(files.open(ref.path), view, ref.offset + start, ref.path)
+        for hasher, view in zip(hashers, views, strict=False):
+            hasher.update(view)
+        equal = equal and buffers[0] == buffers[1]  # what a short last window leaves behind it was equal before
+        if not equal and not hashers:
+            break
+    return equal

@@ -1,0 +1,68 @@
+"""The result of a merge as tensors in memory, in place of files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ires_kernels.checkpoints import names
+from ires_kernels.checkpoints.checkpoint import Checkpoint
+from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.planning.plan import size
+from ires_kernels.planning.steps import Step
+from ires_kernels.streaming.windows import TORCH_DTYPES
+
+# Where torch has them: the versions differ.
+_OTHERS = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32",
+    "I64": "int64", "U64": "uint64", "C64": "complex64", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
+_DTYPES: dict[str, torch.dtype] = TORCH_DTYPES | {
+    name: getattr(torch, torch_name) for name, torch_name in _OTHERS.items() if hasattr(torch, torch_name)
+}
+_WITH_HEAD = re.compile(r"(ForCausalLM|ForConditionalGeneration|LMHeadModel)$")
+_BODY = re.compile(r"(^|(?<=\.))(model|transformer)\.")
+
+
+def allocate(steps: Sequence[Step], device: torch.device) -> dict[str, Tensor]:
+    """Uninitialised tensors for the results, in the order of the steps.
+
+    Raises CheckpointError for a dtype that torch does not have, MemoryError when the device is too small.
+    """
+    for step in steps:
+        if step.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"tensor {step.name!r} of {step.inputs[0].path} is {step.dtype}, for which torch {torch.__version__} "
+                "has no dtype. Merge it into a folder with apply."
+            )
+    tensors = {}
+    with torch.inference_mode(False):  # worker threads, which are in no such mode, will write to them
+        for step in steps:
+            try:
+                tensors[step.name] = torch.empty(step.shape, dtype=_DTYPES[step.dtype], device=device)
+            except RuntimeError as error:
+                whole = size(sum(step.nbytes for step in steps))
+                raise MemoryError(
+                    f"the merged tensors take {whole}, and {device} has no room left at {step.name!r}: "
+                    f"{f'{error}'.splitlines()[0]}"
+                ) from error
+    return tensors
+
+
+def shared_head(target: Checkpoint) -> tuple[str, str] | None:
+    """Names of the head and the embedding of a language model whose files do not hold the head: it is the embedding.
+
+    The head of `language_model.model.embed_tokens.weight` is `language_model.lm_head.weight`, as in transformers.
+    """
+    embedding = names.embedding(target)
+    if embedding is None or not names.is_tied(target) or any(map(names.is_head, target.tensors)):
+        return None
+    architectures = (target.config or {}).get("architectures")
+    if isinstance(architectures, list) and not any(_WITH_HEAD.search(f"{name}") for name in architectures):
+        return None
+    body = _BODY.search(embedding.name)
+    return (embedding.name[: body.start()] if body else "") + "lm_head.weight", embedding.name

@@ -1,0 +1,512 @@
+"""The engine of every merge: tensors go through a processor window by window, and it does not know where to.
+
+    read the same window of every input → compute → hash → hand the result to `write`, or leave it where it was made
+
+Threads take tensors in the order of the steps, each from an output file of its own while there are enough of them (a
+file system lets one thread at a time write a file), and windows of a tensor in order, so the disk sees a few sequential
+streams. A thread reuses its own slots for all windows: nothing is allocated on the way. On the CPU it has one; with
+more of them it starts the next windows before it ends the oldest. Threads that find no tensor left help with the
+windows of one under way. Hashes are the standard xxh3_128 of whole tensors, so the windows of a tensor are hashed in
+order, and a thread whose turn it is not yet waits. A thread ends its windows in the order in which it claimed them, so
+the oldest window of all waits for no other. Tallies are added up in that order as well: what a run learns depends
+neither on its threads nor on where an earlier run was interrupted.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import errno
+import os
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import cycle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+from torch import Tensor
+
+from ires_kernels.backends import Tally
+from ires_kernels.backends import threads as kernel_threads
+from ires_kernels.checkpoints.checkpoint import FileId, TensorRef
+from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.checkpoints.names import FLOATS
+from ires_kernels.files import interrupts
+from ires_kernels.files.store import NO_THREAD, read_into
+from ires_kernels.planning.rules import Rules
+from ires_kernels.planning.steps import Step
+from ires_kernels.streaming import windows
+from ires_kernels.streaming.reader import Files
+from ires_kernels.streaming.windows import ComputeError, Cpu, Processors, Slot
+
+_MOST_THREADS = 1024  # whatever was asked for
+_MAX_THREADS = 16  # by default: beyond that the disk or the page cache is the limit
+
+Write = Callable[[Step, int, memoryview, Tally], None]
+"""Takes a step, a byte offset in its tensor, the result's bytes from there on, and the tally of the tensor up to their
+end. Called by several threads. With a tensor's last bytes the outcome has what there is to know of it."""
+Progress = Callable[[int, int], None]
+"""Takes bytes done and bytes to do, read and written together. Called by the thread that started the work."""
+
+
+@dataclass
+class Outcome:
+    """What a run learnt about the bytes that went by."""
+
+    inputs: dict[str, dict[str, str]] = field(default_factory=dict)
+    """role → tensor name → xxh3_128 as hex."""
+    outputs: dict[str, str] = field(default_factory=dict)
+    """tensor name → xxh3_128 as hex."""
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    """tensor name → what was counted; of a tensor that only changed its dtype NaN, inf and overflow mean something."""
+    bytes_read: int = 0
+    bytes_written: int = 0
+    """By this run alone; no part of what is recorded."""
+
+    def update(self, other: Outcome) -> None:
+        """Add what `other` knows."""
+        for role, hashes in other.inputs.items():
+            self.inputs.setdefault(role, {}).update(hashes)
+        self.outputs.update(other.outputs)
+        self.tallies.update(other.tallies)
+
+    def of(self, steps: Iterable[Step]) -> Outcome:
+        """What is known of these steps, all of which have ended."""
+        part = Outcome()
+        for step in steps:
+            for role, ref in zip(step.roles, step.inputs, strict=True):
+                if ref.name in self.inputs.get(role, {}):
+                    part.inputs.setdefault(role, {})[ref.name] = self.inputs[role][ref.name]
+            part.outputs[step.name] = self.outputs[step.name]
+            if step.name in self.tallies:
+                part.tallies[step.name] = self.tallies[step.name]
+        return part
+
+    def to_dict(self) -> dict[str, Any]:
+        tallies = {name: asdict(tally) for name, tally in self.tallies.items()}
+        return {"inputs": self.inputs, "outputs": self.outputs, "tallies": tallies}
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> Outcome:
+        """What `to_dict` gave, through JSON as well."""
+        tallies = {name: Tally(**numbers) for name, numbers in table["tallies"].items()}
+        return cls(table["inputs"], table["outputs"], tallies)
+
+
+class Done(NamedTuple):
+    """The beginning of a tensor that an earlier run has written over its target: it is hashed, and left as it is."""
+
+    elements: int
+    tally: Tally
+
+
+def default_threads() -> int:
+    """One for each CPU that this process may use, up to a limit."""
+    return min(len(os.sched_getaffinity(0)), _MAX_THREADS)
+
+
+def run(
+    steps: Sequence[Step],
+    file_ids: Mapping[Path, FileId],
+    rules: Rules,
+    write: Write,
+    *,
+    hashed: Container[str] | None = None,
+    processors: Processors = Cpu,
+    counted: bool = True,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    stops: Container[tuple[str, int]] | None = None,
+    done: Mapping[str, Done] | None = None,
+    outcome: Outcome | None = None,
+    failed: Callable[[], None] | None = None,
+) -> Outcome:
+    """Carry out `steps`, whose inputs lie in files that must still be those of `file_ids`; `write` gets the results.
+
+    hashed   the roles whose inputs are hashed; None: all of them. Results always are
+    counted  whether the outcome has tallies
+    stops    (tensor name, element) where an interrupt may end the run. With them the windows are claimed strictly in
+             the order of the steps, and all windows before the stop are written
+    done     what is written already of tensors whose first input is overwritten by their result, by name
+    outcome  to be completed and returned; None: a new one
+    failed   called when something goes wrong, for a `write` that waits
+
+    A signal that raises ends the run at the next window, or stop; more of them do not end it sooner. Where the system
+    starts no more threads, those that there are do all of it, and at the least the calling one does.
+
+    Raises what went wrong first, with tensor and file in it, when all threads have stopped: CheckpointError for a file
+    that changed, OSError for one that cannot be read or written, ComputeError for a processor that failed.
+    """
+    engine = _Engine(steps, file_ids, rules, write, {}, hashed, processors, counted, stops, done or {}, outcome, failed)
+    return engine.run(threads, progress)
+
+
+def check_threads() -> None:
+    """Raise OSError where the system starts no more threads, for who cannot do without another one."""
+    try:
+        thread = threading.Thread(target=_nothing)
+        thread.start()
+    except RuntimeError:
+        raise OSError(errno.EAGAIN, NO_THREAD) from None
+    thread.join()
+
+
+def fill(
+    tensors: Mapping[str, Tensor],
+    steps: Sequence[Step],
+    file_ids: Mapping[Path, FileId],
+    rules: Rules,
+    *,
+    hashed: Container[str],
+    processors: Processors = Cpu,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """`run` into contiguous tensors by name, on the processor's device. Inputs of the roles `hashed` are hashed."""
+    engine = _Engine(steps, file_ids, rules, _nothing, tensors, hashed, processors, False)
+    return engine.run(threads, progress)
+
+
+def hashes(
+    refs: Mapping[str, TensorRef],
+    file_ids: Mapping[Path, FileId],
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, str]:
+    """xxh3_128 of the bytes of tensors, under the names that they are given here. Errors as of `run`."""
+    steps = [
+        Step(name, ref.dtype, ref.shape, "copy", ("input",), (ref,), file=f"{ref.path}", nbytes=ref.nbytes)
+        for name, ref in refs.items()
+    ]
+    return run(steps, file_ids, Rules(), _nothing, threads=threads, progress=progress).outputs
+
+
+def _nothing(*_: object) -> None:
+    """What is written of results that stay where they were made, or are only looked at."""
+
+
+class _Tensor:
+    """A step under way, shared by the threads that work on its windows."""
+
+    def __init__(
+        self,
+        step: Step,
+        fds: Iterable[int],
+        window: int,
+        out: Tensor | None,
+        hashed: Container[str] | None,
+        done: Done | None,
+    ) -> None:
+        self.step = step
+        self.fds = tuple(fds)
+        self.copied = step.op == "copy"
+        # Copies are counted in bytes, all else in elements.
+        self.length = step.nbytes if self.copied else step.inputs[0].numel
+        self.window = windows.COPY if self.copied else window
+        self.windows = -(-self.length // self.window)
+        self.widths = [1] if self.copied else [FLOATS[ref.dtype] for ref in step.inputs]
+        self.width = 1 if self.copied else FLOATS[step.dtype]
+        self.out = None if out is None else out.reshape(-1)
+        if self.out is not None and self.copied:
+            self.out = self.out.view(torch.uint8)
+        roles = [hashed is None or role in hashed for role in step.roles]
+        if self.out is None and not self.copied:  # of a copy the input is the result
+            roles.append(True)
+        self.hashers = [xxhash.xxh3_128() if wanted else None for wanted in roles]
+        self.done = done.elements if done else 0
+        self.tally = replace(done.tally) if done else Tally()
+        self.claimed = 0
+        self.turn = 0  # the window to hash next
+        self.turned = threading.Condition()
+
+
+class _Window(NamedTuple):
+    """A window that was started and is not ended."""
+
+    tensor: _Tensor
+    number: int
+    slot: Slot
+    views: list[memoryview]
+    """The bytes that were read and, if it is written, those of the result; to be hashed."""
+    read: int
+    written: int
+    """Bytes, those of results that stay in memory among them."""
+
+
+class _Engine:
+    """One run: what its threads share."""
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        file_ids: Mapping[Path, FileId],
+        rules: Rules,
+        write: Write,
+        into: Mapping[str, Tensor],
+        hashed: Container[str] | None,
+        processors: Processors,
+        counted: bool,
+        stops: Container[tuple[str, int]] | None = None,
+        done: Mapping[str, Done] | None = None,
+        outcome: Outcome | None = None,
+        failed: Callable[[], None] | None = None,
+    ) -> None:
+        self.write = write
+        self.failed = failed
+        self.into = into
+        self.hashed = hashed
+        self.counted = counted
+        self.stops = stops
+        self.done_before = done or {}
+        self.outcome = Outcome() if outcome is None else outcome
+        self.processor = processors(steps, rules, counted)
+        self.files = Files(file_ids, (ref.path for step in steps for ref in step.inputs))
+        self.todo = sum(step.nbytes + sum(ref.nbytes for ref in step.inputs) for step in steps)
+        self.read: list[int] = []  # bytes by thread, so that counting needs no lock
+        self.written: list[int] = []
+        self.lock = threading.Lock()  # for the claims, and all that follows
+        self.waiting: dict[str, deque[Step]] = {}  # by output file
+        for step in steps:
+            queue = self.waiting.setdefault(step.file, deque())
+            # Without bytes nobody writes its last ones: it is over before the file can be.
+            queue.append(step) if step.nbytes else queue.appendleft(step)
+        self.active: dict[_Tensor, None] = {}
+        self.stopped = False
+        self.ending = self.ended = False  # an interrupt waits for the next of `stops`; has come to it
+        self.error: BaseException | None = None
+
+    def run(self, threads: int | None, progress: Progress | None) -> Outcome:
+        with interrupts.held():
+            self._run(min(threads or default_threads(), _MOST_THREADS), progress)
+            if self.error is not None:
+                raise self.error
+        self.outcome.bytes_read += sum(self.read)
+        self.outcome.bytes_written += sum(self.written)
+        return self.outcome
+
+    def _run(self, threads: int, progress: Progress | None) -> None:
+        """Return when no thread works any more: they write to files that are closed then."""
+
+        def look() -> None:
+            interrupts.check()
+            if progress:
+                progress(sum(self.read) + sum(self.written), self.todo)
+
+        self.read, self.written = [0] * threads, [0] * threads
+        # Not Thread.join: interrupted, it takes a running thread for an ended one (CPython 3.11).
+        ended: list[threading.Event] = []
+        for number in range(threads):
+            event = threading.Event()
+            try:
+                threading.Thread(target=self._work, args=(number, event), name=f"ires-{number}").start()
+            except RuntimeError:  # the system starts no more of them
+                break
+            ended.append(event)
+        if not ended:
+            contextvars.copy_context().run(self._take_windows, 0, look)
+        looking = True
+        for event in ended:
+            while not event.wait(0.1 if looking else None):
+                looking = self._go_on(look)
+        if looking:
+            self._go_on(look)
+        self.files.close()
+
+    def _go_on(self, look: Callable[[], None]) -> bool:
+        """Show the progress; False after an error there, or an interrupt: the run ends at the next window or stop."""
+        try:
+            look()
+        except BaseException as error:
+            if self.stops is None:
+                self._stop(error)
+            else:
+                with self.lock:
+                    self.error = self.error or error
+                    self.ending = True
+            return False
+        return True
+
+    def _start(self) -> _Tensor | None:
+        """The next tensor of the output file that the fewest threads are writing; called under the lock."""
+        while self.waiting:
+            writers = Counter(tensor.step.file for tensor in self.active if self.stops is None)
+            file = min(self.waiting, key=writers.__getitem__)
+            step = self.waiting[file].popleft()
+            if not self.waiting[file]:
+                del self.waiting[file]
+            try:
+                fds = [self.files.open(ref.path) for ref in step.inputs]
+            except OSError as error:
+                raise _with_tensor(error, step) from error
+            out, done = self.into.get(step.name), self.done_before.get(step.name)
+            tensor = _Tensor(step, fds, self.processor.window, out, self.hashed, done)
+            self.active[tensor] = None
+            if tensor.windows:
+                return tensor
+            self._finish(tensor)
+        return None
+
+    def _claim(self, mine: _Tensor | None) -> tuple[_Tensor, int] | None:
+        """The next window of the tensor `mine`, else of a new one, else of the first that has one left."""
+        with self.lock:
+            if self.stopped or self.ended:
+                return None
+            if self.stops is not None:
+                mine = self._unclaimed() or self._start()
+            elif mine is None or mine.claimed == mine.windows:
+                mine = self._start() or self._unclaimed()
+            if mine is None:
+                return None
+            if self.ending and self.stops is not None:
+                self.ended = (mine.step.name, mine.claimed * mine.window) in self.stops
+                if self.ended:
+                    return None
+            mine.claimed += 1
+            return mine, mine.claimed - 1
+
+    def _unclaimed(self) -> _Tensor | None:
+        """The first tensor under way that has a window left."""
+        return next((tensor for tensor in self.active if tensor.claimed < tensor.windows), None)
+
+    def _work(self, worker: int, ended: threading.Event) -> None:
+        """What one thread does."""
+        try:
+            self._take_windows(worker)
+        finally:
+            ended.set()
+
+    def _take_windows(self, worker: int, look: Callable[[], None] | None = None) -> None:
+        """What one thread does; `look` is for the one that has started the work, where it does all of it."""
+        kernel_threads.set(1)
+        slots: Sequence[Slot] = ()
+        busy: deque[_Window] = deque()
+        tensor = at = None
+        try:
+            slots = self.processor.slots()
+            for slot in cycle(slots):
+                at = None  # a tensor that cannot be started puts its own name into the error
+                if look is not None and not self._go_on(look):
+                    look = None
+                claim = self._claim(tensor)
+                if claim is None:
+                    break
+                tensor, index = claim
+                at = tensor.step
+                busy.append(self._begin(tensor, index, slot))
+                if len(busy) == len(slots):
+                    at = busy[0].tensor.step
+                    self._end(busy.popleft(), worker)
+            while busy:
+                at = busy[0].tensor.step
+                self._end(busy.popleft(), worker)
+        except BaseException as error:
+            self._stop(_with_tensor(error, at))
+            self._abandon(slots)
+
+    def _abandon(self, slots: Iterable[Slot]) -> None:
+        """After an error: nothing may be under way in memory that is about to be freed."""
+        for slot in slots:
+            try:
+                slot.wait()
+            except RuntimeError as error:  # a device that failed once fails again; the first error is the one to raise
+                self._stop(error)
+
+    def _begin(self, tensor: _Tensor, index: int, slot: Slot) -> _Window:
+        """Read a window and start to compute it."""
+        step = tensor.step
+        first = index * tensor.window
+        count = min(tensor.window, tensor.length - first)
+        views = []
+        for buffer, fd, ref, width in zip(slot.buffers, tensor.fds, step.inputs, tensor.widths, strict=False):
+            view = buffer[: count * width]
+            read_into(fd, view, ref.offset + first * width, ref.path)
+            views.append(view)
+        read, written = sum(map(len, views)), count * tensor.width
+        if tensor.out is not None:
+            slot.start(step, first, count, tensor.out[first : first + count])
+        elif first < tensor.done:
+            views.append(views[0])  # what the target held is gone; this is the result
+            written = 0
+        elif not tensor.copied:
+            slot.start(step, first, count, None)
+            views.append(slot.buffers[-1][: count * tensor.width])
+        return _Window(tensor, index, slot, views, read, written)
+
+    def _end(self, window: _Window, worker: int) -> None:
+        """Take a window the rest of the way."""
+        tensor, number, slot, views, read, written = window
+        tally = self._in_turn(tensor, number, views, slot.wait())
+        if tally is None:
+            return
+        first = number * tensor.window
+        if tensor.out is None and first >= tensor.done:
+            self.write(tensor.step, first * tensor.width, views[-1], tally)
+        self.read[worker] += read
+        self.written[worker] += written
+
+    def _in_turn(self, tensor: _Tensor, index: int, views: list[memoryview], counted: Tally | None) -> Tally | None:
+        """Hash and count a window after the ones before it; the tally of all of them, None when the run has stopped."""
+        with tensor.turned:
+            while tensor.turn != index:
+                if self.stopped:
+                    return None
+                tensor.turned.wait()
+        for hasher, view in zip(tensor.hashers, views, strict=True):
+            if hasher is not None:
+                hasher.update(view)
+        total = replace(tensor.tally)  # a new one, as the writers of earlier windows look at theirs
+        if counted is not None:
+            total += counted
+        tensor.tally = total
+        with tensor.turned:
+            tensor.turn += 1
+            tensor.turned.notify_all()
+        if index == tensor.windows - 1:
+            with self.lock:
+                self._finish(tensor)
+        return total
+
+    def _finish(self, tensor: _Tensor) -> None:
+        """Every window was read and hashed; called under the lock."""
+        step = tensor.step
+        if tensor.out is None and tensor.hashers[-1] is not None:
+            self.outcome.outputs[step.name] = tensor.hashers[-1].hexdigest()
+        for role, ref, hasher in zip(step.roles, step.inputs, tensor.hashers, strict=False):
+            if hasher is not None:
+                self.outcome.inputs.setdefault(role, {})[ref.name] = hasher.hexdigest()
+            self.files.release(ref.path)
+        if self.counted and not tensor.copied:
+            self.outcome.tallies[step.name] = tensor.tally
+        del self.active[tensor]
+
+    def _stop(self, error: BaseException) -> None:
+        """Let all threads end; the first error stays, and if that was an interrupt, the next one as its cause."""
+        with self.lock:
+            if self.error is None:
+                self.error = error
+            elif self.ending and not self.stopped:
+                self.error.__cause__ = error
+            self.stopped = True
+            if self.failed is not None:
+                self.failed()
+            active = list(self.active)
+        for tensor in active:
+            with tensor.turned:
+                tensor.turned.notify_all()
+
+
+def _with_tensor(error: BaseException, step: Step | None) -> BaseException:
+    """The error with the tensor in it that was worked on."""
+    if step is None or isinstance(error, CheckpointError) or not isinstance(error, Exception):
+        return error
+    if isinstance(error, OSError):
+        new: Exception = OSError(error.errno, f"{error.strerror} (tensor {step.name!r})", error.filename)
+    else:
+        kind = ComputeError if isinstance(error, RuntimeError) else RuntimeError
+        new = kind(f"tensor {step.name!r} of {step.inputs[0].path}: {error}")
+    new.__cause__ = error
+    return new

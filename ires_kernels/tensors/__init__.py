@@ -1,0 +1,1 @@
+"""Operations on torch tensors: checks of arguments, launches, torch.library; no files here."""
