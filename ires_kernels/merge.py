@@ -15,7 +15,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ires_kernels.checking import guards
+from ires_kernels.checking import ancestry, guards
 from ires_kernels.checking.verification import verify
 from ires_kernels.checkpoints import configs, manifest, sidefiles
 from ires_kernels.checkpoints.checkpoint import Checkpoint, is_shard
@@ -44,8 +44,7 @@ from ires_kernels.planning.inputs import StrPath, absolute, check_flags, check_p
 from ires_kernels.planning.plan import MANIFESTS, VERSION, Plan, plan_apply, plan_extract
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.steps import Step
-from ires_kernels.records import provenance
-from ires_kernels.records import repetition as records
+from ires_kernels.records import provenance, repetition
 from ires_kernels.records.operation import MAPPED, UNDO, Operation, other_files, same_plan, stamps_of
 from ires_kernels.records.report import Report
 from ires_kernels.records.state import Status, status, unclosed, way_out
@@ -474,8 +473,9 @@ def _carry_out(
         stamps = {role: provenance.stamps(checkpoint, samples[role]) for role, checkpoint in plan.inputs.items()}
         written = {file.name: sample(folder.partial / file.name, plan.id) for file in plan.files}
         receipt = provenance.build(
-            plan, outcome, report, stamps, others, outputs=written, sha256=sums, unsynced=unsynced
-        )
+            plan, outcome, report, stamps, others, outputs=written, sha256=sums, unsynced=unsynced,
+            sketch=ancestry.sketch(plan.inputs["base"]) if plan.operation == "extract" else None,
+        )  # fmt: skip
         folder.add(MANIFESTS[plan.operation], [receipt])
         guards.check_unchanged(plan, outcome.inputs, threads=options.threads)
         folder.commit()
@@ -517,7 +517,7 @@ def _written_before(plan: Plan, out: Path, threads: int | None, *, sync: bool, s
             f"{table.path}: says that this is the output of this very command, but is not signed with your key, so it "
             f"is not believed. Give the name of a new folder, or delete {out} first."
         )
-    other = records.other_input(plan, table, threads)
+    other = repetition.other_input(plan, table, threads)
     if other is not None:
         role, path = other
         raise StoreError(
@@ -525,11 +525,11 @@ def _written_before(plan: Plan, out: Path, threads: int | None, *, sync: bool, s
             f"size and time are the same. Give the name of a new folder, or delete {out} first."
         )
     looked_at = "of its weights a sample was compared, `ires verify` reads all of them"
-    if not records.is_as_written(plan, out, table):
+    if not repetition.is_as_written(plan, out, table):
         found = _damage(out, threads)
         if found:
             lost = "was written with --no-sync before the machine was restarted, and is"
-            what = lost if records.is_doubtful(table) else "is the output of the same command, but"
+            what = lost if repetition.is_doubtful(table) else "is the output of the same command, but"
             raise StoreError(f"{out}: {what} {found}. Delete it, then merge again.")
         looked_at = "all of it was compared with the recorded hashes"
     tidy(out)

@@ -1,4 +1,4 @@
-"""Who may import whom: the arrows between modules point one way, and what reads headers and plans needs no torch."""
+"""Who may import whom: the arrows between rooms point one way, and what reads headers and plans needs no torch."""
 
 from __future__ import annotations
 
@@ -12,117 +12,38 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "ires_kernels"
 
 ARROWS: dict[str, set[str]] = {
-    # files, without torch
-    "opening": set(),
-    "interrupts": set(),
-    "header": {"opening"},
-    "trust": set(),
-    "ownership": {"opening", "trust"},
-    "locks": {"opening", "ownership", "trust"},
-    "hidden": {"locks", "opening", "ownership", "store", "trust"},
-    "inplace": {"hidden", "locks", "ownership", "store", "trust"},
-    "decode": {"header"},
-    "manifest": {"decode", "header", "opening", "rules", "trust"},
-    "history": {"manifest"},
-    "folders": {"opening"},
-    "checkpoint": {"folders", "header", "hidden", "manifest", "opening", "store"},
-    "names": {"checkpoint"},
-    "quantized": {"checkpoint", "header", "names", "rules"},
-    "absences": {"checkpoint", "header", "names"},
-    "patterns": {"header"},
-    "rules": {"header", "patterns"},
-    "tokens": {"header", "opening"},
-    "endings": {"tokens"},
-    "configs": {"checkpoint", "header"},
-    "references": {"header"},
-    "sidefiles": {
-        "checkpoint", "configs", "endings", "header", "opening", "references", "store", "tokens",
-    },
-    "steps": {"absences", "checkpoint", "folders", "header", "names", "quantized", "rules"},
-    "plan": {"absences", "checkpoint", "configs", "header", "names", "rules", "sidefiles", "steps"},
-    "store": {"interrupts", "locks", "opening", "ownership", "trust"},
-    "samples": {"opening", "store"},
-    "journal": {"interrupts", "ownership", "store"},
-    "inputs": {"checkpoint", "folders", "header", "hidden", "rules"},
-    "operation": {"checkpoint", "header", "hidden", "inputs", "ownership", "rules", "store", "trust"},
-    "updates": {"checkpoint", "header", "names", "plan", "steps"},
-    "state": {
-        "checkpoint", "header", "history", "hidden", "inputs", "journal", "locks", "manifest", "operation",
-        "ownership", "store",
-    },
-    "reader": {"checkpoint", "header", "interrupts", "names", "opening", "steps", "store"},
-    "ancestry": {"checkpoint", "names", "reader", "store"},
-    # tensors, without files
+    # bytes, without numbers
+    "files": set(),
+    "checkpoints": {"files"},
+    "planning": {"checkpoints", "files"},
+    # numbers, without files
     "backends": {"_native"},
-    "regions": set(),
-    "checks": {"regions"},
-    "launch": {"backends", "checks", "regions"},
-    "library": {"backends", "checks", "launch"},
-    "ops": {"backends", "checks", "launch", "library"},
+    "tensors": {"backends"},
     # merges
-    "windows": {"backends", "names", "ops", "rules", "steps"},
-    "stream": {
-        "backends", "checkpoint", "header", "interrupts", "names", "reader", "rules", "steps", "store", "windows",
-    },
-    "counting": {"backends"},
-    "device": {"backends", "counting", "names", "plan", "rules", "steps", "windows"},
-    "statedict": {"checkpoint", "header", "names", "plan", "steps", "windows"},
-    "report": {"absences", "backends", "manifest", "plan", "sidefiles", "stream"},
-    "provenance": {
-        "ancestry", "checkpoint", "interrupts", "manifest", "names", "plan", "report", "samples", "store",
-        "stream", "trust",
-    },
-    "summary": {"checkpoint", "hidden", "inputs", "names", "quantized"},
-    "verification": {
-        "checkpoint", "device", "header", "inputs", "manifest", "names", "opening", "operation", "plan", "provenance",
-        "reader", "rules", "steps", "store", "stream", "windows",
-    },
-    "guards": {"ancestry", "checkpoint", "header", "plan", "reader", "samples", "store", "stream", "windows"},
-    "records": {"checkpoint", "header", "manifest", "plan", "provenance", "samples", "store", "stream"},
-    "overwrite": {
-        "backends", "checkpoint", "guards", "hidden", "history", "inplace", "inputs", "interrupts", "journal",
-        "manifest", "names", "opening", "operation", "ownership", "plan", "provenance", "reader", "records",
-        "report", "rules", "samples", "sidefiles", "steps", "store", "stream", "updates", "windows",
-    },
-    "merge": {
-        "checkpoint", "configs", "device", "guards", "header", "hidden", "inplace", "inputs", "interrupts", "manifest",
-        "operation", "overwrite", "ownership", "plan", "provenance", "reader", "records", "report", "rules", "samples",
-        "sidefiles", "state", "statedict", "steps", "store", "stream", "summary", "verification",
-        "writing",
-    },
-    "pages": set(),
-    "copies": {"interrupts", "store"},
-    "writing": {
-        "checkpoint", "copies", "header", "inplace", "inputs", "operation", "overwrite", "ownership", "plan",
-        "provenance", "records", "rules", "state", "store", "trust",
-    },
-    "mapping": {"checkpoint", "header", "interrupts", "opening", "pages", "regions", "rules", "writing"},
-    "cli": {
-        "folders", "header", "hidden", "inputs", "interrupts", "merge", "plan", "rules", "store", "stream", "trust",
-        "windows",
-    },
+    "streaming": {"backends", "checkpoints", "files", "planning", "tensors"},
+    "records": {"backends", "checkpoints", "files", "planning", "streaming"},
+    "checking": {"checkpoints", "files", "planning", "records", "streaming"},
+    "in_place": {"backends", "checking", "checkpoints", "files", "planning", "records", "streaming"},
+    "memory": {"checkpoints", "files", "in_place", "planning", "records", "tensors"},
+    "merge": {"checking", "checkpoints", "files", "in_place", "memory", "planning", "records", "streaming"},
+    "cli": {"checkpoints", "files", "merge", "planning", "streaming"},
     "__main__": {"cli"},
-    "__init__": {"backends", "mapping", "merge", "ops"},
-}  # fmt: skip
-"""What each module may import of this package. Modules that are not here, such as benchmarks, no other imports."""
-NO_TORCH = {
-    "interrupts",
-    "opening", "header", "checkpoint", "names", "rules", "sidefiles", "steps", "plan", "store", "inplace", "journal",
-    "inputs", "operation", "updates", "state", "reader", "trust", "pages", "regions", "tokens", "endings", "configs",
-    "references", "ownership", "locks", "hidden", "decode", "manifest", "samples", "history", "copies",
-}  # fmt: skip
-STANDARD_ONLY = {
-    "interrupts",
-    "opening", "header", "checkpoint", "store", "inplace", "sidefiles", "names", "rules", "inputs", "operation",
-    "trust", "ownership", "locks", "hidden", "pages", "regions", "copies", "tokens", "endings", "configs", "references",
-}  # fmt: skip
+    "__init__": {"backends", "memory", "merge", "tensors"},
+}
+"""What each room, or module beside them, may import of this package. Nobody imports what is not here."""
+NO_TORCH = {"files", "checkpoints", "planning"}
 
 
-def imports(module: str) -> tuple[set[str], set[str]]:
-    """Modules of this package, and top-level names of others, that a module or sub-package imports anywhere."""
-    path = PACKAGE / f"{module}.py"
+def files(room: str) -> list[Path]:
+    """The modules of a room, or the module itself."""
+    path = PACKAGE / f"{room}.py"
+    return [path] if path.exists() else sorted((PACKAGE / room).glob("*.py"))
+
+
+def imports(room: str) -> tuple[set[str], set[str]]:
+    """Rooms of this package, and top-level names of others, that are imported anywhere in a room."""
     own, others = set(), set()
-    for file in [path] if path.exists() else sorted((PACKAGE / module).glob("*.py")):
+    for file in files(room):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
@@ -137,26 +58,37 @@ def imports(module: str) -> tuple[set[str], set[str]]:
                     own.add(parts[1])
                 else:
                     others.add(parts[0])
-    return own - {module}, others
+    return own - {room}, others
 
 
-@pytest.mark.parametrize("module", ARROWS)
-def test_imports_follow_the_arrows(module: str) -> None:
-    own, others = imports(module)
-    assert own <= ARROWS[module]
-    if module in NO_TORCH:
-        assert not others & {"torch", "numpy", "rich", "transformers", "safetensors"}
-    if module in STANDARD_ONLY:
-        assert others <= set(sys.stdlib_module_names)
+@pytest.mark.parametrize("room", ARROWS)
+def test_imports_follow_the_arrows(room: str) -> None:
+    own, others = imports(room)
+    assert own <= ARROWS[room]
+    if room in NO_TORCH:
+        assert others - {"xxhash"} <= set(sys.stdlib_module_names)
     assert not others & {"transformers", "safetensors"}
+
+
+def test_every_room_has_its_arrows() -> None:
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} | {path.stem for path in PACKAGE.glob("*.py")}
+    assert rooms - {"bench", "new_folder"} == ARROWS.keys()
 
 
 def test_the_arrows_have_no_cycle() -> None:
     done: set[str] = {"_native"}
     while len(done) <= len(ARROWS):
-        ready = {module for module, targets in ARROWS.items() if targets <= done} - done
+        ready = {room for room, targets in ARROWS.items() if targets <= done} - done
         assert ready, f"a cycle among {sorted(ARROWS.keys() - done)}"
         done |= ready
+
+
+def test_rooms_say_what_they_are_and_hold_no_code() -> None:
+    for init in PACKAGE.glob("*/__init__.py"):
+        if init.parent.name != "backends":
+            tree = ast.parse(init.read_text())
+            assert ast.get_docstring(tree)
+            assert len(tree.body) == 1
 
 
 def test_importing_the_package_is_light() -> None:

@@ -29,7 +29,7 @@ from ires_kernels.files.inplace import Workplace
 from ires_kernels.files.store import StoreError
 from ires_kernels.in_place import overwrite, updates
 from ires_kernels.planning.rules import ArgumentError
-from ires_kernels.records import repetition as records
+from ires_kernels.records import repetition
 from ires_kernels.records.report import Report
 from ires_kernels.streaming import stream, windows
 
@@ -884,7 +884,7 @@ def test_what_was_not_synced_is_doubted_after_a_restart(
         path.unlink()
     wanted = [path for folder in (target, other, out) for path in folder.rglob("*") if path.is_file()]
     assert set(synced) == set(wanted)
-    monkeypatch.setattr(records, "boot_id", lambda: "another")
+    monkeypatch.setattr(repetition, "boot_id", lambda: "another")
     assert all("nothing was done" in text for text in again(sync=False))
     damage(out)
     damage(other)

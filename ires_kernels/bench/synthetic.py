@@ -329,7 +329,9 @@ def _tokenizer() -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write a triple and say what it is."""
-    parser = argparse.ArgumentParser(prog="python -m ires_kernels.bench.synthetic", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m ires_kernels.bench.synthetic", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("folder", metavar="FOLDER", help="gets base/, instruct/ and target/")
     parser.add_argument("--shape", default="llama-1b", help=f"{', '.join(SHAPES)}, or a size: 250M parameters, 500MB")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")

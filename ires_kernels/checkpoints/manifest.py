@@ -20,7 +20,6 @@ from ires_kernels.checkpoints.decode import APART, KEY, RAW, Count, Time, Wanted
 from ires_kernels.checkpoints.header import CheckpointError, brief, parse_json
 from ires_kernels.files import trust
 from ires_kernels.files.opening import MAX_MANIFEST, read_bytes
-from ires_kernels.planning.rules import Rules
 
 _ADVICE = "It was edited since a merge wrote it, or damaged: put the right one back; or, if it is of no use, delete it."
 
@@ -139,6 +138,19 @@ class Numbers:
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """The rules of a merge as they stand: typed, and not checked any further, which `Rules.from_dict` does."""
+
+    alpha: tuple[float, ...] = (1.0,)
+    alphas: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    skip: tuple[str, ...] = ()
+    dtype: str | None = None
+    allow_missing: bool | str = False
+    rounding: str = "nearest"
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Update:
     """An update in place, as the manifests of later ones tell of it."""
 
@@ -146,7 +158,7 @@ class Update:
     recipe: str | None
     inputs: dict[str, Input]
     report: Numbers
-    rules: Rules | None = None
+    rules: Asked | None = None
     table: dict[str, Any] = field(default_factory=dict, repr=False, compare=False, metadata={RAW: True})
     """As it stands."""
 
@@ -178,8 +190,7 @@ class Manifest:
     digest: Digest | None = None
     inputs: dict[str, Input] = field(default_factory=dict)
     """By role."""
-    rules: Rules | None = None
-    """Not checked beyond their types: `Rules.from_dict` does that."""
+    rules: Asked | None = None
     report: Numbers = field(default_factory=Numbers)
     files: dict[FileName, SideFile] = field(default_factory=dict)
     headers: dict[FileName, Digest] = field(default_factory=dict)

@@ -1,1 +1,1 @@
-"""Durable bytes, and no numbers: opening, owners, locks, low-level writes, the undo journal, the workplace of an update."""
+"""Durable bytes, and no numbers: opening, owners, locks, low-level writes, the undo journal, the workplace."""

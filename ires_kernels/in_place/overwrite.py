@@ -41,8 +41,7 @@ from ires_kernels.planning.inputs import absolute, open_inputs
 from ires_kernels.planning.plan import VERSION, Plan, plan_apply
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Step
-from ires_kernels.records import provenance
-from ires_kernels.records import repetition as records
+from ires_kernels.records import provenance, repetition
 from ires_kernels.records.history import on_top
 from ires_kernels.records.operation import Operation, as_it_was, same_plan, stamps_of
 from ires_kernels.records.report import Report
@@ -90,9 +89,9 @@ def apply(
     names = hidden_names(target)
     inplace.check(target.path, names)
     recipe = plan.recipe(tag)
-    history, warnings = records.applied(target, options.threads)
+    history, warnings = repetition.applied(target, options.threads)
     plan = replace(plan, warnings=(*plan.warnings, *warnings))
-    before = records.repeated(plan, recipe, history, options.threads)
+    before = repetition.repeated(plan, recipe, history, options.threads)
     if before is not None:
         if sync and target.manifest and target.manifest.unsynced:
             store.fsync_all(target.path)
@@ -100,7 +99,7 @@ def apply(
                 store.fsync_file(target.path.with_name(f"{target.path.name}.ires.json"))
         return Report.recorded(plan.operation, plan.id, target.path, before.report, _AGAIN)
     if steps:
-        plan = replace(plan, warnings=(*plan.warnings, *on_top([*history, records.under_way(plan, recipe)])))
+        plan = replace(plan, warnings=(*plan.warnings, *on_top([*history, repetition.under_way(plan, recipe)])))
     guards.compare(plan)
     if dry_run:
         return plan
@@ -251,7 +250,7 @@ def rollback_kept(target: Path, *, locked: bool = True) -> str:
             f"{table.path}: is not signed with your key, or was edited since, so nobody knows whether the old bytes in "
             f"{kept[-1]} belong into {target} as it is. Put the manifest back that the update wrote."
         )
-    if not records.replaceable(checkpoint, table):
+    if not repetition.replaceable(checkpoint, table):
         raise StoreError(
             f"{target}: was written since its update in place, or copied without its times (`cp -a` keeps them), and "
             f"cannot be rolled back: the old bytes in {kept[-1]} belong into the files as they were."

@@ -27,8 +27,7 @@ from ires_kernels.in_place import overwrite
 from ires_kernels.planning.inputs import absolute
 from ires_kernels.planning.plan import VERSION
 from ires_kernels.planning.rules import Rules
-from ires_kernels.records import provenance
-from ires_kernels.records import repetition as records
+from ires_kernels.records import provenance, repetition
 from ires_kernels.records.operation import MAPPED, Operation, stamps_of
 from ires_kernels.records.state import unclosed, way_out
 
@@ -64,7 +63,7 @@ class Writing:
             )
         names = overwrite.hidden_names(target)
         inplace.check(target.path, names)
-        history, _ = records.applied(target)
+        history, _ = repetition.applied(target)
         place = Workplace.begin(target.path, sync=sync, locked=locked)
         try:
             opened = {shard.path: _open(shard.path, shard.file_id, files) for shard in target.shards}

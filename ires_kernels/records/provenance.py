@@ -19,7 +19,6 @@ from typing import Any
 
 import xxhash
 
-from ires_kernels.checking import ancestry
 from ires_kernels.checkpoints import names
 from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId, TensorRef
 from ires_kernels.checkpoints.manifest import Stamp
@@ -47,6 +46,7 @@ def build(
     in_place: Mapping[str, Any] | None = None,
     previous: Mapping[str, str | None] | None = None,
     unsynced: str = "",
+    sketch: object = None,
 ) -> bytes:
     """The manifest as JSON text.
 
@@ -58,6 +58,7 @@ def build(
     in_place  what is special about an update in place: the hash of a tensor that was not read is then the `previous`
               one, or null, and that of what the target held is not known
     unsynced  where nothing was fsynced, the boot_id of the machine
+    sketch    of a residual, `ancestry.sketch` of its base
     """
     known = {**(previous or {}), **outcome.outputs} if in_place else outcome.outputs
     entries = {
@@ -97,7 +98,7 @@ def build(
         "tensors": entries,
     }
     if plan.operation == "extract":
-        table["ancestry"] = ancestry.sketch(plan.inputs["base"])
+        table["ancestry"] = sketch
         table |= plan.about
         table["tied"] = all(map(names.is_tied, plan.inputs.values()))
         table["not_stored"] = {

@@ -15,7 +15,7 @@ from xxhash import xxh3_128_hexdigest
 from ires_kernels.checkpoints import manifest
 from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId, TensorRef
 from ires_kernels.checkpoints.header import CheckpointError
-from ires_kernels.checkpoints.manifest import Input, Manifest, Numbers, Update
+from ires_kernels.checkpoints.manifest import Asked, Input, Manifest, Numbers, Update
 from ires_kernels.files.samples import sample
 from ires_kernels.files.store import StoreError, boot_id
 from ires_kernels.planning.plan import Plan
@@ -64,7 +64,7 @@ def under_way(plan: Plan, recipe: str) -> Update:
         )
         for role, checkpoint in plan.inputs.items()
     }
-    return Update(plan.id, recipe, inputs, Numbers(), plan.rules)
+    return Update(plan.id, recipe, inputs, Numbers(), Asked(**plan.rules.to_dict()))
 
 
 def repeated(plan: Plan, recipe: str, history: Sequence[Update], threads: int | None = None) -> Update | None:

@@ -5,8 +5,8 @@ shapes and any strides, on one device. Arithmetic is in IEEE-754 float32, or flo
 rounding an operation, and one more into the stored type (docs/numerics.md). Every tensor argument may be a sequence of
 tensors, and then all are, of one length: one call, with the bits that a loop would give, and few launches on a GPU.
 
-The docstring of each operation says what its arguments are. Errors are those of ires_kernels/tensors/checks.py, raised before
-anything is written. In-place operations return their target.
+The docstring of each operation says what its arguments are. Errors are those of checks.py, raised before anything is
+written. In-place operations return their target.
 """
 
 from __future__ import annotations
