@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 import shlex
 import time
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -501,3 +504,38 @@ def test_a_shard_as_target_takes_what_is_its_own(tmp_path: Path) -> None:
     report = ik.apply(shard, (made["i"], made["b"]), in_place=True, sync=False)
     assert any("target is shard 2 of 3" in note for note in report.notes)  # type: ignore[union-attr]
     assert report.missing == ()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_odd_mixes_are_merged_or_refused(tmp_path: Path, seed: int) -> None:
+    """Models that share some names, dtypes and shapes and not others: never anything but a result or a refusal."""
+    draw = random.Random(seed)
+    pool = [
+        EMBEDDING, HEAD, "w", "model.layers.0.q.weight", "model.layers.1.q.weight", "model.layers.0.q.weight_scale",
+        "model.layers.0.q.qweight", "model.layers.0.q.bias", "model.language_model.layers.0.q.weight",
+        "layers.0.q.weight", "model.layers.0.experts.0.up.weight", "model.layers.0.experts.up", "visual.a.weight", "x.lora_A.weight",
+        "h.0.attn.bias", "position_ids", "model.layers.0.self_attn.k_scale", DECODER, BIAS, "scale", "a..b", ".x", "9",
+        "model.layers.0.q.weight.absmax", "é.weight", "a b'c.weight",
+    ]  # fmt: skip
+    dtypes = [torch.bfloat16] * 6 + [torch.float32, torch.float8_e4m3fn, torch.int8, torch.int64, torch.bool]
+    shapes = [(8, 4)] * 6 + [(8,), (), (0,), (0, 4), (1, 1, 4, 4)]
+    common = {name: (draw.choice(dtypes), draw.choice(shapes)) for name in draw.sample(pool, draw.randint(1, 9))}
+    paths = []
+    for role in ("target", "instruct", "base"):
+        made = {n: (torch.rand(s) * 5).to(d) for n, (d, s) in common.items() if draw.random() > 0.1}
+        made |= {draw.choice(pool): torch.rand(8, 4)} if draw.random() < 0.3 else {}
+        config = {"tie_word_embeddings": draw.choice([True, False, None]), "num_hidden_layers": draw.choice([1, "x"])}
+        paths.append(write_model(tmp_path / role, made or {"w": torch.rand(2)}, config=config))
+    target, instruct, base = paths
+    options: dict[str, Any] = {"allow_missing": draw.choice([False, True, "any"]), "sync": False}
+    residual = tmp_path / "residual"
+    with suppress(CheckpointError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ik.apply(target, (instruct, base), out=tmp_path / "out", dtype=draw.choice([None, "f32"]), **options)
+        assert ik.verify(tmp_path / "out")
+    with suppress(CheckpointError):
+        ik.extract(base, instruct, residual, skip=draw.choice([[], ["weight"]]), **options)
+        assert ik.verify(residual)
+        ik.apply(target, residual, in_place=True, **options)
+    for path in paths:
+        ik.inspect(path)
