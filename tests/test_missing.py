@@ -513,9 +513,9 @@ def test_odd_mixes_are_merged_or_refused(tmp_path: Path, seed: int) -> None:
     pool = [
         EMBEDDING, HEAD, "w", "model.layers.0.q.weight", "model.layers.1.q.weight", "model.layers.0.q.weight_scale",
         "model.layers.0.q.qweight", "model.layers.0.q.bias", "model.language_model.layers.0.q.weight",
-        "layers.0.q.weight", "model.layers.0.experts.0.up.weight", "model.layers.0.experts.up", "visual.a.weight", "x.lora_A.weight",
-        "h.0.attn.bias", "position_ids", "model.layers.0.self_attn.k_scale", DECODER, BIAS, "scale", "a..b", ".x", "9",
-        "model.layers.0.q.weight.absmax", "é.weight", "a b'c.weight",
+        "layers.0.q.weight", "model.layers.0.experts.0.up.weight", "model.layers.0.experts.up", "visual.a.weight",
+        "x.lora_A.weight", "h.0.attn.bias", "position_ids", "model.layers.0.self_attn.k_scale", DECODER, BIAS, "scale",
+        "a..b", ".x", "9", "model.layers.0.q.weight.absmax", "é.weight", "a b'c.weight",
     ]  # fmt: skip
     dtypes = [torch.bfloat16] * 6 + [torch.float32, torch.float8_e4m3fn, torch.int8, torch.int64, torch.bool]
     shapes = [(8, 4)] * 6 + [(8,), (), (0,), (0, 4), (1, 1, 4, 4)]
