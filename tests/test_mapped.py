@@ -6,6 +6,7 @@ import copy
 import doctest
 import errno
 import gc
+import io
 import json
 import os
 import pickle
@@ -420,3 +421,20 @@ def test_regions_are_found_by_address() -> None:
         for region in found:
             regions.remove(region)
     assert regions.problem(8, True) is None
+
+
+def test_what_torch_does_with_them(tmp_path: Path) -> None:
+    base, instruct, _ = triple(tmp_path)
+    name = "model.embed_tokens.weight"
+    with ik.mapped(instruct) as i, ik.mapped(base) as b:
+        wanted = ik.subtract(i[name], b[name])
+        assert torch.equal(torch.compile(ik.subtract, backend="eager")(i[name], b[name]), wanted)
+        module = torch.nn.Linear(16, 40, bias=False, dtype=torch.bfloat16)
+        module.load_state_dict({"weight": i[name]})
+        assert same(module.weight.detach(), i[name])
+        file = io.BytesIO()
+        torch.save(i[name], file)
+        assert len(file.getvalue()) < 2 * i[name].nbytes + 2048  # and not all of the model
+        shared = torch.from_dlpack(i[name])
+        with pytest.raises(RuntimeError, match="mapped read-only"):
+            ik.scale_(shared, 2.0)

@@ -394,6 +394,24 @@ def test_killed_as_it_ends(target: Path, step: int) -> None:
         assert len(t) == 7
 
 
+@pytest.mark.parametrize("undo", ["copy", "none"])
+@pytest.mark.parametrize("step", range(1, 7))
+def test_killed_as_it_ends_without_a_write(target: Path, step: int, undo: str) -> None:
+    old = copy_of(target)
+
+    def use() -> None:
+        with ik.mapped(target, write=True, undo=undo):
+            die_after(step)
+
+    assert ends(use) == (-signal.SIGKILL if step < 5 else 0)
+    status = ik.status(target)
+    if status.state != "none":
+        assert status.next == (f"`ires rollback {target}` goes on.",)
+        ik.rollback(target)
+    assert holds(target, old)
+    assert visible(target) == ["config.json", "model.safetensors"]
+
+
 @pytest.mark.parametrize("rounds", [12, pytest.param(400, marks=pytest.mark.torture)])
 def test_killed_at_any_moment(target: Path, rounds: int) -> None:
     """Opening, writing, closing or going back: it is old or new, once that was asked of `status` and done."""

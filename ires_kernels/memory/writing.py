@@ -22,7 +22,7 @@ from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files import copies, inplace, store, trust
 from ires_kernels.files.inplace import Workplace
-from ires_kernels.files.ownership import Access, StoreError
+from ires_kernels.files.ownership import Access, StoreError, private_mode
 from ires_kernels.in_place import overwrite
 from ires_kernels.planning.inputs import absolute
 from ires_kernels.planning.plan import VERSION
@@ -137,9 +137,12 @@ class Writing:
 
 
 def _show(place: Workplace, names: Iterable[str]) -> None:
-    """End before anything was written."""
+    """End before anything was written. Where this is killed, `rollback` goes on, also without copies."""
     try:
-        place.move_out(names)
+        if place.phase() is not None:
+            place.advance("withdraw")
+            place.move_out(names)
+            place.advance("restored")
         place.remove()
     finally:
         place.close()
@@ -177,8 +180,9 @@ def rollback(place: Workplace, operation: Operation) -> str:
     if place.phase() == "withdraw":
         for name in _weights(operation):
             copy = place.work / _COPIES / name
-            if copy.exists():  # else it is there already
-                os.rename(copy, place.model / name)
+            hidden = place.model / name
+            if copy.exists() and hidden.exists():  # else it is there already, or was shown as nobody had written to it
+                os.rename(copy, hidden)
         if place.sync:
             store.fsync_folder(place.model)
         place.move_out(operation.names)
@@ -209,7 +213,7 @@ def _open(path: Path, file_id: FileId, files: ExitStack) -> int:
 def _copy_all(place: Workplace, opened: dict[Path, int]) -> None:
     """Make the copies that `rollback` puts back, durable and with the modes and times of the files."""
     folder = place.work / _COPIES
-    os.mkdir(folder, 0o700)
+    os.mkdir(folder, private_mode(0o770))
     total = sum(os.fstat(fd).st_size for fd in opened.values())
     said = False
     with store.named(folder):
