@@ -28,7 +28,7 @@ from ires_kernels.records import provenance
 from ires_kernels.records.operation import MAPPED
 from ires_kernels.streaming import device as devices
 from ires_kernels.streaming import stream
-from ires_kernels.streaming.reader import all_file_ids, second_copies
+from ires_kernels.streaming.reader import Files, all_file_ids, second_copies
 from ires_kernels.streaming.stream import Progress
 from ires_kernels.streaming.windows import TORCH_DTYPES, Processors
 
@@ -310,13 +310,12 @@ class _Comparer:
         self.found: dict[str, Mismatch] = {}
         self.other_nan: set[str] = set()
         self._out = out
-        self._fds = {shard.path: open_file(shard.path) for shard in out.shards}
+        self._files = Files(out.file_ids, ())
         self._mine = threading.local()
         self._lock = threading.Lock()
 
     def close(self) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
+        self._files.close()
 
     def compare(self, step: Step, start: int, wanted: memoryview, _: object) -> None:
         ref = self._out.tensors[step.name]
@@ -324,7 +323,11 @@ class _Comparer:
         if len(buffer) < len(wanted):
             buffer = self._mine.buffer = memoryview(bytearray(len(wanted)))
         got = buffer[: len(wanted)]
-        read_into(self._fds[ref.path], got, ref.offset + start, ref.path)
+        with self._lock:
+            fd = self._files.hold(ref.path)
+        read_into(fd, got, ref.offset + start, ref.path)
+        with self._lock:
+            self._files.release(ref.path)
         if not torch.equal(torch.frombuffer(got, dtype=torch.uint8), torch.frombuffer(wanted, dtype=torch.uint8)):
             self._record(step, start, got, wanted)
 

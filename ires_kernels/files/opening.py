@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ MAX_INDEX = 100_000_000
 """Bytes of an index, which names the tensors once more that the headers name; as much as the header of one file."""
 MAX_MANIFEST = 250_000_000
 """Bytes of what a merge records of itself, some 500 a tensor; the largest known models have 150,000 tensors."""
+
+_FEW, _MANY = 24, 192
+"""Files that a merge has open beside those of its target in place: with one thread, and with as many as may be."""
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -60,7 +64,14 @@ def open_file(path: str | os.PathLike[str], *, dir_fd: int | None = None, flags:
             raise
         raise CheckpointError(f"{os.fspath(path)}: {error.strerror}, wanted a regular file. Delete it.") from None
     flags |= os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-    fd = os.open(path, flags, dir_fd=dir_fd)
+    try:
+        fd = os.open(path, flags, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        text = f"{error.strerror}: the limit is {limit}. Raise it (`ulimit -n`), or use fewer --threads"
+        raise OSError(error.errno, text, os.fspath(path)) from None
     try:
         _check_regular(os.fstat(fd).st_mode, path)
     except BaseException:
@@ -104,6 +115,24 @@ def read_start(fd: int, size: int, path: str | os.PathLike[str]) -> bytes:
         parts.append(part)
         done += len(part)
     return b"".join(parts)
+
+
+def allow_files(count: int, path: Path) -> None:
+    """See to it that so many files can be open at once beside all others, as far as this user may decide that.
+
+    Raises OSError, with `path` in it, where the limit is lower.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # negative: none
+    if 0 <= hard < count + _FEW:
+        raise OSError(
+            errno.EMFILE,
+            f"{count + _FEW} files have to be open at once, and the limit is {hard}: raise it (`ulimit -n "
+            f"{count + _MANY}`), or write a new folder",
+            f"{path}",
+        )
+    if 0 <= soft < count + _MANY:
+        wanted = count + _MANY if hard < 0 else min(count + _MANY, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def check_link(path: Path, folder: Path) -> None:

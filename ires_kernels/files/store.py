@@ -102,7 +102,11 @@ def is_unfinished(folder: Path) -> bool:
 
 
 class NewFile:
-    """A file of a NewFolder, made with its full size and the bytes it begins with; threads write the rest."""
+    """A file of a NewFolder, made with its full size and the bytes it begins with; threads write the rest.
+
+    It is open from the first of their writes to the last only: a process may open some thousand files or fewer, and a
+    model may have more.
+    """
 
     def __init__(
         self,
@@ -130,12 +134,14 @@ class NewFile:
             allocate(self._fd, size, path)
             write_all(self._fd, head, 0, path)
             self._left -= len(head)
-        except BaseException:
+            self._made = os.fstat(self._fd)
+        finally:
             self.abandon()
-            raise
+        self._finished = False
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
         """Write bytes nobody has written yet; whoever writes the last ones makes the file durable and names it."""
+        self._open()
         self._check()  # before this write may make it as long as it was, with zeros for what was cut
         write_all(self._fd, data, offset, self.path)
         with self._lock:
@@ -146,9 +152,10 @@ class NewFile:
 
     def finish(self) -> None:
         """Make the file durable, then what is to be recorded of it, and give it its name."""
-        if self._fd < 0:
+        if self._finished:
             return
         assert self._left == 0, f"{self.path.name}: {self._left} bytes were not written"
+        self._open()
         with named(self.path):
             if self._sync:
                 os.fsync(self._fd)
@@ -163,6 +170,17 @@ class NewFile:
             path = _hidden(self.path, _RECORD)
             write_file(path, [signature + b"\n", content], sync=self._sync, mode=private_mode(0o660))
             os.rename(self._temporary, self.path)
+            self._finished = True
+
+    def _open(self) -> None:
+        """Open the file that was made, where it is not open."""
+        with self._lock, named(self.path):
+            if self._fd < 0:
+                fd = os.open(self._temporary, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+                if not os.path.samestat(os.fstat(fd), self._made):
+                    os.close(fd)
+                    raise _meddled(self._temporary)
+                self._fd = fd
 
     def _check(self) -> None:
         if os.fstat(self._fd).st_size != self._size:

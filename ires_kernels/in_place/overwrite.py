@@ -31,7 +31,7 @@ from ires_kernels.checkpoints.names import FLOATS
 from ires_kernels.files import hidden, inplace, interrupts, store
 from ires_kernels.files.inplace import Workplace
 from ires_kernels.files.journal import AHEAD, Extent, Journal, JournalError, UndoGone
-from ires_kernels.files.opening import MAX_MANIFEST, read_bytes
+from ires_kernels.files.opening import MAX_MANIFEST, allow_files, read_bytes
 from ires_kernels.files.ownership import Access, open_folder
 from ires_kernels.files.samples import sample
 from ires_kernels.files.store import LostError, StoreError, boot_id
@@ -348,7 +348,9 @@ def _journal(work: Path, operation: Operation, where: Path, *, new: bool = False
         folder = open_folder(where if at is None else where.name, dir_fd=at)
         stack.callback(os.close, folder)
         files = {}
-        for name in {window.file for window in windows}:
+        names = {window.file for window in windows}
+        allow_files(len(names), work)
+        for name in names:
             with store.named(where / name):
                 files[name] = os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
             stack.callback(os.close, files[name])

@@ -17,33 +17,49 @@ from ires_kernels.files.opening import open_file
 from ires_kernels.files.store import read_into
 from ires_kernels.planning.steps import Comparison
 
+MOST_OPEN = 16
+"""Files that stay open until they are needed again, with those in use."""
 _CHUNK = 1 << 19  # bytes at a time
 
 
 class Files:
-    """Input files, open from their first use to their last; opening makes sure that they are still the same."""
+    """Input files, open from their first use to their last; opening makes sure that they are still the same.
+
+    No more than MOST_OPEN stay open beyond those in use: a process may open some thousand files or fewer.
+    """
 
     def __init__(self, file_ids: Mapping[Path, FileId], uses: Iterable[Path]) -> None:
         self._file_ids = file_ids
         self._uses = Counter(uses)
+        self._held: Counter[Path] = Counter()
         self._open: dict[Path, int] = {}
 
     def open(self, path: Path) -> int:
+        """A descriptor to be used at once: the next call may close it."""
         fd = self._open.get(path)
         if fd is None:
+            if len(self._open) >= MOST_OPEN:
+                idle = next((other for other in self._open if not self._held[other]), None)
+                if idle is not None:
+                    os.close(self._open.pop(idle))
             fd = self._open[path] = open_file(path)
             if not FileId.of(fd).is_unwritten(self._file_ids[path]):
                 raise CheckpointError(f"{path}: changed after it was validated. Wait for its writer, then start again.")
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return fd
 
+    def hold(self, path: Path) -> int:
+        """A descriptor that stays open until `release`."""
+        fd = self.open(path)
+        self._held[path] += 1
+        return fd
+
     def release(self, path: Path) -> None:
         """One of the uses is over."""
         self._uses[path] -= 1
-        if not self._uses[path]:
-            fd = self._open.pop(path, None)  # of a tensor without elements nothing was read
-            if fd is not None:
-                os.close(fd)
+        self._held[path] -= min(1, self._held[path])
+        if not self._uses[path] and path in self._open:  # of a tensor without elements nothing was read
+            os.close(self._open.pop(path))
 
     def close(self) -> None:
         while self._open:

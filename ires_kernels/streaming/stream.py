@@ -339,7 +339,7 @@ class _Engine:
             if not self.waiting[file]:
                 del self.waiting[file]
             try:
-                fds = [self.files.open(ref.path) for ref in step.inputs]
+                fds = [self.files.hold(ref.path) for ref in step.inputs]
             except OSError as error:
                 raise _with_tensor(error, step) from error
             out, done = self.into.get(step.name), self.done_before.get(step.name)
