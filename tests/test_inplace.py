@@ -1182,7 +1182,8 @@ def test_signals_stop_in_order(tmp_path: Path, number: signal.Signals, how: str)
     where = ["--in-place"] if how == "in place" else ["-o", f"{tmp_path}/out", "--threads", "1"]
     program = f"""
         import os, sys, time
-        from ires_kernels import stream, windows, updates
+        from ires_kernels.streaming import stream, windows
+        from ires_kernels.in_place import updates
         from ires_kernels.cli import main
         windows.WINDOW = 32
         updates.UNIT, updates.WINDOW, updates.GAP = 64, 256, 16

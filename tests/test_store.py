@@ -180,7 +180,7 @@ def test_a_real_limit_on_file_sizes(tmp_path: Path) -> None:
     program = f"""
         import resource
         from pathlib import Path
-        from ires_kernels.store import NewFolder
+        from ires_kernels.files.store import NewFolder
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, {resource.getrlimit(resource.RLIMIT_FSIZE)[1]}))
         try:
             with NewFolder(Path({f"{tmp_path}/out"!r}), "mine", b"") as folder:

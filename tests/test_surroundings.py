@@ -83,7 +83,8 @@ def test_a_reader_that_has_seen_enough_changes_no_exit_code(root: Path, monkeypa
 
 SLOW = """
     import os, sys, time
-    from ires_kernels import cli, stream
+    from ires_kernels import cli
+    from ires_kernels.streaming import stream
 
     read, calls = stream.read_into, iter(range(10**6))
 

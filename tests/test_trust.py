@@ -64,7 +64,7 @@ def test_nobody_else_can_read_the_key(state: Path) -> None:
 
 def test_first_uses_at_the_same_time_share_one_key(state: Path) -> None:
     program = (
-        "import os, sys; from ires_kernels import trust\n"
+        "import os, sys; from ires_kernels.files import trust\n"
         "pids = []\n"
         "for _ in range(16):\n"
         "    pid = os.fork()\n"

@@ -115,7 +115,7 @@ def test_the_target_may_be_an_input_and_nothing_else_of_it(tmp_path: Path) -> No
     with pytest.raises(
         CheckpointError, match=r"alias/model.safetensors of base is the target's own file .* another name"
     ):
-        planned(target, (instruct, tmp_path / "alias"))
+        planned(target, (instruct, tmp_path / "alias"), follow_links=True)
 
 
 def test_a_head_that_is_an_embedding_of_the_target_is_refused(tmp_path: Path) -> None:
