@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import resource
 import shutil
 import signal
 import time
@@ -519,6 +520,39 @@ def test_a_forked_child_writes_for_itself(target: Path) -> None:
         assert same(x, wanted[NAME])
         assert visible(target) == [".ires-unfinished"]
     assert holds(target, wanted)
+
+
+def test_files_with_holes_get_their_room_first(tmp_path: Path) -> None:
+    file = write_raw(tmp_path / "model.safetensors", {"w": ("U8", [1 << 20], bytes(1 << 20))})
+    start = file.stat().st_size - (1 << 20)
+    os.truncate(file, start)
+    os.truncate(file, start + (1 << 20))
+    os.utime(file, (5, 5))
+    if file.stat().st_blocks * 512 >= file.stat().st_size:
+        pytest.skip("the file system makes no holes")
+    with ik.mapped(file, write=True, undo="none") as t:
+        assert len(t) == 1
+    assert file.stat().st_blocks * 512 >= file.stat().st_size
+    assert file.stat().st_mtime == 5
+
+
+def test_few_descriptors_are_enough(tmp_path: Path) -> None:
+    target = write_model(tmp_path / "model", {f"t{i:02}": torch.ones(2) for i in range(60)}, shards=60)
+
+    def use() -> None:
+        here = len(os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (here + 12, here + 12))
+        with ik.mapped(target, write=True) as t:
+            for x in t.values():
+                ik.scale_(x, 2.0)
+            t.flush()
+        with ik.mapped(target) as t:
+            assert all((x == 2).all() for x in t.values())
+        with pytest.raises(KeyError), ik.mapped(target, write=True) as t:
+            t["t00"].zero_().add_(t["other"])
+
+    assert ends(use) == 0
+    assert all((t == 2).all() for t in read_model(target).values())
 
 
 # What is recorded

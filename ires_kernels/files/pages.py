@@ -87,7 +87,8 @@ def _map(start: int | None, size: int, shared: bool, fd: int, path: Path) -> int
         flags |= 0x10  # MAP_FIXED: in place of what is there, at once
     address = _libc.mmap(start, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
     if address == _FAILED:
-        raise _error(path)
+        number = ctypes.get_errno()
+        raise OSError(number, f"cannot be mapped into memory: {os.strerror(number)}", f"{path}")
     return int(address)
 
 

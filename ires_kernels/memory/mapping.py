@@ -7,7 +7,6 @@ import warnings
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -104,30 +103,29 @@ class Mapped(Mapping[str, Tensor]):
         self.checkpoint = open_checkpoint(path, follow_links=follow_links)
         """Names, dtypes, shapes and offsets, as the headers have them."""
         self._files: dict[Path, _File] = {}
-        with interrupts.held(), ExitStack() as opened:
-            if write is not None:
-                self._writing, fds = Writing.begin(self.checkpoint, opened, **write)
+        with interrupts.held():
             try:
-                for shard in self.checkpoint.shards:
-                    if self._writing is None:
+                if write is None:
+                    for shard in self.checkpoint.shards:
                         fd = open_file(shard.path)
                         try:
-                            file = _File(shard, self.checkpoint.tensors, fd)
+                            self._map(shard, fd)
                         finally:
                             os.close(fd)
-                    else:
-                        hidden = self._writing.hidden(shard.path)
-                        file = _File(shard, self.checkpoint.tensors, fds[shard.path], hidden)
-                    self._files[shard.path] = file
+                else:
+                    self._writing = Writing.begin(self.checkpoint, self._map, **write)
                 interrupts.check()
             except BaseException:
+                self._files = {}
                 if self._writing is not None:
-                    self._files = {}
                     self._writing.cancel()
                 raise
             self.closed = False
             if self._writing is not None:
                 _open.add(self)
+
+    def _map(self, shard: Shard, fd: int, hidden: Path | None = None) -> None:
+        self._files[shard.path] = _File(shard, self.checkpoint.tensors, fd, hidden)
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor of that name; made anew by each call, over the same memory."""

@@ -14,11 +14,10 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId
+from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId, Shard
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files import copies, inplace, store, trust
 from ires_kernels.files.inplace import Workplace
@@ -33,6 +32,8 @@ from ires_kernels.records.state import unclosed, way_out
 
 _COPIES = "copy"
 _ROOM, _OF_TENSOR = 1 << 16, 320  # bytes that are reserved for the manifest
+Use = Callable[[Shard, int, Path], object]
+"""With one of the weights, a descriptor that it is open on, and where it will be."""
 _log = logging.getLogger("ires_kernels")
 
 
@@ -45,12 +46,10 @@ class Writing:
         self._target = target
 
     @classmethod
-    def begin(
-        cls, target: Checkpoint, files: ExitStack, *, undo: bool, sync: bool, locked: bool
-    ) -> tuple[Writing, dict[Path, int]]:
-        """Hide the files of a model. Also returns descriptors of its weights, by their paths until then.
+    def begin(cls, target: Checkpoint, use: Use, *, undo: bool, sync: bool, locked: bool) -> Writing:
+        """Hide the files of a model.
 
-        files   closes them
+        use     called with each of its weights, while it is open and not yet hidden
         undo    keep whole copies of the weights until it ends
         locked  False: without the lock, where the user says that no other process works there
 
@@ -66,11 +65,19 @@ class Writing:
         history, _ = repetition.applied(target)
         place = Workplace.begin(target.path, sync=sync, locked=locked)
         try:
-            opened = {shard.path: _open(shard.path, shard.file_id, files) for shard in target.shards}
             dropped = [name for name in [overwrite.sums_name(place)] if (place.folder / name).exists()]
             place.check_movable([*names, *dropped, overwrite.manifest_name(place)])
-            if undo:
-                _copy_all(place, opened)
+            copied = _Copies(place, sum(shard.file_id.size for shard in target.shards)) if undo else None
+            for shard in target.shards:
+                fd = _open(shard.path, shard.file_id)
+                try:
+                    if copied:
+                        copied.add(shard.path, fd)
+                    use(shard, fd, place.model / shard.path.name)
+                finally:
+                    os.close(fd)
+            if copied:
+                copied.finish()
             operation = Operation(
                 secrets.token_hex(8), VERSION, MAPPED, absolute({"target": target.path}),
                 Rules.of(0).to_dict(), sync,
@@ -87,27 +94,27 @@ class Writing:
         except BaseException:
             _show(place, names)
             raise
-        return cls(place, operation, target), opened
+        return cls(place, operation, target)
 
-    def hidden(self, path: Path) -> Path:
-        """Where a file of the model is meanwhile."""
-        return self.place.model / path.name
+    def _hidden(self) -> list[Path]:
+        """The files of the model, where they are meanwhile."""
+        return [self.place.model / shard.path.name for shard in self._target.shards]
 
     def sync(self) -> None:
         """Make durable what is in the files. Raises OSError where that fails."""
-        for shard in self._target.shards:
-            store.fsync_file(self.hidden(shard.path))
+        for path in self._hidden():
+            store.fsync_file(path)
 
     def commit(self) -> None:
         """Keep what was written: nobody writes any more. Raises OSError; then the model stays hidden."""
         place, operation = self.place, self._operation
         try:
-            for shard in self._target.shards:
-                os.utime(self.hidden(shard.path))  # some file systems do not do that for writes to memory
+            for path in self._hidden():
+                os.utime(path)  # some file systems do not do that for writes to memory
             if operation.sync:
                 self.sync()
             place.release()
-            mode = Access(self.hidden(shard.path) for shard in self._target.shards).file
+            mode = Access(self._hidden()).file
             place.stage(overwrite.manifest_name(place), [_manifest(place, operation, self._target)], mode)
             place.advance("installing")
             finish(place, operation)
@@ -196,48 +203,63 @@ def _weights(operation: Operation) -> list[str]:
     return [name for name in operation.names if name in operation.stamps["target"]]
 
 
-def _open(path: Path, file_id: FileId, files: ExitStack) -> int:
+def _open(path: Path, file_id: FileId) -> int:
     """Open a file that is to be mapped, and have blocks under all of it: a full disk would end the process later."""
     with store.named(path):
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        files.callback(os.close, fd)
-        status = os.fstat(fd)
-        if FileId.of(fd) != file_id:
-            raise CheckpointError(f"{path}: changed while it was opened. Wait for its writer to finish.")
-        if status.st_blocks * 512 < status.st_size:
-            store.allocate(fd, status.st_size, path)
-            os.utime(fd, ns=(status.st_atime_ns, status.st_mtime_ns))
+        try:
+            status = os.fstat(fd)
+            if FileId.of(fd) != file_id:
+                raise CheckpointError(f"{path}: changed while it was opened. Wait for its writer to finish.")
+            if status.st_blocks * 512 < status.st_size:
+                store.allocate(fd, status.st_size, path)
+                os.utime(fd, ns=(status.st_atime_ns, status.st_mtime_ns))
+        except BaseException:
+            os.close(fd)
+            raise
     return fd
 
 
-def _copy_all(place: Workplace, opened: dict[Path, int]) -> None:
-    """Make the copies that `rollback` puts back, durable and with the modes and times of the files."""
-    folder = place.work / _COPIES
-    os.mkdir(folder, private_mode(0o770))
-    total = sum(os.fstat(fd).st_size for fd in opened.values())
-    said = False
-    with store.named(folder):
-        for path, fd in opened.items():
-            copy = folder / path.name
+class _Copies:
+    """The copies that `rollback` puts back, with the owners, modes and times of the files; `total` bytes of them."""
+
+    def __init__(self, place: Workplace, total: int) -> None:
+        self._place = place
+        self._total = total
+        self._said = False
+        self._folder = place.work / _COPIES
+        with store.named(self._folder):
+            os.mkdir(self._folder, private_mode(0o770))
+
+    def add(self, path: Path, fd: int) -> None:
+        """Copy an open file. Raises OSError where there is no room, also for what a clone takes when it is written."""
+        copy = self._folder / path.name
+        with store.named(copy):
             to = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 if copies.clone(fd, to):
-                    copies.check_room(fd, total, path)
+                    copies.check_room(fd, self._total, path)
                 else:
-                    if not said:
-                        _log.warning(
-                            "%s: copying its weights (%.3g GB) before they are written; without, with undo='none'",
-                            place.target, total / 1e9,
-                        )  # fmt: skip
-                        said = True
+                    self._say()
                     copies.fill(fd, to, os.fstat(fd).st_size, copy)
                 copies.take_after(to, fd)
-                if place.sync:
+                if self._place.sync:
                     os.fsync(to)
             finally:
                 os.close(to)
-        if place.sync:
-            store.fsync_folder(folder)
+
+    def finish(self) -> None:
+        """Make their names durable."""
+        if self._place.sync:
+            store.fsync_folder(self._folder)
+
+    def _say(self) -> None:
+        if not self._said:
+            _log.warning(
+                "%s: copying its weights (%.3g GB) before they are written; without, with undo='none'",
+                self._place.target, self._total / 1e9,
+            )  # fmt: skip
+        self._said = True
 
 
 def _manifest(place: Workplace, operation: Operation, target: Checkpoint) -> bytes:
