@@ -30,6 +30,8 @@ from ires_kernels.checkpoints.folders import MERGE_ADAPTER
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files import interrupts, trust
 from ires_kernels.files.hidden import unfinished
+from ires_kernels.files.plain import plain, plain_lines
+from ires_kernels.files.plain import table as columns
 from ires_kernels.files.store import LostError, StoreError, is_unfinished, partial_path
 from ires_kernels.planning.inputs import check_adapter, kind_of
 from ires_kernels.planning.plan import VERSION, size
@@ -94,7 +96,7 @@ def _explain(error: BaseException, arguments: argparse.Namespace | None) -> int:
         return _fail(3, f"standard output: {error.strerror}. What the command had to do is done.")
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename is not None else ""
-        return _fail(3, f"{place}{error.strerror or error}.", _state(arguments))
+        return _fail(3, plain(f"{place}{error.strerror or error}."), _state(arguments))
     if isinstance(error, ComputeError):
         return _fail(3, f"{error}", _state(arguments))
     if isinstance(error, Stopped) and error.number != signal.SIGINT:
@@ -104,7 +106,7 @@ def _explain(error: BaseException, arguments: argparse.Namespace | None) -> int:
     if not isinstance(error, Exception) or os.environ.get("IRES_DEBUG"):
         raise error
     kind = type(error).__name__
-    return _fail(4, f"unexpected {kind}: {error}. IRES_DEBUG=1 shows where it comes from.", _state(arguments))
+    return _fail(4, f"unexpected {kind}: {plain(error)}. IRES_DEBUG=1 shows where it comes from.", _state(arguments))
 
 
 class Stopped(KeyboardInterrupt):
@@ -510,11 +512,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     rows += [("made by", f"ires {made_by['operation']}, {made_by.get('id')}")] if "operation" in made_by else []
     rows += [(f"from {role}", f"{entry.get('path')}") for role, entry in made_by.get("inputs", {}).items()]
     rows += [("note", text) for text in table["notes"]]
-    width = max(len(title) for title, _ in rows)
-    lines = [f"{title:<{width}}  {text}" for title, text in rows]
-    if arguments.tensors:
-        lines += [f"{t['dtype']:<8} {t['shape']!s:<20} {t['name']}  {t['file']}" for t in tensors]
-    _say("\n".join(lines))
+    lines = [f"{t['dtype']:<8} {t['shape']!s:<20} {t['name']}  {t['file']}" for t in tensors if arguments.tensors]
+    _say("\n".join([columns(rows), *map(plain, lines)]))
     return 0
 
 
@@ -606,7 +605,7 @@ class _Parser(argparse.ArgumentParser):
 def _say(text: str) -> None:
     """Print a result. Raises _NotPrinted where that fails, but not where whoever reads it has seen enough."""
     try:
-        print(text, flush=True)
+        print(plain_lines(*text.split("\n")), flush=True)
     except BrokenPipeError:
         _mute(sys.stdout)
     except OSError as error:
@@ -616,7 +615,8 @@ def _say(text: str) -> None:
 
 def _fail(code: int, *lines: str) -> int:
     try:
-        print(f"ires: {lines[0]}", *filter(None, lines[1:]), sep="\n", file=sys.stderr, flush=True)
+        text = "\n".join([f"ires: {lines[0]}", *filter(None, lines[1:])])
+        print(plain_lines(*text.split("\n")), file=sys.stderr, flush=True)
     except OSError:  # the exit code still tells
         _mute(sys.stderr)
     return code

@@ -24,6 +24,7 @@ from ires_kernels.checkpoints.manifest import Numbers
 from ires_kernels.files import hidden, interrupts
 from ires_kernels.files.inplace import Workplace
 from ires_kernels.files.ownership import Foreign
+from ires_kernels.files.plain import plain
 from ires_kernels.files.samples import sample
 from ires_kernels.files.store import (
     NewFolder,
@@ -301,7 +302,7 @@ def load(
     options = _options(place, threads, progress)
     left_out = [plan.share.text()] if plan.share else []
     for text in (*configs.differences(plan.inputs), *guards.strangers(plan.inputs), *left_out):
-        warnings.warn(text, stacklevel=2)
+        warnings.warn(plain(text), stacklevel=2)
     guards.compare(plan)
     tensors = statedict.allocate(plan.steps, place)
     outcome = stream.fill(
@@ -497,7 +498,7 @@ def _check_begun(plan: Plan, out: Path, threads: int | None, kept: bytes, finish
     try:
         guards.check_begun(plan, operation.samples, outcome, others, threads=threads)
     except CheckpointError as error:  # a file that is just being written is no reason to throw away what is complete
-        raise StoreError(f"{error}") from error
+        raise StoreError(*error.lines) from error
 
 
 def _written_before(plan: Plan, out: Path, threads: int | None, *, sync: bool, sha256: bool) -> Report | None:

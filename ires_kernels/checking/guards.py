@@ -33,7 +33,7 @@ def compare(plan: Plan, current: Mapping[Path, FileId] | None = None) -> dict[st
         for name, _, (instruct, base) in different[:10]:
             lines.append(f"  {name!r} is {instruct.dtype} in {instruct.path}, and another in {base.path}")
         lines += [f"  and {len(different) - 10} more"] if len(different) > 10 else []
-        raise CheckpointError("\n".join([*lines, "Such values have no difference to add: leave them out with --skip."]))
+        raise CheckpointError(*lines, "Such values have no difference to add: leave them out with --skip.")
     return digests
 
 

@@ -19,6 +19,7 @@ from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, open_chec
 from ires_kernels.checkpoints.header import DTYPE_BITS, CheckpointError
 from ires_kernels.checkpoints.names import FLOATS
 from ires_kernels.files.opening import open_file, read_start
+from ires_kernels.files.plain import plain_lines
 from ires_kernels.files.store import read_into
 from ires_kernels.planning.inputs import StrPath, open_inputs
 from ires_kernels.planning.plan import Plan, plan_apply, plan_extract, size
@@ -86,13 +87,13 @@ class VerifyReport:
         if found:
             head = f"{self.out}: {len(found)} differences:"
             more = [f"  and {len(found) - 20} more"] if len(found) > 20 else []
-            return "\n".join([head, *(f"  {line}" for line in found[:20]), *more, *self.notes])
+            return plain_lines(head, *(f"  {line}" for line in found[:20]), *more, *self.notes)
         rate = self.bytes_read / self.seconds / 1e9 if self.seconds else 0.0
         which = f"all {self.tensors} tensors"
         if self.unread:
             which = f"{self.tensors - self.unread} tensors (not {self.unread} that were left as they were)"
         done = f"{self.out}: {which} {how} ({size(self.bytes_read)} read in {self.seconds:.2f} s, {rate:.2f} GB/s)"
-        return "\n".join([done, *self.notes])
+        return plain_lines(done, *self.notes)
 
 
 def verify(
@@ -188,8 +189,9 @@ def _opened(paths: Mapping[str, StrPath], given: Mapping[str, StrPath], follow_l
                 raise
             option = "--residual, once for each," if role.startswith("residual-") else f"--{role}"
             raise CheckpointError(
-                f"{error} By the manifest this is the {role}: if it has moved, say where it is with {option} (in "
-                f"Python inputs={{{role!r}: PATH}}), or compare hashes alone with --hashes-only."
+                *error.lines[:-1],
+                f"{error.lines[-1]} By the manifest this is the {role}: if it has moved, say where it is with {option} "
+                f"(in Python inputs={{{role!r}: PATH}}), or compare hashes alone with --hashes-only.",
             ) from None
     return inputs
 

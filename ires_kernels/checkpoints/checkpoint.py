@@ -164,7 +164,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, follow_links: bool = False)
         strange = foreign(path).values()  # perhaps files are missing because they are in there
         if not strange:
             raise
-        raise CheckpointError("\n".join([f"{error}", *strange])) from None
+        raise CheckpointError(*error.lines, *strange) from None
 
 
 def _open_checkpoint(path: Path, follow_links: bool) -> Checkpoint:

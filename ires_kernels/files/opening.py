@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ires_kernels.files.plain import Refused
+
 MAX_CONFIG = 1 << 24
 """Bytes of config.json and other settings; the largest that are known, with the names of 21,841 classes, have 2 MB."""
 MAX_INDEX = 100_000_000
@@ -35,7 +37,7 @@ _KINDS = (
 )
 
 
-class CheckpointError(ValueError):
+class CheckpointError(Refused):
     """A file or folder that cannot be used, and why."""
 
     problems: Sequence[Mapping[str, Any]] = ()

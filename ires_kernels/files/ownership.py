@@ -17,9 +17,10 @@ from pathlib import Path
 
 from ires_kernels.files import trust
 from ires_kernels.files.opening import CheckpointError, open_file
+from ires_kernels.files.plain import Refused
 
 
-class StoreError(ValueError):
+class StoreError(Refused):
     """A folder that cannot be used or written, and why."""
 
 

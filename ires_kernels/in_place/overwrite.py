@@ -235,7 +235,7 @@ def rollback_kept(target: Path, *, locked: bool = True) -> str:
     kept = hidden.undo_folders(target)
     if not kept:
         text = "nothing is unfinished there, and no update in place was kept to be taken back (--keep-undo does that)."
-        raise StoreError("\n".join([f"{target}: {text}", *hidden.foreign(target).values()]))
+        raise StoreError(f"{target}: {text}", *hidden.foreign(target).values())
     operation = Operation.from_bytes(hidden.read_record(kept[-1]), kept[-1])
     checkpoint = open_checkpoint(target, follow_links=True)  # nothing of it is copied
     table = checkpoint.manifest

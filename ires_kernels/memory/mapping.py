@@ -20,6 +20,7 @@ from ires_kernels.checkpoints.header import CheckpointError, brief
 from ires_kernels.files import interrupts
 from ires_kernels.files.opening import open_file
 from ires_kernels.files.pages import Pages, populate
+from ires_kernels.files.plain import plain
 from ires_kernels.memory.writing import Writing
 from ires_kernels.planning.rules import ArgumentError
 from ires_kernels.tensors import regions
@@ -207,7 +208,7 @@ class Mapped(Mapping[str, Tensor]):
             self._end(self._writing.cancel)
         else:
             warnings.warn(
-                f"{self!r} was never closed: the model stays hidden", ResourceWarning, source=self, stacklevel=1
+                plain(f"{self!r} was never closed: the model stays hidden"), ResourceWarning, source=self, stacklevel=1
             )
             self._abandon()
 

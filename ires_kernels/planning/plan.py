@@ -21,6 +21,7 @@ from ires_kernels.checkpoints import configs, names, sidefiles
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
 from ires_kernels.checkpoints.header import build_header, tensor_bytes
 from ires_kernels.checkpoints.sidefiles import SideFile
+from ires_kernels.files.plain import table
 from ires_kernels.planning import steps
 from ires_kernels.planning.absences import Absence, grouped
 from ires_kernels.planning.rules import Rules
@@ -187,8 +188,7 @@ class Plan:
         rows.append(("reads", size(self.bytes_read)))
         where = "in place" if self.in_place else f"in {len(self.files)} files"
         rows.append(("writes", f"{size(self.bytes_written)} {where}"))
-        width = max(len(title) for title, _ in rows)
-        return "\n".join(f"{title:<{width}}  {text}" for title, text in rows)
+        return table(rows)
 
 
 def plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[str, str] | None = None) -> Plan:

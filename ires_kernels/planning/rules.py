@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeGuard
 
 from ires_kernels.checkpoints.header import brief
+from ires_kernels.files.plain import Refused
 from ires_kernels.planning.patterns import PatternError, compiled, matches, unmatched
 
 DTYPES = {"f64": "F64", "f32": "F32", "f16": "F16", "bf16": "BF16"}
@@ -18,7 +19,7 @@ DTYPES = {"f64": "F64", "f32": "F32", "f16": "F16", "bf16": "BF16"}
 _F32_OVERFLOW = 2.0**128 - 2.0**103  # the smallest magnitude that float32 rounds to infinity
 
 
-class ArgumentError(ValueError):
+class ArgumentError(Refused):
     """An argument of a merge that cannot be used, and why."""
 
 

@@ -204,7 +204,7 @@ class Findings:
         rows = self.vocabulary
         vocabulary = _VOCABULARY.format(skip=absences.skip_pattern(rows, {*rows}, everything)) if rows else ""
         ways = dict.fromkeys(vocabulary if p.advice is _VOCABULARY else p.advice for p in problems)
-        error = CheckpointError("\n".join([*lines, *ways]))
+        error = CheckpointError(*lines, *ways)
         error.problems = [{"problem": f"{p}", "tensors": [*p.names, *p.tensors]} for p in problems]
         raise error
 

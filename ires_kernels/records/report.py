@@ -12,6 +12,7 @@ from typing import Any
 from ires_kernels.backends import Tally
 from ires_kernels.checkpoints import sidefiles
 from ires_kernels.checkpoints.manifest import Numbers, Strength
+from ires_kernels.files.plain import table
 from ires_kernels.planning.absences import Absence, grouped
 from ires_kernels.planning.plan import Plan, size
 from ires_kernels.streaming.stream import Outcome
@@ -149,8 +150,7 @@ class Report:
         }
 
     def __str__(self) -> str:
-        width = max(len(title) for title, _ in self.rows())
-        return "\n".join(f"{title:<{width}}  {text}" for title, text in self.rows())
+        return table(self.rows())
 
     def rows(self) -> list[tuple[str, str]]:
         """The table: what, and how much."""

@@ -14,6 +14,7 @@ from ires_kernels.files import hidden
 from ires_kernels.files.journal import count_records, is_broken_off
 from ires_kernels.files.locks import holder
 from ires_kernels.files.ownership import Foreign, StoreError
+from ires_kernels.files.plain import plain_lines
 from ires_kernels.files.store import MARKER, is_unfinished, partial_path, read_kept
 from ires_kernels.planning.inputs import StrPath
 from ires_kernels.records.history import on_top
@@ -38,7 +39,7 @@ class Status:
         return asdict(self)
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.path}: {self.state}: {self.what}", *self.next])
+        return plain_lines(f"{self.path}: {self.state}: {self.what}", *self.next)
 
 
 def status(path: StrPath) -> Status:
