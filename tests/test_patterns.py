@@ -13,6 +13,8 @@ from checkpoints import triple
 
 import ires_kernels as ik
 from ires_kernels import cli
+from ires_kernels.checkpoints import names as names_of
+from ires_kernels.checkpoints.header import build_header
 from ires_kernels.planning import patterns
 from ires_kernels.planning.patterns import LIMIT, PatternError, unmatched, ways
 from ires_kernels.planning.rules import ArgumentError, Rules
@@ -103,3 +105,34 @@ def test_a_strangers_patterns_do_not_hang_verify(tmp_path: Path, capsys: pytest.
     pair = ["--instruct", f"{instruct}", "--base", f"{base}"]
     assert cli.main(["apply", f"{target}", *pair, "-o", f"{tmp_path / 'new'}", "--skip", "(.+)+!"]) == 2
     assert "may take for ever" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tied", [True, None])
+def test_planning_takes_time_as_there_are_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool | None
+) -> None:
+    """Every head asks for the embedding, and every embedding may be copied: that must not be each for each."""
+    looks, embedding = [0], names_of._EMBEDDING
+
+    class Counting:
+        def search(self, name: str) -> re.Match[str] | None:
+            looks[0] += 1
+            return embedding.search(name)
+
+    monkeypatch.setattr(names_of, "_EMBEDDING", Counting())
+    count = 400
+    head = [f"a.{i}.lm_head.weight" for i in range(count // 2)]
+    names = [*head, *(f"a.{i}.embed_tokens.weight" for i in range(count // 2))]
+    models = []
+    for role in ("base", "instruct", "target"):
+        folder = tmp_path / role
+        folder.mkdir()
+        raw = build_header([*((name, "BF16", (1, 4)) for name in names), ("z", "BF16", (2,))], {})
+        (folder / "model.safetensors").write_bytes(raw + random.Random(role).randbytes(8 * count) + bytes(4))
+        (folder / "config.json").write_text(json.dumps({} if tied is None else {"tie_word_embeddings": tied}))
+        models.append(folder)
+    base, instruct, target = models
+    plan = ik.apply(target, (instruct, base), out=tmp_path / "out", dry_run=True, skip=[f"x{i}|z" for i in range(9)])
+    f"{plan}"
+    ik.extract(base, instruct, tmp_path / "residual", dry_run=True)
+    assert looks[0] < 100 * count, "one for each of the three models, in each of some twenty places"

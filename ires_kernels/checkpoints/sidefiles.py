@@ -479,6 +479,8 @@ def _listing(checkpoint: Checkpoint) -> tuple[dict[str, Path], list[str]]:
     files: dict[str, Path] = {}
     left: list[str] = []
     weights = {shard.path.name for shard in checkpoint.shards} | {checkpoint.index_name} | _OURS
+    # What updates in place of a single file recorded beside it: of that file, and not of what becomes of it.
+    weights |= {f"{shard.path.name}{suffix}" for shard in checkpoint.shards for suffix in (".ires.json", ".sha256")}
     for name in sorted(set(os.listdir(folder)) - weights):
         path = folder / name
         if name.startswith("."):

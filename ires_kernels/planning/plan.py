@@ -180,7 +180,10 @@ class Plan:
             for side in self.side_files
             if side.why or not self.in_place or side.role != "target"
         )
-        rows.append(("new files", ", ".join([*(name for name, _ in self.documents), MANIFESTS[self.operation]])))
+        manifest = MANIFESTS[self.operation]
+        if self.in_place and self.inputs["target"].path.is_file():
+            manifest = f"{self.inputs['target'].path.name}.{manifest}"
+        rows.append(("new files", ", ".join([*(name for name, _ in self.documents), manifest])))
         rows += [("not copied", ", ".join(self.not_copied))] if self.not_copied else []
         rows += [("warning", line) for line in self.warnings]
         rows += [("warning", self.share.text())] if self.share else []
