@@ -3,18 +3,22 @@
 Tensors: `subtract`, `add`, `scale`, `add_difference`, and their in-place forms with a trailing underscore.
 Checkpoints: `extract`, `apply`, `load`, `inspect`, `verify`; after an interruption `status`, `resume`, `rollback`.
 Between the two: `mapped`, the tensors of a checkpoint as the pages of its files.
+
+Names are loaded when they are first used, and torch with those that compute.
 """
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ires_kernels.backends import BackendStatus, Tally, backends
-from ires_kernels.tensors.ops import add, add_, add_difference, add_difference_, scale, scale_, subtract
-
 if TYPE_CHECKING:
+    from ires_kernels.backends.call import Tally
+    from ires_kernels.backends.choice import BackendStatus, backends
     from ires_kernels.memory.mapping import mapped
     from ires_kernels.merge import apply, extract, inspect, load, resume, rollback, status, verify
+    from ires_kernels.tensors.ops import add, add_, add_difference, add_difference_, scale, scale_, subtract
 
     __version__: str
 
@@ -40,19 +44,38 @@ __all__ = [
     "verify",
 ]
 
+_HOMES = {
+    "backends.call": ("Tally",),
+    "backends.choice": ("BackendStatus", "backends"),
+    "memory.mapping": ("mapped",),
+    "merge": ("apply", "extract", "inspect", "load", "resume", "rollback", "status", "verify"),
+    "tensors.ops": ("add", "add_", "add_difference", "add_difference_", "scale", "scale_", "subtract"),
+}
+
 
 def __getattr__(name: str) -> Any:
-    """Load on first use what tensor arithmetic alone does not need: the checkpoint functions and the version."""
-    if name in {"apply", "extract", "inspect", "load", "resume", "rollback", "status", "verify"}:
-        from ires_kernels import merge
-
-        return getattr(merge, name)
-    if name == "mapped":
-        from ires_kernels.memory.mapping import mapped
-
-        return mapped
+    """Load a public name from the module that has it."""
     if name == "__version__":
         from importlib.metadata import version
 
-        return version("ires_kernels")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value: Any = version("ires_kernels")
+    else:
+        home = next((module for module, names in _HOMES.items() if name in names), None)
+        if home is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+# `backends` is a room as well. The import of a room gives its name to it, but only the first one does: so that is now,
+# and from here on the name is the function's.
+import_module(f"{__name__}.backends")
+globals().pop("backends", None)
+
+if "torch" in sys.modules:  # then somebody may look for torch.ops.ires_kernels who names nothing of ours
+    import_module(f"{__name__}.tensors.library")

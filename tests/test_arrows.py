@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
 from pathlib import Path
 
@@ -85,15 +84,6 @@ def test_the_arrows_have_no_cycle() -> None:
 
 def test_rooms_say_what_they_are_and_hold_no_code() -> None:
     for init in PACKAGE.glob("*/__init__.py"):
-        if init.parent.name != "backends":
-            tree = ast.parse(init.read_text())
-            assert ast.get_docstring(tree)
-            assert len(tree.body) == 1
-
-
-def test_importing_the_package_is_light() -> None:
-    program = (
-        "import sys, ires_kernels; print([m for m in ('rich', 'transformers', 'safetensors') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+        tree = ast.parse(init.read_text())
+        assert ast.get_docstring(tree)
+        assert len(tree.body) == 1

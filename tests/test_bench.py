@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from ires_kernels.backends import Call, native, reference
+from ires_kernels.backends import native, reference
+from ires_kernels.backends.call import Call
 from ires_kernels.bench import __main__ as bench
 from ires_kernels.bench import floor, kernels, mappings, merges
 from ires_kernels.bench.contenders import CHUNKED, COMPILED, EAGER, UPCAST, torch_contenders

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from ires_kernels.backends import Call, native
+from ires_kernels.backends import native
+from ires_kernels.backends.call import Call
 from ires_kernels.bench import __main__ as bench
 from ires_kernels.bench import gpu, gpu_merges, measure, merges
 from ires_kernels.bench.accelerator import open_cuda

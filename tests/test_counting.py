@@ -9,7 +9,8 @@ import torch
 from conftest import COMPILED, use
 from torch import Tensor
 
-from ires_kernels.backends import Tally, counting
+from ires_kernels.backends import counting
+from ires_kernels.backends.call import Tally
 from ires_kernels.tensors import ops
 
 STORAGE = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]

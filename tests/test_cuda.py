@@ -19,7 +19,9 @@ from oracle import STORAGE, assert_same, sample, short
 from torch import Tensor
 
 import ires_kernels as ik
-from ires_kernels.backends import Call, choose, native, reference
+from ires_kernels.backends import native, reference
+from ires_kernels.backends.call import Call
+from ires_kernels.backends.choice import choose
 
 gpu = pytest.mark.gpu
 DEVICE = "cuda"

@@ -20,7 +20,8 @@ from emulation import WORDS, Emulated, Emulator
 from oracle import NARROW, STORAGE, assert_same, sample, short
 from torch import Tensor
 
-from ires_kernels.backends import Call, native, reference
+from ires_kernels.backends import native, reference
+from ires_kernels.backends.call import Call
 
 CPU = native if native.isas() else reference
 ALPHAS = (0.3, -0.7, 1.1, 1e-40, 3.0)

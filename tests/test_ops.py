@@ -22,7 +22,9 @@ from oracle import STORAGE, assert_same, expected, sample, short
 from torch import Tensor
 
 import ires_kernels as ik
-from ires_kernels.backends import Call, _fastest, choose, native, reference, thread_count, threads, triton
+from ires_kernels.backends import native, reference, triton
+from ires_kernels.backends.call import Call, threads
+from ires_kernels.backends.choice import _fastest, choose, thread_count
 
 SIZES = [0, 1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 333, 1023, 1024, 1025, 4095, 4096, 4097, 33333, 65537]
 PAIRS = list(itertools.product(STORAGE, STORAGE))

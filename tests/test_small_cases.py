@@ -14,7 +14,8 @@ import torch
 from oracle import assert_same, sample
 from torch import Tensor
 
-from ires_kernels.backends import Call, native, reference, triton
+from ires_kernels.backends import native, reference, triton
+from ires_kernels.backends.call import Call
 
 DEVICE = "cuda"
 BF16, F16, F32, F64, E4M3 = torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn

@@ -12,7 +12,7 @@ from oracle import STORAGE, expected, sample, short
 from torch import Tensor
 
 import ires_kernels as ik
-from ires_kernels.backends import threads
+from ires_kernels.backends.call import threads
 
 backends = pytest.mark.usefixtures("backend")
 

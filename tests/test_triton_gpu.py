@@ -16,8 +16,9 @@ from oracle import NARROW, STORAGE, assert_same, from_codes, sample, short
 from torch import Tensor
 
 import ires_kernels as ik
-from ires_kernels.backends import Call, Tally, native, reference
+from ires_kernels.backends import native, reference
 from ires_kernels.backends import triton as backend
+from ires_kernels.backends.call import Call, Tally
 
 STATUS = backend.status("cuda")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not STATUS.available, reason=STATUS.detail)]

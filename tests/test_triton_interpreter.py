@@ -18,8 +18,9 @@ import torch
 from oracle import NARROW, STORAGE, assert_same, philox, rounds, sample, short
 from torch import Tensor
 
-from ires_kernels.backends import Call, Tally, reference
+from ires_kernels.backends import reference
 from ires_kernels.backends import triton as backend
+from ires_kernels.backends.call import Call, Tally
 
 pytest.importorskip("triton", reason="Triton is not installed")
 

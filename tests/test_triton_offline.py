@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from ires_kernels.backends import Call
 from ires_kernels.backends import triton as backend
+from ires_kernels.backends.call import Call
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 

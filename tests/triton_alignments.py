@@ -15,8 +15,9 @@ import torch
 from oracle import NARROW, codes, sample, short
 from torch import Tensor
 
-from ires_kernels.backends import Call, reference
+from ires_kernels.backends import reference
 from ires_kernels.backends import triton as backend
+from ires_kernels.backends.call import Call
 
 TYPES = [torch.float32, *NARROW]
 # How many elements after a multiple of 16 bytes the target and the two operands begin.

@@ -20,9 +20,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from ires_kernels.backends import Call
 from ires_kernels.backends import triton as backend
 from ires_kernels.backends import triton_kernels as kernels
+from ires_kernels.backends.call import Call
 
 DTYPES = {
     "f64": torch.float64,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ires_kernels.backends import Tally
+from ires_kernels.backends.call import Tally
 
 # The smallest magnitude that rounding to nearest does not keep finite: half a step beyond the largest finite value.
 _OVERFLOW = {

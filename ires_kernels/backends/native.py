@@ -14,7 +14,9 @@ import re
 import torch
 from torch import Tensor
 
-from ires_kernels.backends import BackendStatus, Call, Tally, reference, thread_count
+from ires_kernels.backends import reference
+from ires_kernels.backends.call import Call, Tally
+from ires_kernels.backends.choice import BackendStatus, thread_count
 
 try:
     from ires_kernels import _native

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ires_kernels.backends import BackendStatus, Call, Tally
+from ires_kernels.backends.call import Call, Tally
+from ires_kernels.backends.choice import BackendStatus
 
 PIECE = 1 << 18  # elements computed at a time, so that temporaries stay at a few MB
 

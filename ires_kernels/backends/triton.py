@@ -25,7 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ires_kernels.backends import BackendStatus, Call, reference
+from ires_kernels.backends import reference
+from ires_kernels.backends.call import Call
+from ires_kernels.backends.choice import BackendStatus
 
 try:
     import triton

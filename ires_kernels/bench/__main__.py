@@ -23,7 +23,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ires_kernels.backends import backends, choose
+from ires_kernels.backends.choice import backends, choose
 from ires_kernels.bench import gpu, gpu_merges, kernels, mappings, merges
 from ires_kernels.bench.accelerator import Accelerator, open_cuda
 from ires_kernels.bench.contenders import TORCH

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ires_kernels.backends import Call, native, reference, triton
+from ires_kernels.backends import native, reference, triton
+from ires_kernels.backends.call import Call
 from ires_kernels.bench.accelerator import Accelerator
 from ires_kernels.bench.contenders import ALPHA, COMPILED, EAGER, FOREACH, UPCAST, compiled, expressions, foreach
 from ires_kernels.bench.kernels import (

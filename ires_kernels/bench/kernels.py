@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ires_kernels.backends import backends, native
-from ires_kernels.backends import threads as kernel_threads
+from ires_kernels.backends import native
+from ires_kernels.backends.call import threads as kernel_threads
+from ires_kernels.backends.choice import backends
 from ires_kernels.bench.contenders import ALPHA, CHUNKED, COMPILED, EAGER, TORCH, best_chunk, torch_contenders
 from ires_kernels.bench.measure import Quartiles, Times, interleave, ratio
 from ires_kernels.tensors import ops

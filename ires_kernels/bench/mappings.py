@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ires_kernels import merge
-from ires_kernels.backends import threads as kernel_threads
+from ires_kernels.backends.call import threads as kernel_threads
 from ires_kernels.bench import floor
 from ires_kernels.bench.kernels import VerificationError
 from ires_kernels.bench.measure import Quartiles, Times, interleave, ratio

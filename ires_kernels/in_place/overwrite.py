@@ -23,7 +23,7 @@ from typing import Any
 
 import xxhash
 
-from ires_kernels.backends import Tally
+from ires_kernels.backends.call import Tally
 from ires_kernels.checking import guards
 from ires_kernels.checkpoints import manifest, sidefiles
 from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId, open_checkpoint

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ires_kernels.backends import Tally
+from ires_kernels.backends.call import Tally
 from ires_kernels.checkpoints import sidefiles
 from ires_kernels.checkpoints.manifest import Numbers, Strength
 from ires_kernels.files.plain import table

@@ -21,7 +21,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ires_kernels.backends import Tally, choose, counting
+from ires_kernels.backends import counting
+from ires_kernels.backends.call import Tally
+from ires_kernels.backends.choice import choose
 from ires_kernels.checkpoints.names import FLOATS
 from ires_kernels.planning.plan import size
 from ires_kernels.planning.rules import ArgumentError, Rules

@@ -29,8 +29,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ires_kernels.backends import Tally
-from ires_kernels.backends import threads as kernel_threads
+from ires_kernels.backends.call import Tally
+from ires_kernels.backends.call import threads as kernel_threads
 from ires_kernels.checkpoints.checkpoint import FileId, TensorRef
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.checkpoints.names import FLOATS

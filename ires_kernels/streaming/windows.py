@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ires_kernels.backends import Tally
+from ires_kernels.backends.call import Tally
 from ires_kernels.checkpoints.names import FLOATS
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Step

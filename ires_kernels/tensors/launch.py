@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ires_kernels.backends import Call, Tally, choose, thread_count
+from ires_kernels.backends.call import Call, Tally
+from ires_kernels.backends.choice import choose, thread_count
 from ires_kernels.tensors import checks, regions
 from ires_kernels.tensors.checks import Names, Rounding
 

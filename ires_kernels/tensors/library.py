@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ires_kernels.backends import Tally
+from ires_kernels.backends.call import Tally
 from ires_kernels.tensors import checks, launch
 from ires_kernels.tensors.checks import Names, Rounding
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack as dispatch_modes
 from torch.compiler import is_compiling
 
-from ires_kernels.backends import Tally
+from ires_kernels.backends.call import Tally
 from ires_kernels.tensors import checks, launch, library
 from ires_kernels.tensors.checks import Names, Rounding
 
