@@ -11,19 +11,20 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "ires_kernels"
 
 ARROWS: dict[str, set[str]] = {
+    "dtypes": set(),
     # bytes, without numbers
     "files": set(),
-    "checkpoints": {"files"},
-    "planning": {"checkpoints", "files"},
+    "checkpoints": {"dtypes", "files"},
+    "planning": {"checkpoints", "dtypes", "files"},
     # numbers, without files
-    "backends": {"_native"},
-    "tensors": {"backends"},
+    "backends": {"_native", "dtypes"},
+    "tensors": {"backends", "dtypes"},
     # merges
-    "streaming": {"backends", "checkpoints", "files", "planning", "tensors"},
+    "streaming": {"backends", "checkpoints", "dtypes", "files", "planning", "tensors"},
     "records": {"backends", "checkpoints", "files", "planning", "streaming"},
-    "checking": {"checkpoints", "files", "planning", "records", "streaming"},
-    "in_place": {"backends", "checking", "checkpoints", "files", "planning", "records", "streaming"},
-    "memory": {"checkpoints", "files", "in_place", "planning", "records", "tensors"},
+    "checking": {"checkpoints", "dtypes", "files", "planning", "records", "streaming"},
+    "in_place": {"backends", "checking", "checkpoints", "dtypes", "files", "planning", "records", "streaming"},
+    "memory": {"checkpoints", "dtypes", "files", "in_place", "planning", "records", "tensors"},
     "merge": {"checking", "checkpoints", "files", "in_place", "memory", "planning", "records", "streaming"},
     "cli": {"checkpoints", "files", "merge", "planning", "streaming"},
     "__main__": {"cli"},

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from ires_kernels.checkpoints import header
 from ires_kernels.checkpoints.header import CheckpointError, Header, TensorInfo, build_header, parse_header, read_header
+from ires_kernels.dtypes import STORAGE
 
 
 def pack(text: str | bytes, data: bytes = b"") -> bytes:
@@ -54,10 +55,11 @@ def contents(raw: bytes, parsed: Header) -> dict[str, tuple[str, tuple[int, ...]
     return {name: (info.dtype, info.shape, data[info.begin : info.end]) for name, info in parsed.tensors.items()}
 
 
-WHOLE = [name for name, bits in header.DTYPE_BITS.items() if bits % 8 == 0]
+BITS = {dtype.name: dtype.bits for dtype in STORAGE.values()}
+WHOLE = [name for name, bits in BITS.items() if bits % 8 == 0]
 KNOWN = [  # to the installed version of the library
     name
-    for name, bits in header.DTYPE_BITS.items()
+    for name, bits in BITS.items()
     if isinstance(library(pack(tensor(f'"{name}"', "[8]", f"[0,{bits}]"), bytes(bits))), dict)
 ]
 
@@ -185,7 +187,7 @@ def test_every_dtype_of_the_library() -> None:
     assert set(re.findall(r"`(\w+)`", str(library(pack(tensor(dtype='"?"'), b"1"))))) <= set(KNOWN)
     for name in KNOWN:
         files = {size: library(pack(tensor(f'"{name}"', "[8]", f"[0,{size}]"), bytes(size))) for size in range(1, 129)}
-        assert [size for size, found in files.items() if isinstance(found, dict)] == [header.DTYPE_BITS[name]]
+        assert [size for size, found in files.items() if isinstance(found, dict)] == [BITS[name]]
 
 
 ONE = '"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'

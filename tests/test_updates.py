@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import ires_kernels as ik
 from ires_kernels.checkpoints.checkpoint import TensorRef
 from ires_kernels.checkpoints.header import CheckpointError
-from ires_kernels.checkpoints.names import FLOATS
+from ires_kernels.dtypes import FLOATS
 from ires_kernels.in_place import updates
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.steps import Step

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ires_kernels import dtypes
 from ires_kernels.backends.call import Tally
 
-# The smallest magnitude that rounding to nearest does not keep finite: half a step beyond the largest finite value.
-_OVERFLOW = {
-    torch.float64: math.inf,
-    torch.float32: 2.0**128 - 2.0**103,
-    torch.float16: 65520.0,
-    torch.bfloat16: 2.0**128 - 2.0**119,
-    torch.float8_e5m2: 61440.0,
-}
-_E4M3_LARGEST = 464.0  # halfway from 448 to what would be next, a tie that goes to 448
-
+_FORMATS: dict[torch.dtype, dtypes.Number] = {getattr(torch, each.torch): each for each in dtypes.NUMBERS.values()}
 
 NUMBERS = 8
 """How many numbers `count` makes."""
 
 
 def count(op: str, operands: Sequence[Tensor], factors: Sequence[float], stored: Tensor) -> Tensor:
-    """Count one call: "subtract", "add" or "add_difference" of flat tensors, and what it stored.
+    """Count one call: "subtract", "add" or "add_difference" of tensors of one shape, and what it stored.
 
     Returns float64[NUMBERS] on the device of `stored`, for `tally`; nothing here waits. The integers are those of every
     backend, and exact up to 2^53 elements. The two sums are added up in float64 and in another order.
@@ -50,8 +41,8 @@ def count(op: str, operands: Sequence[Tensor], factors: Sequence[float], stored:
     counted = (updated, lost, nan_in, inf_in, after.isnan(), overflow)
 
     measured = finite_in & update.isfinite() & after.isfinite()
-    asked = torch.where(measured, update, 0).double()
-    moved = torch.where(measured, after.double() - before.double(), 0)
+    asked = torch.where(measured, update, 0).double().reshape(-1)
+    moved = torch.where(measured, after.double() - before.double(), 0).reshape(-1)
     sums = (torch.dot(moved, asked), torch.dot(asked, asked))
     return torch.stack([*(mask.sum().double() for mask in counted), *sums])
 
@@ -79,7 +70,8 @@ def _update_and_result(op: str, values: Sequence[Tensor], factors: Sequence[Tens
 
 
 def _overflows(value: Tensor, dtype: torch.dtype) -> Tensor:
-    if dtype == torch.float8_e4m3fn:
-        return value.abs() > _E4M3_LARGEST
-    # A float32 is beyond the range of float32 only as infinity, and the limit is no float32.
-    return value.abs() >= (math.inf if value.dtype == dtype else _OVERFLOW[dtype])
+    """Where rounding to nearest gives no finite number, or in a type without infinity another than the next one."""
+    if value.dtype == dtype:  # the limit is no number of its own type: only infinity is beyond it
+        return value.isinf()
+    number = _FORMATS[dtype]
+    return value.abs() >= number.limit if number.limit_overflows else value.abs() > number.limit

@@ -17,6 +17,7 @@ from torch import Tensor
 from ires_kernels.backends import reference
 from ires_kernels.backends.call import Call, Tally
 from ires_kernels.backends.choice import BackendStatus, thread_count
+from ires_kernels.dtypes import NUMBERS
 
 try:
     from ires_kernels import _native
@@ -24,16 +25,9 @@ except ImportError as error:
     _native = None  # type: ignore[assignment]
     _missing = f"the extension was not built or does not load ({error}); reinstall where a C++17 compiler is"
 
-# The numbers are those of OpCode and DType in csrc/arith.h.
+# The numbers are those of OpCode in csrc/arith.h.
 _OPS = {"subtract": 0, "add": 1, "scale": 2, "add_difference": 3}
-_DTYPES = {
-    torch.float64: 0,
-    torch.float32: 1,
-    torch.float16: 2,
-    torch.bfloat16: 3,
-    torch.float8_e4m3fn: 4,
-    torch.float8_e5m2: 5,
-}
+_DTYPES = {getattr(torch, number.torch): number.csrc for number in NUMBERS.values()}
 
 
 def isas() -> list[str]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ires_kernels.backends import counting
 from ires_kernels.backends.call import Call, Tally
 from ires_kernels.backends.choice import BackendStatus
+from ires_kernels.dtypes import NUMBERS
 
 PIECE = 1 << 18  # elements computed at a time, so that temporaries stay at a few MB
 
@@ -23,25 +24,9 @@ _F64_FRACTION = (1 << 52) - 1
 _U32 = 0xFFFFFFFF
 
 
-class Format(NamedTuple):
-    """A storage type as bit patterns without the sign bit."""
-
-    bits: int  # width of the type
-    fraction: int  # stored significand bits
-    bias: int  # of the exponent
-    largest: int  # code of the largest finite value
-    infinity: int  # code that overflow and infinity get
-    nan: int
-    integer: torch.dtype  # to view the codes as
-
-
-FORMATS = {
-    torch.float32: Format(32, 23, 127, 0x7F7FFFFF, 0x7F800000, 0x7FC00000, torch.int32),
-    torch.float16: Format(16, 10, 15, 0x7BFF, 0x7C00, 0x7E00, torch.int16),
-    torch.bfloat16: Format(16, 7, 127, 0x7F7F, 0x7F80, 0x7FC0, torch.int16),
-    torch.float8_e5m2: Format(8, 2, 15, 0x7B, 0x7C, 0x7E, torch.uint8),
-    torch.float8_e4m3fn: Format(8, 3, 7, 0x7E, 0x7E, 0x7F, torch.uint8),  # has no infinity: saturates
-}
+# How a storage type is written, and the integers to view its codes as.
+_FORMATS = {getattr(torch, number.torch): number for number in NUMBERS.values()}
+_CODES = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 
 def status(device: str = "cpu") -> BackendStatus:
@@ -72,7 +57,7 @@ def run(call: Call) -> None:
             words = random_words(call.seed, stream, start, target.numel()) if call.stochastic else None
             stored = round_to(result, target.dtype, words)
             if call.tally is not None:
-                _count(call.tally, call.op, values, factors, result, stored)
+                _count(call, call.tally, sources, stored)
             target.copy_(stored)
 
 
@@ -134,7 +119,7 @@ def round_to(value: Tensor, dtype: torch.dtype, words: Tensor | None = None) -> 
     """
     if value.dtype == dtype or dtype == torch.float64:
         return value.to(dtype)
-    form = FORMATS[dtype]
+    form = _FORMATS[dtype]
     bits = value.to(torch.float64).view(torch.int64)
     field = (bits >> 52) & 0x7FF
     significand = torch.where(field == 0, 0, 1 << 52) | (bits & _F64_FRACTION)
@@ -155,7 +140,7 @@ def round_to(value: Tensor, dtype: torch.dtype, words: Tensor | None = None) -> 
     code = torch.where(value.isinf(), form.infinity, code)
     code = torch.where(value.isnan(), form.nan, code)
     code = code | (bits < 0).to(torch.int64) << (form.bits - 1)
-    return code.to(form.integer).view(dtype)
+    return code.to(_CODES[form.bits]).view(dtype)
 
 
 def random_words(seed: int, stream: int, start: int, count: int) -> Tensor:
@@ -182,34 +167,9 @@ def count(call: Call) -> None:
     """Count into the tally of a call that a backend without counters has carried out, on any device."""
     assert call.tally is not None
     for out, operands in zip(call.outs, call.inputs, strict=True):
-        compute, factors = _in_compute_type(call, out, operands)
         for _, (stored, *sources) in _pieces([out, *operands], 0):
-            values = [x.to(compute) for x in sources]
-            _count(call.tally, call.op, values, factors, _result(call.op, values, factors), stored)
+            _count(call, call.tally, sources, stored)
 
 
-def _count(tally: Tally, op: str, values: list[Tensor], factors: list[Tensor], result: Tensor, stored: Tensor) -> None:
-    update = _update(op, values, factors)
-    target = torch.zeros_like(result) if op == "subtract" else values[0]
-    after = stored.to(result.dtype)
-    nan_in = torch.stack([x.isnan() for x in values]).any(0)
-    finite_in = torch.stack([x.isfinite() for x in values]).all(0)
-    updated = (update != 0) & ~update.isnan()
-    measured = finite_in & update.isfinite() & after.isfinite()
-    moved, asked = (after.double() - target.double())[measured], update.double()[measured]
-    tally.elements += result.numel()
-    tally.updates += int(updated.sum())
-    tally.lost += int((updated & (after == target)).sum())
-    tally.nan_in += int(nan_in.sum())
-    tally.inf_in += int((~nan_in & ~finite_in).sum())
-    tally.nan_out += int(after.isnan().sum())
-    tally.overflow += int((finite_in & overflows(result, stored.dtype)).sum())
-    tally.dot += float(moved @ asked)
-    tally.norm2 += float(asked @ asked)
-
-
-def overflows(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where rounding `value` to nearest gives no finite number, or for float8_e4m3fn another than the next one."""
-    if dtype == torch.float8_e4m3fn:
-        return value.abs() > 464  # half a step above 448, and that tie goes to 448
-    return ~value.isnan() & round_to(value, dtype).to(torch.float32 if dtype != torch.float64 else dtype).isinf()
+def _count(call: Call, tally: Tally, sources: list[Tensor], stored: Tensor) -> None:
+    tally += counting.tally(stored.numel(), counting.count(call.op, sources, call.factors, stored))

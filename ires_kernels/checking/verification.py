@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ires_kernels.checkpoints import manifest
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, open_checkpoint
-from ires_kernels.checkpoints.header import DTYPE_BITS, CheckpointError
-from ires_kernels.checkpoints.names import FLOATS
+from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.dtypes import FLOATS, STORAGE
 from ires_kernels.files.opening import open_file, read_start
 from ires_kernels.files.plain import plain_lines
 from ires_kernels.files.store import read_into
@@ -334,7 +334,7 @@ class _Comparer:
             self._record(step, start, got, wanted)
 
     def _record(self, step: Step, start: int, got: memoryview, wanted: memoryview) -> None:
-        width = max(1, DTYPE_BITS[step.dtype] // 8)
+        width = max(1, STORAGE[step.dtype].bits // 8)
         as_bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
         bits = [torch.frombuffer(view, dtype=as_bits) for view in (got, wanted)]
         differs = bits[0] != bits[1]

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from ires_kernels.dtypes import STORAGE
 from ires_kernels.files.opening import CheckpointError as CheckpointError
 from ires_kernels.files.opening import open_file, read_start
 
@@ -25,13 +26,6 @@ MAX_HEADER = 100_000_000
 """Largest accepted JSON part, in bytes; the limit of the safetensors library."""
 MAX_DEPTH = 100
 """Objects and lists within each other in any JSON that is read; a header has 3, the settings of a model some 8."""
-
-DTYPE_BITS = {
-    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
-    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
-}  # fmt: skip
-"""Bits of one element of every dtype of safetensors 0.8. A tensor must fill whole bytes."""
 
 _INT63 = 2**63 - 1
 _FIELDS = {"dtype", "shape", "data_offsets"}
@@ -185,9 +179,9 @@ def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: 
 
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Length in bytes of a tensor in a file. Raises CheckpointError for an unknown dtype or an impossible shape."""
-    bits = DTYPE_BITS.get(dtype) if type(dtype) is str else None
+    bits = STORAGE[dtype].bits if type(dtype) is str and dtype in STORAGE else None
     if bits is None:
-        raise CheckpointError(f"dtype is {brief(dtype)}, wanted one of {', '.join(DTYPE_BITS)}.")
+        raise CheckpointError(f"dtype is {brief(dtype)}, wanted one of {', '.join(STORAGE)}.")
     span = bits  # with 1 for every 0: the strides of a tensor without elements must fit as well
     for size in shape:
         if type(size) is not int or size < 0:

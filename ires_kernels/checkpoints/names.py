@@ -9,11 +9,9 @@ from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
+from ires_kernels.dtypes import FLOATS
 
 _T = TypeVar("_T")
-
-FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
-"""The dtypes that arithmetic is defined on, by safetensors name, with their width in bytes."""
 
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embeddings?|embed_in|shared)\.weight$")
 _HEAD = re.compile(r"(^|\.)lm_head\.weight$")

@@ -27,7 +27,7 @@ from ires_kernels.backends.call import Tally
 from ires_kernels.checking import guards
 from ires_kernels.checkpoints import manifest, sidefiles
 from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId, open_checkpoint
-from ires_kernels.checkpoints.names import FLOATS
+from ires_kernels.dtypes import FLOATS
 from ires_kernels.files import hidden, inplace, interrupts, store
 from ires_kernels.files.inplace import Workplace
 from ires_kernels.files.journal import AHEAD, Extent, Journal, JournalError, UndoGone

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ires_kernels.checkpoints.checkpoint import FileId
 from ires_kernels.checkpoints.header import CheckpointError, brief
-from ires_kernels.checkpoints.names import FLOATS
+from ires_kernels.dtypes import FLOATS
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.steps import Step
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ires_kernels.checkpoints.checkpoint import FileId, Shard, TensorRef, open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError, brief
+from ires_kernels.dtypes import STORAGE
 from ires_kernels.files import interrupts
 from ires_kernels.files.opening import open_file
 from ires_kernels.files.pages import Pages, populate
@@ -25,14 +26,8 @@ from ires_kernels.memory.writing import Writing
 from ires_kernels.planning.rules import ArgumentError
 from ires_kernels.tensors import regions
 
-_NAMES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E8M0": "float8_e8m0fnu", "C64": "complex64", "BOOL": "bool", "I64": "int64", "I32": "int32", "I16": "int16",
-    "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
-}  # fmt: skip
 _DTYPES: dict[str, torch.dtype] = {
-    dtype: getattr(torch, name) for dtype, name in _NAMES.items() if hasattr(torch, name)
+    dtype.name: getattr(torch, dtype.torch) for dtype in STORAGE.values() if dtype.torch and hasattr(torch, dtype.torch)
 }
 """What torch has of the dtypes of safetensors; not the floats of 4 and 6 bits."""
 

@@ -21,6 +21,7 @@ from ires_kernels.checkpoints import configs, names, sidefiles
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
 from ires_kernels.checkpoints.header import build_header, tensor_bytes
 from ires_kernels.checkpoints.sidefiles import SideFile
+from ires_kernels.dtypes import STORAGE
 from ires_kernels.files.plain import table
 from ires_kernels.planning import steps
 from ires_kernels.planning.absences import Absence, grouped
@@ -32,7 +33,6 @@ VERSION = version("ires_kernels")
 MANIFESTS = {"apply": "ires.json", "extract": "residual.json"}
 """Name of the manifest that an operation leaves in its output."""
 
-_CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _LEFT_OVER = 0.1
 """Of the elements of a residual, what --allow-missing leaves out without being told so."""
 _ANY = (
@@ -233,7 +233,7 @@ def plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[s
     files, placed = _lay_out(layout)
     documents = [] if target.index_name is None else [(target.index_name, _index(placed, target.index_metadata))]
     if target.config is not None and rules.dtype is not None:
-        documents.append(("config.json", _json(_with_dtype(target.config, _CONFIG_DTYPES[rules.dtype]))))
+        documents.append(("config.json", _json(_with_dtype(target.config, STORAGE[rules.dtype].torch))))
         side_files = [file for file in side_files if file.name != "config.json"]
     return Plan(
         "apply", dict(inputs), rules, files, placed, tuple(documents), tuple(side_files), tuple(found.comparisons), {},
@@ -345,7 +345,7 @@ def _index(placed: Iterable[Step], metadata: dict[str, Any]) -> bytes:
     return _json({"metadata": metadata | {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def _with_dtype(config: Any, dtype: str) -> Any:
+def _with_dtype(config: Any, dtype: str | None) -> Any:
     """config.json with the dtype replaced wherever it is given, as it is for every part of a multimodal model."""
     if not isinstance(config, dict):
         return config

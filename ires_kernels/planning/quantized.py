@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 from ires_kernels.checkpoints import names
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
-from ires_kernels.checkpoints.header import DTYPE_BITS
+from ires_kernels.dtypes import STORAGE
 from ires_kernels.planning.rules import Rules
 
-_FLOATS = {"F64", "F32", "F16", "BF16", "C64"}
 # What a scale is called by all quantizers seen so far, in its own part of the name: qscale_weight, _scale, SCB, …
 _SCALE = re.compile(r"scale|absmax|amax|^SCB$|quant_map|quant_state|codebook|^centroids$", re.IGNORECASE)
 _NO_QUANTIZER = re.compile(r"logit_scale|layer_?scale|scale_shift", re.IGNORECASE)
@@ -102,8 +101,9 @@ def _codes(checkpoint: Checkpoint, ref: TensorRef, place: str, scales: dict[tupl
     own = name.rpartition(".")[2]
     if dtype == "BOOL" or _SCALE.search(own) or names.is_recomputed(ref):
         return None
-    if dtype not in _FLOATS:
-        narrow = DTYPE_BITS[dtype] <= 8
+    stored = STORAGE[dtype]
+    narrow = stored.bits <= 8
+    if narrow or stored.kind == "integer":
         parent, _, last = place.rpartition(".")
         beside = scales.get((place, ""), []) + scales.get((name, ""), []) + scales.get((parent, last), [])
         scale = min(beside, key=lambda each: (not each.startswith(name), bool(_LOOSE.search(each))), default=None)

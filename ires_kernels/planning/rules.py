@@ -10,13 +10,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeGuard
 
 from ires_kernels.checkpoints.header import brief
+from ires_kernels.dtypes import FLOATS, NUMBERS
 from ires_kernels.files.plain import Refused
 from ires_kernels.planning.patterns import PatternError, compiled, matches, unmatched
 
-DTYPES = {"f64": "F64", "f32": "F32", "f16": "F16", "bf16": "BF16"}
+DTYPES = {name.lower(): name for name, width in FLOATS.items() if width > 1}
 """Names of output dtypes, as users and as safetensors write them."""
-
-_F32_OVERFLOW = 2.0**128 - 2.0**103  # the smallest magnitude that float32 rounds to infinity
 
 
 class ArgumentError(Refused):
@@ -168,7 +167,7 @@ def _factor(value: object, where: str) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise ArgumentError(f"{where} is {number}, wanted a finite number.")
-    if abs(number) >= _F32_OVERFLOW:
+    if abs(number) >= NUMBERS["F32"].limit:
         raise ArgumentError(f"{where} is {number}, which is infinite in float32, in which merges are computed.")
     return number
 

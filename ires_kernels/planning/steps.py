@@ -12,7 +12,7 @@ from ires_kernels.checkpoints import names
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, is_factor, shard_number
 from ires_kernels.checkpoints.folders import MERGE_ADAPTER, listed
 from ires_kernels.checkpoints.header import CheckpointError, brief
-from ires_kernels.checkpoints.names import FLOATS
+from ires_kernels.dtypes import FLOATS
 from ires_kernels.planning import absences
 from ires_kernels.planning.absences import Absence
 from ires_kernels.planning.quantized import Modules

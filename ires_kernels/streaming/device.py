@@ -24,7 +24,7 @@ from torch import Tensor
 from ires_kernels.backends import counting
 from ires_kernels.backends.call import Tally
 from ires_kernels.backends.choice import choose
-from ires_kernels.checkpoints.names import FLOATS
+from ires_kernels.dtypes import FLOATS
 from ires_kernels.planning.plan import size
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.steps import Step

@@ -15,15 +15,6 @@ from ires_kernels.planning.plan import size
 from ires_kernels.planning.steps import Step
 from ires_kernels.streaming.windows import TORCH_DTYPES
 
-# Where torch has them: the versions differ.
-_OTHERS = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32",
-    "I64": "int64", "U64": "uint64", "C64": "complex64", "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-}  # fmt: skip
-_DTYPES: dict[str, torch.dtype] = TORCH_DTYPES | {
-    name: getattr(torch, torch_name) for name, torch_name in _OTHERS.items() if hasattr(torch, torch_name)
-}
 _WITH_HEAD = re.compile(r"(ForCausalLM|ForConditionalGeneration|LMHeadModel)$")
 _BODY = re.compile(r"(^|(?<=\.))(model|transformer)\.")
 
@@ -34,7 +25,7 @@ def allocate(steps: Sequence[Step], device: torch.device) -> dict[str, Tensor]:
     Raises CheckpointError for a dtype that torch does not have, MemoryError when the device is too small.
     """
     for step in steps:
-        if step.dtype not in _DTYPES:
+        if step.dtype not in TORCH_DTYPES:
             raise CheckpointError(
                 f"tensor {step.name!r} of {step.inputs[0].path} is {step.dtype}, for which torch {torch.__version__} "
                 "has no dtype. Merge it into a folder with apply."
@@ -43,7 +34,7 @@ def allocate(steps: Sequence[Step], device: torch.device) -> dict[str, Tensor]:
     with torch.inference_mode(False):  # worker threads, which are in no such mode, will write to them
         for step in steps:
             try:
-                tensors[step.name] = torch.empty(step.shape, dtype=_DTYPES[step.dtype], device=device)
+                tensors[step.name] = torch.empty(step.shape, dtype=TORCH_DTYPES[step.dtype], device=device)
             except RuntimeError as error:
                 whole = size(sum(step.nbytes for step in steps))
                 raise MemoryError(

@@ -33,7 +33,7 @@ from ires_kernels.backends.call import Tally
 from ires_kernels.backends.call import threads as kernel_threads
 from ires_kernels.checkpoints.checkpoint import FileId, TensorRef
 from ires_kernels.checkpoints.header import CheckpointError
-from ires_kernels.checkpoints.names import FLOATS
+from ires_kernels.dtypes import FLOATS
 from ires_kernels.files import interrupts
 from ires_kernels.files.store import NO_THREAD, read_into
 from ires_kernels.planning.rules import Rules

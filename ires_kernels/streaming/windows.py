@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ires_kernels.backends.call import Tally
-from ires_kernels.checkpoints.names import FLOATS
+from ires_kernels.dtypes import FLOATS, STORAGE
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Step
 from ires_kernels.tensors import ops
@@ -21,14 +21,10 @@ WINDOW = 1 << 19
 COPY = 1 << 19
 """Bytes at a time of a tensor that is copied."""
 
-TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    dtype.name: getattr(torch, dtype.torch) for dtype in STORAGE.values() if dtype.torch and hasattr(torch, dtype.torch)
 }
+"""What this torch has of the dtypes of safetensors."""
 
 Bytes = TypeVar("Bytes", memoryview, Tensor)
 

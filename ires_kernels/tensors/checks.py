@@ -19,23 +19,17 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
+from ires_kernels.dtypes import NUMBERS
 from ires_kernels.tensors import regions
 
 # Storage types and their widths in bytes.
-STORAGE = {
-    torch.float64: 8,
-    torch.float32: 4,
-    torch.float16: 2,
-    torch.bfloat16: 2,
-    torch.float8_e4m3fn: 1,
-    torch.float8_e5m2: 1,
-}
+STORAGE = {getattr(torch, number.torch): number.bits // 8 for number in NUMBERS.values()}
 _WANTED = "wanted one of " + ", ".join(str(dtype).removeprefix("torch.") for dtype in STORAGE)
 _PLAIN = {Tensor, torch.nn.Parameter, FakeTensor}
 _TEXT = (str, bytes)  # as a tuple: torch.compile of torch 2.6 does not know str | bytes
 _START = operator.itemgetter(0)
 _LARGEST = sys.float_info.max
-_F32_OVERFLOW = float(2**128 - 2**103)  # the least magnitude that float32 rounds to infinity
+_F32_OVERFLOW = NUMBERS["F32"].limit  # the least magnitude that float32 rounds to infinity
 
 
 class Names(NamedTuple):
