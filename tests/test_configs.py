@@ -131,6 +131,22 @@ def test_fields_that_differ_are_named(tmp_path: Path, one: Any, other: Any, text
         ({"quantization_config": {"bits": 4}}, {"_name_or_path": "x", "auto_map": {"AutoModel": "a--b.C"}}),
         ({"text_config": {"rope_theta": 1e6}}, {"rope_theta": 1e6}),
         ({"odd": float("nan"), "far": float("inf")}, {"odd": float("nan"), "far": float("inf")}),
+        ({"time_step_limit": [0.0, float("inf")]}, {"time_step_limit": [0.0, {"__float__": "Infinity"}]}),
+        ({"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}, {"hidden_act": "gelu_pytorch_tanh"}),
+        (
+            {"rms_norm_eps": 1e-5, "no_rope_layers": []},
+            {"rms_norm_eps": 1e-5, "no_rope_layers": [1, 1, 1, 0, 1], "no_rope_layer_interval": 4},
+        ),
+        (
+            {"rms_norm_eps": 1e-5, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
+            {"rms_norm_eps": 1e-5, "rope_scaling": {"type": "default", "rope_type": "default",
+                                                    "mrope_section": [2, 3, 3]}},
+        ),
+        (
+            {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 64, "rope_scaling": {"type": "longrope"}},
+            {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 64,
+             "rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 64}},
+        ),
         ({"only_here": 7}, {}),
         ({"layer_types": ["sliding_attention", "full_attention"]}, {"sliding_window_pattern": 2}),
         ({"rotary_emb_base": 20000, "rotary_pct": 0.25}, {"rope_theta": 20000, "partial_rotary_factor": 0.25}),

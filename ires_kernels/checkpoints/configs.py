@@ -39,11 +39,14 @@ _TOLD_BY_ABSENCE = re.compile(
     r"|logits?_scal\w*|query_pre_attn_scalar|scale_\w+|residual_scale|dim_model_base|mup_\w+|model_type|clip_qkv|alibi"
     r"|no_rope\w*|attention_chunk_size|routed_scaling_factor"
 )
+_INFINITE = re.compile(r'\{"__float__": "(NaN|-?Infinity)"\}')  # as transformers 5 writes what is no JSON
 _NORM = re.compile(r"\w*norm\w*_eps\w*")
 # Absent means one of these. Of rope_theta it is the default of nearly all models that have it.
 _NEUTRAL = (None, False, 0, 1, "default", "full_attention")
 _DEFAULTS: Fields = {"rope_theta": 10000.0, "sliding_attention.rope_theta": 10000.0}
 _ALIASES = {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"}
+_ORIGINAL = "original_max_position_embeddings"
+_NO_ROPE = 4  # of so many layers the last one has none, where Llama 4 does not say which
 _TEXT = ("text_config", "llm_config", "language_config")
 
 
@@ -55,7 +58,7 @@ def fields(config: Mapping[str, Any] | None) -> Fields:
             table = {**table.pop(key), **table}
     found: Fields = {}
     for name, value in _flat("", table):
-        text = json.dumps(value)
+        text = _INFINITE.sub(r"\1", json.dumps(value))
         if len(text) <= _LONGEST:
             # Infinity is no JSON, though some models have it; and what is not a number is not equal to itself.
             found[name] = text if re.search(r"NaN|Infinity", text) else value
@@ -131,10 +134,18 @@ def _one_spelling(table: Mapping[str, Any]) -> Fields:
         found["rope_scaling"] = rope
     if "rope_local_base_freq" in found:
         found.setdefault("sliding_attention.rope_theta", found.pop("rope_local_base_freq"))
-    if found.get("rope_scaling.rope_type") == "default":
+    if found.get("rope_scaling.rope_type") in ("default", "mrope"):  # whose section says that it is one
         del found["rope_scaling.rope_type"]
-    elif found.get("rope_scaling.rope_type") in ("dynamic", "longrope", "su"):  # which depend on it
+    elif found.get("rope_scaling.rope_type") in ("dynamic", "longrope", "su"):  # which depend on them
         found["rope_scaling.max_position_embeddings"] = found.get("max_position_embeddings")
+        found.setdefault(f"rope_scaling.{_ORIGINAL}", found.get(_ORIGINAL))
+    if found.get("hidden_activation"):  # which Gemma heeds, and not the other
+        found["hidden_act"] = found.pop("hidden_activation")
+    layers = found.get("no_rope_layers")
+    if isinstance(layers, list) and layers == [int((i + 1) % _NO_ROPE != 0) for i in range(len(layers))]:
+        del found["no_rope_layers"]
+        if found.get("no_rope_layer_interval") == _NO_ROPE:
+            del found["no_rope_layer_interval"]
     if found.get("use_sliding_window") is False:
         for key in ("use_sliding_window", "sliding_window", "max_window_layers"):
             found.pop(key, None)
