@@ -18,7 +18,7 @@ from ires_kernels.checkpoints import manifest
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.dtypes import FLOATS, STORAGE
-from ires_kernels.files.opening import open_file, read_start
+from ires_kernels.files.opening import check_link, open_file, read_start
 from ires_kernels.files.plain import plain_lines
 from ires_kernels.files.store import read_into
 from ires_kernels.planning.inputs import StrPath, open_inputs
@@ -171,6 +171,9 @@ def verify(
     _check_hashes(checkpoint, to_hash, recorded, report, threads, progress)
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     _check_headers(checkpoint, table.headers, report)
+    for name in () if follow_links else (*table.files, *table.sha256):
+        if os.path.lexists(folder / name):
+            check_link(folder / name, folder)  # a stranger's may lead to what has no end
     _check_files(folder, table.files, report)
     _check_sums(folder, table.sha256, report, threads)
     report.tensors = len(checkpoint.tensors)
@@ -292,14 +295,14 @@ def _check_headers(out: Checkpoint, recorded: Mapping[str, str], report: VerifyR
 def _check_files(folder: Path, recorded: Mapping[str, manifest.SideFile], report: VerifyReport) -> None:
     for name, entry in recorded.items():
         path = folder / name
-        if not path.is_file():
+        if not os.path.isfile(path):
             report.problems.append(f"{name} is gone")
         elif entry.xxh3_128 != provenance.hash_file(path):
             report.problems.append(f"{name} has changed since the merge")
 
 
 def _check_sums(folder: Path, recorded: Mapping[str, str], report: VerifyReport, threads: int | None) -> None:
-    found = provenance.sha256({name: folder / name for name in recorded if (folder / name).is_file()}, threads)
+    found = provenance.sha256({name: folder / name for name in recorded if os.path.isfile(folder / name)}, threads)
     for name, wanted in recorded.items():
         if found.get(name) != wanted:
             report.problems.append(f"{name} has the sha256 {found.get(name)}, the manifest says {wanted}")

@@ -8,6 +8,7 @@ where another would lose tokens of the target's own.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -447,10 +448,15 @@ def _tree(folder: Path, part: str) -> dict[str, Path]:
 
     Raises CheckpointError for what cannot be copied, which would be missing in the output.
     """
-    found = {f"{part}.py": folder / f"{part}.py"} if (folder / f"{part}.py").is_file() else {}
     top = folder / part
-    if part.startswith(".") or part == _TEMPLATES or not top.is_dir():
-        return found
+    try:
+        found = {f"{part}.py": folder / f"{part}.py"} if (folder / f"{part}.py").is_file() else {}
+        if part.startswith(".") or part == _TEMPLATES or not top.is_dir():
+            return found
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return {}  # a text with a slash in it, and no path
     for place, folders, names in os.walk(top):
         inner = Path(place).relative_to(folder)
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
