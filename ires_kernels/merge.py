@@ -209,7 +209,7 @@ def resume(
 
     Raises StoreError where nothing is unfinished, CheckpointError where the inputs have changed since.
     """
-    path, options = Path(os.path.abspath(path)), _options(device, threads, progress, lock)
+    path, options = Path(path).absolute(), _options(device, threads, progress, lock)
     started = time.perf_counter()
     operation = _unfinished_output(path)
     if operation is not None:
@@ -245,7 +245,7 @@ def rollback(path: StrPath, *, lock: bool = True, adopt: bool = False) -> str:
 
     Raises StoreError where there is nothing to take back, or where the old bytes are gone; then nothing was changed.
     """
-    path = Path(os.path.abspath(path))
+    path = Path(path).absolute()
     if is_unfinished(partial_path(path)):
         try:
             discard(path, locked=lock)

@@ -83,7 +83,7 @@ def mapped(
     if undo not in UNDO:
         raise ArgumentError(f"undo is {undo!r}, wanted one of {', '.join(UNDO)}.")
     how = {"undo": undo == "copy", "sync": sync, "locked": lock}
-    return Mapped(Path(os.path.abspath(path)), how if write else None, follow_links=follow_links)
+    return Mapped(Path(path).absolute(), how if write else None, follow_links=follow_links)
 
 
 class Mapped(Mapping[str, Tensor]):

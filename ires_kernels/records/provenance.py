@@ -206,7 +206,7 @@ def _input(plan: Plan, role: str, hashes: Mapping[str, str], path: str, stamps: 
     """Where an input was, its digest if all of its tensors were read, and in place that of what was."""
     tensors = plan.inputs[role].tensors
     table: dict[str, Any] = {
-        "path": os.path.abspath(path),
+        "path": f"{Path(path).absolute()}",
         "digest": digest_of(tensors.values(), hashes) if hashes.keys() >= tensors.keys() else None,
         "files": {name: asdict(stamp) for name, stamp in stamps.items()},
     }
