@@ -515,3 +515,72 @@ def test_an_empty_output_that_only_another_user_can_replace(tmp_path: Path, monk
     monkeypatch.setattr(os, "geteuid", lambda: out.stat().st_uid + 1)
     with pytest.raises(StoreError, match="belongs to another user, in a folder where only they can replace it"):
         store.check_destination(out, [])
+
+
+def swap(partial: Path, precious: Path) -> None:
+    """What a writer of a folder that is not sticky can do: the name of ours leads elsewhere."""
+    partial.rename(partial.with_name("aside"))
+    partial.symlink_to(precious)
+
+
+@pytest.fixture
+def precious(tmp_path: Path) -> Path:
+    """A folder of the victim that nobody else can write to."""
+    folder = tmp_path / "precious"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "file").write_text("mine")
+    (folder / "inner" / "file").write_text("mine")
+    return folder
+
+
+def test_what_is_removed_is_what_was_locked(
+    models: tuple[Path, Path, Path], tmp_path: Path, precious: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, instruct, target = models
+    out, before = tmp_path / "out", snapshot(precious)
+
+    def meddle(*_: Any, **__: Any) -> Any:
+        swap(store.partial_path(out), precious)
+        raise StoreError("an error that makes what is there worthless")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.NewFolder, "finish_files", meddle)
+        with pytest.raises(StoreError, match="worthless"):
+            ik.apply(target, (instruct, base), out=out)
+    assert snapshot(precious) == before
+    assert not list((tmp_path / "aside").iterdir())
+
+
+def test_what_is_rolled_back_is_what_was_locked(
+    models: tuple[Path, Path, Path], tmp_path: Path, precious: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, instruct, target = models
+    out, before = tmp_path / "out", snapshot(precious)
+
+    def cut(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def meddle(_: int, folder: Path) -> Any:
+        swap(folder, precious)
+        return b"", b""
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.NewFolder, "add", cut)
+        with pytest.raises(KeyboardInterrupt):
+            ik.apply(target, (instruct, base), out=out)
+        patch.setattr(store, "_read_lock", meddle)
+        with pytest.raises(OSError, match="Not a directory"):
+            store.discard(out)
+    assert snapshot(precious) == before
+
+
+def test_links_in_what_is_removed_are_not_followed(tmp_path: Path, precious: Path) -> None:
+    before = snapshot(precious)
+    (tmp_path / "work" / "new" / "deep").mkdir(parents=True)
+    (tmp_path / "work" / "new" / "deep" / "link").symlink_to(precious)
+    (tmp_path / "work" / "new" / "file").write_text("")
+    folder = os.open(tmp_path / "work", os.O_RDONLY)
+    store.remove_from(folder, "new")
+    os.close(folder)
+    assert not os.listdir(tmp_path / "work")
+    assert snapshot(precious) == before

@@ -504,3 +504,38 @@ def test_without_a_key_nothing_is_begun(
 
 def test_foreign_is_a_store_error() -> None:
     assert issubclass(Foreign, StoreError)
+
+
+@pytest.mark.parametrize("undo", ["ring", "all"])
+def test_numbers_of_a_strangers_leave_room_for_ours(models: tuple[Path, Path, Path], undo: str) -> None:
+    """The next number would make a name that is too long, and be found out when all weights are new."""
+    base, instruct, target = models
+    for kind in (hidden.UNDO, hidden.REPLACED):
+        (target / f"{kind}-{'9' * (254 - len(kind))}").mkdir()
+        (target / f"{kind}-1").mkdir()
+    ik.apply(target, (instruct, base), in_place=True, undo=undo)
+    kept = target / f"{hidden.UNDO if undo == 'all' else hidden.REPLACED}-2"
+    assert sorted(os.listdir(kept / "old" if undo == "all" else kept)) == ["merges.txt", "tokenizer.json"]
+    ik.apply(target, (instruct, base), in_place=True, undo="all", tag="again")
+    assert hidden.undo_folders(target)[-1].name == (f"{hidden.UNDO}-3" if undo == "all" else f"{hidden.UNDO}-2")
+    ik.rollback(target)
+
+
+def test_a_text_that_is_too_long_for_a_name_is_no_path(tmp_path: Path, models: tuple[Path, Path, Path]) -> None:
+    base, instruct, target = models
+    (instruct / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ x }}" * 99 + "</s>"}))
+    ik.apply(target, (instruct, base), out=tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer_config.json").is_file()
+
+
+def test_verify_reads_nothing_outside_of_the_folder(tmp_path: Path, models: tuple[Path, Path, Path]) -> None:
+    base, instruct, target = models
+    out = tmp_path / "out"
+    ik.apply(target, (instruct, base), out=out)
+    (out / "vocab.json").unlink()
+    (out / "vocab.json").symlink_to("/proc/self/pagemap")  # which says that it is empty, and has no end
+    with pytest.raises(CheckpointError, match=r"out/vocab.json: leads to /proc/.*follow-links"):
+        ik.verify(out)
+    (out / "vocab.json").unlink()
+    (out / "vocab.json").symlink_to(instruct / "vocab.json")
+    assert ik.verify(out, follow_links=True)

@@ -72,8 +72,8 @@ def unfinished_files(folder: Path) -> list[Path]:
 
 def undo_folders(target: Path) -> list[Path]:
     """What --keep-undo kept of earlier updates, as far as it is ours; the last one last."""
-    kept = [path for _, path in numbered(target, UNDO) if (path / "finished.json").exists()]
-    return [path for path in kept if not why_not_ours(path)]
+    kept = [path for _, path in numbered(target, UNDO) if not why_not_ours(path)]
+    return [path for path in kept if (path / "finished.json").exists()]
 
 
 def adopt(target: Path, *, locked: bool = True) -> None:
@@ -145,6 +145,8 @@ def why_not_ours(place: Path) -> str:
         return ""
     except Foreign as error:
         return f"{error}"
+    except PermissionError as error:
+        return f"{place}: what is in it cannot be looked at: {error.strerror}. Move it away or delete it."
     return ""
 
 

@@ -23,10 +23,10 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from ires_kernels.files import trust
@@ -48,7 +48,7 @@ from ires_kernels.files.hidden import (
 )
 from ires_kernels.files.locks import lock
 from ires_kernels.files.ownership import Foreign, StoreError, is_same, make_private, open_folder, private_mode
-from ires_kernels.files.store import MARKER, allocate, fsync_folder, named, write_file
+from ires_kernels.files.store import MARKER, allocate, fsync_folder, named, remove_from, write_file
 
 _FIXED = (errno.EPERM, errno.EACCES, errno.EBUSY, errno.EXDEV)
 """What the kernel says of a file that may not be moved."""
@@ -348,22 +348,18 @@ class Workplace:
                 os.rename(self.work / top, kept)
                 self._sync(self.folder)
             phase = self.phase()
-            names = set(os.listdir(self.work))
+            names = set(os.listdir(self._at))
             model = os.listdir(self.model) if "model" in names else []
             known = {"journal", "log", "reserve", "operation.tmp", MARKER, *FOLDERS}
             strange = [*(names - known - {f"{phase}.json"}), *model]
             if strange:
                 raise StoreError(f"{self.work}: holds {', '.join(sorted(strange))}. Move that to where it belongs.")
             for name in names - {MARKER, f"{phase}.json"}:
-                path = self.work / name
-                if path.is_dir():
-                    shutil.rmtree(path)
-                elif path.exists():
-                    path.unlink()
+                remove_from(self._at, name)
             self._sync(self.work)
             if phase is not None:
-                (self.work / f"{phase}.json").unlink()
-            (self.work / MARKER).unlink()
+                os.unlink(f"{phase}.json", dir_fd=self._at)
+            os.unlink(MARKER, dir_fd=self._at)
             try:
                 self.work.rmdir()
             except OSError as error:  # another process has just begun in it
@@ -388,8 +384,11 @@ class Workplace:
                 raise StoreError(f"{parent}: is a link, wanted a folder. Move it away, then go on.")
 
     def _next(self, kind: str) -> Path:
-        taken = numbered(self.target, kind)
-        return beside(self.target, f"{kind}-{taken[-1][0] + 1 if taken else 1}")
+        """A name for what is kept: after our own, and past a stranger's, which may have any number."""
+        ours = undo_folders(self.target)
+        last = max((number for number, path in numbered(self.target, kind) if path in ours), default=0)
+        names = (beside(self.target, f"{kind}-{number}") for number in count(last + 1))
+        return next(name for name in names if not os.path.lexists(name))
 
     def _sync(self, *folders: Path) -> None:
         if self.sync:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -291,7 +290,7 @@ class NewFolder:
 
     def _take_over(self, content: bytes) -> None:
         """Keep what an interrupted run of the same operation has completed, and nothing else."""
-        names = set(os.listdir(self.partial))
+        names = set(os.listdir(self._at))
         identity = kept = b""
         if not _is_unused(names):
             identity, kept = _read_lock(self._lock, self.partial)
@@ -343,12 +342,8 @@ class NewFolder:
     def _empty(self) -> None:
         """Remove all but the lock, and the complete files with their records."""
         kept = {MARKER, *self.finished, *(_hidden(Path(name), _RECORD).name for name in self.finished)}
-        with os.scandir(self.partial) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    shutil.rmtree(entry.path)
-                elif entry.name not in kept:
-                    os.unlink(entry.path)
+        for name in set(os.listdir(self._at)) - kept:
+            remove_from(self._at, name)
 
     def create(self, name: str, head: bytes, size: int, record: Callable[[], bytes] = bytes) -> NewFile:
         """A file of `size` bytes that begins with `head`. Raises OSError where there is no room for all of it.
@@ -424,11 +419,11 @@ class NewFolder:
                 if isinstance(error, ValueError):
                     self.finished = {}
                 else:
-                    names = set(os.listdir(self.partial))
+                    names = set(os.listdir(self._at))
                     self.finished = {n: b"" for n in names if _hidden(Path(n), _RECORD).name in names}
                 self._empty()
                 if not self.finished:
-                    os.unlink(self.partial / MARKER)
+                    os.unlink(MARKER, dir_fd=self._at)
                     os.rmdir(self.partial)
         self._close()
 
@@ -440,10 +435,10 @@ class NewFolder:
 def read_kept(out: Path) -> bytes:
     """What the unfinished output `out` was given to keep in its lock file. Raises Foreign where that is not ours."""
     partial = partial_path(out)
-    with _ours(partial) as names, named(partial):
+    with _ours(partial) as at, named(partial):
         fd = open_own(partial / MARKER)
         try:
-            if _is_unused(names):
+            if _is_unused(os.listdir(at)):
                 raise StoreError(
                     f"{partial}: was left by a merge that ended before it began. Give the command again; or "
                     f"`ires rollback {out}` removes it."
@@ -456,18 +451,14 @@ def read_kept(out: Path) -> bytes:
 def discard(out: Path, *, locked: bool = True) -> None:
     """Remove the unfinished output `out`. Raises StoreError when a process is writing it, or when it is not ours."""
     partial = partial_path(out)
-    with _ours(partial), named(partial):
+    with _ours(partial) as at, named(partial):
         fd = lock(partial / MARKER, wanted=locked)
         try:
-            names = os.listdir(partial)
+            names = os.listdir(at)
             if not _is_unused(names):
                 _read_lock(fd, partial)
             for name in sorted(names, key=MARKER.__eq__):
-                path = partial / name
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+                remove_from(at, name)
             partial.rmdir()
             fsync_folder(partial.parent, fd, needed=False)
         finally:
@@ -492,16 +483,15 @@ def tidy(out: Path) -> None:
 
 
 @contextmanager
-def _ours(partial: Path) -> Iterator[list[str]]:
-    """What is in an unfinished folder, which is a real one and ours."""
+def _ours(partial: Path) -> Iterator[int]:
+    """An unfinished folder, open, which is a real one and ours."""
     try:
         at = open_folder(partial)
     except NotADirectoryError:
         raise unproved(partial) from None
     try:
-        names = os.listdir(at)
-        check_owner(at, partial, unsigned=_is_unused(names))
-        yield names
+        check_owner(at, partial, unsigned=_is_unused(os.listdir(at)))
+        yield at
     finally:
         os.close(at)
 
@@ -556,7 +546,7 @@ def named(path: Path) -> Iterator[None]:
 def partial_path(out: Path) -> Path:
     """Where `out` is written until it is complete."""
     if out.name in ("", ".."):  # of a path such as "."
-        out = Path(os.path.abspath(out))
+        out = Path(os.path.realpath(out))
     return out.with_name(out.name + _SUFFIX)
 
 
@@ -613,6 +603,22 @@ def chunks(path: Path, hasher: Hasher, fd: int | None = None) -> Iterator[bytes]
             interrupts.check()
             hasher.update(chunk)
             yield chunk
+
+
+def remove_from(folder: int, name: str) -> None:
+    """Remove a file, or a folder and all that is in it, from an open folder: whatever has the name of that by now."""
+    if not stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+        os.unlink(name, dir_fd=folder)
+        return
+    for _, folders, names, place in os.fwalk(name, topdown=False, dir_fd=folder):
+        for inner in folders:
+            if stat.S_ISLNK(os.stat(inner, dir_fd=place, follow_symlinks=False).st_mode):
+                os.unlink(inner, dir_fd=place)
+            else:
+                os.rmdir(inner, dir_fd=place)
+        for inner in names:
+            os.unlink(inner, dir_fd=place)
+    os.rmdir(name, dir_fd=folder)
 
 
 def fsync_file(path: Path) -> None:
