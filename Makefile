@@ -50,7 +50,7 @@ test: $(VENV)/installed
 # Power cuts, on file systems that they make and shut down, are in `make torture` and a run of their own.
 test-root: $(VENV)/installed
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m "root and not torture and not gpu and not slow" \
-	    --ignore tests/test_powercut.py
+	    --ignore tests/cli/test_powercut.py
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -q -m "not gpu and not root and not torture"

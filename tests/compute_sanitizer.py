@@ -19,9 +19,10 @@ from pathlib import Path
 import cuda_toolkit
 
 HERE = Path(__file__).parent
+CASES = f"{HERE / 'backends' / 'test_small_cases.py'}"
 # torch asks CUDA for things that some devices do not have; those errors are none of a kernel's accesses.
 TOOLS = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
-CALLS = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(HERE / "test_small_cases.py")]
+CALLS = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", CASES]
 PROBE = [sys.executable, "-c", "import torch; torch.zeros(1, device='cuda').add_(1).cpu()"]
 
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from selection import COMPILED, use
 
-from ires_kernels.backends import native
 from ires_kernels.files import trust
 
 if TYPE_CHECKING:
@@ -41,19 +41,6 @@ trust.sign("tests", b"")  # made now, and not among the calls that a test counts
 # Small tensors gain nothing from torch's threads, and lose much on a machine that is busy with something else. Tests of
 # threads ask for them.
 torch.set_num_threads(1)
-
-COMPILED = [f"native-{isa}" for isa in native.isas()]
-# The Triton kernels join in where Triton interprets them, in a process of their own (test_triton_interpreter.py).
-if os.environ.get("TRITON_INTERPRET") == "1":
-    COMPILED.append("triton")
-
-
-def use(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make calls go to a backend such as "reference" or "native-v3"."""
-    name, _, isa = backend.partition("-")
-    monkeypatch.setenv("IRES_BACKEND", name)
-    monkeypatch.setenv("IRES_ISA", isa)
-
 
 @pytest.fixture(params=["reference", *COMPILED])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:

@@ -1,5 +1,5 @@
 // The GPU kernels on a CPU, thread by thread: implements what csrc/cuda.cu does with the same schedules, tables and kernel
-// bodies. Built as a shared library and called by tests/test_emulation.py.
+// bodies. Built as a shared library and called by tests/backends/test_emulation.py.
 //
 // Every access is held against what a GPU allows (the address is a multiple of the access) and against the operands (none
 // of it outside); accesses and written bytes are counted.

@@ -1,5 +1,5 @@
 // Exhaustive checks of the CPU loops against definitions that share no code with them. Compiled and run by
-// tests/test_exhaustive.py; `exhaustive STRIDE` looks at every STRIDE-th f32 pattern and base (1: all of them).
+// tests/backends/test_exhaustive.py; `exhaustive STRIDE` looks at every STRIDE-th f32 pattern and base (1: all of them).
 //
 //   widen:      every 8- and 16-bit pattern, against its value computed with ldexp
 //   nearest:    every f32 pattern into bf16, f16, e4m3fn, e5m2: the nearer neighbour, the even code on a tie

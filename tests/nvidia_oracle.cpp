@@ -1,5 +1,5 @@
 // The conversions of csrc/arith.h against NVIDIA's own headers, whose functions run on a CPU too. Compiled and run by
-// tests/test_nvidia_oracle.py; `nvidia_oracle STRIDE` looks at every STRIDE-th f32 pattern (1: all of them), and always at
+// tests/backends/test_nvidia_oracle.py; `nvidia_oracle STRIDE` looks at every STRIDE-th f32 pattern (1: all of them), and always at
 // those around which rounding turns: any high half, and a low half that is a power of two or next to one.
 //
 //   widen:    every 8- and 16-bit pattern, alone and in pairs as a GPU converts

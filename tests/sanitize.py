@@ -16,7 +16,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "sanitize"
 CHECKS = "address,undefined,float-cast-overflow"
-TESTS = ("ops", "numerics", "stochastic", "stats", "counting", "checks", "merge", "load")
+TESTS = (
+    *(f"tests/backends/test_{name}.py" for name in ("numerics", "stochastic", "stats", "counting")),
+    *(f"tests/tensors/test_{name}.py" for name in ("ops", "checks")),
+    "tests/new_folder/test_merge.py",
+    "tests/streaming/test_load.py",
+)
 ISAS = {"v4": ["-march=x86-64-v4"], "v3": ["-march=x86-64-v3"], "v2": ["-march=x86-64-v2"]}
 if platform.machine() != "x86_64":
     ISAS = {"portable": []}
@@ -42,7 +47,7 @@ def memory_and_undefined_behaviour(compiler: str) -> None:
         # Not `python -m pytest`, which looks for the package in this folder first.
         f"{Path(sys.executable).with_name('pytest')}",
         "-q",
-        *(f"tests/test_{name}.py" for name in TESTS),
+        *TESTS,
         "-p",
         "sanitized",
         PYTHONPATH=f"{BUILD / 'lib'}:{ROOT / 'tests'}",

@@ -11,6 +11,7 @@ import functools
 import json
 import random
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -23,6 +24,8 @@ from faults import Done, Fault, Warm
 
 MODELS = ("base", "instruct", "target")
 MANIFESTS = ("ires.json", "residual.json")
+ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What asks a command to end."""
 _PAIR = ("--instruct", "instruct", "--base", "base")
 _NEW = ("apply", "target", *_PAIR, "-o", "out", "--threads", "1")
 _IN_PLACE = ("apply", "target", *_PAIR, "--in-place", "--threads", "1")

@@ -1,5 +1,5 @@
 // The tables that csrc/schedule.h builds for GPU launches, read back as a kernel reads them. Compiled and run by
-// tests/test_schedule.py; pointers here lead nowhere, so sizes may be anything. Prints the number of failures last.
+// tests/backends/test_schedule.py; pointers here lead nowhere, so sizes may be anything. Prints the number of failures last.
 #include <cstdio>
 #include <map>
 #include <random>

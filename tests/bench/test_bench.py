@@ -1,0 +1,376 @@
+"""The benchmark: it measures what it says, in the promised form, and times nothing that is wrong."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ires_kernels.backends import native, reference
+from ires_kernels.backends.call import Call
+from ires_kernels.bench import __main__ as bench
+from ires_kernels.bench import floor, kernels, mappings, merges
+from ires_kernels.bench.contenders import CHUNKED, COMPILED, EAGER, UPCAST, torch_contenders
+from ires_kernels.bench.measure import Quartiles, interleave, machine, private_memory, ratio, watch
+from ires_kernels.bench.synthetic import write_triple
+
+QUICK = ["--threads", "1", "--rounds", "2", "--no-compile"]
+BF16 = ["--cases", "^add_difference bf16$", "--size", "20K"]
+
+
+def break_native(monkeypatch, op):
+    """From now on native kernels get the last element of every `op` wrong by one bit."""
+    right = native.run
+
+    def wrong(call: Call) -> None:
+        right(call)
+        if call.op == op:
+            call.outs[0].view(-1)[-1:].view(torch.uint8)[0] ^= 1
+
+    monkeypatch.setattr(native, "run", wrong)
+
+
+def quartiles_of(contender, key):
+    found = contender[key]
+    assert 0 < found["low"] <= found["median"] <= found["high"]
+    return found
+
+
+def test_kernels(tmp_path, capsys):
+    path = tmp_path / "k.json"
+    assert bench.main(["kernels", *QUICK, "--size", "20K", "--json", f"{path}"]) == 0
+    record = json.loads(path.read_text())
+    printed = capsys.readouterr().out
+    assert "equal the reference bit for bit" in printed
+    assert record["verified"][0] in printed
+    assert [entry["case"] for entry in record["kernels"]] == [case.name for case in kernels.CASES]
+    assert record["merges"] == []
+    for entry in record["kernels"]:
+        assert entry["elements"] == 20_000
+        assert entry["case"] in printed
+        wanted = {*kernels.ours(), CHUNKED} | ({kernels.MEMORY} if native.isas() else set())
+        wanted |= set() if "stochastic" in entry["case"] else {EAGER, UPCAST}
+        assert set(entry["contenders"]) == wanted
+        for contender in entry["contenders"].values():
+            assert len(contender["seconds"]) == 2
+            quartiles_of(contender, "ours_faster")
+            if native.isas():
+                quartiles_of(contender, "of_memory")
+    if native.isas():
+        assert {"gate", "reach", "measured", "what", "at_most"} == set(record["gates"][0])
+    assert set(record["machine"]) >= {"cpu", "flags", "cores", "memory_bytes", "kernel", "versions", "commit", "load"}
+
+
+def test_merges(tmp_path, capsys):
+    work = tmp_path / "work"
+    work.mkdir()
+    arguments = ["merge", "--size", "tiny", "--sizes", "500K", "--rounds", "2", "--dir", f"{work}", "--json", "-"]
+    assert bench.main(arguments) == 0
+    out, err = capsys.readouterr()
+    record = json.loads(out)
+    assert "equal the reference bit for bit" in err
+    assert record["kernels"] == []
+    first, second = record["merges"]
+    assert first["parameters"] == 131_392
+    assert first["model_bytes"] == 2 * 131_392
+    floor = [merges.FLOOR] if native.isas() else []
+    jobs = [
+        merges.COPY, *floor, merges.ONE_PASS, merges.BARE, merges.SYNCED, merges.EXTRACT, merges.APPLY, merges.RING,
+        merges.RING_SYNCED,
+    ]  # fmt: skip
+    assert list(first["contenders"]) == jobs
+    assert list(second["contenders"]) == jobs[: 3 + len(floor)]
+    for entry in record["merges"]:
+        assert entry["private_memory_bytes"] > 0
+        assert entry["ns_per_byte"] > 0
+        for contender in entry["contenders"].values():
+            quartiles_of(contender, "of_copy")
+        quartiles_of(entry["contenders"][merges.COPY], "of_copy")
+    of_floor = [1.5] if floor else []
+    assert [gate["gate"] for gate in record["gates"]] == [256, 1.0, *of_floor, 0.6, 256, 1.0, *of_floor, 0.6, 0.15]
+    assert list(work.iterdir()) == []
+
+
+def test_mapped(tmp_path, capsys):
+    path = tmp_path / "m.json"
+    arguments = ["mapped", "--size", "tiny", "--rounds", "2", "--dir", f"{tmp_path}", "--json", f"{path}"]
+    assert bench.main(arguments) == 0
+    out, _ = capsys.readouterr()
+    assert "bytes equal those that apply makes" in out
+    (entry,) = json.loads(path.read_text())["mapped"]
+    assert entry["model_bytes"] == 2 * 131_392
+    floor = [mappings.FLOOR] if native.isas() else []
+    ways = [merges.BARE, mappings.MAPPED, mappings.LISTED, mappings.SAFETENSORS, *floor]
+    assert list(entry["contenders"]) == ways
+    for contender in entry["contenders"].values():
+        quartiles_of(contender, "of_apply")
+    assert [gate["gate"] for gate in entry["gates"]] == [1.0, *([1.5] if floor else [])]
+    assert [each.name for each in tmp_path.iterdir()] == ["m.json"]
+
+
+def test_wrong_mapping_is_not_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mappings, "change", lambda *_, **__: None)
+    assert bench.main(["mapped", "--size", "tiny", "--dir", f"{tmp_path}"]) == 1
+    assert "differs from what apply makes" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not native.isas(), reason="the floor is a compiled loop")
+@pytest.mark.parametrize("size", [2, 1 << 20, (9 << 20) + 130])
+def test_the_floor_reads_and_writes_all_of_it(tmp_path, size):
+    inputs = [tmp_path / name for name in "abc"]
+    for number, each in enumerate(inputs):
+        each.write_bytes(bytes([1 << number]) * size)
+    floor.new_file(inputs, tmp_path / "out", 2)
+    floor.over([inputs], 2)
+    for made in (tmp_path / "out", inputs[0]):
+        assert made.stat().st_size == size
+        whole = size // 2 // 64 * 128  # the loop takes 64 elements a step
+        assert made.read_bytes()[: min(whole, 1 << 20)] == bytes([7]) * min(whole, 1 << 20)
+
+
+def test_merges_from_the_disk(tmp_path):
+    path = tmp_path / "m.json"
+    arguments = ["merge", "--size", "tiny", "--rounds", "1", "--cold", "--dir", f"{tmp_path}", "--json", f"{path}"]
+    assert bench.main(arguments) == 0
+    record = json.loads(path.read_text())
+    assert record["merges"][0]["cold"] is True
+    assert [gate["gate"] for gate in record["gates"]] == [256]  # the others are about a warm cache
+
+
+@pytest.mark.skipif(not native.isas(), reason="without native kernels there is nothing to hold against the reference")
+class TestVerification:
+    def test_a_wrong_kernel_is_not_timed(self, monkeypatch, capsys, tmp_path):
+        break_native(monkeypatch, "add_difference")
+        path = tmp_path / "k.json"
+        assert bench.main(["kernels", *QUICK, *BF16, "--json", f"{path}"]) == 1
+        out, err = capsys.readouterr()
+        assert "wrong result: add_difference bf16: " in err
+        assert "differs from the reference backend in 1 of" in err
+        assert "memory loop" not in out
+        assert not path.exists()
+
+    def test_other_kernels_are_not_blamed(self, monkeypatch):
+        break_native(monkeypatch, "scale")
+        assert bench.main(["kernels", *QUICK, *BF16]) == 0
+
+    def test_a_wrong_merge_is_not_timed(self, monkeypatch, capsys, tmp_path):
+        break_native(monkeypatch, "add_difference")
+        assert bench.main(["merge", "--size", "tiny", "--dir", f"{tmp_path}"]) == 1
+        out, err = capsys.readouterr()
+        assert "differs from the reference backend in 1 of" in err
+        assert "model.embed_tokens.weight" in err
+        assert "cat + cp" not in out
+        assert list(tmp_path.iterdir()) == []
+
+    def test_every_instruction_set_is_checked(self):
+        case = kernels.CASES[0]
+        assert kernels.verify(case, [1, 2]) == 2 * 2 * len(native.isas())
+
+
+@pytest.mark.parametrize("case", [case for case in kernels.CASES if not case.stochastic], ids=lambda case: case.name)
+def test_torch_contenders_do_the_same_work(case):
+    """They may round more than once or fuse, so to within a few units in the last place of float32 or bfloat16."""
+    out, operands = kernels.make(case, 70_001)
+    wanted = out.clone() if case.op == "subtract" else operands[0].clone()
+    case.run(wanted, [wanted, *operands[1:]] if case.op != "subtract" else operands)
+    for name, run in torch_contenders(case.op, case.stochastic, 1 << 14).items():
+        if name == COMPILED:
+            continue
+        copies = [operand.clone() for operand in operands]
+        got = out.clone() if case.op == "subtract" else copies[0]
+        run(got, copies)
+        tolerance = 2e-3 if name == EAGER else 2**-8 * 0.1
+        torch.testing.assert_close(got.float(), wanted.float(), rtol=2**-7, atol=tolerance, msg=f"{case.name}: {name}")
+
+
+def test_chunked_stochastic_rounding_is_a_neighbour():
+    case = next(case for case in kernels.CASES if case.stochastic)
+    out, operands = kernels.make(case, 70_001)
+    exact = out.double() + kernels.ALPHA * (operands[1].double() - operands[2].double())
+    torch_contenders(case.op, True, 1 << 14)[CHUNKED](out, operands)
+    assert ((out.double() - exact).abs() <= exact.abs() * 2**-7 + 1e-8).all()
+
+
+def test_an_unavailable_compiler_is_reported(monkeypatch, capsys, tmp_path):
+    def refuse(*_, **__):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: None)
+    path = tmp_path / "k.json"
+    assert bench.main(["kernels", "--threads", "1", "--rounds", "1", *BF16, "--json", f"{path}"]) == 0
+    (entry,) = json.loads(path.read_text())["kernels"]
+    assert entry["unavailable"] == {COMPILED: "RuntimeError: no C++ compiler"}
+    assert "not measured: compiled: RuntimeError: no C++ compiler" in capsys.readouterr().out
+
+
+def test_without_native_kernels(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "isas", list)
+    path = tmp_path / "k.json"
+    assert bench.main(["kernels", *QUICK, *BF16, "--json", f"{path}"]) == 0
+    (entry,) = json.loads(path.read_text())["kernels"]
+    assert "reference" in entry["contenders"]
+    assert kernels.MEMORY in entry["unavailable"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["kernels", "--size", "much"], "got size 'much'"),
+        (["merge", "--size", "1K"], "at least"),
+        (["merge", "--sizes", "tiny,10"], "at least"),
+        (["kernels", "--rounds", "0"], "got 0, wanted 1 or more"),
+        (["kernels", "--threads", "1,0"], "got 0, wanted 1 or more"),
+        (["kernels", "--cases", "("], "unterminated"),
+        (["everything"], "invalid choice"),
+    ],
+)
+def test_wrong_usage(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_other_devices(capsys):
+    assert bench.main(["kernels", "--device", "cuda"]) == 2
+    assert "cuda" in capsys.readouterr().err
+    assert bench.main(["kernels", "--device", "abacus"]) == 2
+    assert "abacus" in capsys.readouterr().err
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "p.svg"
+    arguments = ["all", *QUICK, "--cases", "^subtract", "--size", "500K", "--dir", f"{tmp_path}", "--plot", f"{path}"]
+    assert bench.main(arguments) == 0
+    assert path.read_text().count("<svg") == 1
+
+
+def test_as_a_module_without_matplotlib():
+    code = """
+import runpy, sys
+sys.argv[1:] = ["kernels", "--threads", "1", "--rounds", "1", "--no-compile", "--cases", "^subtract", "--size", "10K",
+                "--json", "-"]
+try:
+    runpy.run_module("ires_kernels.bench", run_name="__main__")
+except SystemExit as end:
+    assert end.code == 0, end.code
+assert not {"matplotlib", "transformers", "pytest", "safetensors"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["kernels"][0]["case"] == "subtract f32 = bf16 - bf16"
+
+
+class TestMeasure:
+    def test_contenders_take_turns_and_the_slow_sit_out(self, monkeypatch):
+        clock, log = [0.0], []
+        monkeypatch.setattr("ires_kernels.bench.measure.time.perf_counter", lambda: clock[0])
+
+        def way(name, seconds):
+            def run():
+                log.append(name)
+                clock[0] += seconds
+
+            return run
+
+        cleared = []
+        times = interleave({"a": way("a", 1), "b": way("b", 2), "c": way("c", 9)}, 5, after=cleared.append)
+        assert "".join(log) == "abc" + "bca" + "cab" + "ab" + "ba"
+        assert cleared == log
+        assert times == {"a": [1.0] * 5, "b": [2.0] * 5, "c": [9.0] * 3}
+        assert ratio(times, "c", "a") == Quartiles(9, 9, 9, 3)
+        assert ratio(times, "a", "missing") is None
+
+    def test_who_is_out_stays_out(self):
+        of_a = [1, 1, 1, 5, 5, 5, 5, 5, 5]
+        seconds = {"a": iter(of_a), "b": iter([9] * 9)}
+        times = interleave({name: name.__str__ for name in seconds}, 9, timer=lambda run: next(seconds[run()]))
+        assert times == {"a": of_a, "b": [9] * 3}
+
+    def test_ratios_are_of_the_same_round(self):
+        assert ratio({"a": [2, 40, 8], "b": [1, 10, 1]}, "a", "b") == Quartiles(3, 4, 6, 3)
+
+    def test_private_memory_of_a_process(self):
+        done = watch([sys.executable, "-c", "x = bytearray(100_000_000); import time; time.sleep(0.2); print('done')"])
+        assert 100_000_000 <= done.peak < 150_000_000
+        assert (done.code, done.output) == (0, "done\n")
+        assert done.seconds > 0.2
+        assert private_memory() > 1_000_000
+        assert private_memory(2**30) == 0
+
+    def test_pages_of_files_are_not_private(self, tmp_path):
+        path = tmp_path / "file"
+        path.write_bytes(bytes(50_000_000))
+        code = (
+            "import mmap, sys, time; f = open(sys.argv[1], 'rb'); m = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ)\n"
+        )
+        code += "sum(m[i] for i in range(0, len(m), 4096)); time.sleep(0.1)"
+        assert watch([sys.executable, "-c", code, f"{path}"]).peak < 30_000_000
+
+    def test_a_failing_process(self):
+        assert watch([sys.executable, "-c", "raise SystemExit('why')"])[2:] == (1, "why\n")
+
+    def test_machine_is_json(self):
+        assert json.loads(json.dumps(machine()))["cores"] >= 1
+
+
+@pytest.fixture
+def peers(monkeypatch):
+    monkeypatch.syspath_prepend(f"{Path(__file__).parents[2] / 'bench'}")
+    return importlib.import_module("peers")
+
+
+class TestPeers:
+    """bench/peers.py, whose reference judges everyone's results."""
+
+    def test_rounds_once(self, peers):
+        rng = np.random.default_rng(0)
+        spread = rng.standard_normal(100_000) * 10.0 ** rng.uniform(-44, 37, 100_000)
+        halves = (rng.integers(0, 0x7F7F, 100_000).astype(np.uint32) << 16 | 0x8000).view(np.float32).astype(np.float64)
+        near = [halves, -halves, np.nextafter(halves, np.inf), np.nextafter(halves, 0)]
+        for x in (spread, *near):
+            wanted = reference.round_to(torch.from_numpy(x), torch.bfloat16)
+            assert np.array_equal(peers.to_bf16(x).view(np.int16), wanted.view(torch.int16).numpy())
+
+    def test_differing_counts_values(self, peers):
+        a = np.array([0x0000, 0x8000, 0x3F80, 0x3F80], np.uint16)
+        b = np.array([0x8000, 0x8000, 0x3F80, 0x3F81], np.uint16)
+        assert peers.differing(a, b) == 1
+
+    def test_checks_every_element(self, peers, tmp_path):
+        triple, out, reference = write_triple(tmp_path, "tiny"), tmp_path / "out", tmp_path / "reference"
+        peers.write_reference(triple, reference)
+        ours, *_, loop = peers.list_contenders(triple, out, None)
+        for contender in (ours, loop):
+            peers.check(contender, triple, reference, out)
+            assert (contender.failure, contender.elements, contender.differs, contender.missing) == ("", 131_392, 0, [])
+        codes = np.fromfile(reference, np.uint16)
+        codes[[0, -1]] ^= 1
+        codes.tofile(reference)
+        peers.check(ours, triple, reference, out)
+        assert ours.differs == 2
+        ours.command[-1] = "--no-such-option"
+        peers.check(ours, triple, reference, out)
+        assert "exited with 2" in ours.failure
+        assert not out.exists()
+
+    @pytest.mark.slow
+    def test_run(self, peers, monkeypatch, tmp_path, capsys):
+        path = tmp_path / "p.json"
+        arguments = ["peers.py", "--no-mergekit", "--size", "tiny", "--rounds", "1", "--dir", f"{tmp_path}"]
+        monkeypatch.setattr(sys, "argv", [*arguments, "--json", f"{path}"])
+        assert peers.main() == 0
+        record = json.loads(path.read_text())
+        assert record["unavailable"] == {}
+        merged = [row for row in record["contenders"] if "differs" in row]
+        assert len(merged) == 4
+        assert {(row["elements"], row["differs"], len(row["missing"])) for row in merged} == {(131_392, 0, 0)}
+        assert [entry.name for entry in tmp_path.iterdir()] == ["p.json"]
+        assert "PyTorch loop" in capsys.readouterr().out

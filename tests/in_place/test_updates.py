@@ -1,0 +1,134 @@
+"""The windows of an update in place cover what changes, once, in order, and never cut a processor's window."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_models import normal, triple, write_model
+
+import ires_kernels as ik
+from ires_kernels.checkpoints.checkpoint import TensorRef
+from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.dtypes import FLOATS
+from ires_kernels.in_place import updates
+from ires_kernels.planning.plan import Plan
+from ires_kernels.planning.steps import Step
+from ires_kernels.streaming import device, windows
+
+
+def test_a_unit_is_whole_windows_of_every_processor() -> None:
+    assert updates.UNIT % windows.WINDOW == 0
+    assert updates.UNIT % device.WINDOW == 0
+    assert updates.UNIT * max(FLOATS.values()) <= updates.WINDOW
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> list[Step]:
+    """Tensors of one or two files, with gaps between them, as `changes` gives them."""
+    steps: list[Step] = []
+    for file in draw(st.lists(st.sampled_from("ab"), max_size=2, unique=True)):
+        offset = draw(st.integers(8, 99))
+        for _ in range(draw(st.integers(1, 6))):
+            dtype = draw(st.sampled_from(sorted(FLOATS)))
+            elements = draw(st.one_of(st.integers(0, 40), st.integers(0, 400)))
+            nbytes = elements * FLOATS[dtype]
+            ref = TensorRef(f"t{len(steps)}", dtype, (elements,), Path(file), offset, nbytes)
+            steps.append(
+                Step(ref.name, dtype, ref.shape, "add", ("target",), (ref,), (1.0,), 0, "", file, offset, nbytes)
+            )
+            offset += nbytes + draw(st.sampled_from([0, 0, 3, 60]))
+    return steps
+
+
+@given(layouts())
+def test_windows_cover_what_changes_once_and_in_order(steps: list[Step]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(updates, "UNIT", 16)
+        patch.setattr(updates, "WINDOW", 16 * 8)
+        patch.setattr(updates, "GAP", 10)
+        cut = updates.windows(steps)
+    seen = []
+    for window in cut:
+        assert 0 < window.stop - window.start <= 128
+        first, last = window.segments[0], window.segments[-1]
+        assert window.start == first.step.offset + first.first * FLOATS[first.step.dtype]
+        assert window.stop == last.step.offset + last.stop
+        changed = 0
+        for segment in window.segments:
+            assert segment.step.file == window.file
+            assert segment.first % 16 == 0, "where a processor's window begins"
+            assert segment.is_last or (segment.first + segment.length) % 16 == 0
+            seen += [(segment.step.name, element) for element in range(segment.first, segment.first + segment.length)]
+            changed += segment.length * FLOATS[segment.step.dtype]
+        assert window.nbytes == changed
+    assert seen == [(step.name, element) for step in steps for element in range(step.shape[0])]
+    for one, two in itertools.pairwise(cut):
+        if one.file == two.file:
+            assert one.stop <= two.start
+            fits = two.segments[0].step.offset + min(
+                two.segments[0].first + 16, two.segments[0].step.shape[0]
+            ) * FLOATS[two.segments[0].step.dtype]  # fmt: skip
+            assert two.start - one.stop > 10 or fits - one.start > 128, "they could have been one"
+
+
+def planned(*arguments: Any, **options: Any) -> Plan:
+    plan = ik.apply(*arguments, in_place=True, dry_run=True, **options)
+    assert isinstance(plan, Plan)
+    return plan
+
+
+def test_only_what_is_merged_changes(tmp_path: Path) -> None:
+    base, instruct, target = triple(tmp_path, shards=2)
+    plan = planned(target, (instruct, base), skip="norm|layers.1")
+    steps = updates.changes(plan)
+    assert [step.name for step in steps] == [step.name for step in plan.steps if not step.reason]
+    for step in steps:
+        ref = plan.inputs["target"].tensors[step.name]
+        assert (step.file, step.offset, step.nbytes) == (ref.path.name, ref.offset, ref.nbytes)
+    assert plan.bytes_written == sum(step.nbytes for step in steps)
+    assert plan.bytes_read == 3 * plan.bytes_written
+    assert f"{plan}".endswith("in place")
+
+
+def test_another_dtype_is_refused(tmp_path: Path) -> None:
+    base, instruct, target = triple(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"is BF16 in .* and would become F32, which takes other bytes. Leave --dt"
+    ):
+        planned(target, (instruct, base), dtype="f32")
+    planned(target, (instruct, base), dtype="bf16")
+
+
+def test_the_target_may_be_an_input_and_nothing_else_of_it(tmp_path: Path) -> None:
+    base, instruct, target = triple(tmp_path)
+    planned(target, (instruct, target))
+    planned(target, (target, base))
+    (tmp_path / "alias").mkdir()
+    for path in target.iterdir():
+        (tmp_path / "alias" / path.name).symlink_to(path)
+    with pytest.raises(
+        CheckpointError, match=r"alias/model.safetensors of base is the target's own file .* another name"
+    ):
+        planned(target, (instruct, tmp_path / "alias"), follow_links=True)
+
+
+def test_a_head_that_is_an_embedding_of_the_target_is_refused(tmp_path: Path) -> None:
+    """Its update would be read after the embedding was overwritten."""
+    embed, head = normal((8, 4), 1), normal((8, 4), 2)
+    tied = write_model(tmp_path / "tied", {"model.embed_tokens.weight": embed}, config={"tie_word_embeddings": True})
+    untied = {"model.embed_tokens.weight": embed, "lm_head.weight": head}
+    target = write_model(tmp_path / "untied", untied, config={"tie_word_embeddings": False})
+    plan = planned(target, (target, tied))
+    refs = {step.name: step for step in plan.steps}
+    step = refs["lm_head.weight"]
+    broken = replace(step, inputs=(step.inputs[0], refs["model.embed_tokens.weight"].inputs[1], step.inputs[2]))
+    with pytest.raises(
+        CheckpointError, match=r"'lm_head.weight' needs 'model.embed_tokens.weight' of instruct, which is"
+    ):
+        updates.changes(replace(plan, steps=(refs["model.embed_tokens.weight"], broken)))

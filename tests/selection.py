@@ -1,0 +1,21 @@
+"""Which backends there are on this machine, and how the calls of a test are made to go to one."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from ires_kernels.backends import native
+
+COMPILED = [f"native-{isa}" for isa in native.isas()]
+# The Triton kernels join in where Triton interprets them, in a process of their own (test_triton_interpreter.py).
+if os.environ.get("TRITON_INTERPRET") == "1":
+    COMPILED.append("triton")
+
+
+def use(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make calls go to a backend such as "reference" or "native-v3"."""
+    name, _, isa = backend.partition("-")
+    monkeypatch.setenv("IRES_BACKEND", name)
+    monkeypatch.setenv("IRES_ISA", isa)

@@ -1,0 +1,403 @@
+"""Merges through a device: all but the calls of torch.cuda, on stand-ins for its streams, and those where a GPU is."""
+
+from __future__ import annotations
+
+import json
+import queue
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import Tensors, normal, read_model, snapshot, triple, write_model
+from torch import Tensor
+
+import ires_kernels as ik
+from ires_kernels.cli import main
+from ires_kernels.planning.plan import Plan
+from ires_kernels.planning.rules import ArgumentError
+from ires_kernels.records.report import Report
+from ires_kernels.streaming import device, statedict, stream, windows
+from ires_kernels.streaming.windows import ComputeError
+
+Work = Callable[[], None]
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+class Late:
+    """A queue as slow as can be: it does nothing before somebody waits for it."""
+
+    def __init__(self, log: list[tuple[str, int]]) -> None:
+        self.log = log
+        self.works: list[Work] = []
+
+    def submit(self, work: Work) -> None:
+        self.works.append(work)
+        self.log.append(("submit", id(self)))
+
+    def wait(self) -> None:
+        self.log.append(("wait", id(self)))
+        while self.works:
+            self.works.pop(0)()
+
+
+class Beside:
+    """A queue that works in a thread of its own, with pauses that make every order happen."""
+
+    def __init__(self, _: object) -> None:
+        self.works: queue.SimpleQueue[Work | threading.Event] = queue.SimpleQueue()
+        self.error: RuntimeError | None = None
+        self.random = random.Random(7)
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self) -> None:
+        while True:
+            work = self.works.get()
+            if isinstance(work, threading.Event):
+                work.set()
+                continue
+            if self.random.random() < 0.3:
+                time.sleep(self.random.random() * 2e-3)
+            try:
+                work()
+            except RuntimeError as error:
+                self.error = self.error or error
+
+    def submit(self, work: Work) -> None:
+        self.works.put(work)
+
+    def wait(self) -> None:
+        done = threading.Event()
+        self.works.put(done)
+        done.wait()
+        if self.error is not None:
+            raise self.error
+
+
+class StandIn:
+    """A device that is the CPU. Memory comes with rubbish in it."""
+
+    def __init__(self, kind: Callable[[Any], device.Queue]) -> None:
+        self.device = torch.device("cpu")
+        self.log: list[tuple[str, int]] = []
+        self.kind = kind
+        self.settled = 0
+
+    def queue(self) -> device.Queue:
+        return self.kind(self.log)
+
+    def pinned(self, nbytes: int) -> Tensor:
+        return torch.full((nbytes,), 0xA5, dtype=torch.uint8)
+
+    def settle(self) -> None:
+        self.settled += 1
+
+
+@pytest.fixture
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "WINDOW", 64)
+    monkeypatch.setattr(windows, "WINDOW", 80)
+    monkeypatch.setattr(windows, "COPY", 96)
+
+
+@contextmanager
+def through(runtime: device.Runtime) -> Iterator[None]:
+    """Compute on a stand-in, not on the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "processors", lambda _: partial(device.Gpu, runtime))
+        yield
+
+
+def models(folder: Path, *, special: bool) -> tuple[Path, Path, Path]:
+    """Target, instruct and base with all float types, sizes around a window, things to keep, and special values."""
+    names = list(DTYPES)
+    made: list[Tensors] = [{}, {}, {}]
+    for number, size in enumerate([0, 1, 15, 63, 64, 65, 128, 1000]):
+        for role, model in enumerate(made):
+            t = normal((size,), 10 * number + role, torch.float64, 50.0)
+            if special:
+                t[5 + role :: 50] = float("nan") if role else float("inf")
+                t[7::50] = 1e300
+            model[f"t{number}"] = t.to(DTYPES[names[(number + role) % len(names)]])
+    for model in made:
+        model["scalar"] = normal((), 77, torch.float32)
+        model["kept.bf16"] = normal((9, 50), 78, torch.float32, 1e30).to(torch.bfloat16)
+        model["ids"] = torch.arange(100)
+    first, second, third = (write_model(folder / name, m) for name, m in zip("tib", made, strict=True))
+    return first, second, third
+
+
+def numbers(report: Any) -> dict[str, Any]:
+    """What a report says of the elements; the sums, which are added in no fixed order, roughly."""
+    assert isinstance(report, Report)
+    table = report.numbers()
+    for strength in table["strengths"]:
+        for key in ("realised", "effective_alpha"):
+            strength[key] = strength[key] and pytest.approx(strength[key], rel=1e-5)
+    return table
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "nearest": {"alpha": 0.7},
+    "stochastic": {"alpha": 0.3, "rounding": "stochastic", "seed": 9, "alphas": [("t[1-4]", -1.5)]},
+    "converted": {"alpha": 1.0, "dtype": "f16"},
+    "converted at random": {"alpha": -0.2, "dtype": "bf16", "rounding": "stochastic"},
+}
+
+
+def everything(root: Path, out: Path, case: str, threads: int, place: str) -> tuple[dict[str, Any], Tensors]:
+    """Every function on one device: all files but manifests, what these and reports tell, and tensors in memory."""
+    out.mkdir()
+    target, instruct, base = (root / name for name in "tib")
+    options = {"skip": "kept|t5", "threads": threads, "device": place, **CASES[case]}
+    rounding = {key: value for key, value in options.items() if key in ("rounding", "seed", "threads", "device")}
+    reports = [
+        ik.extract(base, instruct, out / "r", sync=False, **rounding),
+        ik.extract(base, target, out / "r2", sync=False, dtype="bf16", **rounding),
+        ik.apply(target, (instruct, base), out=out / "one", sync=False, **options),
+        ik.apply(target, [out / "r", out / "r2"], out=out / "two", sync=False, **options),
+    ]
+    found: dict[str, Any] = {"reports": [numbers(report) for report in reports]}
+    for folder in ("r", "r2", "one", "two"):
+        assert ik.verify(out / folder, threads=threads, device=place), folder
+        for path in sorted((out / folder).iterdir()):
+            content: Any = path.read_bytes()
+            if path.name in ("ires.json", "residual.json"):
+                content = json.loads(content)["tensors"]
+            found[f"{folder}/{path.name}"] = content
+    state = ik.load(target, [out / "r", out / "r2"], **options)
+    return found, state
+
+
+@pytest.mark.usefixtures("small_windows")
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("queues", [Late, Beside])
+@pytest.mark.parametrize("case", CASES)
+def test_all_is_as_on_the_cpu(tmp_path: Path, case: str, queues: Callable[[Any], device.Queue], threads: int) -> None:
+    models(tmp_path, special=True)
+    wanted, state = everything(tmp_path, tmp_path / "cpu", case, threads, "cpu")
+    runtime = StandIn(queues)
+    with through(runtime):
+        found, other = everything(tmp_path, tmp_path / "gpu", case, threads, "cpu")
+    assert found == wanted
+    assert other.keys() == state.keys()
+    for name, t in state.items():
+        assert torch.equal(other[name].reshape(-1).view(torch.uint8), t.reshape(-1).view(torch.uint8)), name
+        assert torch.equal(t.reshape(-1).view(torch.uint8), read_model(tmp_path / "gpu" / "two")[name].reshape(-1)
+                           .view(torch.uint8))  # fmt: skip
+    assert sum(report["overflow"] for report in found["reports"]) > 0
+    assert runtime.settled >= 5
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_the_next_window_is_started_before_the_last_is_waited_for(tmp_path: Path) -> None:
+    size = 64 * 7
+    paths = [write_model(tmp_path / name, {"a": normal((size,), seed)}) for seed, name in enumerate("tib")]
+    runtime = StandIn(Late)
+    with through(runtime):
+        ik.load(paths[0], (paths[1], paths[2]), threads=1)
+    under_way = 0
+    seen = []
+    allocated = device.SLOTS  # the first submission of each queue
+    for what, _ in runtime.log[allocated:]:
+        under_way += 1 if what == "submit" else -1
+        seen.append(under_way)
+    assert max(seen) == device.SLOTS == 2
+    assert seen == [1, 2] + [1, 2] * 5 + [1, 0]
+    queues = [number for what, number in runtime.log[allocated:] if what == "submit"]
+    assert queues == [queues[0], queues[1]] * 3 + [queues[0]], "in turn"
+
+
+@pytest.mark.usefixtures("small_windows")
+@pytest.mark.parametrize("queues", [Late, Beside])
+@pytest.mark.parametrize("threads", [1, 4])
+def test_an_error_on_the_device_names_its_tensor_and_waits_for_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, queues: Callable[[Any], device.Queue], threads: int
+) -> None:
+    base, instruct, target = triple(tmp_path)
+    before = snapshot(tmp_path)
+    compute = device.compute
+
+    def broken(step: Any, operands: Any, out: Tensor, first: int, *rest: Any) -> None:
+        if step.name == "model.layers.0.mlp.weight" and first >= 128:
+            raise RuntimeError("CUDA error: an illegal memory access")
+        compute(step, operands, out, first, *rest)
+
+    monkeypatch.setattr(device, "compute", broken)
+    text = rf"tensor 'model.layers.0.mlp.weight' of {target}/model.safetensors: CUDA error: an illegal memory access"
+    with through(StandIn(queues)):
+        with pytest.raises(ComputeError, match=text):
+            ik.apply(target, (instruct, base), out=tmp_path / "out", threads=threads, sync=False)
+        assert snapshot(tmp_path) == before
+        with pytest.raises(ComputeError, match=text):
+            ik.load(target, (instruct, base), threads=threads)
+        arguments = ["apply", f"{target}", "--instruct", f"{instruct}", "--base", f"{base}", "-o", f"{tmp_path}/out"]
+        assert main(arguments) == 3
+    assert snapshot(tmp_path) == before
+
+
+def test_nothing_is_under_way_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that a device may still write to would be given to somebody else."""
+    base, instruct, target = triple(tmp_path)
+    runtime = StandIn(Late)
+    monkeypatch.setattr(device, "WINDOW", 64)
+
+    def interrupt(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    def assert_all_waited_for() -> None:
+        for number in {number for _, number in runtime.log}:
+            assert [what for what, each in runtime.log if each == number][-1] == "wait"
+        runtime.log.clear()
+
+    with through(runtime), pytest.raises(KeyboardInterrupt):
+        ik.load(target, (instruct, base), threads=1, progress=interrupt)
+    assert_all_waited_for()
+
+    reads, read = iter(range(100)), stream.read_into
+
+    def broken(*arguments: Any) -> None:
+        if next(reads) == 8:
+            raise OSError(5, "Input/output error", "a disk")
+        read(*arguments)
+
+    monkeypatch.setattr(stream, "read_into", broken)
+    with through(runtime), pytest.raises(OSError, match="Input/output"):
+        ik.load(target, (instruct, base), threads=1)
+    assert sum(what == "submit" for what, _ in runtime.log) == device.SLOTS + 2
+    assert_all_waited_for()
+
+
+def test_no_room_for_the_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, instruct, target = triple(tmp_path)
+    runtime = StandIn(Late)
+
+    def no_room(_: int) -> Tensor:
+        raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(runtime, "pinned", no_room)
+    text = "cpu: no room for 2 windows of .* a thread, pinned and on the device: CUDA error: out of memory. Fewer --thr"
+    before = snapshot(tmp_path)
+    with through(runtime), pytest.raises(ComputeError, match=text):
+        ik.apply(target, (instruct, base), out=tmp_path / "out", sync=False)
+    assert snapshot(tmp_path) == before
+
+
+def test_buffers_are_no_larger_than_the_tensors_and_aligned(tmp_path: Path) -> None:
+    base, instruct, target = triple(tmp_path)
+    plan = ik.apply(target, (instruct, base), out=tmp_path / "out", dry_run=True)
+    assert isinstance(plan, Plan)
+    gpu = device.Gpu(StandIn(Late), plan.steps, plan.rules, True)
+    assert gpu.window == 640
+    assert gpu.sizes == [windows.COPY, 1280, 1280, 1280]
+    assert not any(length % 16 for length in gpu.sizes)
+    copies = [replace(step, op="copy") for step in plan.steps]
+    assert device.Gpu(StandIn(Late), copies, plan.rules, True).window == 16
+
+
+# --- which device
+
+
+@pytest.mark.parametrize("wrong", ["", "gpu", "cuda:x", "xpu", "meta", "mps:0", "cuda:-2"])
+def test_a_device_that_is_none(tmp_path: Path, wrong: str) -> None:
+    base, instruct, target = triple(tmp_path)
+    before = snapshot(tmp_path)
+    text = re.escape(f"--device {wrong}: wanted cpu, cuda, or cuda:N")
+    with pytest.raises(ArgumentError, match=text):
+        ik.apply(target, (instruct, base), out=tmp_path / "out", device=wrong)
+    with pytest.raises(ArgumentError, match=text):
+        ik.load(target, (instruct, base), device=wrong)
+    assert snapshot(tmp_path) == before
+
+
+def test_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    base, instruct, target = triple(tmp_path)
+    ik.extract(base, instruct, tmp_path / "r", sync=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    before = snapshot(tmp_path)
+    for arguments in (
+        ["extract", f"{base}", f"{instruct}", "-o", f"{tmp_path}/out"],
+        ["apply", f"{target}", f"{tmp_path}/r", "-o", f"{tmp_path}/out"],
+        ["apply", f"{target}", f"{tmp_path}/r", "-o", f"{tmp_path}/out", "--dry-run"],
+        ["verify", f"{tmp_path}/r"],
+    ):
+        assert main([*arguments, "--device", "cuda"]) == 2
+        assert "ires: --device cuda: torch sees no CUDA device (" in capsys.readouterr().err
+    with pytest.raises(ArgumentError, match="torch sees no CUDA device"):
+        ik.load(target, tmp_path / "r", device="cuda")
+    assert snapshot(tmp_path) == before
+
+
+def test_the_device_of_the_calling_thread_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(device, "choose", lambda _: None)
+    assert device.resolve("cuda") == torch.device("cuda:2")
+    assert device.resolve(torch.device("cuda:1")) == torch.device("cuda:1")
+    with pytest.raises(ArgumentError, match="--device cuda:3: torch sees 3 CUDA devices, the last is cuda:2"):
+        device.resolve("cuda:3")
+
+
+def test_a_device_without_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("IRES_BACKEND", "reference")
+    with pytest.raises(ArgumentError, match="--device cuda:0: IRES_BACKEND=reference: not available for cuda tensors"):
+        device.resolve("cuda:0")
+
+
+# --- on a GPU
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.usefixtures("small_windows")
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_a_gpu_gives_what_the_cpu_gives(tmp_path: Path, case: str, threads: int) -> None:
+    """But for payloads of NaN, which are not defined: these models have none."""
+    models(tmp_path, special=False)
+    wanted, state = everything(tmp_path, tmp_path / "cpu", case, threads, "cpu")
+    found, other = everything(tmp_path, tmp_path / "gpu", case, threads, "cuda")
+    assert found == wanted
+    assert {t.device.type for t in other.values()} == {"cuda"}
+    for name, t in state.items():
+        assert torch.equal(other[name].cpu().reshape(-1).view(torch.uint8), t.reshape(-1).view(torch.uint8)), name
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_full_windows_through_a_gpu(tmp_path: Path) -> None:
+    """More than two windows of the real size a thread, on a stream that is not the default, from used memory."""
+    paths = [write_model(tmp_path / n, {"a": normal((5 * device.WINDOW + 7,), i)}) for i, n in enumerate("tib")]
+    options: dict[str, Any] = {"alpha": 0.3, "rounding": "stochastic", "seed": 3, "threads": 2}
+    wanted = ik.load(paths[0], (paths[1], paths[2]), **options)["a"]
+    with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+        used = torch.zeros(wanted.shape, dtype=wanted.dtype, device="cuda")
+        for _ in range(50):
+            used += 1
+        del used  # its memory goes to the result while the additions may still run
+        found = ik.load(paths[0], (paths[1], paths[2]), device="cuda", **options)["a"]
+        assert torch.equal(found.cpu().view(torch.int16), wanted.view(torch.int16))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_no_room_on_a_gpu(tmp_path: Path) -> None:
+    base, instruct, target = triple(tmp_path)
+    plan = ik.apply(target, (instruct, base), out=tmp_path / "out", dry_run=True)
+    assert isinstance(plan, Plan)
+    with pytest.raises(MemoryError, match="cuda:0 has no room left"):
+        statedict.allocate([replace(plan.steps[0], shape=(1 << 40,))], torch.device("cuda:0"))
