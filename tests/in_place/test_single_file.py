@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from checkpoints import triple
+from small_models import triple
 
 import ires_kernels as ik
 
