@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import read_model, triple
+from small_models import read_model, triple
 
 import ires_kernels as ik
 from ires_kernels.files import store
