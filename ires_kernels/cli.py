@@ -310,8 +310,11 @@ def _follow_links(parser: argparse.ArgumentParser) -> None:
 
 
 def _common_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cpu", metavar="D", help="compute on cuda or cuda:N (default: cpu)")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: one per CPU, 16 at most")
+    parser.add_argument(
+        "--device", default="cpu", metavar="D",
+        help="cpu, or cuda or cuda:N: the same weights, and slower with files on both ends (default: cpu)",
+    )  # fmt: skip
+    parser.add_argument("--threads", type=int, metavar="N", help="default: one per CPU, 8 at most; more was slower")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors, and JSON if asked for")
     _key_option(parser)

@@ -89,8 +89,9 @@ def extract(
     rounding, seed as in the tensor operations; every tensor draws its own random bits
     sync           False does without waiting for the disk, and so without surviving a power cut
     sha256         also write sha256 sums of the weights into SHA256SUMS and the manifest
-    device         cpu, or a GPU such as cuda or cuda:1 to compute on: the same weights
-    threads        None: one per CPU, 16 at most
+    device         cpu, or a GPU such as cuda or cuda:1 to compute on: the same weights, and slower, for the files come
+                   from and go to the CPU's memory. A GPU pays where the result stays on it, as with `load`
+    threads        None: one per CPU, 8 at most; on a machine with 16 more than 8 were slower
     progress       called as progress(bytes_done, bytes_in_all) about ten times a second
     dry_run        return the Plan and write nothing
     follow_links   accept files in the models' folders that are links out of them: a stranger's may lead to a file of
@@ -291,8 +292,9 @@ def load(
     without a copy. What else a model shares, or names otherwise than its files do, is for its loader to tell.
 
     Results are computed where they stay: beyond them it takes a few windows a thread. On a GPU all work is over on
-    return, so any stream may use them. Arguments and errors as for `apply`, and MemoryError when the device has no room
-    for the result.
+    return, so any stream may use them; up to 128 MiB of pinned host memory stay for the next call, until
+    ``ires_kernels.streaming.device.free()``. Arguments and errors as for `apply`, and MemoryError when the device has
+    no room for the result.
     """
     check_flags(follow_links=follow_links)
     paths = roles_of_apply(target, residual, follow_links=follow_links)

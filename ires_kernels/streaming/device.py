@@ -7,6 +7,9 @@ Every thread has SLOTS windows under way, each with host and device memory and a
 is queued runs in order, so a slot needs no other care than to wait before its host memory is used again; queues of
 different slots overlap, so that copies in, kernels and copies out of all threads run at the same time.
 
+Pinned host memory is dear to make (ring.py), so the slots of all runs borrow it from one ring of the process, piece by
+piece, and a piece is pinned when it is first used: the first thread reads while the others pin theirs.
+
 The kernels do not tally. Where counts are wanted, plain torch makes them on the device from the operands and the result
 (counting.py), behind the copy out and without stopping the queue, and they come back with it. Tensors that are copied
 to a file never go there.
@@ -14,7 +17,8 @@ to a file never go there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import mmap
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -25,12 +29,12 @@ from ires_kernels.backends import counting
 from ires_kernels.backends.call import Tally
 from ires_kernels.backends.choice import choose
 from ires_kernels.dtypes import FLOATS
-from ires_kernels.planning.plan import size
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.steps import Step
+from ires_kernels.streaming import windows
+from ires_kernels.streaming.ring import Piece, Ring
 from ires_kernels.streaming.windows import (
     TORCH_DTYPES,
-    ComputeError,
     Cpu,
     Processors,
     Slot,
@@ -41,7 +45,7 @@ from ires_kernels.streaming.windows import (
 )
 
 WINDOW = 1 << 21
-"""Elements of a window on a GPU: more than on the CPU, as each costs a fixed number of launches."""
+"""Elements of a window at most: else as many as a piece of the ring holds, for each costs a fixed number of calls."""
 SLOTS = 2
 """Windows that a thread has under way: one is read or written while the other is on the device."""
 _ALIGNED = 16  # elements, so that every buffer begins at a multiple of 16 bytes
@@ -68,7 +72,11 @@ class Runtime(Protocol):
         """A queue of its own."""
 
     def pinned(self, nbytes: int) -> Tensor:
-        """Bytes of host memory that the device can copy from and to while the host goes on."""
+        """A few bytes of host memory that the device can copy to while the host goes on."""
+
+    @property
+    def ring(self) -> Ring:
+        """Where the windows have their host memory; of the whole process."""
 
     def settle(self) -> None:
         """Wait for what the calling thread has queued: memory it got may be in use by that until then."""
@@ -95,6 +103,7 @@ class Cuda:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.ring = _RING
 
     def queue(self) -> Queue:
         return CudaQueue(self.device)
@@ -104,6 +113,35 @@ class Cuda:
 
     def settle(self) -> None:
         torch.cuda.current_stream(self.device).synchronize()
+
+
+def _pin(nbytes: int) -> Tensor:
+    """Memory of its own, registered with CUDA: torch's allocator would keep what is given back to it."""
+    memory = torch.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+    code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, _PORTABLE)  # type: ignore[no-untyped-call]
+    torch.cuda.check_error(int(code))
+    return memory
+
+
+def _unpin(memory: Tensor) -> None:
+    code = torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
+    torch.cuda.check_error(int(code))
+
+
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
+_RING = Ring(_pin, _unpin)
+
+
+def free() -> int:
+    """Give back the pinned host memory that merges on GPUs have left for the next one, at most 128 MiB.
+
+    Returns how many bytes that were; what a merge is using right now stays. The next merge pins memory again.
+
+    >>> from ires_kernels.streaming import device
+    >>> device.free()  # nothing was merged on a GPU in this process
+    0
+    """
+    return _RING.free()
 
 
 def resolve(device: str | torch.device) -> torch.device:
@@ -145,43 +183,61 @@ class Gpu:
     """Windows of all threads through one GPU."""
 
     def __init__(self, runtime: Runtime, steps: Sequence[Step], rules: Rules, counted: bool) -> None:
-        largest = max((step.inputs[0].numel for step in steps if step.op != "copy"), default=1)
-        self.window = min(WINDOW, -(-largest // _ALIGNED) * _ALIGNED or _ALIGNED)
         self.runtime = runtime
         self.rules = rules
         self.counted = counted
+        self.window = _window(steps, runtime.ring.piece)
         self.sizes = buffer_sizes(steps, self.window)
+        self.sizes[0] += runtime.ring.piece - sum(self.sizes)
+        self.copy = self.sizes[0] // windows.COPY * windows.COPY
         self.zeros = zeros(steps, self.window, runtime.device)
         runtime.settle()
 
     def slots(self) -> list[Slot]:
-        try:
-            return [_GpuSlot(self) for _ in range(SLOTS)]
-        except RuntimeError as error:
-            raise ComputeError(
-                f"{self.runtime.device}: no room for {SLOTS} windows of {size(sum(self.sizes))} a thread, pinned and "
-                f"on the device: {_first_line(error)}. Fewer --threads need less."
-            ) from error
+        return [_GpuSlot(self, piece) for piece in self.runtime.ring.borrow(SLOTS)]
+
+    def release(self, slots: Iterable[Slot]) -> None:
+        self.runtime.ring.take_back([slot.piece for slot in slots if isinstance(slot, _GpuSlot)])
+
+
+def _window(steps: Sequence[Step], piece: int) -> int:
+    """As many elements as a piece holds of all inputs and the result; a power of two, as the stops of an update are."""
+    largest = max((step.inputs[0].numel for step in steps if step.op != "copy"), default=1)
+    window = WINDOW
+    while window > _ALIGNED and sum(buffer_sizes(steps, window)) > piece:
+        window //= 2
+    return min(window, -(-largest // _ALIGNED) * _ALIGNED or _ALIGNED)
 
 
 class _GpuSlot:
-    def __init__(self, gpu: Gpu) -> None:
+    def __init__(self, gpu: Gpu, piece: Piece) -> None:
+        self.piece = piece
         self._gpu = gpu
         self._queue = gpu.runtime.queue()
-        pinned = gpu.runtime.pinned(sum(gpu.sizes))
-        self._host = cut(pinned, gpu.sizes)
-        self.buffers = cut(pinned.numpy().data, gpu.sizes)
+        self._host: Sequence[Tensor] = ()
+        self._views: list[memoryview] = []
         self._device: Sequence[Tensor] = ()
-        self._numbers = gpu.runtime.pinned(8 * counting.NUMBERS).view(torch.float64)
+        self._numbers: Tensor | None = None
         self._counted = 0  # elements of the window under way whose counts are on their way to `_numbers`
-        self._queue.submit(self._allocate)  # there, so that no other stream was the last to use this memory
+
+    @property
+    def buffers(self) -> list[memoryview]:
+        """Pinned when they are first asked for. Raises ComputeError where there is no room."""
+        if not self._views:
+            pinned = self.piece.memory
+            self._host = cut(pinned, self._gpu.sizes)
+            self._views = cut(pinned.numpy().data, self._gpu.sizes)
+        return self._views
 
     def _allocate(self) -> None:
+        """On the device, in the queue, so that no other stream was the last to use this memory."""
         whole = torch.empty(sum(self._gpu.sizes), dtype=torch.uint8, device=self._gpu.runtime.device)
         self._device = cut(whole, self._gpu.sizes)
 
     def start(self, step: Step, first: int, count: int, out: Tensor | None) -> None:
         self._counted = count if self._gpu.counted and step.op != "copy" else 0
+        if self._counted and self._numbers is None:
+            self._numbers = self._gpu.runtime.pinned(8 * counting.NUMBERS).view(torch.float64)
         self._queue.submit(partial(self._run, step, first, count, out))
 
     def _run(self, step: Step, first: int, count: int, out: Tensor | None) -> None:
@@ -189,6 +245,8 @@ class _GpuSlot:
             assert out is not None
             out.copy_(self._host[0][:count], non_blocking=True)
             return
+        if not self._device:
+            self._allocate()
         operands = [self._copied_in(slot, ref.dtype, count) for slot, ref in enumerate(step.inputs)]
         if step.op == "convert":
             operands.append(self._gpu.zeros[step.inputs[0].dtype][:count])
@@ -197,7 +255,7 @@ class _GpuSlot:
         compute(step, operands, stored, first, self._gpu.rules, None)
         if out is None:
             self._host[-1][:nbytes].copy_(self._device[-1][:nbytes], non_blocking=True)
-        if self._gpu.counted:
+        if self._numbers is not None:
             numbers = counting.count("subtract" if step.op == "convert" else step.op, operands, step.factors, stored)
             self._numbers.copy_(numbers, non_blocking=True)
 
@@ -210,8 +268,4 @@ class _GpuSlot:
     def wait(self) -> Tally | None:
         self._queue.wait()
         elements, self._counted = self._counted, 0
-        return counting.tally(elements, self._numbers) if elements else None
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{error}".partition("\n")[0].rstrip(".")
+        return counting.tally(elements, self._numbers) if elements and self._numbers is not None else None

@@ -58,8 +58,15 @@ class Processor(Protocol):
     def window(self) -> int:
         """Elements at a time."""
 
+    @property
+    def copy(self) -> int:
+        """Bytes at a time of a tensor that is copied."""
+
     def slots(self) -> Sequence[Slot]:
         """Memory for a thread, called in it: so many windows it has under way at a time."""
+
+    def release(self, slots: Iterable[Slot]) -> None:
+        """The thread does not use them any more, and nothing is under way in them."""
 
 
 Processors = Callable[[Sequence[Step], Rules, bool], Processor]
@@ -71,6 +78,7 @@ class Cpu:
 
     def __init__(self, steps: Sequence[Step], rules: Rules, counted: bool) -> None:
         self.window = WINDOW
+        self.copy = COPY
         self.rules = rules
         self.counted = counted
         self.sizes = buffer_sizes(steps, WINDOW)
@@ -78,6 +86,9 @@ class Cpu:
 
     def slots(self) -> list[Slot]:
         return [_CpuSlot(self)]
+
+    def release(self, slots: Iterable[Slot]) -> None:
+        """They go with their memory."""
 
 
 class _CpuSlot:

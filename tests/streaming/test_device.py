@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import queue
 import random
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from torch import Tensor
 
 import ires_kernels as ik
 from ires_kernels.cli import main
+from ires_kernels.in_place import updates
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import ArgumentError
 from ires_kernels.records.report import Report
 from ires_kernels.streaming import device, statedict, stream, windows
+from ires_kernels.streaming.ring import PIECE, PIECES, Ring
 from ires_kernels.streaming.windows import ComputeError
 
 Work = Callable[[], None]
@@ -88,7 +91,8 @@ class Beside:
 class StandIn:
     """A device that is the CPU. Memory comes with rubbish in it."""
 
-    def __init__(self, kind: Callable[[Any], device.Queue]) -> None:
+    def __init__(self, kind: Callable[[Any], device.Queue], piece: int = 2048) -> None:
+        self.piece = piece
         self.device = torch.device("cpu")
         self.log: list[tuple[str, int]] = []
         self.kind = kind
@@ -99,6 +103,10 @@ class StandIn:
 
     def pinned(self, nbytes: int) -> Tensor:
         return torch.full((nbytes,), 0xA5, dtype=torch.uint8)
+
+    @cached_property
+    def ring(self) -> Ring:
+        return Ring(self.pinned, lambda _: None, piece=self.piece)
 
     def settle(self) -> None:
         self.settled += 1
@@ -161,12 +169,13 @@ def everything(root: Path, out: Path, case: str, threads: int, place: str) -> tu
     out.mkdir()
     target, instruct, base = (root / name for name in "tib")
     options = {"skip": "kept|t5", "threads": threads, "device": place, **CASES[case]}
+    several = {"alphas": [(pattern, [factor] * 2) for pattern, factor in options.get("alphas", ())]}
     rounding = {key: value for key, value in options.items() if key in ("rounding", "seed", "threads", "device")}
     reports = [
         ik.extract(base, instruct, out / "r", sync=False, **rounding),
         ik.extract(base, target, out / "r2", sync=False, dtype="bf16", **rounding),
         ik.apply(target, (instruct, base), out=out / "one", sync=False, **options),
-        ik.apply(target, [out / "r", out / "r2"], out=out / "two", sync=False, **options),
+        ik.apply(target, [out / "r", out / "r2"], out=out / "two", sync=False, **options | several),
     ]
     found: dict[str, Any] = {"reports": [numbers(report) for report in reports]}
     for folder in ("r", "r2", "one", "two"):
@@ -176,7 +185,7 @@ def everything(root: Path, out: Path, case: str, threads: int, place: str) -> tu
             if path.name in ("ires.json", "residual.json"):
                 content = json.loads(content)["tensors"]
             found[f"{folder}/{path.name}"] = content
-    state = ik.load(target, [out / "r", out / "r2"], **options)
+    state = ik.load(target, [out / "r", out / "r2"], **options | several)
     return found, state
 
 
@@ -209,13 +218,12 @@ def test_the_next_window_is_started_before_the_last_is_waited_for(tmp_path: Path
         ik.load(paths[0], (paths[1], paths[2]), threads=1)
     under_way = 0
     seen = []
-    allocated = device.SLOTS  # the first submission of each queue
-    for what, _ in runtime.log[allocated:]:
+    for what, _ in runtime.log:
         under_way += 1 if what == "submit" else -1
         seen.append(under_way)
     assert max(seen) == device.SLOTS == 2
     assert seen == [1, 2] + [1, 2] * 5 + [1, 0]
-    queues = [number for what, number in runtime.log[allocated:] if what == "submit"]
+    queues = [number for what, number in runtime.log if what == "submit"]
     assert queues == [queues[0], queues[1]] * 3 + [queues[0]], "in turn"
 
 
@@ -275,7 +283,7 @@ def test_nothing_is_under_way_after_an_error(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(stream, "read_into", broken)
     with through(runtime), pytest.raises(OSError, match="Input/output"):
         ik.load(target, (instruct, base), threads=1)
-    assert sum(what == "submit" for what, _ in runtime.log) == device.SLOTS + 2
+    assert sum(what == "submit" for what, _ in runtime.log) == 2
     assert_all_waited_for()
 
 
@@ -287,7 +295,7 @@ def test_no_room_for_the_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
 
     monkeypatch.setattr(runtime, "pinned", no_room)
-    text = "cpu: no room for 2 windows of .* a thread, pinned and on the device: CUDA error: out of memory. Fewer --thr"
+    text = "no 2.05 kB of host memory could be pinned for a window: CUDA error: out of memory. Fewer --threads"
     before = snapshot(tmp_path)
     with through(runtime), pytest.raises(ComputeError, match=text):
         ik.apply(target, (instruct, base), out=tmp_path / "out", sync=False)
@@ -298,12 +306,114 @@ def test_buffers_are_no_larger_than_the_tensors_and_aligned(tmp_path: Path) -> N
     base, instruct, target = triple(tmp_path)
     plan = ik.apply(target, (instruct, base), out=tmp_path / "out", dry_run=True)
     assert isinstance(plan, Plan)
-    gpu = device.Gpu(StandIn(Late), plan.steps, plan.rules, True)
+    gpu = device.Gpu(StandIn(Late, 1 << 20), plan.steps, plan.rules, True)
     assert gpu.window == 640
-    assert gpu.sizes == [windows.COPY, 1280, 1280, 1280]
+    assert gpu.sizes == [(1 << 20) - 3 * 1280, 1280, 1280, 1280]
     assert not any(length % 16 for length in gpu.sizes)
+    assert gpu.copy == windows.COPY
     copies = [replace(step, op="copy") for step in plan.steps]
-    assert device.Gpu(StandIn(Late), copies, plan.rules, True).window == 16
+    gpu = device.Gpu(StandIn(Late, 1 << 20), copies, plan.rules, True)
+    assert (gpu.window, gpu.copy, gpu.sizes) == (16, 1 << 20, [1 << 20, 0])
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("F8_E4M3", 4), ("BF16", 8), ("F32", 16), ("F64", 32)])
+def test_a_window_is_as_large_as_a_piece_of_the_ring_holds(tmp_path: Path, dtype: str, width: int) -> None:
+    """And goes into the stops of an update, as a power of two."""
+    base, instruct, target = triple(tmp_path)
+    plan = ik.apply(target, (instruct, base), out=tmp_path / "out", dry_run=True)
+    assert isinstance(plan, Plan)
+    large = [replace(ref, dtype=dtype, shape=(1 << 22,)) for ref in plan.steps[0].inputs]
+    step = replace(plan.steps[0], dtype=dtype, shape=(1 << 22,), inputs=tuple(large))
+    assert step.op == "add_difference"
+    gpu = device.Gpu(StandIn(Late, PIECE), [step], plan.rules, True)
+    assert gpu.window == PIECE // width
+    assert sum(gpu.sizes) == PIECE
+    assert updates.UNIT % gpu.window == 0
+
+
+# --- the ring
+
+
+class Pins:
+    """Pins memory of the stand-in kind, and tells what it did."""
+
+    def __init__(self) -> None:
+        self.pinned: list[int] = []
+        self.unpinned: list[int] = []
+
+    def pin(self, nbytes: int) -> Tensor:
+        memory = torch.zeros(nbytes, dtype=torch.uint8)
+        self.pinned.append(memory.data_ptr())
+        return memory
+
+    def unpin(self, memory: Tensor) -> None:
+        self.unpinned.append(memory.data_ptr())
+
+
+def test_the_ring_of_the_process_is_128_mib() -> None:
+    assert PIECE * PIECES == 128 << 20
+    assert device._RING.piece == PIECE
+    assert device.free() == 0
+    (example,) = doctest.DocTestFinder(recurse=False).find(device.free, "free")
+    assert doctest.DocTestRunner().run(example) == (0, 2)
+
+
+def test_a_ring_is_pinned_when_used_kept_and_freed_on_request(tmp_path: Path) -> None:
+    base, instruct, target = triple(tmp_path)
+    pins, runtime = Pins(), StandIn(Late)
+    ring = runtime.ring = Ring(pins.pin, pins.unpin, piece=2048)
+    with through(runtime):
+        wanted = ik.load(target, (instruct, base), threads=1)
+        assert 1 <= len(pins.pinned) <= device.SLOTS
+        before = list(pins.pinned)
+        again = ik.load(target, (instruct, base), threads=1)
+        assert pins.pinned == before, "the second load pins nothing"
+        assert pins.unpinned == []
+        assert ring.free() == 2048 * len(before)
+        assert pins.unpinned == before
+        assert ring.free() == 0
+        ik.load(target, (instruct, base), threads=1)
+    assert len(pins.pinned) > len(before)
+    for name, t in wanted.items():
+        assert torch.equal(t, again[name])
+
+
+def test_a_thread_pins_its_second_window_after_it_has_read_the_first(tmp_path: Path) -> None:
+    paths = [write_model(tmp_path / name, {"a": normal((5000,), seed)}) for seed, name in enumerate("tib")]
+    runtime, order = StandIn(Late), []
+    runtime.ring = Ring(lambda n: order.append("pin") or torch.zeros(n, dtype=torch.uint8), lambda _: None, piece=2048)
+    with pytest.MonkeyPatch.context() as patch, through(runtime):
+        patch.setattr(windows, "COPY", 96)
+        read = stream.read_into
+        patch.setattr(stream, "read_into", lambda *arguments: (order.append("read"), read(*arguments)))
+        ik.load(paths[0], (paths[1], paths[2]), threads=1)
+    assert order[:9] == ["pin", "read", "read", "read", "pin", "read", "read", "read", "read"]
+
+
+def test_threads_beyond_the_pieces_wait_and_the_work_is_done(tmp_path: Path) -> None:
+    base, instruct, target = triple(tmp_path)
+    wanted = ik.load(target, (instruct, base))
+    pins, runtime = Pins(), StandIn(Beside)
+    runtime.ring = Ring(pins.pin, pins.unpin, piece=2048, pieces=3)
+    with pytest.MonkeyPatch.context() as patch, through(runtime):
+        patch.setattr(windows, "COPY", 96)
+        found = ik.load(target, (instruct, base), threads=12)
+        assert 1 <= len(pins.pinned) <= 3
+        assert len(runtime.ring.borrow(9)) == 3, "all came back"
+    assert all(torch.equal(t, found[name]) for name, t in wanted.items())
+
+
+def test_pieces_come_back_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, instruct, target = triple(tmp_path)
+    runtime = StandIn(Late)
+
+    def broken(*_: Any) -> None:
+        raise OSError(5, "Input/output error", "a disk")
+
+    monkeypatch.setattr(stream, "read_into", broken)
+    with through(runtime), pytest.raises(OSError, match="Input/output"):
+        ik.load(target, (instruct, base), threads=4)
+    assert len(runtime.ring.borrow(99)) == PIECES
 
 
 # --- which device
