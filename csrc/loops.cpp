@@ -400,7 +400,7 @@ template <class Op, Order order, class Out, class T0, class T1 = void, class T2 
     // Elements [i, i + n) of the run.
     template <class Put>
     static void part(const Operation& op, const Run& run, int64_t i, int64_t n, const Put& put, Tally* tally) {
-        const F factor = F{} + (op.code == OpCode::subtract ? 1.0f : float(op.factors[0]));
+        const F factor = (op.code == OpCode::subtract ? 1.0f : float(op.factors[0])) - F{};  // + would make +0 of -0
         Out* out = static_cast<Out*>(run.out) + i;
         const T0* p0 = static_cast<const T0*>(run.in[0]) + i;
         const T1* p1 = nullptr;

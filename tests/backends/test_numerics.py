@@ -208,6 +208,13 @@ def test_factors_are_rounded_once_to_the_compute_type() -> None:
     assert ik.scale(torch.ones(3), 1 + 2.0**-24)[0].item() == 1.0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_factor_may_be_negative_zero(dtype: torch.dtype) -> None:
+    x = torch.tensor([2.0, -2.0, 0.0, -0.0], dtype=dtype).repeat(25)
+    assert_same(ik.scale(x, -0.0), x * -0.0)
+    assert_same(ik.add(torch.full_like(x, -0.0), x, -0.0), torch.full_like(x, -0.0) + x * -0.0)
+
+
 @pytest.mark.parametrize("dtype", STORAGE, ids=short)
 def test_overflow(dtype: torch.dtype) -> None:
     """To nearest beyond the middle of the step after the largest value is infinite; by chance never."""
