@@ -121,7 +121,8 @@ def check_unchanged(
     for role, checkpoint in plan.inputs.items():
         written, touched = ([], []) if role in but else checkpoint.changed(current)
         hashes = (read or {}).get(role, {})
-        refs = {n: ref for n, ref in checkpoint.tensors.items() if ref.path in touched and n in hashes}
+        known = {**checkpoint.tensors, **plan.reads(role)}
+        refs = {n: ref for n, ref in known.items() if ref.path in touched and n in hashes}
         headers = {shard.path: shard.header for shard in checkpoint.shards}
         written += [path for path in touched if read_header(path) != headers[path]]
         if not written:
@@ -150,10 +151,10 @@ def check_begun(
     """
     changed = set(changed)
     refs = {
-        f"{role} {name}": checkpoint.tensors[name]
+        f"{role} {name}": ref
         for role, checkpoint in plan.inputs.items()
-        for name in outcome.inputs.get(role, {})
-        if name in checkpoint.tensors and checkpoint.tensors[name].path in changed
+        for name, ref in {**checkpoint.tensors, **plan.reads(role)}.items()
+        if name in outcome.inputs.get(role, {}) and ref.path in changed
     }
     now = file_ids(plan) if current is None else current
     for name, digest in stream.hashes(refs, now, threads=threads).items():

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ires_kernels.checkpoints import manifest
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, open_checkpoint
+from ires_kernels.checkpoints.folders import listed
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.dtypes import FLOATS, STORAGE
 from ires_kernels.files.opening import check_link, open_file, read_start
@@ -24,7 +25,7 @@ from ires_kernels.files.store import read_into
 from ires_kernels.planning.inputs import StrPath, open_inputs
 from ires_kernels.planning.plan import Plan, plan_apply, plan_extract, size
 from ires_kernels.planning.rules import ArgumentError, Rules
-from ires_kernels.planning.steps import Step
+from ires_kernels.planning.steps import Step, by_output
 from ires_kernels.records import provenance
 from ires_kernels.records.operation import MAPPED
 from ires_kernels.streaming import device as devices
@@ -222,8 +223,8 @@ def _recompute(
     """Compare every element; returns the tensors whose hash this does not settle, as some NaN has another payload."""
     headers = {shard.path.name: list(shard.header.tensors) for shard in out.shards}
     wanted: dict[str, list[str]] = {file.name: [] for file in plan.files}
-    for step in plan.steps:
-        wanted[step.file].append(step.name)
+    for output in by_output(plan.steps):
+        wanted[output.file].append(output.name)
     report.problems += [
         f"{name} holds other tensors, or in another order, than the plan says"
         for name in sorted(headers.keys() | wanted.keys())
@@ -253,16 +254,18 @@ def _recompute(
     report.mismatches += comparer.found.values()
     report.bytes_read += sum(step.nbytes + sum(ref.nbytes for ref in step.inputs) for step in steps)
     unsettled = []
-    for step in steps:
-        entry = recorded.get(step.name)
+    for output, parts in by_output(steps).items():
+        name, entry = output.name, recorded.get(output.name)
+        read = provenance.read_by(parts, outcome.inputs)
         for role, digest in entry.inputs.items() if entry else ():
-            ref = dict(zip(step.roles, step.inputs, strict=True)).get(role)
-            if ref is not None and outcome.inputs[role][ref.name] != digest:
-                report.problems.append(f"{ref.name} of {role} is not the one that was merged: it has another hash")
-        if step.name in comparer.other_nan:
-            unsettled.append(out.tensors[step.name])
-        elif step.name not in comparer.found and entry and entry.xxh3_128 not in (None, outcome.outputs[step.name]):
-            report.problems.append(f"{step.name} has another hash than the manifest says")
+            if read.get(role, digest) != digest:
+                each = ((r, ref.name) for part in parts for r, ref in zip(part.roles, part.inputs, strict=True))
+                refs = list(dict.fromkeys(name for other, name in each if other == role))
+                report.problems.append(f"{listed(refs)} of {role} is not the one that was merged: it has another hash")
+        if name in comparer.other_nan:
+            unsettled.append(out.tensors[name])
+        elif name not in comparer.found and entry and entry.xxh3_128 not in (None, outcome.outputs[name]):
+            report.problems.append(f"{name} has another hash than the manifest says")
     return unsettled
 
 

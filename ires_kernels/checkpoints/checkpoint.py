@@ -21,6 +21,7 @@ from ires_kernels.checkpoints import manifest as manifests
 from ires_kernels.checkpoints.folders import ADAPTER_NAME, SHARD_NAME, check_adapter, listed, only_file
 from ires_kernels.checkpoints.header import CheckpointError, Header, brief, check_depth, parse_json, read_header, sniff
 from ires_kernels.checkpoints.manifest import Manifest
+from ires_kernels.dtypes import STORAGE
 from ires_kernels.files.hidden import foreign, unfinished
 from ires_kernels.files.opening import MAX_CONFIG, MAX_INDEX, MAX_MANIFEST, check_link, kind_of_file, read_bytes
 from ires_kernels.files.store import is_unfinished
@@ -86,6 +87,20 @@ class TensorRef:
     def numel(self) -> int:
         """Number of elements; 1 for a scalar."""
         return math.prod(self.shape)
+
+    def run(self, first: int, count: int) -> TensorRef:
+        """Its elements from the flat index `first` on, under a name that says which; itself where it is all of them.
+
+        Raises ValueError for elements that it does not have, or that do not fill whole bytes.
+        """
+        bits = STORAGE[self.dtype].bits
+        stop = first + count
+        if not 0 <= first < stop <= self.numel or first * bits % 8 or count * bits % 8:
+            raise ValueError(f"{self.name!r} has {self.numel} {self.dtype} elements, and no run [{first}:{stop}]")
+        if count == self.numel:
+            return self
+        place, size = self.offset + first * bits // 8, count * bits // 8
+        return TensorRef(f"{self.name}[{first}:{stop}]", self.dtype, (count,), self.path, place, size)
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,6 +26,7 @@ GAP = 1 << 20
 """Most bytes that a window has between tensors that change: they are saved for nothing."""
 
 _DTYPE = "Leave --dtype out, or write a new folder with -o OUT."
+_PARTS = "Write a new folder with -o OUT."
 _ALIAS = "Give a copy of that model, or write a new folder with -o OUT."
 
 
@@ -67,6 +68,8 @@ def changes(plan: Plan) -> tuple[Step, ...]:
     Raises CheckpointError for what cannot be done in place.
     """
     for step in plan.steps:
+        if not step.is_whole:  # a window of the journal begins and ends where all parts of all tensors do
+            raise CheckpointError(f"cannot apply in place: {brief(step.name)} is made of parts. {_PARTS}")
         if step.dtype != step.inputs[0].dtype:
             raise CheckpointError(
                 f"cannot apply in place: {brief(step.name)} is {step.inputs[0].dtype} in {step.inputs[0].path} "
@@ -82,7 +85,7 @@ def changes(plan: Plan) -> tuple[Step, ...]:
     _check_aliases(plan, merged)
     refs = [step.inputs[0] for step in merged]
     return tuple(
-        replace(step, file=ref.path.name, offset=ref.offset, nbytes=ref.nbytes)
+        replace(step, output=replace(step.output, file=ref.path.name, offset=ref.offset))
         for step, ref in zip(merged, refs, strict=True)
     )
 

@@ -26,7 +26,7 @@ from ires_kernels.files.plain import table
 from ires_kernels.planning import steps
 from ires_kernels.planning.absences import Absence, grouped
 from ires_kernels.planning.rules import Rules
-from ires_kernels.planning.steps import Comparison, Findings, Share, Step
+from ires_kernels.planning.steps import Comparison, Findings, Operand, Share, Step, by_output
 
 VERSION = version("ires_kernels")
 
@@ -147,11 +147,9 @@ class Plan:
                     "file": step.file,
                     "op": step.op,
                     "factors": list(step.factors),
-                    "inputs": {
-                        role: {"name": ref.name, "dtype": ref.dtype, "file": f"{ref.path}"}
-                        for role, ref in zip(step.roles, step.inputs, strict=True)
-                    },
+                    "inputs": {operand.role: _read(operand) for operand in step.operands},
                     "reason": step.reason,
+                    **({} if step.is_whole else {"first": step.first, "count": step.count}),
                 }
                 for step in self.steps
             ],
@@ -323,18 +321,26 @@ def _deed(step: Step) -> str:
     return f"{deed}, {dtypes} → {step.dtype}"
 
 
+def _read(operand: Operand) -> dict[str, Any]:
+    """What is read for an operand: a tensor or a run of one, or several and how numbers are made of them."""
+    found = [{"name": ref.name, "dtype": ref.dtype, "file": f"{ref.path}"} for ref in operand.refs]
+    return found[0] if operand.decode == "plain" else {"decode": operand.decode, "tensors": found}
+
+
 def _lay_out(
     layout: Iterable[tuple[str, dict[str, str], list[Step]]],
 ) -> tuple[tuple[OutputFile, ...], tuple[Step, ...]]:
     """Give every step its place in the files, each of which is (name, metadata, steps)."""
-    files, placed = [], []
+    files: list[OutputFile] = []
+    placed: list[Step] = []
     for name, metadata, group in layout:
-        header = build_header(((step.name, step.dtype, step.shape) for step in group), metadata)
+        outputs = by_output(group)
+        header = build_header(((output.name, output.dtype, output.shape) for output in outputs), metadata)
         end = len(header)
-        for step in group:
-            nbytes = tensor_bytes(step.dtype, step.shape)
-            placed.append(replace(step, file=name, offset=end, nbytes=nbytes))
-            end += nbytes
+        for output, parts in outputs.items():
+            place = replace(output, file=name, offset=end)
+            placed += [replace(step, output=place) for step in parts]
+            end += tensor_bytes(output.dtype, output.shape)
         files.append(OutputFile(name, header, end))
     return tuple(files), tuple(placed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -12,13 +13,14 @@ from ires_kernels.checkpoints import names
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, is_factor, shard_number
 from ires_kernels.checkpoints.folders import MERGE_ADAPTER, listed
 from ires_kernels.checkpoints.header import CheckpointError, brief
-from ires_kernels.dtypes import FLOATS
+from ires_kernels.dtypes import FLOATS, STORAGE
 from ires_kernels.planning import absences
 from ires_kernels.planning.absences import Absence
 from ires_kernels.planning.quantized import Modules
 from ires_kernels.planning.rules import Rules
 
 Op = Literal["add", "add_difference", "subtract", "convert", "copy"]
+Decode = Literal["plain"]
 
 ALPHA_0 = "alpha is 0"
 ONLY_TARGET = "only in the target"
@@ -49,24 +51,128 @@ _TIED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One tensor of the output: `op` of `inputs` makes the `nbytes` bytes at `offset` of the file `file`."""
+class Output:
+    """A tensor that is made, and its place: from the byte `offset` of the file `file` on."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    file: str = ""
+    offset: int = 0
+
+    @property
+    def numel(self) -> int:
+        """Number of elements; 1 for a scalar."""
+        return math.prod(self.shape)
+
+
+class Operand(NamedTuple):
+    """One of the tensors that a step computes with."""
+
+    role: str
+    """Whose it is."""
+    refs: tuple[TensorRef, ...]
+    """What is read for it: tensors, or runs of their elements. One as it is; or codes and what they are scaled by."""
+    decode: Decode = "plain"
+    """How the processor makes numbers of that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A run of the elements of an output, all of them or a part: `op` of `operands` makes it.
+
+    Steps of one output follow each other, and random bits are those of the element in the output: it is the same
+    whether one step makes it or several do.
+    """
+
+    output: Output
     op: Op
-    roles: tuple[str, ...]
-    """Whose tensor each of `inputs` is."""
-    inputs: tuple[TensorRef, ...]
+    operands: tuple[Operand, ...]
     factors: tuple[float, ...] = ()
     stream: int = 0
     """Of the random numbers: xxh3_64 of the name."""
     reason: str = ""
     """Why the tensor is not merged but copied; "convert" is a copy with another dtype."""
-    file: str = ""
-    offset: int = 0
-    nbytes: int = 0
+    first: int = 0
+    """Flat index of the first element."""
+    count: int = -1
+    """Number of elements; -1: all that follow."""
+
+    def __post_init__(self) -> None:
+        if self.count < 0:
+            object.__setattr__(self, "count", self.output.numel - self.first)
+        for operand in self.operands:
+            if operand.decode == "plain" and [ref.numel for ref in operand.refs] != [self.count]:
+                sizes = ", ".join(f"{ref.numel} of {ref.name!r}" for ref in operand.refs) or "nothing"
+                raise ValueError(f"{self.label} takes {self.count} elements of {operand.role}, got {sizes}")
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it makes all of its output."""
+        return self.count == self.output.numel
+
+    @property
+    def label(self) -> str:
+        """The output's name, and of a part which elements it makes."""
+        return self.name if self.is_whole else f"{self.name}[{self.first}:{self.first + self.count}]"
+
+    @property
+    def name(self) -> str:
+        return self.output.name
+
+    @property
+    def dtype(self) -> str:
+        return self.output.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the output."""
+        return self.output.shape
+
+    @property
+    def file(self) -> str:
+        return self.output.file
+
+    @property
+    def offset(self) -> int:
+        """Of the output in its file, in bytes."""
+        return self.output.offset
+
+    @property
+    def start(self) -> int:
+        """Where the first byte that it makes is in the output."""
+        return self.first * STORAGE[self.dtype].bits // 8
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it makes."""
+        return self.count * STORAGE[self.dtype].bits // 8
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Whose each of `inputs` is."""
+        return tuple(operand.role for operand in self.operands for _ in operand.refs)
+
+    @property
+    def inputs(self) -> tuple[TensorRef, ...]:
+        """All that is read, in the order of the operands."""
+        return tuple(ref for operand in self.operands for ref in operand.refs)
+
+
+def by_output(steps: Iterable[Step]) -> dict[Output, list[Step]]:
+    """The steps of each output, in their order. Raises ValueError where they do not make all of it in that order."""
+    groups: dict[Output, list[Step]] = {}
+    for step in steps:
+        groups.setdefault(step.output, []).append(step)
+    for output, parts in groups.items():
+        end = 0
+        for part in parts:
+            if part.first != end:
+                raise ValueError(f"{output.name!r}: {part.label} does not begin at element {end}")
+            end += part.count
+        if end != output.numel:
+            raise ValueError(f"{output.name!r} has {output.numel} elements, and its steps make {end}")
+    return groups
 
 
 class Comparison(NamedTuple):
@@ -277,7 +383,7 @@ def apply_step(ref: TensorRef, inputs: Mapping[str, Checkpoint], found: Findings
     op: Op = "add_difference" if "instruct" in inputs else "add"
     dtype = rules.dtype or ref.dtype
     stream = _stream(inputs["target"].tensors[original], inputs)
-    return Step(name, dtype, ref.shape, op, tuple(tensors), tuple(tensors.values()), factors, stream)
+    return Step(Output(name, dtype, ref.shape), op, _operands(tensors), factors, stream)
 
 
 def extract_step(ref: TensorRef, inputs: Mapping[str, Checkpoint], found: Findings) -> Step | None:
@@ -298,8 +404,8 @@ def extract_step(ref: TensorRef, inputs: Mapping[str, Checkpoint], found: Findin
     else:
         tensors = {"instruct": ref, "base": other}
         if _numbers(name, tensors, found) and ref.dtype in FLOATS:
-            roles, refs = tuple(tensors), tuple(tensors.values())
-            return Step(name, rules.dtype or "F32", ref.shape, "subtract", roles, refs, (), _stream(ref, inputs))
+            output = Output(name, rules.dtype or "F32", ref.shape)
+            return Step(output, "subtract", _operands(tensors), (), _stream(ref, inputs))
         reason = f"{ref.dtype}, equal in instruct and base"
     found.not_stored[name] = (reason, ref)
     return None
@@ -409,11 +515,10 @@ def share(steps: Iterable[Step], found: Findings) -> Share | None:
 
 def _update(name: str, refs: Mapping[str, TensorRef], found: Findings) -> list[Step]:
     """The update that a tensor would make, on top of itself; nothing where there is no difference to take."""
-    roles, tensors = tuple(refs), tuple(refs.values())
-    if len({ref.shape for ref in tensors}) > 1 or not all(ref.dtype in FLOATS for ref in tensors):
+    if len({ref.shape for ref in refs.values()}) > 1 or not all(ref.dtype in FLOATS for ref in refs.values()):
         return []
+    first, *_ = operands = _operands(refs)
     factors = found.rules.factors(name)
-    shape, first = tensors[0].shape, (roles[0], tensors[0])
     if "instruct" in refs:
         op: Op = "add_difference"
         if "base" not in refs:
@@ -422,7 +527,7 @@ def _update(name: str, refs: Mapping[str, TensorRef], found: Findings) -> list[S
         op = "add"
         residuals = [role for role in found.inputs if role.startswith("residual")]
         factors = tuple(factor for role, factor in zip(residuals, factors, strict=True) if role in refs)
-    return [Step(name, "F32", shape, op, (first[0], *roles), (first[1], *tensors), factors)]
+    return [Step(Output(name, "F32", first.refs[0].shape), op, (first, *operands), factors)]
 
 
 def other_vocabulary(inputs: Mapping[str, Checkpoint], steps: Iterable[Step]) -> str | None:
@@ -462,11 +567,16 @@ def _numbers(name: str, tensors: Mapping[str, TensorRef], found: Findings) -> bo
     return True
 
 
+def _operands(tensors: Mapping[str, TensorRef]) -> tuple[Operand, ...]:
+    """Whole tensors by role, as they are."""
+    return tuple(Operand(role, (ref,)) for role, ref in tensors.items())
+
+
 def _keep(ref: TensorRef, reason: str, found: Findings) -> Step:
     """A copy of the target's tensor, in another dtype where one is asked for."""
     dtype = found.rules.dtype
     if dtype is None or ref.dtype == dtype or ref.dtype not in FLOATS:
-        return Step(ref.name, ref.dtype, ref.shape, "copy", ("target",), (ref,), reason=reason)
+        return Step(Output(ref.name, ref.dtype, ref.shape), "copy", _operands({"target": ref}), reason=reason)
     part = found.modules.parts["target"].get(ref.name)
     if part is not None:
         code = found.inputs["target"].tensors[part.code]
@@ -474,7 +584,7 @@ def _keep(ref: TensorRef, reason: str, found: Findings) -> Step:
             part.code, f"is {part.why}, and cannot become {dtype}", _CODES, f" of target ({code.path})", " of target"
         )
     stream = _stream(ref, {"target": found.inputs["target"]})
-    return Step(ref.name, dtype, ref.shape, "convert", ("target",), (ref,), (), stream, reason)
+    return Step(Output(ref.name, dtype, ref.shape), "convert", _operands({"target": ref}), (), stream, reason)
 
 
 def _stream(ref: TensorRef, inputs: Mapping[str, Checkpoint]) -> int:

@@ -26,6 +26,7 @@ from ires_kernels.files import interrupts, trust
 from ires_kernels.files.samples import sample
 from ires_kernels.files.store import chunks
 from ires_kernels.planning.plan import VERSION, Plan
+from ires_kernels.planning.steps import Step, by_output
 from ires_kernels.records.report import Report
 from ires_kernels.streaming.stream import Outcome
 
@@ -61,21 +62,18 @@ def build(
     sketch    of a residual, `ancestry.sketch` of its base
     """
     known = {**(previous or {}), **outcome.outputs} if in_place else outcome.outputs
+    outputs_made = by_output(plan.steps)
     entries = {
-        step.name: {
-            "dtype": step.dtype,
-            "shape": list(step.shape),
-            "xxh3_128": known.get(step.name) if in_place else known[step.name],
-            "inputs": {
-                role: outcome.inputs[role][ref.name]
-                for role, ref in zip(step.roles, step.inputs, strict=True)
-                if not in_place or ref.name in outcome.inputs.get(role, {})
-            },
-            **({"copied": step.reason} if step.reason else {}),
+        output.name: {
+            "dtype": output.dtype,
+            "shape": list(output.shape),
+            "xxh3_128": known.get(output.name) if in_place else known[output.name],
+            "inputs": read_by(parts, outcome.inputs),
+            **({"copied": parts[0].reason} if all(part.reason for part in parts) else {}),
         }
-        for step in plan.steps
+        for output, parts in outputs_made.items()
     }
-    hashes = [(step.name, step.dtype, step.shape, known.get(step.name)) for step in plan.steps]
+    hashes = [(output.name, output.dtype, output.shape, known.get(output.name)) for output in outputs_made]
     table: dict[str, Any] = {
         "ires": VERSION,
         "operation": plan.operation,
@@ -200,6 +198,23 @@ def layouts(checkpoint: Checkpoint) -> dict[str, str]:
 def digest_of(refs: Iterable[TensorRef], hashes: Mapping[str, str]) -> str:
     """The `digest` of some tensors of a checkpoint."""
     return digest((ref.name, ref.dtype, ref.shape, hashes[ref.name]) for ref in refs)
+
+
+def read_by(parts: Iterable[Step], hashes: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Role → xxh3_128 of what the steps of one output read of it: the tensor's, or of several tensors their `digest`.
+
+    hashes  of all that was read, by role and name; a role of which not all was read is left out
+    """
+    read: dict[str, list[TensorRef]] = {}
+    for step in parts:
+        for role, ref in zip(step.roles, step.inputs, strict=True):
+            read.setdefault(role, []).append(ref)
+    found = {}
+    for role, refs in read.items():
+        known = hashes.get(role, {})
+        if all(ref.name in known for ref in refs):
+            found[role] = known[refs[0].name] if len(refs) == 1 else digest_of(refs, known)
+    return found
 
 
 def _input(plan: Plan, role: str, hashes: Mapping[str, str], path: str, stamps: Mapping[str, Stamp]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ the ones: by all their times, place on the disk and a sample of their bytes, or 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from xxhash import xxh3_128_hexdigest
@@ -19,6 +19,7 @@ from ires_kernels.checkpoints.manifest import Asked, Input, Manifest, Numbers, U
 from ires_kernels.files.samples import sample
 from ires_kernels.files.store import StoreError, boot_id
 from ires_kernels.planning.plan import Plan
+from ires_kernels.planning.steps import Step, by_output
 from ires_kernels.records import provenance
 from ires_kernels.streaming import stream
 
@@ -90,22 +91,23 @@ def other_input(plan: Plan, table: Manifest, threads: int | None = None) -> tupl
     """Role and file of an input of `plan` that is not what a new folder was made of, which the manifest tells of."""
     for role, checkpoint in plan.inputs.items():
         if not is_stamped(checkpoint, table.inputs.get(role, Input()), table.id):
-            refs = plan.reads(role)
-            wanted = {
-                ref.name: table.tensors[step.name].inputs.get(role)
-                for step in plan.steps
-                for other, ref in zip(step.roles, step.inputs, strict=True)
-                if other == role and step.name in table.tensors
-            }
-            for name, digest in stream.hashes(refs, checkpoint.file_ids, threads=threads).items():
-                if wanted.get(name) != digest:
-                    return role, refs[name].path
+            hashes = {role: stream.hashes(plan.reads(role), checkpoint.file_ids, threads=threads)}
+            for output, parts in by_output(plan.steps).items():
+                recorded = table.tensors[output.name].inputs if output.name in table.tensors else {}
+                found = provenance.read_by(parts, hashes).get(role)
+                if found is not None and found != recorded.get(role):
+                    return role, _read_of(role, parts).path
     for side in plan.side_files:
         known = table.files.get(side.name)
         found = provenance.hash_file(side.source) if side.content is None else xxh3_128_hexdigest(side.content)
         if known is None or known.xxh3_128 != found:
             return side.role, side.source
     return None
+
+
+def _read_of(role: str, parts: Iterable[Step]) -> TensorRef:
+    """The first that is read of an input."""
+    return next(ref for step in parts for other, ref in zip(step.roles, step.inputs, strict=True) if other == role)
 
 
 def is_as_written(plan: Plan, out: Path, table: Manifest) -> bool:

@@ -67,7 +67,7 @@ class Report:
         total, converted = Tally(), Tally()
         merged: dict[tuple[float, ...], Tally] = {}
         for step in plan.steps:
-            tally = outcome.tallies.get(step.name)
+            tally = outcome.tallies.get(step.label)
             if tally is None:
                 continue
             if step.op == "convert":
@@ -191,7 +191,7 @@ def _odd_values(plan: Plan, outcome: Outcome) -> Iterable[str]:
     """Warnings of values that are no numbers, with the tensors that have them."""
     kinds = {"nan_in": "NaN in the inputs", "inf_in": "infinities in the inputs", "overflow": "overflow in the output"}
     for counted, what in kinds.items():
-        found = [step.name for step in plan.steps if getattr(outcome.tallies.get(step.name), counted, 0)]
+        found = [step.label for step in plan.steps if getattr(outcome.tallies.get(step.label), counted, 0)]
         if found:
             more = f" and {len(found) - 10} more" if len(found) > 10 else ""
             yield f"{what} of {len(found)} tensors: {', '.join(found[:10])}{more}"
@@ -202,7 +202,7 @@ def _share(plan: Plan, outcome: Outcome) -> Iterable[str]:
     share = plan.share
     if share is not None:
         tallies = outcome.tallies
-        inside = sum(tallies[step.name].norm2 for step in plan.steps if not step.reason and step.name in tallies)
+        inside = sum(tallies[step.label].norm2 for step in plan.steps if not step.reason and step.label in tallies)
         outside = sum(tallies[step.name].norm2 for step in share.left if step.name in tallies)
         norm = math.sqrt(inside / (inside + outside)) if share.known and inside + outside > 0 else None
         yield share.text(norm)

@@ -202,7 +202,7 @@ class Gpu:
 
 def _window(steps: Sequence[Step], piece: int) -> int:
     """As many elements as a piece holds of all inputs and the result; a power of two, as the stops of an update are."""
-    largest = max((step.inputs[0].numel for step in steps if step.op != "copy"), default=1)
+    largest = max((step.count for step in steps if step.op != "copy"), default=1)
     window = WINDOW
     while window > _ALIGNED and sum(buffer_sizes(steps, window)) > piece:
         window //= 2

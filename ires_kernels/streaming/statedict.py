@@ -12,7 +12,7 @@ from ires_kernels.checkpoints import names
 from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.planning.plan import size
-from ires_kernels.planning.steps import Step
+from ires_kernels.planning.steps import Step, by_output
 from ires_kernels.streaming.windows import TORCH_DTYPES
 
 _WITH_HEAD = re.compile(r"(ForCausalLM|ForConditionalGeneration|LMHeadModel)$")
@@ -32,13 +32,13 @@ def allocate(steps: Sequence[Step], device: torch.device) -> dict[str, Tensor]:
             )
     tensors = {}
     with torch.inference_mode(False):  # worker threads, which are in no such mode, will write to them
-        for step in steps:
+        for output in by_output(steps):
             try:
-                tensors[step.name] = torch.empty(step.shape, dtype=TORCH_DTYPES[step.dtype], device=device)
+                tensors[output.name] = torch.empty(output.shape, dtype=TORCH_DTYPES[output.dtype], device=device)
             except RuntimeError as error:
                 whole = size(sum(step.nbytes for step in steps))
                 raise MemoryError(
-                    f"the merged tensors take {whole}, and {device} has no room left at {step.name!r}: "
+                    f"the merged tensors take {whole}, and {device} has no room left at {output.name!r}: "
                     f"{f'{error}'.splitlines()[0]}"
                 ) from error
     return tensors

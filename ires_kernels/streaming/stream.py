@@ -18,10 +18,11 @@ import contextvars
 import errno
 import os
 import threading
+from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import cycle
+from itertools import accumulate, cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ from ires_kernels.dtypes import FLOATS
 from ires_kernels.files import interrupts
 from ires_kernels.files.store import NO_THREAD, read_into
 from ires_kernels.planning.rules import Rules
-from ires_kernels.planning.steps import Step
+from ires_kernels.planning.steps import Operand, Output, Step, by_output
 from ires_kernels.streaming.reader import Files
 from ires_kernels.streaming.windows import ComputeError, Cpu, Processor, Processors, Slot
 
@@ -47,7 +48,7 @@ _MAX_THREADS = 8
 folder took 1.53 s and 1.08 s, and `load` onto the GPU ran at 11.8 and 16.6 GB/s."""
 
 Write = Callable[[Step, int, memoryview, Tally], None]
-"""Takes a step, a byte offset in its tensor, the result's bytes from there on, and the tally of the tensor up to their
+"""Takes a step, a byte offset in its output, the result's bytes from there on, and the tally of the step up to their
 end. Called by several threads. With a tensor's last bytes the outcome has what there is to know of it."""
 Progress = Callable[[int, int], None]
 """Takes bytes done and bytes to do, read and written together. Called by the thread that started the work."""
@@ -58,11 +59,11 @@ class Outcome:
     """What a run learnt about the bytes that went by."""
 
     inputs: dict[str, dict[str, str]] = field(default_factory=dict)
-    """role → tensor name → xxh3_128 as hex."""
+    """role → name of a tensor, or of a run of its elements → xxh3_128 of its bytes as hex."""
     outputs: dict[str, str] = field(default_factory=dict)
     """tensor name → xxh3_128 as hex."""
     tallies: dict[str, Tally] = field(default_factory=dict)
-    """tensor name → what was counted; of a tensor that only changed its dtype NaN, inf and overflow mean something."""
+    """label of a step → what was counted; where only the dtype changed NaN, inf and overflow mean something."""
     bytes_read: int = 0
     bytes_written: int = 0
     """By this run alone; no part of what is recorded."""
@@ -82,8 +83,8 @@ class Outcome:
                 if ref.name in self.inputs.get(role, {}):
                     part.inputs.setdefault(role, {})[ref.name] = self.inputs[role][ref.name]
             part.outputs[step.name] = self.outputs[step.name]
-            if step.name in self.tallies:
-                part.tallies[step.name] = self.tallies[step.name]
+            if step.label in self.tallies:
+                part.tallies[step.label] = self.tallies[step.label]
         return part
 
     def to_dict(self) -> dict[str, Any]:
@@ -180,7 +181,7 @@ def hashes(
 ) -> dict[str, str]:
     """xxh3_128 of the bytes of tensors, under the names that they are given here. Errors as of `run`."""
     steps = [
-        Step(name, ref.dtype, ref.shape, "copy", ("input",), (ref,), file=f"{ref.path}", nbytes=ref.nbytes)
+        Step(Output(name, ref.dtype, ref.shape, f"{ref.path}"), "copy", (Operand("input", (ref,)),))
         for name, ref in refs.items()
     ]
     return run(steps, file_ids, Rules(), _nothing, threads=threads, progress=progress).outputs
@@ -190,8 +191,8 @@ def _nothing(*_: object) -> None:
     """What is written of results that stay where they were made, or are only looked at."""
 
 
-class _Tensor:
-    """A step under way, shared by the threads that work on its windows."""
+class _Part:
+    """What one step makes of a tensor that is under way."""
 
     def __init__(
         self,
@@ -200,29 +201,51 @@ class _Tensor:
         processor: Processor,
         out: Tensor | None,
         hashed: Container[str] | None,
-        done: Done | None,
+        tally: Tally,
     ) -> None:
         self.step = step
         self.fds = tuple(fds)
         self.copied = step.op == "copy"
         # Copies are counted in bytes, all else in elements.
-        self.length = step.nbytes if self.copied else step.inputs[0].numel
+        self.length = step.nbytes if self.copied else step.count
         self.window = processor.copy if self.copied else processor.window
         self.windows = -(-self.length // self.window)
         self.widths = [1] if self.copied else [FLOATS[ref.dtype] for ref in step.inputs]
         self.width = 1 if self.copied else FLOATS[step.dtype]
-        self.out = None if out is None else out.reshape(-1)
-        if self.out is not None and self.copied:
-            self.out = self.out.view(torch.uint8)
-        roles = [hashed is None or role in hashed for role in step.roles]
-        if self.out is None and not self.copied:  # of a copy the input is the result
-            roles.append(True)
-        self.hashers = [xxhash.xxh3_128() if wanted else None for wanted in roles]
-        self.done = done.elements if done else 0
-        self.tally = replace(done.tally) if done else Tally()
+        self.out = None
+        if out is not None:
+            flat = out.reshape(-1)
+            self.out = flat.view(torch.uint8)[step.start :] if self.copied else flat[step.first :]
+        self.wanted = [hashed is None or role in hashed for role in step.roles]
+        self.hashers: list[xxhash.xxh3_128 | None] = []  # of what is read, where it is not the result
+        self.tally = tally
+
+
+class _Tensor:
+    """An output under way, shared by the threads that work on its windows."""
+
+    def __init__(self, output: Output, parts: Sequence[_Part], done: int) -> None:
+        self.output = output
+        self.parts = parts
+        self.done = done
+        self.windows = sum(part.windows for part in parts)
+        # The bytes of a whole copy are hashed once, as those of the result.
+        self.is_copy = len(parts) == 1 and parts[0].copied
+        self.is_written = all(part.out is None for part in parts)
+        self.hasher = xxhash.xxh3_128() if self.is_written else None
+        apart = not (self.is_copy and self.is_written)
+        for part in parts:
+            part.hashers = [xxhash.xxh3_128() if apart and wanted else None for wanted in part.wanted]
+        self._ends = list(accumulate(part.windows for part in parts))
         self.claimed = 0
         self.turn = 0  # the window to hash next
         self.turned = threading.Condition()
+
+    def at(self, index: int) -> tuple[_Part, int]:
+        """The part that a window belongs to, and where it begins in that."""
+        number = bisect_right(self._ends, index)
+        part = self.parts[number]
+        return part, (index - self._ends[number] + part.windows) * part.window
 
 
 class _Window(NamedTuple):
@@ -230,6 +253,9 @@ class _Window(NamedTuple):
 
     tensor: _Tensor
     number: int
+    part: _Part
+    first: int
+    """Where it begins in the part: bytes of a copy, else elements."""
     slot: Slot
     views: list[memoryview]
     """The bytes that were read and, if it is written, those of the result; to be hashed."""
@@ -270,11 +296,11 @@ class _Engine:
         self.read: list[int] = []  # bytes by thread, so that counting needs no lock
         self.written: list[int] = []
         self.lock = threading.Lock()  # for the claims, and all that follows
-        self.waiting: dict[str, deque[Step]] = {}  # by output file
-        for step in steps:
-            queue = self.waiting.setdefault(step.file, deque())
+        self.waiting: dict[str, deque[tuple[Output, list[Step]]]] = {}  # by output file
+        for output, parts in by_output(steps).items():
+            queue = self.waiting.setdefault(output.file, deque())
             # Without bytes nobody writes its last ones: it is over before the file can be.
-            queue.append(step) if step.nbytes else queue.appendleft(step)
+            queue.append((output, parts)) if output.numel else queue.appendleft((output, parts))
         self.active: dict[_Tensor, None] = {}
         self.stopped = False
         self.ending = self.ended = False  # an interrupt waits for the next of `stops`; has come to it
@@ -334,17 +360,21 @@ class _Engine:
     def _start(self) -> _Tensor | None:
         """The next tensor of the output file that the fewest threads are writing; called under the lock."""
         while self.waiting:
-            writers = Counter(tensor.step.file for tensor in self.active if self.stops is None)
+            writers = Counter(tensor.output.file for tensor in self.active if self.stops is None)
             file = min(self.waiting, key=writers.__getitem__)
-            step = self.waiting[file].popleft()
+            output, steps = self.waiting[file].popleft()
             if not self.waiting[file]:
                 del self.waiting[file]
-            try:
-                fds = [self.files.hold(ref.path) for ref in step.inputs]
-            except OSError as error:
-                raise _with_tensor(error, step) from error
-            out, done = self.into.get(step.name), self.done_before.get(step.name)
-            tensor = _Tensor(step, fds, self.processor, out, self.hashed, done)
+            done = self.done_before.get(output.name)
+            parts = []
+            for step in steps:
+                try:
+                    fds = [self.files.hold(ref.path) for ref in step.inputs]
+                except OSError as error:
+                    raise _with_tensor(error, step) from error
+                tally = replace(done.tally) if done else Tally()
+                parts.append(_Part(step, fds, self.processor, self.into.get(output.name), self.hashed, tally))
+            tensor = _Tensor(output, parts, done.elements if done else 0)
             self.active[tensor] = None
             if tensor.windows:
                 return tensor
@@ -363,7 +393,7 @@ class _Engine:
             if mine is None:
                 return None
             if self.ending and self.stops is not None:
-                self.ended = (mine.step.name, mine.claimed * mine.window) in self.stops
+                self.ended = (mine.output.name, mine.at(mine.claimed)[1]) in self.stops
                 if self.ended:
                     return None
             mine.claimed += 1
@@ -396,13 +426,13 @@ class _Engine:
                 if claim is None:
                     break
                 tensor, index = claim
-                at = tensor.step
+                at = tensor.at(index)[0].step
                 busy.append(self._begin(tensor, index, slot))
                 if len(busy) == len(slots):
-                    at = busy[0].tensor.step
+                    at = busy[0].part.step
                     self._end(busy.popleft(), worker)
             while busy:
-                at = busy[0].tensor.step
+                at = busy[0].part.step
                 self._end(busy.popleft(), worker)
         except BaseException as error:
             self._stop(_with_tensor(error, at))
@@ -420,70 +450,73 @@ class _Engine:
 
     def _begin(self, tensor: _Tensor, index: int, slot: Slot) -> _Window:
         """Read a window and start to compute it."""
-        step = tensor.step
-        first = index * tensor.window
-        count = min(tensor.window, tensor.length - first)
+        part, first = tensor.at(index)
+        step = part.step
+        count = min(part.window, part.length - first)
         views = []
-        for buffer, fd, ref, width in zip(slot.buffers, tensor.fds, step.inputs, tensor.widths, strict=False):
+        for buffer, fd, ref, width in zip(slot.buffers, part.fds, step.inputs, part.widths, strict=False):
             view = buffer[: count * width]
             read_into(fd, view, ref.offset + first * width, ref.path)
             views.append(view)
-        read, written = sum(map(len, views)), count * tensor.width
-        if tensor.out is not None:
-            slot.start(step, first, count, tensor.out[first : first + count])
-        elif first < tensor.done:
-            views.append(views[0])  # what the target held is gone; this is the result
-            written = 0
-        elif not tensor.copied:
-            slot.start(step, first, count, None)
-            views.append(slot.buffers[-1][: count * tensor.width])
-        return _Window(tensor, index, slot, views, read, written)
+        read, written = sum(map(len, views)), count * part.width
+        if part.out is not None:
+            slot.start(step, step.first + first, count, part.out[first : first + count])
+        elif part.copied or first < tensor.done:
+            views.append(views[0])  # of a part that is done what the target held is gone: this is the result
+            written = written if part.copied else 0
+        else:
+            slot.start(step, step.first + first, count, None)
+            views.append(slot.buffers[-1][: count * part.width])
+        return _Window(tensor, index, part, first, slot, views, read, written)
 
     def _end(self, window: _Window, worker: int) -> None:
         """Take a window the rest of the way."""
-        tensor, number, slot, views, read, written = window
-        tally = self._in_turn(tensor, number, views, slot.wait())
+        tensor, part, first = window.tensor, window.part, window.first
+        tally = self._in_turn(window, window.slot.wait())
         if tally is None:
             return
-        first = number * tensor.window
-        if tensor.out is None and first >= tensor.done:
-            self.write(tensor.step, first * tensor.width, views[-1], tally)
-        self.read[worker] += read
-        self.written[worker] += written
+        if tensor.is_written and first >= tensor.done:
+            self.write(part.step, part.step.start + first * part.width, window.views[-1], tally)
+        self.read[worker] += window.read
+        self.written[worker] += window.written
 
-    def _in_turn(self, tensor: _Tensor, index: int, views: list[memoryview], counted: Tally | None) -> Tally | None:
-        """Hash and count a window after the ones before it; the tally of all of them, None when the run has stopped."""
+    def _in_turn(self, window: _Window, counted: Tally | None) -> Tally | None:
+        """Hash and count a window after the ones before it; the tally of its step so far, None when the run stopped."""
+        tensor, part = window.tensor, window.part
         with tensor.turned:
-            while tensor.turn != index:
+            while tensor.turn != window.number:
                 if self.stopped:
                     return None
                 tensor.turned.wait()
-        for hasher, view in zip(tensor.hashers, views, strict=True):
+        for hasher, view in zip((*part.hashers, tensor.hasher), window.views, strict=False):
             if hasher is not None:
                 hasher.update(view)
-        total = replace(tensor.tally)  # a new one, as the writers of earlier windows look at theirs
+        total = replace(part.tally)  # a new one, as the writers of earlier windows look at theirs
         if counted is not None:
             total += counted
-        tensor.tally = total
+        part.tally = total
         with tensor.turned:
             tensor.turn += 1
             tensor.turned.notify_all()
-        if index == tensor.windows - 1:
+        if window.number == tensor.windows - 1:
             with self.lock:
                 self._finish(tensor)
         return total
 
     def _finish(self, tensor: _Tensor) -> None:
         """Every window was read and hashed; called under the lock."""
-        step = tensor.step
-        if tensor.out is None and tensor.hashers[-1] is not None:
-            self.outcome.outputs[step.name] = tensor.hashers[-1].hexdigest()
-        for role, ref, hasher in zip(step.roles, step.inputs, tensor.hashers, strict=False):
-            if hasher is not None:
-                self.outcome.inputs.setdefault(role, {})[ref.name] = hasher.hexdigest()
-            self.files.release(ref.path)
-        if self.counted and not tensor.copied:
-            self.outcome.tallies[step.name] = tensor.tally
+        if tensor.hasher is not None:
+            self.outcome.outputs[tensor.output.name] = tensor.hasher.hexdigest()
+        for part in tensor.parts:
+            step = part.step
+            for role, ref, wanted, hasher in zip(step.roles, step.inputs, part.wanted, part.hashers, strict=True):
+                if wanted:
+                    known = hasher or tensor.hasher
+                    assert known is not None
+                    self.outcome.inputs.setdefault(role, {})[ref.name] = known.hexdigest()
+                self.files.release(ref.path)
+            if self.counted and not part.copied:
+                self.outcome.tallies[step.label] = part.tally
         del self.active[tensor]
 
     def _stop(self, error: BaseException) -> None:

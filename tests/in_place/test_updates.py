@@ -18,7 +18,7 @@ from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.dtypes import FLOATS
 from ires_kernels.in_place import updates
 from ires_kernels.planning.plan import Plan
-from ires_kernels.planning.steps import Step
+from ires_kernels.planning.steps import Operand, Output, Step
 from ires_kernels.streaming import device, windows
 
 
@@ -39,9 +39,8 @@ def layouts(draw: st.DrawFn) -> list[Step]:
             elements = draw(st.one_of(st.integers(0, 40), st.integers(0, 400)))
             nbytes = elements * FLOATS[dtype]
             ref = TensorRef(f"t{len(steps)}", dtype, (elements,), Path(file), offset, nbytes)
-            steps.append(
-                Step(ref.name, dtype, ref.shape, "add", ("target",), (ref,), (1.0,), 0, "", file, offset, nbytes)
-            )
+            output = Output(ref.name, dtype, ref.shape, file, offset)
+            steps.append(Step(output, "add", (Operand("target", (ref,)),), (1.0,)))
             offset += nbytes + draw(st.sampled_from([0, 0, 3, 60]))
     return steps
 
@@ -127,7 +126,8 @@ def test_a_head_that_is_an_embedding_of_the_target_is_refused(tmp_path: Path) ->
     plan = planned(target, (target, tied))
     refs = {step.name: step for step in plan.steps}
     step = refs["lm_head.weight"]
-    broken = replace(step, inputs=(step.inputs[0], refs["model.embed_tokens.weight"].inputs[1], step.inputs[2]))
+    own, _, base = step.operands
+    broken = replace(step, operands=(own, refs["model.embed_tokens.weight"].operands[1], base))
     with pytest.raises(
         CheckpointError, match=r"'lm_head.weight' needs 'model.embed_tokens.weight' of instruct, which is"
     ):

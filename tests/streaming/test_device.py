@@ -26,6 +26,7 @@ from ires_kernels.cli import main
 from ires_kernels.in_place import updates
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import ArgumentError
+from ires_kernels.planning.steps import Operand, Output, Step
 from ires_kernels.records.report import Report
 from ires_kernels.streaming import device, statedict, stream, windows
 from ires_kernels.streaming.ring import PIECE, PIECES, Ring
@@ -323,8 +324,8 @@ def test_a_window_is_as_large_as_a_piece_of_the_ring_holds(tmp_path: Path, dtype
     plan = ik.apply(target, (instruct, base), out=tmp_path / "out", dry_run=True)
     assert isinstance(plan, Plan)
     large = [replace(ref, dtype=dtype, shape=(1 << 22,)) for ref in plan.steps[0].inputs]
-    step = replace(plan.steps[0], dtype=dtype, shape=(1 << 22,), inputs=tuple(large))
-    assert step.op == "add_difference"
+    operands = tuple(Operand(o.role, (ref,)) for o, ref in zip(plan.steps[0].operands, large, strict=True))
+    step = Step(Output("large", dtype, (1 << 22,)), "add_difference", operands, (1.0,))
     gpu = device.Gpu(StandIn(Late, PIECE), [step], plan.rules, True)
     assert gpu.window == PIECE // width
     assert sum(gpu.sizes) == PIECE
@@ -509,5 +510,7 @@ def test_no_room_on_a_gpu(tmp_path: Path) -> None:
     base, instruct, target = triple(tmp_path)
     plan = ik.apply(target, (instruct, base), out=tmp_path / "out", dry_run=True)
     assert isinstance(plan, Plan)
+    ref = replace(plan.steps[0].inputs[0], shape=(1 << 40,))
+    step = Step(Output("huge", ref.dtype, ref.shape), "copy", (Operand("target", (ref,)),))
     with pytest.raises(MemoryError, match="cuda:0 has no room left"):
-        statedict.allocate([replace(plan.steps[0], shape=(1 << 40,))], torch.device("cuda:0"))
+        statedict.allocate([step], torch.device("cuda:0"))

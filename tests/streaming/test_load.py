@@ -23,6 +23,7 @@ from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError, build_header
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import ArgumentError
+from ires_kernels.planning.steps import Operand, Output, Step
 from ires_kernels.streaming import statedict, windows
 
 SMALL = {
@@ -216,8 +217,10 @@ def test_no_room(tmp_path: Path) -> None:
     base, instruct, target = triple(tmp_path)
     plan = ik.apply(target, (instruct, base), out=tmp_path / "out", dry_run=True)
     assert isinstance(plan, Plan)
-    huge = [replace(step, shape=(1 << 40, 1 << 20)) for step in plan.steps]
-    with pytest.raises(MemoryError, match=r"take 4.19 kB, and cpu has no room left at 'lm_head.weight': .*can't alloc"):
+    refs = [replace(step.inputs[0], shape=(1 << 40, 1 << 20)) for step in plan.steps]
+    huge = [Step(Output(ref.name, ref.dtype, ref.shape), "copy", (Operand("target", (ref,)),)) for ref in refs]
+    wanted = r"take 1.61e\+07 TB, and cpu has no room left at 'lm_head.weight': .*can't alloc"
+    with pytest.raises(MemoryError, match=wanted):
         statedict.allocate(huge, torch.device("cpu"))
 
 

@@ -1,0 +1,148 @@
+"""Outputs in parts: several steps that make runs of one tensor, out of runs of others, give the bytes of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import xxhash
+
+from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, open_checkpoint
+from ires_kernels.planning.rules import Rules
+from ires_kernels.planning.steps import Op, Operand, Output, Step, by_output
+from ires_kernels.streaming import stream, windows
+from ires_kernels.streaming.stream import Outcome
+
+SHAPE = (31, 23)  # 713 elements
+CUTS = [0, 1, 130, 131, 400, 713]
+STOCHASTIC = Rules.of(rounding="stochastic", seed=5)
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "WINDOW", 64)
+    monkeypatch.setattr(windows, "COPY", 96)
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Checkpoint:
+    """Tensors `0` to `2`, and their elements again in reverse order of the parts, each behind some others."""
+    tensors: dict[str, torch.Tensor] = {}
+    for i, dtype in enumerate((torch.bfloat16, torch.float16, torch.float32)):
+        whole = torch.randn(SHAPE, generator=torch.Generator().manual_seed(i)).to(dtype)
+        tensors[f"{i}"] = whole
+        pieces = [whole.view(-1)[a:b] for a, b in pairwise(CUTS)]
+        tensors[f"{i} in pieces"] = torch.cat([torch.cat([torch.ones(3, dtype=dtype), p]) for p in pieces[::-1]])
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    return open_checkpoint(tmp_path / "model.safetensors")
+
+
+def piece(sources: Checkpoint, ref: TensorRef, number: int) -> TensorRef:
+    """Where the elements of a part are a second time."""
+    behind = sum(3 + b - a for a, b in pairwise(CUTS[number + 1 :]))
+    return sources.tensors[f"{ref.name} in pieces"].run(behind + 3, CUTS[number + 1] - CUTS[number])
+
+
+def in_parts(step: Step, sources: Checkpoint) -> list[Step]:
+    return [
+        replace(
+            step,
+            operands=tuple(Operand(o.role, (piece(sources, o.refs[0], number),)) for o in step.operands),
+            first=first,
+            count=stop - first,
+        )
+        for number, (first, stop) in enumerate(pairwise(CUTS))
+    ]
+
+
+def whole_step(sources: Checkpoint, op: Op, count: int, dtype: str) -> Step:
+    operands = tuple(Operand(f"role {i}", (sources.tensors[f"{i}"],)) for i in range(count))
+    factors = (0.7,) * (1 if op == "add_difference" else count - 1 if op == "add" else 0)
+    return Step(Output("out", dtype, SHAPE, "file", 8), op, operands, factors, 77)
+
+
+def carried_out(steps: Sequence[Step], sources: Checkpoint, threads: int) -> tuple[bytes, Outcome]:
+    """The output's bytes as they are written to a file, and what was learnt."""
+    written = bytearray(8 + sum(step.nbytes for step in steps))
+
+    def write(step: Step, start: int, data: memoryview, _: object) -> None:
+        written[step.offset + start : step.offset + start + len(data)] = data
+
+    outcome = stream.run(steps, sources.file_ids, STOCHASTIC, write, threads=threads)
+    return bytes(written[8:]), outcome
+
+
+CASES: list[tuple[Op, int, str]] = [
+    ("add_difference", 3, "BF16"),
+    ("add", 3, "F16"),
+    ("subtract", 2, "BF16"),
+    ("convert", 1, "F8_E4M3"),
+    ("copy", 1, "BF16"),
+]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("op", "count", "dtype"), CASES, ids=[op for op, *_ in CASES])
+def test_parts_give_the_bytes_of_the_whole(sources: Checkpoint, op: Op, count: int, dtype: str, threads: int) -> None:
+    step = whole_step(sources, op, count, dtype)
+    parts = in_parts(step, sources)
+    wanted, known = carried_out([step], sources, threads)
+    found, learnt = carried_out(parts, sources, threads)
+    assert found == wanted
+    assert learnt.outputs == known.outputs == {"out": xxhash.xxh3_128_hexdigest(wanted)}
+    assert learnt.bytes_read == known.bytes_read
+    assert learnt.bytes_written == known.bytes_written
+    assert list(learnt.tallies) == ([part.label for part in parts] if op != "copy" else [])
+    assert sum(tally.lost for tally in learnt.tallies.values()) == sum(tally.lost for tally in known.tallies.values())
+    assert Outcome.from_dict(learnt.of(parts).to_dict()).outputs == learnt.outputs
+
+
+def test_parts_that_are_copied_among_parts_that_are_merged(sources: Checkpoint) -> None:
+    merged = in_parts(whole_step(sources, "add_difference", 3, "BF16"), sources)
+    copied = in_parts(whole_step(sources, "copy", 1, "BF16"), sources)
+    mixed = [merged[0], copied[1], merged[2], copied[3], merged[4]]
+    found, learnt = carried_out(mixed, sources, 2)
+    ways = [carried_out(steps, sources, 2)[0] for steps in (merged, copied)]
+    assert found == b"".join(ways[i % 2][2 * CUTS[i] : 2 * CUTS[i + 1]] for i in range(len(mixed)))
+    assert learnt.outputs == {"out": xxhash.xxh3_128_hexdigest(found)}
+    assert learnt.tallies.keys() == {"out[0:1]", "out[130:131]", "out[400:713]"}
+    place = {"out": torch.empty(SHAPE, dtype=torch.bfloat16)}
+    stream.fill(place, mixed, sources.file_ids, STOCHASTIC, hashed=())
+    assert place["out"].view(torch.uint8).numpy().tobytes() == found
+
+
+def test_hashes_are_of_the_runs_that_were_read(sources: Checkpoint) -> None:
+    parts = in_parts(whole_step(sources, "subtract", 2, "BF16"), sources)
+    _, learnt = carried_out(parts, sources, 2)
+    whole = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)).half().view(-1)
+    assert learnt.inputs["role 1"] == {
+        part.inputs[1].name: xxhash.xxh3_128_hexdigest(whole[part.first : part.first + part.count].numpy())
+        for part in parts
+    }
+    assert "1 in pieces[3:316]" in learnt.inputs["role 1"]
+
+
+def test_steps_of_an_output_make_all_of_it_in_order(sources: Checkpoint) -> None:
+    step = whole_step(sources, "subtract", 2, "BF16")
+    parts = in_parts(step, sources)
+    assert by_output([step]) == {step.output: [step]}
+    assert by_output(parts) == {step.output: parts}
+    for wrong in (parts[1:], parts[:-1], [parts[1], parts[0], *parts[2:]], [*parts, parts[0]], [step, step]):
+        with pytest.raises(ValueError, match=r"'out'.* (does not begin at element|and its steps make)"):
+            by_output(wrong)
+    with pytest.raises(ValueError, match=r"out\[0:5\] takes 5 elements of role 0, got 713 of '0'"):
+        replace(step, first=0, count=5)
+
+
+def test_runs_of_a_tensor() -> None:
+    ref = TensorRef("t", "F4", (4, 3), Path("f"), 100, 6)
+    assert ref.run(0, 12) is ref
+    assert ref.run(2, 6) == TensorRef("t[2:8]", "F4", (6,), Path("f"), 101, 3)
+    for first, count in ((1, 2), (0, 1), (0, 13), (-2, 2), (4, 0)):
+        with pytest.raises(ValueError, match=r"'t' has 12 F4 elements, and no run"):
+            ref.run(first, count)
