@@ -42,9 +42,11 @@ class Part(NamedTuple):
 def module(name: str) -> str:
     """The module that a tensor is a part of: what stands before ``.weight``, or else before the last dot.
 
-    So ``a.weight``, ``a.weight_scale``, ``a.weight.absmax`` and ``a.weight._data`` all belong to ``a``.
+    So ``a.weight``, ``a.weight_scale``, ``a.weight.absmax``, ``a.weight._data`` and ``a.weight_quantizer._scale`` all
+    belong to ``a``.
     """
-    head, dot, _ = re.sub(r"\.\w*centroids\.weight$", ".centroids", f"{name}").partition(".weight.")
+    name = re.sub(r"\.\w*quantizer\.(?=\w+$)", ".", re.sub(r"\.\w*centroids\.weight$", ".centroids", name))
+    head, dot, _ = name.partition(".weight.")
     return head if dot else re.sub(r"(\._data)+$", "", head).rpartition(".")[0]
 
 

@@ -37,6 +37,11 @@ FORMATS: dict[str, dict[str, torch.dtype]] = {
     "ModelOpt nvfp4": {f"{X}.weight": U8, f"{X}.weight_scale": F8, f"{X}.weight_scale_2": F32, f"{X}.input_scale": F32},
     "ModelOpt fused experts": {f"{E}.gate_up_proj": F8, f"{E}.gate_up_proj_weight_scale": F32},
     "fused experts": {f"{E}.down_proj": F8, f"{E}.down_proj_scale_inv": F32, f"{E}.down_proj_activation_scale": F32},
+    "ModelOpt not exported": {
+        f"{X}.weight": F8, f"{X}.weight_quantizer._scale": F32, f"{X}.weight_quantizer._amax": BF16,
+        f"{X}.input_quantizer._amax": F32,
+    },
+    "ComfyUI": {f"{X}.weight": F8, f"{X}.scale_weight": F32, f"{X}.scale_input": F32},
     "MXFP8": {f"{X}.weight": F8, f"{X}.weight_scale": U8},
     "gpt-oss": {f"{E}.gate_up_proj_blocks": U8, f"{E}.gate_up_proj_scales": U8},
     "bitsandbytes int8": {f"{X}.weight": I8, f"{X}.SCB": F32, f"{X}.weight_format": U8},
