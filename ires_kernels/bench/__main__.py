@@ -146,7 +146,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             arguments.shapes = [shape_of(text) for text in [size or MODEL, *filter(None, arguments.sizes.split(","))]]
     except ValueError as error:
         parser.error(f"{error}")
+    if arguments.cases:
+        known = _names(arguments)
+        if not known:
+            parser.error(f"--cases chooses kernels, for kernels, all and gpu; {arguments.what} has none")
+        if not any(arguments.cases.search(name) for name in known):
+            parser.error(f"--cases {arguments.cases.pattern}: got a pattern of no case, wanted one of {known}")
     return arguments
+
+
+def _names(arguments: argparse.Namespace) -> list[str]:
+    """What --cases chooses from."""
+    if arguments.what == "gpu":
+        return [load.name for load in gpu.workloads(arguments.elements, SHAPES[arguments.list], arguments.list)]
+    return [case.name for case in CASES] if arguments.what in ("kernels", "all") else []
 
 
 def _at_least_one(text: str) -> int:

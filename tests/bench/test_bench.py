@@ -229,6 +229,10 @@ def test_without_native_kernels(monkeypatch, tmp_path):
         (["kernels", "--rounds", "0"], "got 0, wanted 1 or more"),
         (["kernels", "--threads", "1,0"], "got 0, wanted 1 or more"),
         (["kernels", "--cases", "("], "unterminated"),
+        (["kernels", "--cases", "bf17"], "--cases bf17: got a pattern of no case, wanted one of ['add_"),
+        (["all", "--cases", "bf17"], "--cases bf17: got a pattern of no case"),
+        (["merge", "--cases", "bf16"], "--cases chooses kernels, for kernels, all and gpu; merge has none"),
+        (["mapped", "--cases", "bf16"], "mapped has none"),
         (["everything"], "invalid choice"),
     ],
 )

@@ -256,6 +256,7 @@ def test_without_a_gpu(device: str, message: str, capsys: pytest.CaptureFixture[
         (["gpu", "--size", "much"], "got size 'much'"),
         (["gpu", "--model", "1K"], "at least"),
         (["gpu", "--list", "llama-9b"], "invalid choice"),
+        (["gpu", "--cases", "bf17"], "--cases bf17: got a pattern of no case, wanted one of ['add_"),
         (["gpu", "--results", "/no/such/folder"], "--results /no/such/folder: wanted a folder"),
         (["kernels", "--results", "."], "only for gpu"),
         (["gpu", "--plot", "x.png"], "--plot draws"),
