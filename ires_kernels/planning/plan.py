@@ -25,6 +25,7 @@ from ires_kernels.dtypes import STORAGE
 from ires_kernels.files.plain import table
 from ires_kernels.planning import steps
 from ires_kernels.planning.absences import Absence, grouped
+from ires_kernels.planning.matching import Matcher
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Comparison, Findings, Operand, Share, Step, by_output
 
@@ -122,6 +123,15 @@ class Plan:
             if other == role
         }
 
+    def matched(self) -> list[tuple[str, str, str]]:
+        """What is not simply made of the tensors of its name: what, of which role, and the name there."""
+        return [
+            (step.label, role, ref.name)
+            for step in self.steps
+            for role, ref in zip(step.roles, step.inputs, strict=True)
+            if ref.name != step.name
+        ]
+
     def _active(self) -> Iterable[Step]:
         return (step for step in self.steps if not (self.in_place and step.reason))
 
@@ -170,6 +180,9 @@ class Plan:
         seed = f", seed {self.rules.seed}" if self.rules.rounding == "stochastic" else ""
         rows.append(("rounding", self.rules.rounding + seed))
         rows += [(f"{count} tensors", deed) for deed, count in Counter(map(_deed, self.steps)).items()]
+        matched = [f"{label} with {name} of {role}" for label, role, name in self.matched()]
+        rows += [("matched", line) for line in matched[:10]]
+        rows += [("matched", f"and {len(matched) - 10} more")] if len(matched) > 10 else []
         reasons = Counter(reason for reason, _ in self.not_stored.values())
         rows += [(f"{count} tensors", f"not stored: {reason}") for reason, count in reasons.items()]
         rows += [("missing", line) for line in grouped(self.missing)]
@@ -200,12 +213,12 @@ def plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[s
     `inputs` holds target first, then instruct and base, or residuals. Raises CheckpointError with up to ten problems.
     """
     target, *sources = inputs.values()
-    found = Findings(rules, inputs, copies or {})
+    found = Findings(rules, Matcher(inputs, copies or {}))
     steps.check_models(found)
     found.refuse("apply")
     layout = []
     for shard in target.shards:
-        group = [steps.apply_step(target.tensors[name], inputs, found) for name in shard.header.tensors]
+        group = [step for name in shard.header.tensors for step in steps.apply_steps(target.tensors[name], found)]
         layout.append((shard.path.name, {"format": "pt"} | shard.header.metadata, group))
     everything = [step for _, _, group in layout for step in group]
     steps.check_left_over(inputs, found)
@@ -248,23 +261,22 @@ def plan_extract(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping
     `inputs` holds base and instruct. Raises CheckpointError with up to ten problems.
     """
     base, instruct = inputs["base"], inputs["instruct"]
-    found = Findings(rules, inputs, copies or {})
+    found = Findings(rules, Matcher(inputs, copies or {}))
     steps.check_models(found)
     found.refuse("extract")
     # A head that only base has becomes a difference to instruct's embedding, and is stored next to that one.
-    heads = [] if names.is_tied(base) else [n for n in base.tensors if names.is_head(n) and n not in instruct.tensors]
-    tied = {ref.name: [replace(ref, name=head)] for head in heads if (ref := names.lookup(instruct, head))}
+    heads = found.matcher.heads("instruct", "base")
     groups = []
     for shard in instruct.shards:
-        refs = [ref for name in shard.header.tensors for ref in (instruct.tensors[name], *tied.get(name, []))]
-        group = [step for ref in refs if (step := steps.extract_step(ref, inputs, found))]
+        refs = [ref for name in shard.header.tensors for ref in (instruct.tensors[name], *heads.get(name, []))]
+        group = [step for ref in refs for step in steps.extract_steps(ref, found)]
         groups += [group] if group else []
     for name in base.tensors:
         if names.lookup(instruct, name) is not None or found.skipped(name) is not None or found.codes(name):
             continue
         if names.is_recomputed(base.tensors[name]):
             found.buffers.append(name)
-        elif name not in found.copies:
+        elif name not in found.matcher.copies:
             found.absent(name, ["base"], ["instruct"])
     found.note_buffers("instruct")
     found.check_patterns()
@@ -377,6 +389,7 @@ def _operation_id(plan: Plan) -> str:
         # In place these are copied or left before anything begins, and are no part of what is gone on with.
         "side_files": [_made_of(side) for side in plan.side_files if not plan.in_place],
         "about": plan.about,
+        **({"matched": matched} if (matched := plan.matched()) else {}),
         "documents": [[n, xxhash.xxh3_128_hexdigest(content)] for n, content in plan.documents if not plan.in_place],
     }
     return _hash(table)

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-import xxhash
-
 from ires_kernels.checkpoints import names
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, is_factor, shard_number
 from ires_kernels.checkpoints.folders import MERGE_ADAPTER, listed
@@ -16,6 +14,7 @@ from ires_kernels.checkpoints.header import CheckpointError, brief
 from ires_kernels.dtypes import FLOATS, STORAGE
 from ires_kernels.planning import absences
 from ires_kernels.planning.absences import Absence
+from ires_kernels.planning.matching import Match, Matcher
 from ires_kernels.planning.quantized import Modules
 from ires_kernels.planning.rules import Rules
 
@@ -213,9 +212,7 @@ class Findings:
     """What planning finds out on its way through the tensors."""
 
     rules: Rules
-    inputs: Mapping[str, Checkpoint]
-    copies: Mapping[str, str] = field(default_factory=dict)
-    """Second copies in the target of its embedding, and the embedding's name."""
+    matcher: Matcher
     modules: Modules = field(init=False)
     """The quantized ones."""
     problems: dict[object, Problem] = field(default_factory=dict)
@@ -232,6 +229,11 @@ class Findings:
     explains: bool = False
     """Whether missing tensors are among the problems though they are allowed."""
     _embeddings: dict[str, set[int]] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> Mapping[str, Checkpoint]:
+        """The models by role."""
+        return self.matcher.inputs
 
     def __post_init__(self) -> None:
         everything = {name: None for checkpoint in self.inputs.values() for name in checkpoint.tensors}
@@ -342,73 +344,68 @@ def _few(found: list[str]) -> str:
     return f"{len(found)} tensors such as {brief(found[0])}" if len(found) > 1 else brief(found[0])
 
 
-def apply_step(ref: TensorRef, inputs: Mapping[str, Checkpoint], found: Findings) -> Step:
+def apply_steps(ref: TensorRef, found: Findings) -> list[Step]:
     """What becomes of the target's tensor `ref`."""
     rules, name = found.rules, ref.name
     # A second copy of the embedding gets what the embedding gets, or the two would part.
-    original = found.copies.get(name, name)
+    original = found.matcher.original(name)
     skipped = found.skipped(name)
     if (skipped is None) != (found.skipped(original) is None) or rules.factors(name) != rules.factors(original):
         found.problem(f"{brief(name)} is a second copy of {brief(original)} in the target, with other rules", _SECOND)
     if skipped is not None:
-        return _keep(ref, skipped, found)
+        return [_keep(ref, Match(0, {"target": ref}, ()), skipped, found)]
     if found.codes(name):
-        return _keep(ref, "not mergeable", found)
-    tensors = {"target": ref}
-    absent = []
-    for role, checkpoint in inputs.items():
-        if role != "target":
-            other = names.lookup(checkpoint, name) or names.lookup(checkpoint, original)
-            if other is None:
-                absent.append(role)
-            else:
-                tensors[role] = other
-    if len(tensors) == 1:
-        return _keep(ref, ONLY_TARGET, found)
+        return [_keep(ref, Match(0, {"target": ref}, ()), "not mergeable", found)]
+    return [_apply_step(ref, match, found) for match in found.matcher.of("target", ref)]
+
+
+def _apply_step(ref: TensorRef, match: Match, found: Findings) -> Step:
+    """What becomes of a run of the elements of `ref`."""
+    rules, name, absent = found.rules, ref.name, match.absent
+    if len(match.refs) == 1:
+        return _keep(ref, match, ONLY_TARGET, found)
     if absent and names.is_recomputed(ref):
-        return _keep(ref, f"a buffer that loaders compute again, not in {' and '.join(absent)}", found)
+        return _keep(ref, match, f"a buffer that loaders compute again, not in {' and '.join(absent)}", found)
     if absent:
-        found.absent(name, tensors, absent)
-        if "instruct" in inputs:
-            return _keep(ref, f"not in {' and '.join(absent)}", found)
-    if not _numbers(name, tensors, found):
-        return _keep(ref, "not mergeable", found)
+        found.absent(name, match.refs, absent)
+        if "instruct" in found.inputs:
+            return _keep(ref, match, f"not in {' and '.join(absent)}", found)
+    if not _numbers(name, match.refs, found):
+        return _keep(ref, match, "not mergeable", found)
     if ref.dtype not in FLOATS:
-        return _keep(ref, f"{ref.dtype}, equal in instruct and base", found)
+        return _keep(ref, match, f"{ref.dtype}, equal in instruct and base", found)
     given = rules.factors(name)
-    residuals = [role for role in inputs if role.startswith("residual")]
-    factors = tuple(a for role, a in zip(residuals, given, strict=True) if role in tensors) if residuals else given
+    residuals = [role for role in found.inputs if role.startswith("residual")]
+    factors = tuple(a for role, a in zip(residuals, given, strict=True) if role in match.refs) if residuals else given
     if not any(factors):
-        return _keep(ref, ALPHA_0, found)
-    op: Op = "add_difference" if "instruct" in inputs else "add"
-    dtype = rules.dtype or ref.dtype
-    stream = _stream(inputs["target"].tensors[original], inputs)
-    return Step(Output(name, dtype, ref.shape), op, _operands(tensors), factors, stream)
+        return _keep(ref, match, ALPHA_0, found)
+    op: Op = "add_difference" if "instruct" in found.inputs else "add"
+    stream = found.matcher.stream(found.matcher.original(name))
+    return _step(ref, match, op, rules.dtype or ref.dtype, factors, stream)
 
 
-def extract_step(ref: TensorRef, inputs: Mapping[str, Checkpoint], found: Findings) -> Step | None:
-    """The difference for the instruct model's tensor `ref`; None when it is not stored."""
-    rules, name = found.rules, ref.name
-    original = found.copies.get(name, name)
-    other = names.lookup(inputs["base"], name) or names.lookup(inputs["base"], original)
-    reason = found.skipped(name)
-    if reason is not None:
-        pass
-    elif found.codes(name):
-        reason = "not mergeable"
-    elif other is None and names.is_recomputed(ref):
-        reason = "a buffer that loaders compute again, not in base"
-    elif other is None:
-        found.absent(name, ["instruct"], ["base"])
-        reason = "not in base"
-    else:
-        tensors = {"instruct": ref, "base": other}
-        if _numbers(name, tensors, found) and ref.dtype in FLOATS:
-            output = Output(name, rules.dtype or "F32", ref.shape)
-            return Step(output, "subtract", _operands(tensors), (), _stream(ref, inputs))
-        reason = f"{ref.dtype}, equal in instruct and base"
-    found.not_stored[name] = (reason, ref)
-    return None
+def extract_steps(ref: TensorRef, found: Findings) -> list[Step]:
+    """The difference for the instruct model's tensor `ref`; nothing when it is not stored."""
+    reason = found.skipped(ref.name) or ("not mergeable" if found.codes(ref.name) else None)
+    if reason is None:
+        matches = found.matcher.of("instruct", ref)
+        reason = next(filter(None, [_lack(ref, match, found) for match in matches]), None)
+        if reason is None:
+            stream = found.matcher.stream(ref.name)
+            return [_step(ref, match, "subtract", found.rules.dtype or "F32", (), stream) for match in matches]
+    found.not_stored[ref.name] = (reason, ref)
+    return []
+
+
+def _lack(ref: TensorRef, match: Match, found: Findings) -> str | None:
+    """Why there is no difference of a run of the elements of `ref`; None where there is one."""
+    if match.absent and names.is_recomputed(ref):
+        return "a buffer that loaders compute again, not in base"
+    if match.absent:
+        found.absent(ref.name, ["instruct"], ["base"])
+        return "not in base"
+    fit = _numbers(ref.name, match.refs, found)
+    return None if fit and ref.dtype in FLOATS else f"{ref.dtype}, equal in instruct and base"
 
 
 def check_left_over(inputs: Mapping[str, Checkpoint], found: Findings) -> None:
@@ -427,9 +424,9 @@ def check_left_over(inputs: Mapping[str, Checkpoint], found: Findings) -> None:
             others += 1
         elif names.is_recomputed(sources[present[0]].tensors[name]):
             found.buffers.append(name)
-        elif name in found.copies:
+        elif name in found.matcher.copies:
             found.notes.append(
-                f"{brief(name)} is a second copy of {found.copies[name]}, which is all that the target has"
+                f"{brief(name)} is a second copy of {found.matcher.original(name)}, which is all that the target has"
             )
         elif not (names.is_head(name) and names.is_tied(target)):
             found.absent(name, present, ["target"])
@@ -450,7 +447,7 @@ def check_tied_head(inputs: Mapping[str, Checkpoint], steps: Iterable[Step], fou
         return
     table = {step.name: step for step in steps}
     one = table[embedding.name]
-    for two in [step for step in table.values() if names.is_head(step.name) and step.name not in found.copies]:
+    for two in [step for step in table.values() if names.is_head(step.name) and step.name not in found.matcher.copies]:
         changed = not (one.reason and two.reason)
         if changed and (one.op != two.op or one.factors != two.factors or not all(map(names.is_tied, sources))):
             found.problem(
@@ -568,28 +565,28 @@ def _numbers(name: str, tensors: Mapping[str, TensorRef], found: Findings) -> bo
 
 
 def _operands(tensors: Mapping[str, TensorRef]) -> tuple[Operand, ...]:
-    """Whole tensors by role, as they are."""
+    """What was matched, by role, as it is."""
     return tuple(Operand(role, (ref,)) for role, ref in tensors.items())
 
 
-def _keep(ref: TensorRef, reason: str, found: Findings) -> Step:
-    """A copy of the target's tensor, in another dtype where one is asked for."""
+def _step(
+    ref: TensorRef, match: Match, op: Op, dtype: str, factors: tuple[float, ...] = (), stream: int = 0, reason: str = ""
+) -> Step:
+    """The step that makes a run of an output of the layout of `ref` out of all that was matched."""
+    output, (own, *_) = Output(ref.name, dtype, ref.shape), match.refs.values()
+    return Step(output, op, _operands(match.refs), factors, stream, reason, match.first, own.numel)
+
+
+def _keep(ref: TensorRef, match: Match, reason: str, found: Findings) -> Step:
+    """A copy of what the target has, in another dtype where one is asked for."""
+    own = match._replace(refs={"target": match.refs["target"]})
     dtype = found.rules.dtype
     if dtype is None or ref.dtype == dtype or ref.dtype not in FLOATS:
-        return Step(Output(ref.name, ref.dtype, ref.shape), "copy", _operands({"target": ref}), reason=reason)
+        return _step(ref, own, "copy", ref.dtype, reason=reason)
     part = found.modules.parts["target"].get(ref.name)
     if part is not None:
         code = found.inputs["target"].tensors[part.code]
         found.about(
             part.code, f"is {part.why}, and cannot become {dtype}", _CODES, f" of target ({code.path})", " of target"
         )
-    stream = _stream(ref, {"target": found.inputs["target"]})
-    return Step(Output(ref.name, dtype, ref.shape), "convert", _operands({"target": ref}), (), stream, reason)
-
-
-def _stream(ref: TensorRef, inputs: Mapping[str, Checkpoint]) -> int:
-    """xxh3_64 of the name; a stored second copy of a tied embedding rounds as the embedding does."""
-    target, name = inputs.get("target"), ref.name
-    if target is not None and names.is_head(name) and names.says_tied(target):
-        name = getattr(names.embedding(target), "name", name)
-    return xxhash.xxh3_64_intdigest(name.encode())
+    return _step(ref, own, "convert", dtype, stream=found.matcher.stream(ref.name), reason=reason)
