@@ -56,9 +56,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     """Load a public name from the module that has it."""
     if name == "__version__":
-        from importlib.metadata import version
-
-        value: Any = version("ires_kernels")
+        value: Any = import_module(f"{__name__}.version").VERSION
     else:
         home = next((module for module, names in _HOMES.items() if name in names), None)
         if home is None:

@@ -21,10 +21,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.progress import Progress as Bar
-
 from ires_kernels import merge
 from ires_kernels.checkpoints.folders import MERGE_ADAPTER
 from ires_kernels.checkpoints.header import CheckpointError
@@ -534,6 +530,10 @@ def _progress(arguments: argparse.Namespace, what: str) -> Iterator[Progress | N
     if arguments.quiet or not sys.stderr.isatty():
         yield None
         return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     bar = Bar(*columns, console=Console(stderr=True), transient=True, auto_refresh=False)
     drawing = [True]

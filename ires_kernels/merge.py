@@ -10,10 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 import xxhash
-from torch import Tensor
 
 from ires_kernels.checking import ancestry, guards
 from ires_kernels.checking.verification import verify
@@ -50,10 +49,15 @@ from ires_kernels.records.operation import MAPPED, UNDO, Operation, other_files,
 from ires_kernels.records.report import Report
 from ires_kernels.records.state import Status, status, unclosed, way_out
 from ires_kernels.records.summary import inspect
-from ires_kernels.streaming import device as devices
-from ires_kernels.streaming import statedict, stream
+from ires_kernels.streaming import stream
+from ires_kernels.streaming.outcome import Outcome
 from ires_kernels.streaming.reader import second_copies
-from ires_kernels.streaming.stream import Outcome, Progress
+from ires_kernels.streaming.stream import Progress
+from ires_kernels.streaming.windows import processors_on
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = ["Status", "apply", "extract", "inspect", "load", "resume", "rollback", "status", "verify"]
 
@@ -106,7 +110,7 @@ def extract(
     check_flags(sync=sync, sha256=sha256, dry_run=dry_run, follow_links=follow_links, lock=lock)
     rules = Rules.of(0, skip=skip, dtype=dtype, allow_missing=allow_missing, rounding=rounding, seed=seed)
     inputs = open_inputs({"base": base, "instruct": instruct}, follow_links=follow_links)
-    options = _options(device, threads, progress, lock)
+    options = _options(device, threads, progress, lock, idle=dry_run)
     plan = _warned(plan_extract(inputs, rules, second_copies(inputs)))
     return _carry_out(plan, Path(out), options, sync=sync, sha256=sha256, dry_run=dry_run)
 
@@ -170,7 +174,7 @@ def apply(
         raise ArgumentError("undo and tag go with in_place=True: a new folder needs neither. Leave them out.")
     paths = roles_of_apply(target, residual, follow_links=follow_links)
     rules = _rules_of_apply(paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed)
-    options = _options(device, threads, progress, lock)
+    options = _options(device, threads, progress, lock, idle=dry_run)
     if in_place and hidden.unfinished(Path(target)):
         asked = {"undo": undo, "sync": sync, "sha256": sha256, "tag": tag}
         return _go_on_in_place(Path(target), paths, rules, asked, options, dry_run)
@@ -300,6 +304,9 @@ def load(
     paths = roles_of_apply(target, residual, follow_links=follow_links)
     rules = _rules_of_apply(paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed)
     plan = _plan_apply(open_inputs(paths, follow_links=follow_links), rules)
+    from ires_kernels.streaming import device as devices
+    from ires_kernels.streaming import statedict
+
     place = devices.resolve(device)
     options = _options(place, threads, progress)
     left_out = [plan.share.text()] if plan.share else []
@@ -358,14 +365,16 @@ def _plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules) -> Plan:
     return plan_apply(inputs, rules, second_copies(inputs))
 
 
-def _options(device: str | torch.device, threads: int | None, progress: Progress | None, lock: bool = True) -> Options:
+def _options(
+    device: str | torch.device, threads: int | None, progress: Progress | None, lock: bool = True, *, idle: bool = False
+) -> Options:
     if progress is not None and not callable(progress):
         raise TypeError(f"progress is {type(progress).__name__} {brief(progress)}, wanted a function of two numbers")
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
         raise TypeError(f"threads is {type(threads).__name__} {brief(threads)}, wanted an integer, or None")
     if threads is not None and threads < 1:
         raise ArgumentError(f"threads is {threads}, wanted 1 or more.")
-    return Options(devices.processors(devices.resolve(device)), threads, progress, lock)
+    return Options(processors_on(device, idle=idle), threads, progress, lock)
 
 
 def _unfinished_output(path: Path) -> Operation | None:

@@ -27,7 +27,7 @@ from ires_kernels.bench.kernels import VerificationError, chosen, differing
 from ires_kernels.bench.measure import Quartiles, Times, interleave, ratio, watch
 from ires_kernels.bench.synthetic import Triple
 from ires_kernels.checkpoints.checkpoint import TensorRef, open_checkpoint
-from ires_kernels.streaming.windows import TORCH_DTYPES
+from ires_kernels.streaming.cpu import TORCH_DTYPES
 from ires_kernels.tensors import ops
 
 COPY, FLOOR = "cat + cp", "bare floor"

@@ -20,13 +20,12 @@ from __future__ import annotations
 import base64
 import math
 import statistics
-from collections.abc import Mapping
+import struct
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import mul, sub
 from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from ires_kernels.checkpoints import names
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
@@ -42,7 +41,8 @@ _MEANS = {
     "target": "A residual works only on models trained further from the base it was taken from",
     "instruct": "Their difference holds what an instruct model has learnt only if it was trained from that base",
 }
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CODES = {"F64": "d", "F32": "f", "F16": "e", "BF16": "H"}
+"""How `struct` reads elements of a dtype. It has no bfloat16, of which it gets the bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +79,7 @@ def sketch(checkpoint: Checkpoint) -> dict[str, str]:
     chosen = sorted(refs)
     chosen = [chosen[i * len(chosen) // TENSORS] for i in range(TENSORS)] if len(chosen) > TENSORS else chosen
     values = _sample(checkpoint, {name: refs[name] for name in chosen})
-    raw = {name: v.to(torch.bfloat16).view(torch.int16).numpy().astype("<i2").tobytes() for name, v in values.items()}
-    return {name: f"{refs[name].numel} {base64.b64encode(data).decode()}" for name, data in raw.items()}
+    return {name: f"{refs[name].numel} {base64.b64encode(_bfloat16(v)).decode()}" for name, v in values.items()}
 
 
 def compare(target: Checkpoint, sketch: object) -> Ancestry | None:
@@ -92,33 +91,34 @@ def compare(target: Checkpoint, sketch: object) -> Ancestry | None:
     wanted = _decoded(sketch)
     found = {name: names.lookup(target, name) for name in wanted}
     refs = {n: ref for n, ref in found.items() if ref is not None and _is_sampled(ref) and ref.numel == wanted[n][0]}
-    pairs = [(v.double(), wanted[name][1].double()) for name, v in _sample(target, refs).items()]
-    # A tensor of zeros points nowhere: its cosine is not finite.
-    cosines = [float(t @ b / (t.norm() * b.norm())) for t, b in pairs]
-    distances = [float((t - b).norm() / b.norm()) for t, b in pairs]
-    finite = [(c, d) for c, d in zip(cosines, distances, strict=True) if math.isfinite(c)]
-    if not finite:
-        return None
-    return Ancestry(statistics.median(c for c, _ in finite), statistics.median(d for _, d in finite), len(finite))
+    cosines, distances = [], []
+    for name, t in _sample(target, refs).items():
+        b = wanted[name][1]
+        norms = math.hypot(*t) * math.hypot(*b)
+        cosine = sum(map(mul, t, b)) / norms if norms else math.nan  # a tensor of zeros points nowhere
+        if math.isfinite(cosine):
+            cosines.append(cosine)
+            distances.append(math.hypot(*map(sub, t, b)) / math.hypot(*b))
+    return Ancestry(statistics.median(cosines), statistics.median(distances), len(cosines)) if cosines else None
 
 
 def _is_sampled(ref: TensorRef) -> bool:
-    return ref.dtype in _DTYPES and len(ref.shape) > 1 and ref.numel >= BLOCKS * BLOCK
+    return ref.dtype in _CODES and len(ref.shape) > 1 and ref.numel >= BLOCKS * BLOCK
 
 
-def _sample(checkpoint: Checkpoint, refs: Mapping[str, TensorRef]) -> dict[str, Tensor]:
+def _sample(checkpoint: Checkpoint, refs: Mapping[str, TensorRef]) -> dict[str, Sequence[float]]:
     """BLOCKS runs of BLOCK elements, evenly spread over each tensor, at places that follow from its size alone."""
     files = Files(checkpoint.file_ids, (ref.path for ref in refs.values()))
-    values = {}
+    values: dict[str, Sequence[float]] = {}
     try:
         for name, ref in refs.items():
-            dtype = _DTYPES[ref.dtype]
-            data = bytearray(BLOCKS * BLOCK * dtype.itemsize)
+            width = struct.calcsize(_CODES[ref.dtype])
+            data = bytearray(BLOCKS * BLOCK * width)
             for i, view in enumerate(_runs(memoryview(data))):
                 start = (2 * i + 1) * (ref.numel - BLOCK) // (2 * BLOCKS)
-                read_into(files.open(ref.path), view, ref.offset + start * dtype.itemsize, ref.path)
+                read_into(files.open(ref.path), view, ref.offset + start * width, ref.path)
             files.release(ref.path)
-            values[name] = torch.frombuffer(data, dtype=dtype)
+            values[name] = _numbers(data, _CODES[ref.dtype])
     finally:
         files.close()
     return values
@@ -129,10 +129,26 @@ def _runs(data: memoryview) -> list[memoryview]:
     return [data[i * size : (i + 1) * size] for i in range(BLOCKS)]
 
 
-def _decoded(sketch: object) -> dict[str, tuple[int, Tensor]]:
+def _numbers(data: bytes | bytearray, code: str) -> tuple[float, ...]:
+    """What BLOCKS runs hold, little-endian; a bfloat16 is the upper half of a float32."""
+    count = BLOCKS * BLOCK
+    numbers = struct.unpack(f"<{count}{code}", data)
+    if code != "H":
+        return numbers
+    return struct.unpack(f"<{count}f", struct.pack(f"<{count}I", *(bits << 16 for bits in numbers)))
+
+
+def _bfloat16(values: Sequence[float]) -> bytes:
+    """Numbers rounded by way of float32 to the nearest bfloat16, ties to even; little-endian."""
+    codes = array("I", array("f", values).tobytes())  # an array, unlike struct, lets what is too large be infinite
+    rounded = (x + 0x7FFF + (x >> 16 & 1) >> 16 if x & 0x7FFFFFFF <= 0x7F800000 else 0x7FC0 for x in codes)
+    return struct.pack(f"<{len(codes)}H", *rounded)
+
+
+def _decoded(sketch: object) -> dict[str, tuple[int, Sequence[float]]]:
     """Elements of the whole tensor and the sampled ones, by name."""
     entries: Mapping[Any, Any] = sketch if isinstance(sketch, Mapping) else {}
-    found = {}
+    found: dict[str, tuple[int, Sequence[float]]] = {}
     for name, entry in entries.items():
         try:
             count, text = entry.split(" ")
@@ -140,6 +156,5 @@ def _decoded(sketch: object) -> dict[str, tuple[int, Tensor]]:
         except (AttributeError, ValueError):
             continue
         if len(data) == 2 * BLOCKS * BLOCK:
-            bits = torch.from_numpy(np.frombuffer(data, "<i2").astype(np.int16))
-            found[name] = numel, bits.view(torch.bfloat16)
+            found[name] = numel, _numbers(data, "H")
     return found

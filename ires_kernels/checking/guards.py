@@ -12,8 +12,8 @@ from ires_kernels.files.samples import sample
 from ires_kernels.files.store import StoreError
 from ires_kernels.planning.plan import Plan
 from ires_kernels.streaming import stream
+from ires_kernels.streaming.outcome import Outcome
 from ires_kernels.streaming.reader import all_file_ids, differing
-from ires_kernels.streaming.stream import Outcome
 from ires_kernels.streaming.windows import Processors
 
 

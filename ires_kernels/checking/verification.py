@@ -3,56 +3,35 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import xxhash
-from torch import Tensor
 
 from ires_kernels.checkpoints import manifest
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, open_checkpoint
 from ires_kernels.checkpoints.folders import listed
 from ires_kernels.checkpoints.header import CheckpointError
-from ires_kernels.dtypes import FLOATS, STORAGE
 from ires_kernels.files.opening import check_link, open_file, read_start
 from ires_kernels.files.plain import plain_lines
-from ires_kernels.files.store import read_into
 from ires_kernels.planning.inputs import StrPath, open_inputs
 from ires_kernels.planning.plan import Plan, plan_apply, plan_extract, size
 from ires_kernels.planning.rules import ArgumentError, Rules
-from ires_kernels.planning.steps import Step, by_output
+from ires_kernels.planning.steps import by_output
 from ires_kernels.records import provenance
 from ires_kernels.records.operation import MAPPED
-from ires_kernels.streaming import device as devices
 from ires_kernels.streaming import stream
-from ires_kernels.streaming.reader import Files, all_file_ids, second_copies
+from ires_kernels.streaming.reader import all_file_ids, second_copies
 from ires_kernels.streaming.stream import Progress
-from ires_kernels.streaming.windows import TORCH_DTYPES, Processors
+from ires_kernels.streaming.windows import Processors, processors_on
 
+if TYPE_CHECKING:
+    import torch
 
-@dataclass(slots=True)
-class Mismatch:
-    """A tensor whose stored elements are not what the inputs give."""
-
-    tensor: str
-    file: str
-    count: int
-    """Elements that differ."""
-    index: list[int]
-    """Of the first one."""
-    got: str
-    wanted: str
-
-    def __str__(self) -> str:
-        return (
-            f"{self.tensor} in {self.file}: {self.count:,} elements differ, the first at {self.index}: "
-            f"got {self.got}, wanted {self.wanted}"
-        )
+    from ires_kernels.streaming.comparison import Mismatch
 
 
 @dataclass
@@ -122,7 +101,7 @@ def verify(
     is nothing to check: no manifest, inputs that are gone.
     """
     started = time.perf_counter()
-    processors = devices.processors(devices.resolve(device))
+    processors = processors_on(device, idle=hashes_only)
     checkpoint = open_checkpoint(out, follow_links=follow_links)
     table = checkpoint.manifest
     if table is None or not (checkpoint.path.is_dir() or table.in_place):
@@ -237,7 +216,9 @@ def _recompute(
     ]
     planned = {step.name for step in plan.steps}
     report.problems += [f"{name} is in the manifest and not in the plan" for name in recorded if name not in planned]
-    comparer = _Comparer(out)
+    from ires_kernels.streaming.comparison import Comparer
+
+    comparer = Comparer(out)
     try:
         outcome = stream.run(
             steps,
@@ -309,75 +290,3 @@ def _check_sums(folder: Path, recorded: Mapping[str, str], report: VerifyReport,
     for name, wanted in recorded.items():
         if found.get(name) != wanted:
             report.problems.append(f"{name} has the sha256 {found.get(name)}, the manifest says {wanted}")
-
-
-class _Comparer:
-    """Compares what is recomputed with what the output holds; `compare` is called by several threads."""
-
-    def __init__(self, out: Checkpoint) -> None:
-        self.found: dict[str, Mismatch] = {}
-        self.other_nan: set[str] = set()
-        self._out = out
-        self._files = Files(out.file_ids, ())
-        self._mine = threading.local()
-        self._lock = threading.Lock()
-
-    def close(self) -> None:
-        self._files.close()
-
-    def compare(self, step: Step, start: int, wanted: memoryview, _: object) -> None:
-        ref = self._out.tensors[step.name]
-        buffer = getattr(self._mine, "buffer", memoryview(b""))
-        if len(buffer) < len(wanted):
-            buffer = self._mine.buffer = memoryview(bytearray(len(wanted)))
-        got = buffer[: len(wanted)]
-        with self._lock:
-            fd = self._files.hold(ref.path)
-        read_into(fd, got, ref.offset + start, ref.path)
-        with self._lock:
-            self._files.release(ref.path)
-        if not torch.equal(torch.frombuffer(got, dtype=torch.uint8), torch.frombuffer(wanted, dtype=torch.uint8)):
-            self._record(step, start, got, wanted)
-
-    def _record(self, step: Step, start: int, got: memoryview, wanted: memoryview) -> None:
-        width = max(1, STORAGE[step.dtype].bits // 8)
-        as_bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
-        bits = [torch.frombuffer(view, dtype=as_bits) for view in (got, wanted)]
-        differs = bits[0] != bits[1]
-        values = bits
-        if step.dtype in FLOATS:
-            values = [each.view(TORCH_DTYPES[step.dtype]) for each in bits]
-            if step.op != "copy":
-                differs &= ~(_is_nan(values[0]) & _is_nan(values[1]))
-        count = int(differs.sum())
-        first = int(differs.to(torch.uint8).argmax())
-        texts = [
-            f"{value[first].item()} (0x{view[first * width : (first + 1) * width][::-1].hex()})"
-            for value, view in zip(values, (got, wanted), strict=True)
-        ]
-        with self._lock:
-            if not count:
-                self.other_nan.add(step.name)
-                return
-            flat = start // width + first
-            index = _unravel(flat, step.shape)
-            mismatch = self.found.get(step.name)
-            if mismatch is None:
-                self.found[step.name] = Mismatch(step.name, step.file, count, index, *texts)
-                return
-            mismatch.count += count
-            if index < mismatch.index:
-                mismatch.index, mismatch.got, mismatch.wanted = index, *texts
-
-
-def _is_nan(values: Tensor) -> Tensor:
-    return values.to(torch.float64).isnan()
-
-
-def _unravel(flat: int, shape: tuple[int, ...]) -> list[int]:
-    """Row-major index of an element."""
-    index: list[int] = []
-    for length in reversed(shape):
-        flat, rest = divmod(flat, length)
-        index.insert(0, rest)
-    return index

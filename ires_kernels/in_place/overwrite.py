@@ -46,8 +46,9 @@ from ires_kernels.records.history import on_top
 from ires_kernels.records.operation import Operation, as_it_was, same_plan, stamps_of
 from ires_kernels.records.report import Report
 from ires_kernels.streaming import stream
+from ires_kernels.streaming.outcome import Outcome
 from ires_kernels.streaming.reader import all_file_ids
-from ires_kernels.streaming.stream import Done, Outcome, Progress
+from ires_kernels.streaming.stream import Done, Progress
 from ires_kernels.streaming.windows import Processors
 
 _AGAIN = (

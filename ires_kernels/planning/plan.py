@@ -12,7 +12,6 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from typing import Any, Literal, NamedTuple
 
 import xxhash
@@ -28,8 +27,7 @@ from ires_kernels.planning.absences import Absence, grouped
 from ires_kernels.planning.matching import Matcher
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Comparison, Findings, Operand, Share, Step, by_output
-
-VERSION = version("ires_kernels")
+from ires_kernels.version import VERSION as VERSION
 
 MANIFESTS = {"apply": "ires.json", "extract": "residual.json"}
 """Name of the manifest that an operation leaves in its output."""

@@ -28,7 +28,7 @@ from ires_kernels.files.store import chunks
 from ires_kernels.planning.plan import VERSION, Plan
 from ires_kernels.planning.steps import Step, by_output
 from ires_kernels.records.report import Report
-from ires_kernels.streaming.stream import Outcome
+from ires_kernels.streaming.outcome import Outcome
 
 SUMS = "SHA256SUMS"
 """Name of the file with the sums of a folder, in the format of `sha256sum -c`."""

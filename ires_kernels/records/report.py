@@ -15,7 +15,7 @@ from ires_kernels.checkpoints.manifest import Numbers, Strength
 from ires_kernels.files.plain import table
 from ires_kernels.planning.absences import Absence, grouped
 from ires_kernels.planning.plan import Plan, size
-from ires_kernels.streaming.stream import Outcome
+from ires_kernels.streaming.outcome import Outcome
 
 _DONE = {"extract": "extracted", "apply": "merged"}
 

@@ -32,17 +32,9 @@ from ires_kernels.dtypes import FLOATS
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.steps import Step
 from ires_kernels.streaming import windows
+from ires_kernels.streaming.cpu import TORCH_DTYPES, Cpu, compute, zeros
 from ires_kernels.streaming.ring import Piece, Ring
-from ires_kernels.streaming.windows import (
-    TORCH_DTYPES,
-    Cpu,
-    Processors,
-    Slot,
-    buffer_sizes,
-    compute,
-    cut,
-    zeros,
-)
+from ires_kernels.streaming.windows import Processors, Slot, buffer_sizes, cut
 
 WINDOW = 1 << 21
 """Elements of a window at most: else as many as a piece of the ring holds, for each costs a fixed number of calls."""

@@ -13,7 +13,7 @@ from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.planning.plan import size
 from ires_kernels.planning.steps import Step, by_output
-from ires_kernels.streaming.windows import TORCH_DTYPES
+from ires_kernels.streaming.cpu import TORCH_DTYPES
 
 _WITH_HEAD = re.compile(r"(ForCausalLM|ForConditionalGeneration|LMHeadModel)$")
 _BODY = re.compile(r"(^|(?<=\.))(model|transformer)\.")

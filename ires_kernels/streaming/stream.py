@@ -21,14 +21,12 @@ import threading
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from itertools import accumulate, cycle
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 import xxhash
-from torch import Tensor
 
 from ires_kernels.backends.call import Tally
 from ires_kernels.backends.call import threads as kernel_threads
@@ -39,8 +37,12 @@ from ires_kernels.files import interrupts
 from ires_kernels.files.store import NO_THREAD, read_into
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Operand, Output, Step, by_output
+from ires_kernels.streaming.outcome import Outcome
 from ires_kernels.streaming.reader import Files
-from ires_kernels.streaming.windows import ComputeError, Cpu, Processor, Processors, Slot
+from ires_kernels.streaming.windows import ComputeError, Processor, Processors, ReadOnly, Slot, on_cpu
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MOST_THREADS = 1024  # whatever was asked for
 _MAX_THREADS = 8
@@ -52,50 +54,6 @@ Write = Callable[[Step, int, memoryview, Tally], None]
 end. Called by several threads. With a tensor's last bytes the outcome has what there is to know of it."""
 Progress = Callable[[int, int], None]
 """Takes bytes done and bytes to do, read and written together. Called by the thread that started the work."""
-
-
-@dataclass
-class Outcome:
-    """What a run learnt about the bytes that went by."""
-
-    inputs: dict[str, dict[str, str]] = field(default_factory=dict)
-    """role → name of a tensor, or of a run of its elements → xxh3_128 of its bytes as hex."""
-    outputs: dict[str, str] = field(default_factory=dict)
-    """tensor name → xxh3_128 as hex."""
-    tallies: dict[str, Tally] = field(default_factory=dict)
-    """label of a step → what was counted; where only the dtype changed NaN, inf and overflow mean something."""
-    bytes_read: int = 0
-    bytes_written: int = 0
-    """By this run alone; no part of what is recorded."""
-
-    def update(self, other: Outcome) -> None:
-        """Add what `other` knows."""
-        for role, hashes in other.inputs.items():
-            self.inputs.setdefault(role, {}).update(hashes)
-        self.outputs.update(other.outputs)
-        self.tallies.update(other.tallies)
-
-    def of(self, steps: Iterable[Step]) -> Outcome:
-        """What is known of these steps, all of which have ended."""
-        part = Outcome()
-        for step in steps:
-            for role, ref in zip(step.roles, step.inputs, strict=True):
-                if ref.name in self.inputs.get(role, {}):
-                    part.inputs.setdefault(role, {})[ref.name] = self.inputs[role][ref.name]
-            part.outputs[step.name] = self.outputs[step.name]
-            if step.label in self.tallies:
-                part.tallies[step.label] = self.tallies[step.label]
-        return part
-
-    def to_dict(self) -> dict[str, Any]:
-        tallies = {name: asdict(tally) for name, tally in self.tallies.items()}
-        return {"inputs": self.inputs, "outputs": self.outputs, "tallies": tallies}
-
-    @classmethod
-    def from_dict(cls, table: Mapping[str, Any]) -> Outcome:
-        """What `to_dict` gave, through JSON as well."""
-        tallies = {name: Tally(**numbers) for name, numbers in table["tallies"].items()}
-        return cls(table["inputs"], table["outputs"], tallies)
 
 
 class Done(NamedTuple):
@@ -117,7 +75,7 @@ def run(
     write: Write,
     *,
     hashed: Container[str] | None = None,
-    processors: Processors = Cpu,
+    processors: Processors = on_cpu,
     counted: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -163,12 +121,16 @@ def fill(
     rules: Rules,
     *,
     hashed: Container[str],
-    processors: Processors = Cpu,
+    processors: Processors = on_cpu,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
     """`run` into contiguous tensors by name, on the processor's device. Inputs of the roles `hashed` are hashed."""
-    engine = _Engine(steps, file_ids, rules, _nothing, tensors, hashed, processors, False)
+    import torch
+
+    flat = {name: tensor.reshape(-1) for name, tensor in tensors.items()}
+    into = {name: (elements, elements.view(torch.uint8)) for name, elements in flat.items()}
+    engine = _Engine(steps, file_ids, rules, _nothing, into, hashed, processors, False)
     return engine.run(threads, progress)
 
 
@@ -184,7 +146,7 @@ def hashes(
         Step(Output(name, ref.dtype, ref.shape, f"{ref.path}"), "copy", (Operand("input", (ref,)),))
         for name, ref in refs.items()
     ]
-    return run(steps, file_ids, Rules(), _nothing, threads=threads, progress=progress).outputs
+    return run(steps, file_ids, Rules(), _nothing, processors=ReadOnly, threads=threads, progress=progress).outputs
 
 
 def _nothing(*_: object) -> None:
@@ -199,7 +161,7 @@ class _Part:
         step: Step,
         fds: Iterable[int],
         processor: Processor,
-        out: Tensor | None,
+        out: tuple[Tensor, Tensor] | None,
         hashed: Container[str] | None,
         tally: Tally,
     ) -> None:
@@ -212,10 +174,10 @@ class _Part:
         self.windows = -(-self.length // self.window)
         self.widths = [1] if self.copied else [FLOATS[ref.dtype] for ref in step.inputs]
         self.width = 1 if self.copied else FLOATS[step.dtype]
-        self.out = None
+        self.out: Tensor | None = None
         if out is not None:
-            flat = out.reshape(-1)
-            self.out = flat.view(torch.uint8)[step.start :] if self.copied else flat[step.first :]
+            elements, in_bytes = out
+            self.out = in_bytes[step.start :] if self.copied else elements[step.first :]
         self.wanted = [hashed is None or role in hashed for role in step.roles]
         self.hashers: list[xxhash.xxh3_128 | None] = []  # of what is read, where it is not the result
         self.tally = tally
@@ -273,7 +235,7 @@ class _Engine:
         file_ids: Mapping[Path, FileId],
         rules: Rules,
         write: Write,
-        into: Mapping[str, Tensor],
+        into: Mapping[str, tuple[Tensor, Tensor]],
         hashed: Container[str] | None,
         processors: Processors,
         counted: bool,

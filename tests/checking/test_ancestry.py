@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from contextlib import nullcontext
@@ -100,6 +101,38 @@ def test_a_sketch_survives_json_shards_and_dtypes(tmp_path: Path) -> None:
     half = ancestry.compare(model(tmp_path / "half", {name: t.half() for name, t in target.items()}), sketch)
     assert half is not None
     assert half.cosine == pytest.approx(found.cosine, abs=1e-3)
+
+
+PLACES = torch.cat([torch.arange(16) + (2 * i + 1) * (256 - 16) // 8 for i in range(4)])
+"""Of 256 elements those that are sampled."""
+
+
+def written(values: torch.Tensor) -> str:
+    """The entry of a tensor of 256 elements in a sketch, by torch."""
+    sampled = values.flatten()[PLACES].to(torch.bfloat16)
+    return f"256 {base64.b64encode(sampled.view(torch.uint8).numpy().tobytes()).decode()}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_the_figures_are_those_of_torch(tmp_path: Path, dtype: torch.dtype) -> None:
+    one = (torch.arange(256, dtype=torch.float64).mul(0.7071).sin() * 1.003).to(dtype).view(16, 16)
+    two = (one.double() * 0.9 + torch.arange(256.0).cos().view(16, 16) * 0.01).to(dtype)
+    sketch = ancestry.sketch(model(tmp_path / "b", {"w": two}))
+    assert sketch == {"w": written(two)}
+    found = ancestry.compare(model(tmp_path / "a", {"w": one}), sketch)
+    assert found is not None
+    x, y = one.flatten()[PLACES].double(), two.flatten()[PLACES].to(torch.bfloat16).double()
+    assert found.cosine == pytest.approx(float(x @ y / (x.norm() * y.norm())), rel=1e-14)
+    assert found.distance == pytest.approx(float((x - y).norm() / y.norm()), rel=1e-14)
+
+
+def test_a_sketch_rounds_as_torch_does(tmp_path: Path) -> None:
+    ties = [1 + 1 / 256, 1 + 3 / 256, -1 - 1 / 256, 1 + 1 / 256 + 2**-40]  # the last is one in float32
+    edges = [3.4028235e38, -3.3895314e38, 1e300, -1e300, float("inf"), -float("inf"), 0.0, -0.0, 1e-45, 1e-40]
+    values = torch.tensor([*ties, *edges, 1.0, 65280.0], dtype=torch.float64).repeat(16).view(16, 16)
+    for dtype in (torch.float64, torch.float32):
+        stored = values.to(dtype)
+        assert ancestry.sketch(model(tmp_path / f"{dtype}", {"w": stored})) == {"w": written(stored)}
 
 
 def test_the_sampled_places_follow_from_the_size_alone(tmp_path: Path) -> None:

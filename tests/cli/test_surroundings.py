@@ -118,8 +118,6 @@ def test_a_terminal_that_goes_away(root: Path) -> None:
 def test_a_bar_that_cannot_be_drawn(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ires_kernels import cli
-
     def fail(*_: object, **__: object) -> None:
         raise OSError(5, "Input/output error")
 
@@ -127,7 +125,7 @@ def test_a_bar_that_cannot_be_drawn(
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     for method in ("start", "update", "stop"):
         with monkeypatch.context() as patch:
-            patch.setattr(cli.Bar, method, fail)
+            patch.setattr(f"rich.progress.Progress.{method}", fail)
             assert main([*APPLY, "-o", f"out-{method}"]) == 0, capsys.readouterr()
 
 

@@ -31,7 +31,7 @@ from ires_kernels.files.store import MARKER, NewFolder, StoreError
 from ires_kernels.planning.rules import ArgumentError
 from ires_kernels.records import provenance
 from ires_kernels.records.report import Report
-from ires_kernels.streaming import stream, windows
+from ires_kernels.streaming import cpu, stream, windows
 from ires_kernels.tensors import ops
 
 STORAGE = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -360,7 +360,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         import threading
         from pathlib import Path
         import ires_kernels as ik
-        from ires_kernels import merge
+        from ires_kernels.streaming import device  # and torch, and all that it loads
 
         def anonymous():
             lines = Path("/proc/self/status").read_text().splitlines()
@@ -682,8 +682,8 @@ def test_an_interrupt_does_not_wait_for_the_rest(tmp_path: Path, monkeypatch: py
     base, instruct, target = triple(tmp_path)
     failing(monkeypatch, 3, lambda: time.sleep(0.3))
     computed: list[int] = []
-    compute = windows.compute
-    monkeypatch.setattr(windows, "compute", lambda *args: (computed.append(1), compute(*args)))
+    compute = cpu.compute
+    monkeypatch.setattr(cpu, "compute", lambda *args: (computed.append(1), compute(*args)))
 
     def interrupt(_: int, __: int) -> None:
         raise KeyboardInterrupt

@@ -238,7 +238,7 @@ def test_there_is_one_copy_of_the_model(tmp_path: Path) -> None:
     program = f"""
         from pathlib import Path
         import ires_kernels as ik
-        from ires_kernels import merge  # and torch, and all that it loads
+        from ires_kernels.streaming import device, statedict  # and torch, and all that it loads
 
         def anonymous():
             lines = Path("/proc/self/status").read_text().splitlines()

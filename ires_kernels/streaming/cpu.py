@@ -1,0 +1,99 @@
+"""The arithmetic of a window, and the processor that does it on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ires_kernels.backends.call import Tally
+from ires_kernels.dtypes import STORAGE
+from ires_kernels.planning.rules import Rules
+from ires_kernels.planning.steps import Step
+from ires_kernels.streaming import windows
+from ires_kernels.streaming.windows import Slot, buffer_sizes, cut, memory
+from ires_kernels.tensors import ops
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    dtype.name: getattr(torch, dtype.torch) for dtype in STORAGE.values() if dtype.torch and hasattr(torch, dtype.torch)
+}
+"""What this torch has of the dtypes of safetensors."""
+
+
+class Cpu:
+    """A thread computes one window at a time, in buffers that stay in its cache from the read to the write."""
+
+    def __init__(self, steps: Sequence[Step], rules: Rules, counted: bool) -> None:
+        self.window = windows.WINDOW
+        self.copy = windows.COPY
+        self.rules = rules
+        self.counted = counted
+        self.sizes = buffer_sizes(steps, self.window)
+        self.zeros = zeros(steps, self.window, torch.device("cpu"))
+
+    def slots(self) -> list[Slot]:
+        return [_CpuSlot(self)]
+
+    def release(self, slots: Iterable[Slot]) -> None:
+        """They go with their memory."""
+
+
+class _CpuSlot:
+    def __init__(self, cpu: Cpu) -> None:
+        self.buffers = cut(memory(sum(cpu.sizes)), cpu.sizes)
+        self._cpu = cpu
+        self._tensors: dict[tuple[int, str], Tensor] = {}
+        self._tally: Tally | None = None
+
+    def start(self, step: Step, first: int, count: int, out: Tensor | None) -> None:
+        if step.op == "copy":
+            assert out is not None
+            out.copy_(torch.frombuffer(self.buffers[0], dtype=torch.uint8, count=count))
+            return
+        operands = [self._tensor(slot, ref.dtype, count) for slot, ref in enumerate(step.inputs)]
+        if step.op == "convert":
+            operands.append(self._cpu.zeros[step.inputs[0].dtype][:count])
+        self._tally = Tally() if self._cpu.counted else None
+        if out is None:
+            out = self._tensor(-1, step.dtype, count)
+        compute(step, operands, out, first, self._cpu.rules, self._tally)
+
+    def _tensor(self, slot: int, dtype: str, count: int) -> Tensor:
+        """The first elements of a buffer as a tensor."""
+        window = self._cpu.window
+        whole = self._tensors.get((slot, dtype))
+        if whole is None:
+            whole = torch.frombuffer(self.buffers[slot], dtype=TORCH_DTYPES[dtype], count=window)
+            self._tensors[slot, dtype] = whole
+        return whole if count == window else whole[:count]
+
+    def wait(self) -> Tally | None:
+        tally, self._tally = self._tally, None  # `start` has done it all
+        return tally
+
+
+def compute(step: Step, operands: Sequence[Tensor], out: Tensor, first: int, rules: Rules, tally: Tally | None) -> None:
+    """The arithmetic of a step on a window from flat index `first` on, on any device."""
+    options: dict[str, Any] = {
+        "out": out,
+        "rounding": rules.rounding,
+        "seed": rules.seed,
+        "stream": step.stream,
+        "offset": first,
+        "tally": tally,
+    }
+    t, *others = operands
+    if step.op == "add_difference":
+        ops.add_difference(t, others[0], others[1], step.factors[0], **options)
+    elif step.op == "add":
+        ops.add(t, others, step.factors, **options)
+    else:  # "convert" is minus 0: it leaves every value as it is, -0 as well, and counts what the new dtype overflows
+        ops.subtract(t, others[0], **options)
+
+
+def zeros(steps: Iterable[Step], window: int, device: torch.device) -> dict[str, Tensor]:
+    """What is subtracted from the tensors that change their dtype, by dtype."""
+    dtypes = {step.inputs[0].dtype for step in steps if step.op == "convert"}
+    return {dtype: torch.zeros(window, dtype=TORCH_DTYPES[dtype], device=device) for dtype in dtypes}

@@ -1,0 +1,54 @@
+"""What a run tells, beside what it writes: hashes and counts, to be recorded and read again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ires_kernels.backends.call import Tally
+from ires_kernels.planning.steps import Step
+
+
+@dataclass
+class Outcome:
+    """What a run learnt about the bytes that went by."""
+
+    inputs: dict[str, dict[str, str]] = field(default_factory=dict)
+    """role → name of a tensor, or of a run of its elements → xxh3_128 of its bytes as hex."""
+    outputs: dict[str, str] = field(default_factory=dict)
+    """tensor name → xxh3_128 as hex."""
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    """label of a step → what was counted; where only the dtype changed NaN, inf and overflow mean something."""
+    bytes_read: int = 0
+    bytes_written: int = 0
+    """By this run alone; no part of what is recorded."""
+
+    def update(self, other: Outcome) -> None:
+        """Add what `other` knows."""
+        for role, hashes in other.inputs.items():
+            self.inputs.setdefault(role, {}).update(hashes)
+        self.outputs.update(other.outputs)
+        self.tallies.update(other.tallies)
+
+    def of(self, steps: Iterable[Step]) -> Outcome:
+        """What is known of these steps, all of which have ended."""
+        part = Outcome()
+        for step in steps:
+            for role, ref in zip(step.roles, step.inputs, strict=True):
+                if ref.name in self.inputs.get(role, {}):
+                    part.inputs.setdefault(role, {})[ref.name] = self.inputs[role][ref.name]
+            part.outputs[step.name] = self.outputs[step.name]
+            if step.label in self.tallies:
+                part.tallies[step.label] = self.tallies[step.label]
+        return part
+
+    def to_dict(self) -> dict[str, Any]:
+        tallies = {name: asdict(tally) for name, tally in self.tallies.items()}
+        return {"inputs": self.inputs, "outputs": self.outputs, "tallies": tallies}
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> Outcome:
+        """What `to_dict` gave, through JSON as well."""
+        tallies = {name: Tally(**numbers) for name, numbers in table["tallies"].items()}
+        return cls(table["inputs"], table["outputs"], tallies)
