@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "kernel.h"
@@ -130,6 +132,17 @@ void run(const Operation& op, std::vector<Item>& items, uint64_t offset, int dev
         if (i) where += "; those before it are queued, so some targets change";
         fail(error, where, op, items);
     }
+}
+
+void copy(const Read& read, int device, uintptr_t stream) {
+    cudaError_t error = cudaSetDevice(device);
+    if (error == cudaSuccess)
+        error = cudaMemcpyAsync(read.device, read.host, read.bytes, cudaMemcpyHostToDevice,
+                                reinterpret_cast<cudaStream_t>(stream));
+    if (error == cudaSuccess) return;
+    cudaGetLastError();
+    throw std::runtime_error("copying " + std::to_string(read.bytes) + " bytes to device " + std::to_string(device) +
+                             ": CUDA error " + std::to_string(int(error)) + " (" + cudaGetErrorString(error) + ")");
 }
 
 }  // namespace gpu

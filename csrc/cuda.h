@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "call.h"
+#include "tile.h"
 
 namespace ires {
 namespace gpu {
@@ -12,6 +13,9 @@ namespace gpu {
 // Queues the launches of a call on a stream (a cudaStream_t) of a device and returns; nothing is allocated or waited for.
 // `offset` is the flat index of each item's first element. Throws std::runtime_error with what CUDA said and where.
 void run(const Operation& op, std::vector<Item>& items, uint64_t offset, int device, uintptr_t stream);
+
+// Queues a copy of what was read from host memory to the device on a stream. Throws std::runtime_error.
+void copy(const Read& read, int device, uintptr_t stream);
 
 // The CUDA version that the driver is for, 0 without one, and the least that will do; as 1000 * major + 10 * minor.
 int driver_version();

@@ -3,9 +3,11 @@
 #include <pybind11/stl.h>
 
 #include <cmath>
+#include <cstring>
 
 #include "cpu.h"
 #include "cuda.h"
+#include "tile.h"
 
 namespace py = pybind11;
 
@@ -87,6 +89,64 @@ void cuda_run(int code, const py::list& list, const std::vector<double>& factors
 }
 #endif
 
+// (fd, offset, host pointer, device pointer, bytes)
+ires::Read read(const py::handle& h) {
+    const py::tuple t = h.cast<py::tuple>();
+    return {t[0].cast<int>(), t[1].cast<int64_t>(), reinterpret_cast<char*>(t[2].cast<uintptr_t>()),
+            const_cast<void*>(pointer(t[3])), t[4].cast<size_t>()};
+}
+
+// Where the device is: a GPU and one of its streams, or the host itself, for tests.
+struct Place {
+    int device;  // kHost: the host
+    uintptr_t stream;
+};
+constexpr int kHost = -1;
+
+void copy_to(const Place& place, const ires::Read& read) {
+    if (place.device == kHost) {
+        memcpy(read.device, read.host, read.bytes);
+        return;
+    }
+#if defined(IRES_CUDA)
+    ires::gpu::copy(read, place.device, place.stream);
+#else
+    throw std::invalid_argument("the extension was built without nvcc");
+#endif
+}
+
+void run_on(const Place& place, const ires::Operation& op, std::vector<ires::Item>& items, uint64_t offset) {
+    if (place.device == kHost) {
+        ires::run(op, items, offset, 1, "", nullptr);
+        return;
+    }
+#if defined(IRES_CUDA)
+    ires::gpu::run(op, items, offset, place.device, place.stream);
+#else
+    throw std::invalid_argument("the extension was built without nvcc");
+#endif
+}
+
+// Reads, copies and, where there are items, computes one tile (tile.h). Returns None, or (which read, errno or 0 for the
+// end of the file, position in the file).
+py::object load_tile(const py::list& list, int code, const py::list& computed, const std::vector<double>& factors,
+                     bool stochastic, uint64_t seed, uint64_t offset, int device, uintptr_t stream) {
+    std::vector<ires::Read> reads;
+    reads.reserve(list.size());
+    for (const py::handle& h : list) reads.push_back(read(h));
+    const ires::Operation op = operation(code, factors, stochastic, seed);
+    std::vector<ires::Item> all = items(computed, op);
+    const Place place{device, stream};
+    ires::Unread unread;
+    {
+        const py::gil_scoped_release release;
+        unread = ires::read_tile(reads, [&](const ires::Read& read) { copy_to(place, read); });
+        if (!unread.failed && !all.empty()) run_on(place, op, all, offset);
+    }
+    if (!unread.failed) return py::none();
+    return py::make_tuple(unread.read, unread.error, unread.at);
+}
+
 void memory_loop(const py::tuple& t, int threads, const std::string& isa) {
     const ires::Item one = item(t);
     const py::gil_scoped_release release;
@@ -99,6 +159,8 @@ PYBIND11_MODULE(_native, m) {
     m.doc() = "CPU and GPU kernels of ires_kernels; called through ires_kernels.backends.native";
     m.def("run", &run, py::arg("op"), py::arg("items"), py::arg("factors"), py::arg("stochastic"), py::arg("seed"),
           py::arg("offset"), py::arg("threads"), py::arg("isa"), py::arg("tally"));
+    m.def("load_tile", &load_tile, py::arg("reads"), py::arg("op"), py::arg("items"), py::arg("factors"),
+          py::arg("stochastic"), py::arg("seed"), py::arg("offset"), py::arg("device"), py::arg("stream"));
     m.def("memory_loop", &memory_loop, py::arg("item"), py::arg("threads"), py::arg("isa"));
     m.def("isas", &ires::isas);
 #if defined(IRES_CUDA)

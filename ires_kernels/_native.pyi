@@ -19,6 +19,17 @@ def cuda_run(
     device: int,
     stream: int,
 ) -> None: ...
+def load_tile(
+    reads: list[tuple[int, int, int, int, int]],
+    op: int,
+    items: list[tuple[object, ...]],
+    factors: tuple[float, ...],
+    stochastic: bool,
+    seed: int,
+    offset: int,
+    device: int,
+    stream: int,
+) -> tuple[int, int, int] | None: ...
 def memory_loop(item: tuple[object, ...], threads: int, isa: str) -> None: ...
 def isas() -> list[str]: ...
 def cuda_driver() -> int: ...

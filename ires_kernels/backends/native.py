@@ -83,6 +83,41 @@ def _item(out: Tensor, inputs: tuple[Tensor, ...], stream: int) -> tuple[object,
     return out.numel(), stream, pointers, tuple(_DTYPES[t.dtype] for t in operands), sizes, strides
 
 
+HOST = -1
+"""In place of a GPU, for `load`: the memory of the host, which computes at once; for tests."""
+
+
+def code(op: str) -> int:
+    """The number of an operation in `load`."""
+    return _OPS[op]
+
+
+def item(n: int, stream: int, pointers: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> tuple[object, ...]:
+    """Contiguous operands for `load`, the output first; `n` elements and the stream of their random numbers."""
+    return n, stream, pointers, tuple(_DTYPES[dtype] for dtype in dtypes), [], []
+
+
+def load(
+    reads: list[tuple[int, int, int, int, int]],
+    op: int,
+    items: list[tuple[object, ...]],
+    factors: tuple[float, ...],
+    *,
+    stochastic: bool,
+    seed: int,
+    offset: int,
+    device: int,
+    stream: int,
+) -> tuple[int, int, int] | None:
+    """Read from files into pinned memory, queue copies to the device and one call on its stream, without Python's lock.
+
+    A read is (descriptor, offset in the file, address in the host, address in the device, bytes). Without items nothing
+    is computed. Returns None, or why not all was read: (which read, errno or 0 for the end of the file, position).
+    Raises RuntimeError with what CUDA said. Nothing is waited for: some of it is queued after either of them.
+    """
+    return _native.load_tile(reads, op, items, factors, stochastic, seed, offset, device, stream)
+
+
 def run(call: Call) -> None:
     """Compute `call` with all of `thread_count()` threads, or on the current stream of the GPU that holds its tensors;
     operands have passed the checks of `checks`. On a GPU a tally is counted by plain torch, which waits for the result.

@@ -566,8 +566,13 @@ def read_into(fd: int, view: memoryview, offset: int, path: Path) -> None:
         while done < len(view):
             count = os.preadv(fd, [view[done:]], offset + done)
             if not count:
-                raise OSError(errno.EIO, f"the file ends at byte {offset + done}: it shrank while it was read")
+                raise shrunk(path, offset + done)
             done += count
+
+
+def shrunk(path: Path, end: int) -> OSError:
+    """The error of a file that ends before its last byte was read."""
+    return OSError(errno.EIO, f"the file ends at byte {end}: it shrank while it was read", f"{path}")
 
 
 def write_file(path: Path, chunks: Iterable[bytes], *, sync: bool, mode: int = 0o666) -> None:

@@ -28,6 +28,7 @@ class Cpu:
     def __init__(self, steps: Sequence[Step], rules: Rules, counted: bool) -> None:
         self.window = windows.WINDOW
         self.copy = windows.COPY
+        self.room = 0
         self.rules = rules
         self.counted = counted
         self.sizes = buffer_sizes(steps, self.window)
@@ -41,6 +42,8 @@ class Cpu:
 
 
 class _CpuSlot:
+    load = None
+
     def __init__(self, cpu: Cpu) -> None:
         self.buffers = cut(memory(sum(cpu.sizes)), cpu.sizes)
         self._cpu = cpu

@@ -7,6 +7,9 @@ Every thread has SLOTS windows under way, each with host and device memory and a
 is queued runs in order, so a slot needs no other care than to wait before its host memory is used again; queues of
 different slots overlap, so that copies in, kernels and copies out of all threads run at the same time.
 
+Results that stay on an NVIDIA GPU take a shorter way (`_GpuSlot._load`): one call of the extension reads, copies and
+computes a tile, without Python's lock, and small tensors that follow each other share one.
+
 Pinned host memory is dear to make (ring.py), so the slots of all runs borrow it from one ring of the process, piece by
 piece, and a piece is pinned when it is first used: the first thread reads while the others pin theirs.
 
@@ -18,6 +21,7 @@ to a file never go there.
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Protocol
@@ -25,16 +29,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ires_kernels.backends import counting
+from ires_kernels.backends import counting, native
 from ires_kernels.backends.call import Tally
 from ires_kernels.backends.choice import choose
 from ires_kernels.dtypes import FLOATS
+from ires_kernels.files.store import shrunk
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.steps import Step
 from ires_kernels.streaming import windows
 from ires_kernels.streaming.cpu import TORCH_DTYPES, Cpu, compute, zeros
 from ires_kernels.streaming.ring import Piece, Ring
-from ires_kernels.streaming.windows import Processors, Slot, buffer_sizes, cut
+from ires_kernels.streaming.windows import Portion, Processors, ReadError, Slot, buffer_sizes, cut, packed
 
 WINDOW = 1 << 21
 """Elements of a window at most: else as many as a piece of the ring holds, for each costs a fixed number of calls."""
@@ -49,6 +54,13 @@ class Queue(Protocol):
     def submit(self, work: Callable[[], None]) -> None:
         """Call `work`, which queues its operations here; an error leaves in the queue what was queued before it."""
 
+    @property
+    def stream(self) -> tuple[int, int]:
+        """What the native backend takes for it: the device and a stream."""
+
+    def mark(self) -> None:
+        """What was queued in `stream` by others than `submit` is waited for as well."""
+
     def wait(self) -> None:
         """Return when all that was submitted is done. Raises RuntimeError when it failed."""
 
@@ -59,6 +71,10 @@ class Runtime(Protocol):
     @property
     def device(self) -> torch.device:
         """Where the memory of a window is, beside the host."""
+
+    @property
+    def native(self) -> bool:
+        """Whether the native backend computes there."""
 
     def queue(self) -> Queue:
         """A queue of its own."""
@@ -86,6 +102,13 @@ class CudaQueue:
             finally:
                 self._done.record()
 
+    @property
+    def stream(self) -> tuple[int, int]:
+        return self._stream.device_index, self._stream.cuda_stream
+
+    def mark(self) -> None:
+        self._done.record(self._stream)
+
     def wait(self) -> None:
         self._done.synchronize()
 
@@ -96,6 +119,7 @@ class Cuda:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.ring = _RING
+        self.native = choose(device) is native
 
     def queue(self) -> Queue:
         return CudaQueue(self.device)
@@ -182,6 +206,7 @@ class Gpu:
         self.sizes = buffer_sizes(steps, self.window)
         self.sizes[0] += runtime.ring.piece - sum(self.sizes)
         self.copy = self.sizes[0] // windows.COPY * windows.COPY
+        self.room = runtime.ring.piece if runtime.native else 0
         self.zeros = zeros(steps, self.window, runtime.device)
         runtime.settle()
 
@@ -190,6 +215,12 @@ class Gpu:
 
     def release(self, slots: Iterable[Slot]) -> None:
         self.runtime.ring.take_back([slot.piece for slot in slots if isinstance(slot, _GpuSlot)])
+
+
+def _raise(portions: Sequence[Portion], number: int, error: int, at: int) -> None:
+    """Say which of the reads has failed, with `error`, or at the end of the file."""
+    step, path = [(portion.step, read.path) for portion in portions for read in portion.reads][number]
+    raise ReadError(step, OSError(error, os.strerror(error), f"{path}") if error else shrunk(path, at))
 
 
 def _window(steps: Sequence[Step], piece: int) -> int:
@@ -206,9 +237,11 @@ class _GpuSlot:
         self.piece = piece
         self._gpu = gpu
         self._queue = gpu.runtime.queue()
+        self.load = self._load if gpu.runtime.native else None
         self._host: Sequence[Tensor] = ()
         self._views: list[memoryview] = []
         self._device: Sequence[Tensor] = ()
+        self._whole: Tensor | None = None
         self._numbers: Tensor | None = None
         self._counted = 0  # elements of the window under way whose counts are on their way to `_numbers`
 
@@ -223,8 +256,45 @@ class _GpuSlot:
 
     def _allocate(self) -> None:
         """On the device, in the queue, so that no other stream was the last to use this memory."""
-        whole = torch.empty(sum(self._gpu.sizes), dtype=torch.uint8, device=self._gpu.runtime.device)
-        self._device = cut(whole, self._gpu.sizes)
+        self._whole = torch.empty(self._gpu.runtime.ring.piece, dtype=torch.uint8, device=self._gpu.runtime.device)
+        self._device = cut(self._whole, self._gpu.sizes)
+
+    def _load(self, portions: Sequence[Portion]) -> list[list[memoryview]]:
+        """Inputs one after the other, at the same places of the host's memory and of the device's."""
+        memory = self.piece.memory
+        if self._whole is None:
+            self._queue.submit(self._allocate)
+            assert self._whole is not None
+        host, view, there = memory.data_ptr(), memory.numpy().data, self._whole.data_ptr()
+        reads, items, views, at = [], [], [], 0
+        for step, _, count, out, inputs in portions:
+            pointers = [out.data_ptr()]
+            seen = []
+            for fd, offset, nbytes, _ in inputs:
+                seen.append(view[at : at + nbytes])
+                pointers.append(there + at)
+                reads.append((fd, offset, host + at, pointers[0] if step.op == "copy" else there + at, nbytes))
+                at += packed([nbytes])
+            views.append(seen)
+            if step.op != "copy":
+                dtypes = [out.dtype, *(TORCH_DTYPES[ref.dtype] for ref in step.inputs)]
+                if step.op == "convert":
+                    dtypes.append(dtypes[1])
+                    pointers.append(self._gpu.zeros[step.inputs[0].dtype].data_ptr())
+                items.append(native.item(count, step.stream, tuple(pointers), tuple(dtypes)))
+        step, first, rules = portions[0].step, portions[0].first, self._gpu.rules
+        op = step.op if step.op not in ("convert", "copy") else "subtract"
+        device, stream = self._queue.stream
+        try:
+            unread = native.load(
+                reads, native.code(op), items, step.factors if items and op != "subtract" else (),
+                stochastic=rules.rounding == "stochastic", seed=rules.seed, offset=first, device=device, stream=stream,
+            )  # fmt: skip
+        finally:
+            self._queue.mark()
+        if unread is not None:
+            _raise(portions, *unread)
+        return views
 
     def start(self, step: Step, first: int, count: int, out: Tensor | None) -> None:
         self._counted = count if self._gpu.counted and step.op != "copy" else 0

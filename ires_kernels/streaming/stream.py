@@ -20,9 +20,9 @@ import os
 import threading
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate, cycle
+from itertools import accumulate, chain, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -39,7 +39,18 @@ from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Operand, Output, Step, by_output
 from ires_kernels.streaming.outcome import Outcome
 from ires_kernels.streaming.reader import Files
-from ires_kernels.streaming.windows import ComputeError, Processor, Processors, ReadOnly, Slot, on_cpu
+from ires_kernels.streaming.windows import (
+    ComputeError,
+    Portion,
+    Processor,
+    Processors,
+    Read,
+    ReadError,
+    ReadOnly,
+    Slot,
+    on_cpu,
+    packed,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -168,8 +179,7 @@ class _Part:
         self.step = step
         self.fds = tuple(fds)
         self.copied = step.op == "copy"
-        # Copies are counted in bytes, all else in elements.
-        self.length = step.nbytes if self.copied else step.count
+        self.length = _length(step)
         self.window = processor.copy if self.copied else processor.window
         self.windows = -(-self.length // self.window)
         self.widths = [1] if self.copied else [FLOATS[ref.dtype] for ref in step.inputs]
@@ -208,6 +218,17 @@ class _Tensor:
         number = bisect_right(self._ends, index)
         part = self.parts[number]
         return part, (index - self._ends[number] + part.windows) * part.window
+
+    def portion(self, index: int) -> Portion:
+        """A window of a tensor that stays in memory."""
+        part, first = self.at(index)
+        assert part.out is not None
+        step, count = part.step, min(part.window, part.length - first)
+        reads = [
+            Read(fd, ref.offset + first * width, count * width, ref.path)
+            for fd, ref, width in zip(part.fds, step.inputs, part.widths, strict=True)
+        ]
+        return Portion(step, step.first + first, count, part.out[first : first + count], reads)
 
 
 class _Window(NamedTuple):
@@ -319,11 +340,15 @@ class _Engine:
             return False
         return True
 
+    def _next_file(self) -> str:
+        """The output file that the fewest threads are writing, of those that have tensors to start."""
+        writers = Counter(tensor.output.file for tensor in self.active if self.stops is None)
+        return min(self.waiting, key=writers.__getitem__)
+
     def _start(self) -> _Tensor | None:
-        """The next tensor of the output file that the fewest threads are writing; called under the lock."""
+        """The next tensor to work on; called under the lock."""
         while self.waiting:
-            writers = Counter(tensor.output.file for tensor in self.active if self.stops is None)
-            file = min(self.waiting, key=writers.__getitem__)
+            file = self._next_file()
             output, steps = self.waiting[file].popleft()
             if not self.waiting[file]:
                 del self.waiting[file]
@@ -343,23 +368,43 @@ class _Engine:
             self._finish(tensor)
         return None
 
-    def _claim(self, mine: _Tensor | None) -> tuple[_Tensor, int] | None:
-        """The next window of the tensor `mine`, else of a new one, else of the first that has one left."""
+    def _claim(self, mine: _Tensor | None) -> list[tuple[_Tensor, int]]:
+        """The next window of the tensor `mine`, else of a new one, else of the first that has one left.
+
+        A small tensor that is loaded comes with those that follow and share a tile with it; nothing: all is claimed.
+        """
         with self.lock:
             if self.stopped or self.ended:
-                return None
+                return []
             if self.stops is not None:
                 mine = self._unclaimed() or self._start()
             elif mine is None or mine.claimed == mine.windows:
                 mine = self._start() or self._unclaimed()
             if mine is None:
-                return None
+                return []
             if self.ending and self.stops is not None:
                 self.ended = (mine.output.name, mine.at(mine.claimed)[1]) in self.stops
                 if self.ended:
-                    return None
+                    return []
             mine.claimed += 1
-            return mine, mine.claimed - 1
+            return [(mine, mine.claimed - 1), *((other, 0) for other in self._joining(mine))]
+
+    def _joining(self, small: _Tensor) -> Iterator[_Tensor]:
+        """Start the tensors that follow for as long as they go into a tile with `small`; called under the lock."""
+        room, (part, *_) = self.processor.room, small.parts
+        if not room or small.windows > 1 or small.is_written:
+            return
+        room -= _packed(part.step)
+        while self.waiting:
+            _, (step, *more) = self.waiting[self._next_file()][0]
+            room -= _packed(step)
+            alike = (step.op, step.factors) == (part.step.op, part.step.factors)
+            if more or not alike or room < 0 or not 0 < _length(step) <= part.window:
+                return
+            tensor = self._start()
+            assert tensor is not None
+            tensor.claimed = 1
+            yield tensor
 
     def _unclaimed(self) -> _Tensor | None:
         """The first tensor under way that has a window left."""
@@ -376,7 +421,7 @@ class _Engine:
         """What one thread does; `look` is for the one that has started the work, where it does all of it."""
         kernel_threads.set(1)
         slots: Sequence[Slot] = ()
-        busy: deque[_Window] = deque()
+        busy: deque[list[_Window]] = deque()
         tensor = at = None
         try:
             slots = self.processor.slots()
@@ -384,18 +429,19 @@ class _Engine:
                 at = None  # a tensor that cannot be started puts its own name into the error
                 if look is not None and not self._go_on(look):
                     look = None
-                claim = self._claim(tensor)
-                if claim is None:
+                claims = self._claim(tensor)
+                if not claims:
                     break
-                tensor, index = claim
+                tensor, index = claims[0]
                 at = tensor.at(index)[0].step
-                busy.append(self._begin(tensor, index, slot))
+                busy.append(self._begin(claims, slot))
                 if len(busy) == len(slots):
-                    at = busy[0].part.step
-                    self._end(busy.popleft(), worker)
-            while busy:
-                at = busy[0].part.step
-                self._end(busy.popleft(), worker)
+                    for window in busy.popleft():
+                        at = window.part.step
+                        self._end(window, worker)
+            for window in chain.from_iterable(busy):
+                at = window.part.step
+                self._end(window, worker)
         except BaseException as error:
             self._stop(_with_tensor(error, at))
             self._abandon(slots)
@@ -410,7 +456,19 @@ class _Engine:
             except RuntimeError as error:  # a device that failed once fails again; the first error is the one to raise
                 self._stop(error)
 
-    def _begin(self, tensor: _Tensor, index: int, slot: Slot) -> _Window:
+    def _begin(self, claims: Sequence[tuple[_Tensor, int]], slot: Slot) -> list[_Window]:
+        """Read the windows of a tile and start to compute them."""
+        if slot.load is None or claims[0][0].is_written:
+            return [self._begin_window(*claim, slot) for claim in claims]
+        portions = [tensor.portion(index) for tensor, index in claims]
+        begun = []
+        for (tensor, index), portion, views in zip(claims, portions, slot.load(portions), strict=True):
+            part, first = tensor.at(index)
+            read, written = sum(map(len, views)), portion.size * part.width
+            begun.append(_Window(tensor, index, part, first, slot, views, read, written))
+        return begun
+
+    def _begin_window(self, tensor: _Tensor, index: int, slot: Slot) -> _Window:
         """Read a window and start to compute it."""
         part, first = tensor.at(index)
         step = part.step
@@ -497,8 +555,20 @@ class _Engine:
                 tensor.turned.notify_all()
 
 
+def _length(step: Step) -> int:
+    """Of a copy the bytes, of all else the elements."""
+    return step.nbytes if step.op == "copy" else step.count
+
+
+def _packed(step: Step) -> int:
+    """Bytes that all inputs take in a tile."""
+    return packed(ref.nbytes for ref in step.inputs)
+
+
 def _with_tensor(error: BaseException, step: Step | None) -> BaseException:
     """The error with the tensor in it that was worked on."""
+    if isinstance(error, ReadError):
+        return _with_tensor(error.reason, error.step)
     if step is None or isinstance(error, CheckpointError) or not isinstance(error, Exception):
         return error
     if isinstance(error, OSError):

@@ -8,7 +8,8 @@ import mmap
 import os
 from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from ires_kernels.backends.call import Tally
 from ires_kernels.dtypes import FLOATS
@@ -31,6 +32,41 @@ class ComputeError(RuntimeError):
     """A processor failed on the way, as a GPU may that has no memory left."""
 
 
+class ReadError(Exception):
+    """An input of a tile could not be read: `reason`, in work on `step`."""
+
+    def __init__(self, step: Step, reason: OSError) -> None:
+        super().__init__(step, reason)
+        self.step = step
+        self.reason = reason
+
+
+class Read(NamedTuple):
+    """Bytes of a file that is open."""
+
+    fd: int
+    offset: int
+    nbytes: int
+    path: Path
+
+
+class Portion(NamedTuple):
+    """What a tile has of one step: `size` elements from flat index `first` on go into `out`; bytes of a copy."""
+
+    step: Step
+    first: int
+    size: int
+    out: Tensor
+    reads: list[Read]
+
+
+Load = Callable[[Sequence[Portion]], list[list[memoryview]]]
+"""Reads the portions of a tile, which have one operation and its factors, and starts to compute them.
+
+Returns the bytes that were read of each. Raises ReadError.
+"""
+
+
 class Slot(Protocol):
     """The memory of one window. A thread fills it, starts it, waits for it, and may then fill it again."""
 
@@ -44,6 +80,10 @@ class Slot(Protocol):
         The result goes into `out`, a piece of a tensor where the processor computes, or else into the last buffer.
         With `out` the step may be a copy; it and `count` are in bytes then.
         """
+
+    @property
+    def load(self) -> Load | None:
+        """Takes the place of filling the buffers and of `start` where the result stays, if the processor can read."""
 
     def wait(self) -> Tally | None:
         """Return when what was started is done, and no memory is in use any more, with what was counted of it."""
@@ -59,6 +99,10 @@ class Processor(Protocol):
     @property
     def copy(self) -> int:
         """Bytes at a time of a tensor that is copied."""
+
+    @property
+    def room(self) -> int:
+        """Bytes that the portions which a slot loads at a time may take, `packed`; 0 where slots do not load."""
 
     def slots(self) -> Sequence[Slot]:
         """Memory for a thread, called in it: so many windows it has under way at a time."""
@@ -95,6 +139,7 @@ class ReadOnly:
 
     def __init__(self, *_: object) -> None:
         self.window = self.copy = COPY
+        self.room = 0
 
     def slots(self) -> list[Slot]:
         return [_ReadOnlySlot(self.copy)]
@@ -104,6 +149,8 @@ class ReadOnly:
 
 
 class _ReadOnlySlot:
+    load = None
+
     def __init__(self, nbytes: int) -> None:
         self.buffers = [memory(nbytes)]
 
@@ -128,6 +175,11 @@ def buffer_sizes(steps: Iterable[Step], window: int) -> list[int]:
             inputs = [max(pair) for pair in zip_longest(inputs, widths, fillvalue=0)]
             result = max(result, FLOATS[step.dtype] * window)
     return [*inputs, result]
+
+
+def packed(sizes: Iterable[int]) -> int:
+    """Bytes of pieces of these sizes one after the other, each of which begins at a multiple of 16 bytes."""
+    return sum(-(-nbytes // 16) * 16 for nbytes in sizes)
 
 
 def cut(memory: Bytes, sizes: Sequence[int]) -> list[Bytes]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import doctest
+import errno
 import json
+import os
 import queue
 import random
 import re
@@ -13,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,8 @@ from small_models import Tensors, normal, read_model, snapshot, triple, write_mo
 from torch import Tensor
 
 import ires_kernels as ik
+from ires_kernels.backends import native
+from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.cli import main
 from ires_kernels.in_place import updates
 from ires_kernels.planning.plan import Plan
@@ -33,6 +38,7 @@ from ires_kernels.streaming.ring import PIECE, PIECES, Ring
 from ires_kernels.streaming.windows import ComputeError
 
 Work = Callable[[], None]
+needs_native = pytest.mark.skipif(not native.status("cpu").available, reason="the extension is not there")
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -42,9 +48,14 @@ DTYPES = {
 class Late:
     """A queue as slow as can be: it does nothing before somebody waits for it."""
 
+    stream = (0, 0)
+
     def __init__(self, log: list[tuple[str, int]]) -> None:
         self.log = log
         self.works: list[Work] = []
+
+    def mark(self) -> None:
+        raise AssertionError("not without the native backend")
 
     def submit(self, work: Work) -> None:
         self.works.append(work)
@@ -57,6 +68,11 @@ class Late:
 
 
 class Beside:
+    stream = (0, 0)
+
+    def mark(self) -> None:
+        raise AssertionError("not without the native backend")
+
     """A queue that works in a thread of its own, with pauses that make every order happen."""
 
     def __init__(self, _: object) -> None:
@@ -89,6 +105,24 @@ class Beside:
             raise self.error
 
 
+class Host:
+    """A queue that is done with everything at once, and that the native backend can work in."""
+
+    stream = (native.HOST, 0)
+
+    def __init__(self, log: list[tuple[str, int]]) -> None:
+        self.log = log
+
+    def submit(self, work: Work) -> None:
+        work()
+
+    def mark(self) -> None:
+        self.log.append(("submit", id(self)))
+
+    def wait(self) -> None:
+        self.log.append(("wait", id(self)))
+
+
 class StandIn:
     """A device that is the CPU. Memory comes with rubbish in it."""
 
@@ -97,6 +131,7 @@ class StandIn:
         self.device = torch.device("cpu")
         self.log: list[tuple[str, int]] = []
         self.kind = kind
+        self.native = kind is Host
         self.settled = 0
 
     def queue(self) -> device.Queue:
@@ -192,7 +227,7 @@ def everything(root: Path, out: Path, case: str, threads: int, place: str) -> tu
 
 @pytest.mark.usefixtures("small_windows")
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("queues", [Late, Beside])
+@pytest.mark.parametrize("queues", [Late, Beside, pytest.param(Host, marks=needs_native)])
 @pytest.mark.parametrize("case", CASES)
 def test_all_is_as_on_the_cpu(tmp_path: Path, case: str, queues: Callable[[Any], device.Queue], threads: int) -> None:
     models(tmp_path, special=True)
@@ -330,6 +365,145 @@ def test_a_window_is_as_large_as_a_piece_of_the_ring_holds(tmp_path: Path, dtype
     assert gpu.window == PIECE // width
     assert sum(gpu.sizes) == PIECE
     assert updates.UNIT % gpu.window == 0
+
+
+# --- loads through one call of the extension for each tile
+
+Loaded = list[tuple[list[tuple[int, ...]], list[tuple[Any, ...]]]]
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> Loaded:
+    """The reads and the items of all calls; pieces need not be large."""
+    monkeypatch.setattr(windows, "COPY", 96)
+    calls: Loaded = []
+    load = native.load
+
+    def noted(reads: Any, op: int, items: Any, factors: Any, **options: Any) -> Any:
+        calls.append((reads, items))
+        return load(reads, op, items, factors, **options)
+
+    monkeypatch.setattr(native, "load", noted)
+    return calls
+
+
+def many(folder: Path, sizes: list[int]) -> tuple[Path, tuple[Path, Path]]:
+    """A target and (instruct, base), of tensors of these sizes."""
+    target, instruct, base = (
+        write_model(folder / name, {f"t{i}": normal((n,), 3 * i + role) for i, n in enumerate(sizes)})
+        for role, name in enumerate("tib")
+    )
+    return target, (instruct, base)
+
+
+def assert_equal(found: Tensors, wanted: Tensors) -> None:
+    assert found.keys() == wanted.keys()
+    for name, t in wanted.items():
+        assert torch.equal(found[name].view(torch.int16), t.view(torch.int16)), name
+
+
+@needs_native
+def test_small_tensors_share_a_tile(tmp_path: Path, loaded: Loaded) -> None:
+    """Those that follow each other, have one operation with the same factors, and fit; each keeps its random bits."""
+    target, pair = many(tmp_path, [100, 3, 0, 50, 5000, 8, 9, 10, 11])
+    options: dict[str, Any] = {"alphas": [("t6", 0.3)], "rounding": "stochastic", "seed": 5, "threads": 1}
+    wanted = ik.load(target, pair, **options)
+    with through(StandIn(Host, 1 << 15)):
+        found = ik.load(target, pair, **options)
+    assert_equal(found, wanted)
+    assert [[item[0] for item in items] for _, items in loaded] == [[100, 3, 50], [4096], [904], [8], [9], [10, 11]]
+    assert [len(reads) for reads, _ in loaded] == [9, 3, 3, 3, 3, 6]
+    assert not any(address % 16 for reads, _ in loaded for _, _, *addresses, _ in reads for address in addresses[1:])
+
+
+@needs_native
+def test_a_tile_is_no_larger_than_a_piece(tmp_path: Path, loaded: Loaded) -> None:
+    """600 bytes of a tensor are 608 in a tile: of 2048 bytes three fit."""
+    target, pair = many(tmp_path, [100] * 10)
+    wanted = ik.load(target, pair)
+    with through(StandIn(Host, 2048)):
+        assert_equal(ik.load(target, pair, threads=1), wanted)
+    assert [len(items) for _, items in loaded] == [3, 3, 3, 1]
+
+
+@needs_native
+def test_copies_share_a_tile_and_go_straight_to_their_place(tmp_path: Path, loaded: Loaded) -> None:
+    target, pair = many(tmp_path, [100, 3, 50])
+    with through(StandIn(Host, 1 << 16)):
+        found = ik.load(target, pair, skip="t[01]", threads=1)
+    assert_equal(found, ik.load(target, pair, skip="t[01]"))
+    assert [(len(reads), len(items)) for reads, items in loaded] == [(2, 0), (3, 1)]
+    assert [reads[i][3] for i, reads in enumerate([loaded[0][0]] * 2)] == [found[f"t{i}"].data_ptr() for i in (0, 1)]
+
+
+@needs_native
+@pytest.mark.usefixtures("loaded")
+def test_a_tile_is_started_before_the_last_is_waited_for(tmp_path: Path) -> None:
+    target, pair = many(tmp_path, [1024 * 7])
+    runtime = StandIn(Host, 1 << 13)
+    with through(runtime):
+        ik.load(target, pair, threads=1)
+    seen = list(accumulate(1 if what == "submit" else -1 for what, _ in runtime.log))
+    assert seen == [1, 2] + [1, 2] * 5 + [1, 0]
+
+
+@needs_native
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize(("sizes", "culprit"), [([100, 3, 50], "t1"), ([100, 30_000], "t1")])
+def test_what_cannot_be_read_is_named(tmp_path: Path, sizes: list[int], culprit: str) -> None:
+    """The tensor and the file of the very read, also in a tile of several; and nothing is under way afterwards."""
+    target, pair = many(tmp_path, sizes)
+    file = pair[1] / "model.safetensors"
+    load = native.load
+    runtime = StandIn(Host, 1 << 16)
+    faults = (("a folder", errno.EISDIR, "Is a directory"), ("short", errno.EIO, "the file ends"))
+    for fault, errno_wanted, text in faults:
+
+        def broken(reads: Any, *arguments: Any, fault: str = fault, **options: Any) -> Any:
+            """The third read of the culprit goes wrong."""
+            index = 5 if len(reads) > 3 else 2
+            if len(reads) > 3 or reads[0][4] > 200:
+                fd, offset, *rest = reads[index]
+                folder = os.open(tmp_path, os.O_RDONLY) if fault == "a folder" else fd
+                reads[index] = (folder, offset if fault == "a folder" else 1 << 40, *rest)
+            return load(reads, *arguments, **options)
+
+        with pytest.MonkeyPatch.context() as patch, through(runtime):
+            patch.setattr(native, "load", broken)
+            with pytest.raises(OSError, match=f"{text}.* .tensor '{culprit}'.*") as caught:
+                ik.load(target, pair, threads=1)
+        assert (caught.value.errno, caught.value.filename) == (errno_wanted, f"{file}")
+        for queue_of in {number for _, number in runtime.log}:
+            assert [what for what, each in runtime.log if each == queue_of][-1] == "wait"
+
+
+@needs_native
+def test_an_error_of_the_device_in_a_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, pair = many(tmp_path, [100, 3])
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("copying 200 bytes to device 0: CUDA error 700 (an illegal memory access)")
+
+    monkeypatch.setattr(native, "load", broken)
+    text = re.escape(f"tensor 't0' of {target}/model.safetensors: copying 200 bytes to device 0: CUDA error 700")
+    with through(StandIn(Host)), pytest.raises(ComputeError, match=text):
+        ik.load(target, pair)
+
+
+@needs_native
+@pytest.mark.parametrize("threads", [1, 4])
+def test_damage_of_a_residual_is_found_in_a_load(tmp_path: Path, threads: int) -> None:
+    """Its bytes are hashed as they went to the device, those of small tensors that share a tile as well."""
+    target, (instruct, base) = many(tmp_path, [100, 3, 50, 7000])
+    ik.extract(base, instruct, tmp_path / "r", sync=False)
+    file = tmp_path / "r" / "residual.safetensors"
+    with through(StandIn(Host, 1 << 14)):
+        ik.load(target, tmp_path / "r", threads=threads)
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError):
+            ik.load(target, tmp_path / "r", threads=threads)
 
 
 # --- the ring
