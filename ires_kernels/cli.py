@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; argparse exits by itself with 2 for wrong usage."""
     _open_streams()
+    mask = os.umask(0o077)
+    os.umask(mask & 0o077)  # one that closes files to their owner would close them to us
     arguments, code = None, 0
     once = _Once()
     try:
@@ -61,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(_flush(int(error.code or 0))) from None
     finally:
         if argv is not None:  # else the process ends, and a late signal is to change nothing about that
+            os.umask(mask)
             once.give_back()
     return _flush(code)
 

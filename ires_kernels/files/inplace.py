@@ -261,11 +261,12 @@ class Workplace:
             for name in names:
                 if (source / name).exists():
                     if (target / name).exists():
+                        whose = trust.stranger(os.lstat(target / name))
                         raise StoreError(
                             f"{source / name} and {target / name} are both there, and one of them is the file that is "
-                            "updated. Move the other one elsewhere."
+                            f"updated. Move the other one elsewhere{whose and f', or have it removed: it {whose}'}."
                         )
-                    os.rename(source / name, target / name)
+                    _rename(source / name, target / name)
             self._sync(*(folder for folder in (target, source) if folder.exists()))
 
     def stage(self, name: str, chunks: Iterable[bytes], mode: int = 0o666) -> None:
@@ -288,11 +289,11 @@ class Workplace:
                 self._check_parents(place)
                 if os.path.lexists(place) and not os.path.lexists(old):
                     old.parent.mkdir(parents=True, exist_ok=True)
-                    os.rename(place, old)
+                    _rename(place, old)
                 if os.path.lexists(new):
                     _take_after(new, old)
                     place.parent.mkdir(parents=True, exist_ok=True)
-                    os.rename(new, place)
+                    _rename(new, place)
                     self._sync(*_folders(self.folder, place))
             self._sync_below("old")
             self._sync(self.folder)
@@ -312,10 +313,10 @@ class Workplace:
                     if to is not None:
                         self._check_parents(place)
                         to.parent.mkdir(parents=True, exist_ok=True)
-                        os.rename(place, to)
+                        _rename(place, to)
                 if os.path.lexists(old):
                     self._check_parents(place)
-                    os.rename(old, place)
+                    _rename(old, place)
                 else:
                     with suppress(OSError):  # there are other files in one, or it never was
                         for folder in _folders(self.folder, place):
@@ -410,6 +411,19 @@ def take_undo(target: Path, *, locked: bool = True) -> Workplace:
         os.rename(kept, work)
         fsync_folder(folder_of(target), needed=False)
     return Workplace.take(target, locked=locked)
+
+
+def _rename(source: Path, target: Path) -> None:
+    """Move a file of the model; where the kernel refuses that, say whose file is there, or in its way."""
+    try:
+        os.rename(source, target)
+    except PermissionError as error:
+        for path in (source, target):
+            whose = trust.stranger(os.lstat(path)) if os.path.lexists(path) else ""
+            if whose:
+                text = f"{error.strerror}: it {whose}, and came there meanwhile. Have it removed by them, then go on"
+                raise OSError(error.errno, text, f"{path}") from None
+        raise
 
 
 def _is_utf8(name: str) -> bool:

@@ -20,7 +20,7 @@ from small_models import snapshot, triple
 
 import ires_kernels as ik
 from ires_kernels.cli import main
-from ires_kernels.files import journal, locks, store, trust
+from ires_kernels.files import inplace, journal, locks, store, trust
 from ires_kernels.files.ownership import Foreign, StoreError
 
 VICTIM, MALLORY, GROUP = 65533, 65534, 65500
@@ -584,3 +584,46 @@ def test_links_in_what_is_removed_are_not_followed(tmp_path: Path, precious: Pat
     os.close(folder)
     assert not os.listdir(tmp_path / "work")
     assert snapshot(precious) == before
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("shared")
+@pytest.mark.parametrize("name", ["ires.json", "tokenizer.json", "model-00001-of-00002.safetensors"])
+def test_files_that_another_user_puts_there_meanwhile(models: tuple[Path, Path, Path], name: str) -> None:
+    """Nobody but they can remove them there: whose they are is said, and the update ends when they are gone."""
+    base, instruct, target = models
+    own(target, VICTIM)
+    os.chown(target, 0, 0)
+    target.chmod(0o1777)
+    (target / "tokenizer.json").unlink()
+
+    def begin() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(inplace.Workplace, "install", lambda *_: os.close(-1))
+            ik.apply(target, (instruct, base), in_place=True)
+
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        as_user(VICTIM, begin)
+    (target / name).write_text("evil")
+    os.chown(target / name, MALLORY, MALLORY)
+    for _ in range(2):
+        with pytest.raises((OSError, StoreError), match=rf"it belongs to .*uid {MALLORY}") as refusal:
+            as_user(VICTIM, lambda: ik.resume(target) and None)
+        assert f"{target / name}" in f"{refusal.value}"
+    (target / name).unlink()
+    as_user(VICTIM, lambda: ik.resume(target) and None)
+    assert as_user(VICTIM, lambda: bool(ik.verify(target)))
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("mask", [0o777, 0o277, 0o137])
+def test_a_umask_that_closes_files_to_their_owner(models: tuple[Path, Path, Path], shared: Path, mask: int) -> None:
+    base, instruct, target = models
+    arguments = ["apply", f"{target}", "--instruct", f"{instruct}", "--base", f"{base}", "-o", f"{shared / 'out'}"]
+
+    def run() -> tuple[int, int]:
+        os.umask(mask)
+        return main(arguments), os.umask(0)
+
+    assert as_user(VICTIM, run) == (0, mask)
+    assert (shared / "out").stat().st_mode & 0o700 == 0o700
