@@ -310,7 +310,7 @@ def load(
     place = devices.resolve(device)
     options = _options(place, threads, progress)
     left_out = [plan.share.text()] if plan.share else []
-    for text in (*configs.differences(plan.inputs), *guards.strangers(plan.inputs), *left_out):
+    for text in (*configs.differences(plan.inputs), *guards.strangers(plan.inputs, plan.rules), *left_out):
         warnings.warn(plain(text), stacklevel=2)
     guards.compare(plan)
     tensors = statedict.allocate(plan.steps, place)
@@ -358,7 +358,7 @@ def _rules_of_apply(
 def _warned(plan: Plan) -> Plan:
     """The plan, and what is to be said of inputs that look as if they were no relatives, or have a stranger's state."""
     theirs = [text for checkpoint in plan.inputs.values() for text in hidden.foreign(checkpoint.path).values()]
-    return replace(plan, warnings=(*plan.warnings, *guards.strangers(plan.inputs), *theirs))
+    return replace(plan, warnings=(*plan.warnings, *guards.strangers(plan.inputs, plan.rules), *theirs))
 
 
 def _plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules) -> Plan:

@@ -36,6 +36,9 @@ TENSORS, BLOCKS, BLOCK = 256, 4, 16  # sampled tensors at most; runs of elements
 THRESHOLD = 0.5
 """Models with a lower cosine are taken for strangers. It lies in the middle of what was measured on trained models
 (examples/continual/README.md): 0.96 and more among relatives, -0.1 to 0.1 among strangers."""
+ODD = 0.25
+"""Tensors of one kind of related models that have less in common, in the median, are not the same rows. It lies
+below THRESHOLD since one tensor alone tells less: its 64 elements give a cosine that is 0.1 off, now and then 0.25."""
 
 _MEANS = {
     "target": "A residual works only on models trained further from the base it was taken from",
@@ -55,6 +58,8 @@ class Ancestry:
     """Median over the tensors of the norm of their difference, in units of the base's norm."""
     tensors: int
     """That were compared."""
+    odd: dict[str, float]
+    """Kinds of tensors of related models that have next to nothing in common, and their median cosine."""
 
     @property
     def related(self) -> bool:
@@ -91,15 +96,21 @@ def compare(target: Checkpoint, sketch: object) -> Ancestry | None:
     wanted = _decoded(sketch)
     found = {name: names.lookup(target, name) for name in wanted}
     refs = {n: ref for n, ref in found.items() if ref is not None and _is_sampled(ref) and ref.numel == wanted[n][0]}
-    cosines, distances = [], []
+    cosines: dict[str, list[float]] = {}
+    distances: list[float] = []
     for name, t in _sample(target, refs).items():
         b = wanted[name][1]
         norms = math.hypot(*t) * math.hypot(*b)
         cosine = sum(map(mul, t, b)) / norms if norms else math.nan  # a tensor of zeros points nowhere
         if math.isfinite(cosine):
-            cosines.append(cosine)
+            cosines.setdefault(names.pattern(name), []).append(cosine)
             distances.append(math.hypot(*map(sub, t, b)) / math.hypot(*b))
-    return Ancestry(statistics.median(cosines), statistics.median(distances), len(cosines)) if cosines else None
+    if not cosines:
+        return None
+    median = statistics.median(cosine for kind in cosines.values() for cosine in kind)
+    medians = {kind: statistics.median(of_kind) for kind, of_kind in cosines.items()}
+    odd = {kind: cosine for kind, cosine in medians.items() if cosine < ODD and median >= THRESHOLD}
+    return Ancestry(median, statistics.median(distances), len(distances), odd)
 
 
 def _is_sampled(ref: TensorRef) -> bool:

@@ -6,11 +6,15 @@ from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
 from ires_kernels.checking import ancestry
+from ires_kernels.checking.ancestry import Ancestry
 from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId
 from ires_kernels.checkpoints.header import CheckpointError, read_header
+from ires_kernels.checkpoints.names import pattern
 from ires_kernels.files.samples import sample
 from ires_kernels.files.store import StoreError
+from ires_kernels.planning.absences import skip_pattern
 from ires_kernels.planning.plan import Plan
+from ires_kernels.planning.rules import Rules
 from ires_kernels.streaming import stream
 from ires_kernels.streaming.outcome import Outcome
 from ires_kernels.streaming.reader import all_file_ids, differing
@@ -37,17 +41,38 @@ def compare(plan: Plan, current: Mapping[Path, FileId] | None = None) -> dict[st
     return digests
 
 
-def strangers(inputs: Mapping[str, Checkpoint]) -> tuple[str, ...]:
-    """Warnings of a target or an instruct model that looks as if it did not descend from the base."""
+def strangers(inputs: Mapping[str, Checkpoint], rules: Rules) -> tuple[str, ...]:
+    """Warnings of a target or an instruct model that looks as if it did not descend from the base, or not in part."""
     models = [role for role in ("instruct", "target") if role in inputs]
     if "base" in inputs:
         sketches: dict[str, object] = {"base": ancestry.sketch(inputs["base"])}
     else:
         residuals = {role: checkpoint for role, checkpoint in inputs.items() if role != "target"}
         sketches = {f"the base of {r}": c.manifest.ancestry if c.manifest else None for r, c in residuals.items()}
-    pairs = [(model, base) for base in sketches for model in models]
-    found = [(*pair, ancestry.compare(inputs[pair[0]], sketches[pair[1]])) for pair in pairs]
-    return tuple(each.warning(model, base) for model, base, each in found if each is not None and not each.related)
+    warnings = []
+    for base in sketches:
+        for model in models:
+            found = ancestry.compare(inputs[model], sketches[base])
+            if found is not None and not found.related:
+                warnings.append(found.warning(model, base))
+            elif found is not None and found.odd:
+                warnings += _odd(model, base, found, inputs[model], rules)
+    return tuple(warnings)
+
+
+def _odd(model: str, base: str, found: Ancestry, checkpoint: Checkpoint, rules: Rules) -> Iterable[str]:
+    """A warning of the kinds of tensors that have nothing in common in two related models, unless they are skipped."""
+    kinds = {name: pattern(name) for name in checkpoint.tensors if not rules.skipped(name)}
+    odd = {name for name, kind in kinds.items() if kind in found.odd}
+    if odd:
+        shown = dict.fromkeys(kinds[name] for name in sorted(odd))
+        listed = [f"{kind} (cosine {found.odd[kind]:.2f})" for kind in shown]
+        more = f" and {len(listed) - 3} more kinds" if len(listed) > 3 else ""
+        yield (
+            f"{model} and {base} are related, but for {', '.join(listed[:3])}{more}: these were trained anew, or one "
+            "of the models has their rows in another order, and then what is added means nothing. Take models "
+            f"that were saved alike, or leave such tensors as they are with --skip {skip_pattern(odd, odd, {*kinds})}"
+        )
 
 
 def left_out(

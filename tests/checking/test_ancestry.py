@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
+import shlex
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,42 @@ def test_an_instruct_model_that_is_no_relative_of_the_base(tmp_path: Path, relat
     assert "merged" not in f"{extracted}"
     with nullcontext() if related else pytest.warns(UserWarning, match="instruct and base look unrelated"):
         ik.load(target, (paths[1], paths[0]))
+
+
+@pytest.mark.parametrize("way", ["one pass", "residual"])
+def test_tensors_whose_rows_are_in_another_order_are_named(tmp_path: Path, way: str) -> None:
+    """Equal names and shapes prove nothing: one library writes [gate; up], another [up; gate]."""
+    shapes = SHAPES | {f"model.layers.{i}.gate_up.weight": (48, 16) for i in range(2)}
+    base = tensors(1, shapes)
+    turned = {name: t.roll(24, 0) if "gate_up" in name else t for name, t in base.items()}
+    paths = [
+        write_model(tmp_path / name, weights, config={"tie_word_embeddings": False})
+        for name, weights in (("base", base), ("instruct", moved(base, 0.1)), ("target", moved(turned, 0.1, seed=6)))
+    ]
+    ik.extract(paths[0], paths[1], tmp_path / "residual", sync=False)
+    source = tmp_path / "residual" if way == "residual" else (paths[1], paths[0])
+
+    def said(**options: Any) -> list[str]:
+        return ik.apply(paths[2], source, out=tmp_path / "out", dry_run=True, **options).warnings
+
+    (warning,) = said()
+    what = "the base of residual" if way == "residual" else "base"
+    assert warning.startswith(f"target and {what} are related, but for model.layers.*.gate_up.weight (cosine ")
+    advice = warning.partition("--skip ")[2]
+    (pattern,) = shlex.split(advice)
+    assert [name for name in base if re.search(pattern, name)] == [name for name in base if "gate_up" in name]
+    assert said(skip=pattern) == ()
+    with pytest.warns(UserWarning, match="in another order"):
+        ik.load(paths[2], source)
+
+
+@pytest.mark.parametrize("by", [0.1, 0.5, 1.0])
+def test_no_tensor_of_relatives_is_odd(tmp_path: Path, by: float) -> None:
+    shapes = {f"kind_{i}.weight": (32, 64) for i in range(200)}
+    base, target = model(tmp_path / "base", w := tensors(1, shapes)), model(tmp_path / "target", moved(w, by))
+    found = ancestry.compare(target, ancestry.sketch(base))
+    assert found is not None
+    assert not found.odd
 
 
 def test_a_sketch_survives_json_shards_and_dtypes(tmp_path: Path) -> None:
