@@ -146,7 +146,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             arguments.shapes = [shape_of(text) for text in [size or MODEL, *filter(None, arguments.sizes.split(","))]]
     except ValueError as error:
         parser.error(f"{error}")
-    if arguments.cases:
+    if arguments.cases.pattern:
         known = _names(arguments)
         if not known:
             parser.error(f"--cases chooses kernels, for kernels, all and gpu; {arguments.what} has none")
