@@ -85,6 +85,10 @@ def extract(
 ) -> Report | Plan:
     """Write instruct - base, the instruction residual (Jindal et al., arXiv 2410.10739), into the new folder `out`.
 
+    >>> report = ik.extract("base/", "instruct/", "residual/")
+    >>> report.tensors, report.counts.lost
+    (7, 0)
+
     dtype          of the residual: f32 loses nothing of a bf16 or f16 pair beyond one rounding; bf16 and f16 are half
                    the size; f64
     skip           regular expressions found in the names of tensors to leave out
@@ -143,6 +147,12 @@ def apply(
 
     A new folder has the layout and config of the target. In place the same files change, with no second copy: they get
     the tensors of a new folder and keep their headers, and are hidden meanwhile, so that no half-updated model loads.
+
+    >>> report = ik.apply("target/", ("instruct/", "base/"), out="merged/", alpha=0.7)
+    >>> report = ik.extract("base/", "instruct/", "residual/")
+    >>> report = ik.apply("target/", "residual/", in_place=True, alpha=0.7)  # the same, without a second copy
+    >>> report.tensors, round(report.strengths[0].realised, 2)  # as much of alpha as survived rounding, of 1
+    (7, 1.0)
 
     residual       a residual folder; several of them, added in this order and rounded once; or the pair of models
                    (instruct, base), whose difference is taken on the way. The tokenizer, chat template,
@@ -209,6 +219,16 @@ def resume(
 ) -> Report:
     """Finish an interrupted merge: `path` is the target of an update in place, or the output that is not there yet.
 
+    >>> def give_up(done, in_all):
+    ...     raise KeyboardInterrupt
+    >>> try:
+    ...     ik.apply("target/", ("instruct/", "base/"), in_place=True, progress=give_up)
+    ... except KeyboardInterrupt:
+    ...     ik.status("target/").state
+    'unfinished'
+    >>> ik.resume("target/").tensors
+    7
+
     adopt  take up an update in place whose key is lost, as that of a container that has ended: it is followed without
            proof, so only what you have begun yourself
 
@@ -245,6 +265,10 @@ def resume(
 @interrupts.uninterrupted
 def rollback(path: StrPath, *, lock: bool = True, adopt: bool = False) -> str:
     """Take back an unfinished merge, or the last update in place with undo="all"; returns what was done, in words.
+
+    >>> report = ik.apply("target/", ("instruct/", "base/"), in_place=True, undo="all")
+    >>> ik.rollback("target/")
+    '...target: is what it was before apply ...'
 
     lock, adopt as for `resume`
 
@@ -289,6 +313,10 @@ def load(
     follow_links: bool = False,
 ) -> dict[str, Tensor]:
     """Merge while loading: a state dict of what `apply` would write, on the device, and nothing on the disk.
+
+    >>> state_dict = ik.load("target/", ("instruct/", "base/"), alpha=0.7)
+    >>> state_dict["model.norm.weight"].dtype
+    torch.bfloat16
 
     Names, shapes, dtypes and bits are those of the files that `apply` makes of the same arguments. A head that the
     files leave out because it is the embedding is there under its name too, and is the same tensor, as in

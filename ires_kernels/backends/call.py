@@ -20,6 +20,11 @@ class Tally:
 
     D is the scaled update of an element in the compute type: ``alpha * (x - y)`` for add_difference,
     ``a1*r1 + a2*r2 + …`` for add, ``a - b`` for subtract, whose target counts as 0.
+
+    >>> tally = ik.Tally()
+    >>> _ = ik.add(torch.ones(1000).bfloat16(), torch.full((1000,), 0.001), tally=tally)
+    >>> tally.updates, tally.lost, tally.effective_alpha(1.0)  # to nearest, each update is lost
+    (1000, 1000, 0.0)
     """
 
     elements: int = 0

@@ -26,7 +26,11 @@ def thread_count() -> int:
 
 
 class BackendStatus(NamedTuple):
-    """Whether a backend can run on a kind of device here, and what it is or why it cannot."""
+    """Whether a backend can run on a kind of device here, and what it is or why it cannot.
+
+    >>> ik.BackendStatus(available=False, detail="cuda: for the CPU only")
+    BackendStatus(available=False, detail='cuda: for the CPU only')
+    """
 
     available: bool
     detail: str
@@ -51,7 +55,11 @@ def _fastest(kind: str) -> Backend | None:
 
 
 def backends() -> dict[str, BackendStatus]:
-    """Every backend this version has: whether it can run here, and what it is or why not, for the CPU and for GPUs."""
+    """Every backend this version has: whether it can run here, and what it is or why not, for the CPU and for GPUs.
+
+    >>> ik.backends()["reference"].available
+    True
+    """
     accelerator = torch.accelerator.current_accelerator()
     kinds = ("cpu", accelerator.type if accelerator else "cuda")
     table = {name: {kind: _load(name).status(kind) for kind in kinds} for name in NAMES}

@@ -89,6 +89,10 @@ def verify(
 ) -> VerifyReport:
     """Check output of `extract` or `apply` against its manifest and, recomputed, against its inputs.
 
+    >>> report = ik.apply("target/", ("instruct/", "base/"), out="merged/")
+    >>> bool(ik.verify("merged/"))
+    True
+
     inputs         paths by role (target, instruct, base, residual, residual-1, …) in place of the recorded ones
     hashes_only    compare hashes of tensors and files with the manifest, without the inputs. It is all that can be done
                    after an update in place, unless `inputs` has a copy of the target as it was

@@ -43,7 +43,11 @@ class Status:
 
 
 def status(path: StrPath) -> Status:
-    """Look at a model, or at an output that is not there yet; changes nothing."""
+    """Look at a model, or at an output that is not there yet; changes nothing.
+
+    >>> print(ik.status("target/"))
+    target: none: nothing is unfinished, and no merge made it
+    """
     path = Path(path)
     try:
         return _look(path)

@@ -17,6 +17,10 @@ _CONFIG = ("architectures", "model_type", "dtype", "torch_dtype", "tie_word_embe
 def inspect(path: StrPath, *, follow_links: bool = False) -> dict[str, Any]:
     """Describe a model or residual, a folder or one .safetensors file, in JSON types; only headers are read.
 
+    >>> found = ik.inspect("target/")
+    >>> found["kind"], found["parameters_by_dtype"]
+    ('model', {'BF16': 2096})
+
     follow_links  accept files of the folder that are links out of it
     Raises CheckpointError for what cannot be used, and says why.
     """
