@@ -29,7 +29,6 @@ from typing import Any
 
 from ires_kernels.checkpoints import names
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
-from ires_kernels.files.store import read_into
 from ires_kernels.streaming.reader import Files
 
 TENSORS, BLOCKS, BLOCK = 256, 4, 16  # sampled tensors at most; runs of elements in each; elements of a run
@@ -127,7 +126,7 @@ def _sample(checkpoint: Checkpoint, refs: Mapping[str, TensorRef]) -> dict[str, 
             data = bytearray(BLOCKS * BLOCK * width)
             for i, view in enumerate(_runs(memoryview(data))):
                 start = (2 * i + 1) * (ref.numel - BLOCK) // (2 * BLOCKS)
-                read_into(files.open(ref.path), view, ref.offset + start * width, ref.path)
+                files.open(ref.path).read_into(view, ref.offset + start * width)
             files.release(ref.path)
             values[name] = _numbers(data, _CODES[ref.dtype])
     finally:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.dtypes import FLOATS, STORAGE
-from ires_kernels.files.store import read_into
 from ires_kernels.planning.steps import Step
 from ires_kernels.streaming.cpu import TORCH_DTYPES
 from ires_kernels.streaming.reader import Files
@@ -57,8 +56,8 @@ class Comparer:
             buffer = self._mine.buffer = memoryview(bytearray(len(wanted)))
         got = buffer[: len(wanted)]
         with self._lock:
-            fd = self._files.hold(ref.path)
-        read_into(fd, got, ref.offset + start, ref.path)
+            source = self._files.hold(ref.path)
+        source.read_into(got, ref.offset + start)
         with self._lock:
             self._files.release(ref.path)
         if not torch.equal(torch.frombuffer(got, dtype=torch.uint8), torch.frombuffer(wanted, dtype=torch.uint8)):

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import xxhash
 
@@ -22,6 +23,40 @@ MOST_OPEN = 16
 _CHUNK = 1 << 19  # bytes at a time
 
 
+class Source(Protocol):
+    """Bytes that are read by position: those of a file, or of what else has a size and a state that can be told."""
+
+    @property
+    def path(self) -> Path:
+        """What it is called in errors."""
+
+    def stamp(self) -> FileId:
+        """What it is now; as long as this is what it was, so are its bytes."""
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill the view with the bytes from `offset` on. Raises OSError where there are fewer."""
+
+    def close(self) -> None: ...
+
+
+class LocalFile:
+    """A file that is open for reading."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.fd = open_file(path)
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+    def stamp(self) -> FileId:
+        return FileId.of(self.fd)
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        read_into(self.fd, view, offset, self.path)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
 class Files:
     """Input files, open from their first use to their last; opening makes sure that they are still the same.
 
@@ -32,38 +67,37 @@ class Files:
         self._file_ids = file_ids
         self._uses = Counter(uses)
         self._held: Counter[Path] = Counter()
-        self._open: dict[Path, int] = {}
+        self._open: dict[Path, LocalFile] = {}
 
-    def open(self, path: Path) -> int:
-        """A descriptor to be used at once: the next call may close it."""
-        fd = self._open.get(path)
-        if fd is None:
+    def open(self, path: Path) -> LocalFile:
+        """A source to be used at once: the next call may close it."""
+        source = self._open.get(path)
+        if source is None:
             if len(self._open) >= MOST_OPEN:
                 idle = next((other for other in self._open if not self._held[other]), None)
                 if idle is not None:
-                    os.close(self._open.pop(idle))
-            fd = self._open[path] = open_file(path)
-            if not FileId.of(fd).is_unwritten(self._file_ids[path]):
+                    self._open.pop(idle).close()
+            source = self._open[path] = LocalFile(path)
+            if not source.stamp().is_unwritten(self._file_ids[path]):
                 raise CheckpointError(f"{path}: changed after it was validated. Wait for its writer, then start again.")
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        return fd
+        return source
 
-    def hold(self, path: Path) -> int:
-        """A descriptor that stays open until `release`."""
-        fd = self.open(path)
+    def hold(self, path: Path) -> LocalFile:
+        """A source that stays open until `release`."""
+        source = self.open(path)
         self._held[path] += 1
-        return fd
+        return source
 
     def release(self, path: Path) -> None:
         """One of the uses is over."""
         self._uses[path] -= 1
         self._held[path] -= min(1, self._held[path])
         if not self._uses[path] and path in self._open:  # of a tensor without elements nothing was read
-            os.close(self._open.pop(path))
+            self._open.pop(path).close()
 
     def close(self) -> None:
         while self._open:
-            os.close(self._open.popitem()[1])
+            self._open.popitem()[1].close()
 
 
 def all_file_ids(inputs: Mapping[str, Checkpoint]) -> dict[Path, FileId]:
@@ -116,7 +150,7 @@ def _equal(files: Files, refs: tuple[TensorRef, TensorRef], hashers: Sequence[xx
         interrupts.check()
         views = [memoryview(buffer)[: size - start] for buffer in buffers]
         for ref, view in zip(refs, views, strict=True):
-            read_into(files.open(ref.path), view, ref.offset + start, ref.path)
+            files.open(ref.path).read_into(view, ref.offset + start)
         for hasher, view in zip(hashers, views, strict=False):
             hasher.update(view)
         equal = equal and buffers[0] == buffers[1]  # what a short last window leaves behind it was equal before

@@ -34,11 +34,11 @@ from ires_kernels.checkpoints.checkpoint import FileId, TensorRef
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.dtypes import FLOATS
 from ires_kernels.files import interrupts
-from ires_kernels.files.store import NO_THREAD, read_into
+from ires_kernels.files.store import NO_THREAD
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Operand, Output, Step, by_output
 from ires_kernels.streaming.outcome import Outcome
-from ires_kernels.streaming.reader import Files
+from ires_kernels.streaming.reader import Files, LocalFile
 from ires_kernels.streaming.windows import (
     ComputeError,
     Portion,
@@ -170,14 +170,14 @@ class _Part:
     def __init__(
         self,
         step: Step,
-        fds: Iterable[int],
+        sources: Iterable[LocalFile],
         processor: Processor,
         out: tuple[Tensor, Tensor] | None,
         hashed: Container[str] | None,
         tally: Tally,
     ) -> None:
         self.step = step
-        self.fds = tuple(fds)
+        self.sources = tuple(sources)
         self.copied = step.op == "copy"
         self.length = _length(step)
         self.window = processor.copy if self.copied else processor.window
@@ -225,8 +225,8 @@ class _Tensor:
         assert part.out is not None
         step, count = part.step, min(part.window, part.length - first)
         reads = [
-            Read(fd, ref.offset + first * width, count * width, ref.path)
-            for fd, ref, width in zip(part.fds, step.inputs, part.widths, strict=True)
+            Read(source.fd, ref.offset + first * width, count * width, ref.path)
+            for source, ref, width in zip(part.sources, step.inputs, part.widths, strict=True)
         ]
         return Portion(step, step.first + first, count, part.out[first : first + count], reads)
 
@@ -356,11 +356,11 @@ class _Engine:
             parts = []
             for step in steps:
                 try:
-                    fds = [self.files.hold(ref.path) for ref in step.inputs]
+                    sources = [self.files.hold(ref.path) for ref in step.inputs]
                 except OSError as error:
                     raise _with_tensor(error, step) from error
                 tally = replace(done.tally) if done else Tally()
-                parts.append(_Part(step, fds, self.processor, self.into.get(output.name), self.hashed, tally))
+                parts.append(_Part(step, sources, self.processor, self.into.get(output.name), self.hashed, tally))
             tensor = _Tensor(output, parts, done.elements if done else 0)
             self.active[tensor] = None
             if tensor.windows:
@@ -474,9 +474,9 @@ class _Engine:
         step = part.step
         count = min(part.window, part.length - first)
         views = []
-        for buffer, fd, ref, width in zip(slot.buffers, part.fds, step.inputs, part.widths, strict=False):
+        for buffer, source, ref, width in zip(slot.buffers, part.sources, step.inputs, part.widths, strict=False):
             view = buffer[: count * width]
-            read_into(fd, view, ref.offset + first * width, ref.path)
+            source.read_into(view, ref.offset + first * width)
             views.append(view)
         read, written = sum(map(len, views)), count * part.width
         if part.out is not None:

@@ -167,9 +167,12 @@ def memory(nbytes: int) -> memoryview:
 
 
 def buffer_sizes(steps: Iterable[Step], window: int) -> list[int]:
-    """Bytes that a window needs for each input, and last for the result."""
+    """Bytes that a window needs for each input, and last for the result. Raises ComputeError for unknown operands."""
     inputs, result = [COPY], 0
     for step in steps:
+        for operand in step.operands:
+            if operand.decode != "plain":  # what is read are the numbers; `compute` gets nothing else
+                raise ComputeError(f"tensor {step.name!r}: nothing here decodes {operand.decode!r} ({operand.role})")
         if step.op != "copy":
             widths = [FLOATS[ref.dtype] * window for ref in step.inputs]
             inputs = [max(pair) for pair in zip_longest(inputs, widths, fillvalue=0)]

@@ -20,6 +20,7 @@ import ires_kernels as ik
 from ires_kernels.checking import ancestry
 from ires_kernels.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.streaming import reader
 
 
 def model(folder: Path, weights: Tensors, **options: Any) -> Checkpoint:
@@ -193,14 +194,14 @@ def test_little_is_read_and_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     folder.mkdir()
     save_file({f"layer.{i:03}": normal((16, 64), i) for i in range(1000)}, folder / "model.safetensors")
     read = 0
-    real = ancestry.read_into
+    real = reader.read_into
 
     def counted(fd: int, view: memoryview, offset: int, path: Path) -> None:
         nonlocal read
         read += len(view)
         real(fd, view, offset, path)
 
-    monkeypatch.setattr(ancestry, "read_into", counted)
+    monkeypatch.setattr(reader, "read_into", counted)
     sketch = ancestry.sketch(open_checkpoint(folder))
     assert len(sketch) == 256
     assert read == 256 * 64 * 2

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from threading import current_thread
 from typing import Any
 
 import pytest
@@ -22,19 +23,19 @@ from ires_kernels.files.samples import sample
 from ires_kernels.files.store import StoreError
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import ArgumentError
-from ires_kernels.streaming import stream
+from ires_kernels.streaming import reader
 
 
 def before_window(monkeypatch: pytest.MonkeyPatch, at: int, action: Callable[[], object]) -> None:
     """Do something before the window with this number is read."""
-    read, calls = stream.read_into, iter(range(10**6))
+    read, calls = reader.read_into, iter(range(10**6))
 
     def read_into(*arguments: Any) -> None:
-        if next(calls) == at:
+        if current_thread().name.startswith("ires-") and next(calls) == at:  # of the engine
             action()
         read(*arguments)
 
-    monkeypatch.setattr(stream, "read_into", read_into)
+    monkeypatch.setattr(reader, "read_into", read_into)
 
 
 def flip(file: Path, at: int = -1) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,7 @@ from ires_kernels.in_place import overwrite, updates
 from ires_kernels.planning.rules import ArgumentError
 from ires_kernels.records import repetition
 from ires_kernels.records.report import Report
-from ires_kernels.streaming import stream, windows
+from ires_kernels.streaming import reader, windows
 
 SIDE = {
     "instruct": {"tokenizer.json": "{}", "chat_template.jinja": "{{ chat }}", "generation_config.json": '{"eos": 1}'},
@@ -298,13 +299,13 @@ def test_an_interrupt_stops_where_the_run_can_go_on(
 ) -> None:
     base, instruct, target = models
     ik.apply(target, (instruct, base), out=tmp_path / "out", sync=False)
-    read = stream.read_into
+    read = reader.read_into
 
     def slowly(*arguments: Any) -> None:
         time.sleep(0.003)
         read(*arguments)
 
-    monkeypatch.setattr(stream, "read_into", slowly)
+    monkeypatch.setattr(reader, "read_into", slowly)
     ends = 0
 
     def interrupt(done: int, todo: int) -> None:
@@ -912,11 +913,15 @@ def test_without_undo_a_failure_before_the_first_write_is_none(
 ) -> None:
     base, instruct, target = models
 
-    def broken(*_: Any) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO), "a disk")
+    read = reader.read_into
+
+    def broken(*arguments: Any) -> None:
+        if threading.current_thread().name.startswith("ires-"):  # of the engine
+            raise OSError(errno.EIO, os.strerror(errno.EIO), "a disk")
+        read(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream, "read_into", broken)
+        patch.setattr(reader, "read_into", broken)
         with pytest.raises(OSError, match="Input/output error"):
             apply(target, (instruct, base), undo="none")
     ik.resume(target)
@@ -1181,18 +1186,19 @@ def test_signals_stop_in_order(tmp_path: Path, number: signal.Signals, how: str)
     base, instruct, target = triple(tmp_path, shards=3)
     where = ["--in-place"] if how == "in place" else ["-o", f"{tmp_path}/out", "--threads", "1"]
     program = f"""
-        import os, sys, time
-        from ires_kernels.streaming import stream, windows
+        import os, sys, threading, time
+        from ires_kernels.streaming import reader, windows
         from ires_kernels.in_place import updates
         from ires_kernels.cli import main
         windows.WINDOW = 32
         updates.UNIT, updates.WINDOW, updates.GAP = 64, 256, 16
-        read = stream.read_into
+        read = reader.read_into
         def slowly(*arguments):
-            os.write(1, b"reading\\n")
-            time.sleep(0.01)
+            if threading.current_thread().name.startswith("ires-"):  # of the engine
+                os.write(1, b"reading\\n")
+                time.sleep(0.01)
             read(*arguments)
-        stream.read_into = slowly
+        reader.read_into = slowly
         sys.exit(main({["apply", f"{target}", "--instruct", f"{instruct}", "--base", f"{base}", *where]!r}))
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]

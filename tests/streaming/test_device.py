@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
+from threading import current_thread
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import ArgumentError
 from ires_kernels.planning.steps import Operand, Output, Step
 from ires_kernels.records.report import Report
-from ires_kernels.streaming import device, statedict, stream, windows
+from ires_kernels.streaming import device, reader, statedict, windows
 from ires_kernels.streaming.ring import PIECE, PIECES, Ring
 from ires_kernels.streaming.windows import ComputeError
 
@@ -309,14 +310,14 @@ def test_nothing_is_under_way_after_an_error(tmp_path: Path, monkeypatch: pytest
         ik.load(target, (instruct, base), threads=1, progress=interrupt)
     assert_all_waited_for()
 
-    reads, read = iter(range(100)), stream.read_into
+    reads, read = iter(range(100)), reader.read_into
 
     def broken(*arguments: Any) -> None:
-        if next(reads) == 8:
+        if current_thread().name.startswith("ires-") and next(reads) == 8:  # of the engine
             raise OSError(5, "Input/output error", "a disk")
         read(*arguments)
 
-    monkeypatch.setattr(stream, "read_into", broken)
+    monkeypatch.setattr(reader, "read_into", broken)
     with through(runtime), pytest.raises(OSError, match="Input/output"):
         ik.load(target, (instruct, base), threads=1)
     assert sum(what == "submit" for what, _ in runtime.log) == 2
@@ -559,8 +560,8 @@ def test_a_thread_pins_its_second_window_after_it_has_read_the_first(tmp_path: P
     runtime.ring = Ring(lambda n: order.append("pin") or torch.zeros(n, dtype=torch.uint8), lambda _: None, piece=2048)
     with pytest.MonkeyPatch.context() as patch, through(runtime):
         patch.setattr(windows, "COPY", 96)
-        read = stream.read_into
-        patch.setattr(stream, "read_into", lambda *arguments: (order.append("read"), read(*arguments)))
+        read = reader.read_into
+        patch.setattr(reader, "read_into", lambda *arguments: (order.append("read"), read(*arguments)))
         ik.load(paths[0], (paths[1], paths[2]), threads=1)
     assert order[:9] == ["pin", "read", "read", "read", "pin", "read", "read", "read", "read"]
 
@@ -582,10 +583,14 @@ def test_pieces_come_back_after_an_error(tmp_path: Path, monkeypatch: pytest.Mon
     base, instruct, target = triple(tmp_path)
     runtime = StandIn(Late)
 
-    def broken(*_: Any) -> None:
-        raise OSError(5, "Input/output error", "a disk")
+    read = reader.read_into
 
-    monkeypatch.setattr(stream, "read_into", broken)
+    def broken(*arguments: Any) -> None:
+        if current_thread().name.startswith("ires-"):  # of the engine
+            raise OSError(5, "Input/output error", "a disk")
+        read(*arguments)
+
+    monkeypatch.setattr(reader, "read_into", broken)
     with through(runtime), pytest.raises(OSError, match="Input/output"):
         ik.load(target, (instruct, base), threads=4)
     assert len(runtime.ring.borrow(99)) == PIECES

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import pytest
 import safetensors.torch
@@ -14,9 +15,10 @@ import xxhash
 
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, open_checkpoint
 from ires_kernels.planning.rules import Rules
-from ires_kernels.planning.steps import Op, Operand, Output, Step, by_output
+from ires_kernels.planning.steps import Decode, Op, Operand, Output, Step, by_output
 from ires_kernels.streaming import stream, windows
 from ires_kernels.streaming.stream import Outcome
+from ires_kernels.streaming.windows import ComputeError
 
 SHAPE = (31, 23)  # 713 elements
 CUTS = [0, 1, 130, 131, 400, 713]
@@ -146,3 +148,17 @@ def test_runs_of_a_tensor() -> None:
     for first, count in ((1, 2), (0, 1), (0, 13), (-2, 2), (4, 0)):
         with pytest.raises(ValueError, match=r"'t' has 12 F4 elements, and no run"):
             ref.run(first, count)
+
+
+def test_operands_that_nobody_decodes_are_refused(sources: Checkpoint) -> None:
+    """Codes and scales are one operand, of two tensors; kernels see numbers alone."""
+    step = whole_step(sources, "subtract", 2, "BF16")
+    plain, other = step.operands
+    codes = Operand(other.role, (*other.refs, sources.tensors["2"]), cast(Decode, "scaled"))
+    scaled = replace(step, operands=(plain, codes))
+    assert scaled.inputs == (*step.inputs, sources.tensors["2"])
+    assert scaled.roles == ("role 0", "role 1", "role 1")
+    with pytest.raises(ComputeError, match=r"tensor 'out': nothing here decodes 'scaled' \(role 1\)"):
+        carried_out([scaled], sources, 1)
+    with pytest.raises(ValueError, match=r"takes 713 elements of role 1, got 713 of '1', 713 of '2'"):
+        replace(step, operands=(plain, codes._replace(decode="plain")))
