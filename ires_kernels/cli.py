@@ -561,7 +561,9 @@ def _path(arguments: argparse.Namespace | None) -> Path | None:
     """What a command writes, None if it only reads."""
     if arguments is None or arguments.run not in (_extract, _apply, _resume, _rollback):
         return None
-    return Path(getattr(arguments, "path", None) or arguments.out or arguments.target)
+    if arguments.run in (_resume, _rollback):
+        return Path(arguments.path)
+    return Path(arguments.target if getattr(arguments, "in_place", False) else arguments.out)
 
 
 def _unfinished(arguments: argparse.Namespace | None) -> str:

@@ -155,11 +155,10 @@ def verify(
     _check_hashes(checkpoint, to_hash, recorded, report, threads, progress)
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     _check_headers(checkpoint, table.headers, report)
-    for name in () if follow_links else (*table.files, *table.sha256):
-        if os.path.lexists(folder / name):
-            check_link(folder / name, folder)  # a stranger's may lead to what has no end
-    _check_files(folder, table.files, report)
-    _check_sums(folder, table.sha256, report, threads)
+    outside = {} if follow_links else _outside(folder, [*table.files, *table.sha256])
+    report.problems += outside.values()
+    _check_files(folder, {name: entry for name, entry in table.files.items() if name not in outside}, report)
+    _check_sums(folder, {name: sum_ for name, sum_ in table.sha256.items() if name not in outside}, report, threads)
     report.tensors = len(checkpoint.tensors)
     report.seconds = time.perf_counter() - started
     return report
@@ -278,6 +277,17 @@ def _check_headers(out: Checkpoint, recorded: Mapping[str, str], report: VerifyR
             os.close(fd)
         if recorded.get(shard.path.name, digest) != digest:
             report.problems.append(f"{shard.path.name} has another header than the manifest says")
+
+
+def _outside(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The files that are links out of the folder, and that in words: a stranger's may lead to what has no end."""
+    found = {}
+    for name in names:
+        try:
+            check_link(folder / name, folder)
+        except CheckpointError as error:
+            found[name] = f"{error}"
+    return found
 
 
 def _check_files(folder: Path, recorded: Mapping[str, manifest.SideFile], report: VerifyReport) -> None:

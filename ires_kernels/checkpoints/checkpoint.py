@@ -49,9 +49,9 @@ class FileId(NamedTuple):
     """Nobody can set it; but a new name, a hard link or another mode sets it as well as a write."""
 
     @classmethod
-    def of(cls, file: Path | int) -> FileId:
-        """The identity of a path now, links followed, or of an open file. Raises OSError."""
-        status = os.stat(file)
+    def of(cls, file: Path | int | os.stat_result) -> FileId:
+        """The identity of a path now, links followed, of an open file, or by its status. Raises OSError."""
+        status = file if isinstance(file, os.stat_result) else os.stat(file)
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
     def is_unwritten(self, since: FileId) -> bool:
@@ -222,6 +222,8 @@ def _open_folder(folder: Path, follow_links: bool) -> Checkpoint:
         )
     kind: Kind = "residual" if residual else "model"
 
+    home = None if follow_links else folder
+
     def inside(name: str) -> Path:
         path = folder / name
         if not follow_links and os.path.exists(path):
@@ -236,7 +238,7 @@ def _open_folder(folder: Path, follow_links: bool) -> Checkpoint:
     config = _read_config(inside("config.json"))
     index_name = _index_name(folder, kind, names)
     if index_name is None:
-        shards = [_open_shard(inside(only_file(folder, kind, names)))]
+        shards = [_open_shard(folder / only_file(folder, kind, names), home)]
         return _assemble(folder, kind, shards, None, {}, config, manifest, follow_links)
     weight_map, metadata = _read_index(inside(index_name))
     single = f"{kind}.safetensors"
@@ -252,7 +254,7 @@ def _open_folder(folder: Path, follow_links: bool) -> Checkpoint:
             f"{folder}: {len(absent)} of the {len(files)} files that {index_name} names are missing: {listed(absent)}. "
             "Download or copy them into the folder."
         )
-    shards = [_open_shard(inside(name)) for name in files]
+    shards = [_open_shard(folder / name, home) for name in files]
     checkpoint = _assemble(folder, kind, shards, index_name, metadata, config, manifest, follow_links)
     _check_agreement(folder / index_name, weight_map, checkpoint)
     return checkpoint
@@ -292,8 +294,10 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     return weight_map, metadata
 
 
-def _open_shard(path: Path) -> Shard:
-    before = _file_id(path)
+def _open_shard(path: Path, home: Path | None = None) -> Shard:
+    """`home`: the folder that it must not lead out of."""
+    found = check_link(path, home) if home is not None and os.path.exists(path) else None
+    before = FileId.of(found) if found else _file_id(path)
     header = read_header(path)
     if before is None or _file_id(path) != before or header.file_size != before.size:
         raise CheckpointError(f"{path}: changed while its header was read. Wait for its writer to finish.")

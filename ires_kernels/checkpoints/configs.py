@@ -151,7 +151,7 @@ def _one_spelling(table: Mapping[str, Any]) -> Fields:
             found.pop(key, None)
     heads, hidden = found.get("num_attention_heads"), found.get("hidden_size")
     if isinstance(heads, int) and heads > 0:
-        if isinstance(hidden, int) and found.get("head_dim") == hidden / heads:
+        if isinstance(hidden, int) and found.get("head_dim") == hidden // heads and not hidden % heads:
             del found["head_dim"]
         if found.get("num_key_value_heads") == heads:
             del found["num_key_value_heads"]

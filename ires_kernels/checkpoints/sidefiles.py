@@ -209,9 +209,9 @@ class _Parent:
     def file(self, name: str, why: str = "", content: bytes | None = None, path: Path | None = None) -> SideFile:
         """A file of the output, of the bytes of the one of this name or at `path`, or with other `content`."""
         path = path or self.listing[name]
-        file_id = FileId.of(path)
-        if not self.checkpoint.follow_links and path != self.checkpoint.path:
-            check_link(path, self.checkpoint.path)
+        stays = not self.checkpoint.follow_links and path != self.checkpoint.path
+        found = check_link(path, self.checkpoint.path) if stays else None
+        file_id = FileId.of(found or path)
         if content is None and _group(name) != "model" and file_id.size > MAX_TOKENIZER:
             raise CheckpointError(f"{path}: has {file_id.size} bytes, wanted at most {MAX_TOKENIZER}. Delete it.")
         return SideFile(name, path, self.role, file_id, why, content)

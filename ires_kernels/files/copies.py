@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ires_kernels.files import interrupts
+from ires_kernels.files.ownership import set_mode
 from ires_kernels.files.store import allocate, named
 
 _FICLONE = 0x40049409
@@ -50,7 +51,7 @@ def take_after(copy: int, source: int) -> None:
     if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
         with suppress(OSError):  # only root may give files away, and not everywhere
             os.fchown(copy, status.st_uid, status.st_gid)
-    os.fchmod(copy, stat.S_IMODE(status.st_mode))
+    set_mode(copy, stat.S_IMODE(status.st_mode))
     with suppress(OSError):  # a file system may have none, or keep some of them for itself
         for name in os.listxattr(source):
             os.setxattr(copy, name, os.getxattr(source, name))

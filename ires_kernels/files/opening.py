@@ -137,19 +137,34 @@ def allow_files(count: int, path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def check_link(path: Path, folder: Path) -> None:
+def check_link(path: Path, folder: Path) -> os.stat_result | None:
     """Refuse a name below `folder` that leads out of it, by a link of its own or of a folder on the way.
+
+    Returns what was found there, for whoever opens it to see that it is still that: others may put a link in its place.
+    None where nothing is, or where nobody knows.
 
     The cache of the Hugging Face Hub keeps the files of a model beside its snapshots, whose files are links to them:
     models--X/snapshots/REVISION/NAME to models--X/blobs/HASH, and to nowhere else. `folder` itself may be a link.
     """
-    home, real = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    home, (real, status) = Path(os.path.realpath(folder)), _look(path)
     if home in real.parents or real.parent in _blobs(home):
-        return
+        return status
     raise CheckpointError(
         f"{path}: leads to {real}, outside of the model's folder, and would become part of what is written. "
         "Delete the link; or, if all of the model is your own, give --follow-links (follow_links=True)."
     )
+
+
+def _look(path: Path) -> tuple[Path, os.stat_result | None]:
+    """Where a path leads, and what is there: both of the same file, whatever others do meanwhile."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)  # which opens nothing, so it may be of any kind
+        try:
+            return Path(os.readlink(f"/proc/self/fd/{fd}")), os.fstat(fd)
+        finally:
+            os.close(fd)
+    except OSError:  # a link to nothing, or there is no /proc
+        return Path(os.path.realpath(path)), None
 
 
 def _blobs(home: Path) -> list[Path]:

@@ -547,7 +547,7 @@ def partial_path(out: Path) -> Path:
     """Where `out` is written until it is complete."""
     if out.name in ("", ".."):  # of a path such as "."
         out = Path(os.path.realpath(out))
-    return out.with_name(out.name + _SUFFIX)
+    return out.parent / f"{out.name}{_SUFFIX}"
 
 
 def write_all(fd: int, data: bytes | memoryview, offset: int, path: Path) -> None:

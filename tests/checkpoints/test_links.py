@@ -11,7 +11,9 @@ from small_models import read_model, triple
 
 import ires_kernels as ik
 from ires_kernels import cli
+from ires_kernels.checkpoints import checkpoint, sidefiles
 from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.files import opening
 
 FILES = {"tokenizer.json": "{}", "generation_config.json": "{}", "additional_chat_templates/tool.jinja": "{{ x }}"}
 READ = ("config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors", "tokenizer.json",
@@ -156,3 +158,31 @@ def test_a_side_file_that_is_another_when_it_is_copied_is_refused(
     with pytest.raises(CheckpointError, match=r"tokenizer.json: changed after it was looked at"):
         ik.apply(target, (instruct, base), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model-00001-of-00002.safetensors"])
+def test_a_link_that_comes_and_goes_is_not_followed(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Who can write to the folder shows a file while it is looked at, and a link before and after."""
+    base, instruct, target = models
+    path, secret, harmless = instruct / name, tmp_path / "secret", tmp_path / "harmless"
+    secret.write_bytes(path.read_bytes())
+    path.rename(harmless)
+    path.symlink_to(secret)
+
+    def meddle(looked_at: Path, folder: Path) -> Any:
+        if looked_at != path:
+            return opening.check_link(looked_at, folder)
+        path.unlink()
+        path.hardlink_to(harmless)
+        try:
+            return opening.check_link(looked_at, folder)
+        finally:
+            path.unlink()
+            path.symlink_to(secret)
+
+    for module in (sidefiles, checkpoint):
+        monkeypatch.setattr(module, "check_link", meddle)
+    with pytest.raises(CheckpointError, match=rf"{name}: changed"):
+        ik.apply(target, (instruct, base), out=tmp_path / "out")

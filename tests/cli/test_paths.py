@@ -11,6 +11,7 @@ import pytest
 from small_models import read_model, triple
 
 import ires_kernels as ik
+from ires_kernels.cli import main
 from ires_kernels.files import store
 
 
@@ -59,3 +60,10 @@ def test_the_model_that_is_mapped(models: tuple[Path, Path, Path]) -> None:
     _, _, target = models
     with ik.mapped(target) as tensors:
         assert list(tensors) == list(read_model(target))
+
+
+@pytest.mark.parametrize("command", ["inspect", "status", "verify", "resume", "rollback"])
+@pytest.mark.parametrize("path", ["", "/", "..", "/proc"])
+def test_paths_that_are_no_model(command: str, path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, path]) == 2
+    assert "unexpected" not in capsys.readouterr().err

@@ -239,3 +239,8 @@ def test_what_another_version_of_transformers_wrote_means_the_same(tmp_path: Pat
     inputs = {"target": open_checkpoint(target), "instruct": open_checkpoint(instruct)}
     assert configs.differences(inputs) == []
     assert len(configs.fields(old)) > 3
+
+
+def test_a_number_that_no_float_holds(tmp_path: Path) -> None:
+    triple(tmp_path)
+    assert said(tmp_path, target={"hidden_size": 10**400, "num_attention_heads": 2, "head_dim": 8})

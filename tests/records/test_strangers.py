@@ -534,8 +534,8 @@ def test_verify_reads_nothing_outside_of_the_folder(tmp_path: Path, models: tupl
     ik.apply(target, (instruct, base), out=out)
     (out / "vocab.json").unlink()
     (out / "vocab.json").symlink_to("/proc/self/pagemap")  # which says that it is empty, and has no end
-    with pytest.raises(CheckpointError, match=r"out/vocab.json: leads to /proc/.*follow-links"):
-        ik.verify(out)
+    (problem,) = ik.verify(out).problems
+    assert re.search(r"out/vocab.json: leads to /proc/.*follow-links", problem)
     (out / "vocab.json").unlink()
     (out / "vocab.json").symlink_to(instruct / "vocab.json")
     assert ik.verify(out, follow_links=True)
