@@ -3,7 +3,7 @@
     python bench/peers.py [--size llama-1b] [--rounds 3] [--json FILE]
 
 Every contender is a process of its own and writes a folder: target + (instruct - base), bf16 in and out. Reported are
-wall seconds from start to exit; the same less those of a process that only imports torch, and the ratio of that to ours
+wall seconds from start to exit, less those of a process that only imports torch; the ratio of that to ours
 in the same round; the most private memory (RssAnon) above that process; and how many elements of the output differ from
 a reference in float64 that is rounded once, computed here with numpy alone. mergekit is installed from PyPI into a
 virtual environment of its own.
@@ -19,22 +19,20 @@ import subprocess
 import sys
 import tempfile
 import venv
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
-from ires_kernels.bench.measure import Quartiles, Times, interleave, machine, ratio, watch
+from ires_kernels.bench.measure import Times, Ways, interleave, machine, watch
 from ires_kernels.bench.merges import COPY, copy
+from ires_kernels.bench.result import Result
 from ires_kernels.bench.synthetic import SHAPES, Triple, shape_of, write_triple
+from ires_kernels.bench.tables import open_console, print_contenders, print_unavailable
 from ires_kernels.checkpoints.checkpoint import TensorRef, open_checkpoint
 
 OURS = "ires apply"
@@ -85,9 +83,7 @@ def main() -> int:
     parser.add_argument("--no-mergekit", action="store_true", help="only what needs no download")
     parser.add_argument("--json", help="write everything as JSON")
     arguments = parser.parse_args()
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120
+    console = open_console()
     facts = machine()
     console.print(f"{facts['cpu']}, {facts['cores']} cores, {facts['kernel']}, {facts['versions']}")
     unavailable = {}
@@ -111,16 +107,19 @@ def main() -> int:
             check(contender, triple, folder / "reference", out)
         able = [contender for contender in contenders if not contender.failure]
         (folder / "reference").unlink()
-        ways: dict[str, Callable[[], object]] = {COPY: partial(copy, triple, out)}
-        able = [Contender(IMPORT, [sys.executable, "-c", "import torch"]), *able]
-        ways |= {contender.name: contender.run for contender in able}
+        torch_alone = Contender(IMPORT, [sys.executable, "-c", "import torch"])
+        ways: Ways = {COPY: partial(copy, triple, out)}
+        ways |= {contender.name: contender.run for contender in (torch_alone, *able)}
         times = interleave(ways, arguments.rounds, after=lambda _: shutil.rmtree(out, ignore_errors=True))
-    rows = [row_of(None, times, able[0])] + [row_of(contender, times, able[0]) for contender in able]
     unavailable |= {contender.name: contender.failure for contender in contenders if contender.failure}
-    print_table(console, triple, rows, unavailable)
+    result = result_of(triple, times, torch_alone, able, unavailable)
+    title = "Whole processes: what they take above one that imports torch"
+    print_contenders(
+        console, title, [result], {"private MiB": private_mebibytes, "differ": share_that_differs, "missing": missing}
+    )
+    print_unavailable(console, [result])
     if arguments.json:
-        record = {"machine": facts, "parameters": triple.parameters, "model_bytes": triple.nbytes}
-        record |= {"rounds": arguments.rounds, "contenders": rows, "unavailable": unavailable}
+        record = {"machine": facts, "merges": [result.to_dict()]}
         Path(arguments.json).write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
@@ -224,47 +223,48 @@ def to_bf16(x: NDArray[np.float64]) -> NDArray[np.uint16]:
     return codes
 
 
-def row_of(contender: Contender | None, times: Times, baseline: Contender) -> dict[str, Any]:
-    """What was measured of a contender (None: copying), in JSON types."""
-    name = contender.name if contender else COPY
-    above = {
-        key: seconds if key == COPY else [s - torch_s for s, torch_s in zip(seconds, times[IMPORT], strict=False)]
-        for key, seconds in times.items()
-    }
-    to_ours = ratio(above, name, OURS)
-    row: dict[str, Any] = {
-        "name": name,
-        "seconds": times[name],
-        "median_seconds": Quartiles.of(times[name]).median,
-        "above_import_seconds": Quartiles.of(above[name]).median,
-        "above_import_to_ours": to_ours and to_ours.to_dict(),
-    }
-    if contender:
-        row["private_memory_bytes"] = max(contender.peaks)
-        row["above_import_bytes"] = max(contender.peaks) - max(baseline.peaks)
-    if contender and contender.elements:
-        row |= {"elements": contender.elements, "differs": contender.differs, "missing": contender.missing}
-    return row
+def result_of(
+    triple: Triple, times: Times, torch_alone: Contender, contenders: list[Contender], unavailable: dict[str, str]
+) -> Result:
+    """What was measured, less what a process takes that only imports torch; copying takes what it takes."""
+    above, notes = {COPY: times[COPY]}, {}
+    for each in contenders:
+        whole = times[each.name]
+        above[each.name] = [seconds - others for seconds, others in zip(whole, times[IMPORT], strict=False)]
+        notes[each.name] = {
+            "process_seconds": whole,
+            "private_memory_bytes": max(each.peaks),
+            "above_import_bytes": max(each.peaks) - max(torch_alone.peaks),
+            "elements": each.elements,
+            "differs": each.differs,
+            "missing": each.missing,
+        }
+    return Result(
+        triple.models,
+        {**triple.facts(), "import_seconds": times[IMPORT], "import_memory_bytes": max(torch_alone.peaks)},
+        above,
+        dict.fromkeys(above, 4 * triple.nbytes),
+        by="time",
+        yardsticks=(OURS,),
+        notes=notes,
+        unavailable=unavailable,
+    )
 
 
-def print_table(console: Console, triple: Triple, rows: list[dict[str, Any]], unavailable: dict[str, str]) -> None:
-    title = f"Merges of {triple.nbytes / 1e9:.3g} GB models, whole processes; + means above one that imports torch"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("path", no_wrap=True)
-    for name in ("seconds", "+ seconds", "/ ours", "+ private MiB", "differ", "missing"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        q = row["above_import_to_ours"]
-        cells = [row["name"], f"{row['median_seconds']:.2f}", f"{row['above_import_seconds']:.2f}"]
-        cells.append(f"{q['median']:.2f} [dim]{q['low']:.2f}–{q['high']:.2f}[/dim]" if q else "–")
-        cells.append(f"{row['above_import_bytes'] / 2**20:.0f}" if "above_import_bytes" in row else "")
-        if "elements" in row:
-            cells.append(f"{row['differs'] / row['elements']:.4%}" if row["differs"] else "0")
-            cells.append(f"{len(row['missing'])} tensors" if row["missing"] else "0")
-        table.add_row(*cells)
-    console.print(table)
-    for name, reason in unavailable.items():
-        console.print(f"not measured: {name}: {reason}", soft_wrap=True, markup=False)
+def private_mebibytes(result: Result, name: str) -> str:
+    return f"{result.notes[name]['above_import_bytes'] / 2**20:.0f}" if name in result.notes else ""
+
+
+def share_that_differs(result: Result, name: str) -> str:
+    found = result.notes.get(name)
+    if not found:
+        return ""
+    return f"{found['differs'] / found['elements']:.4%}" if found["differs"] else "0"
+
+
+def missing(result: Result, name: str) -> str:
+    tensors = result.notes[name]["missing"] if name in result.notes else []
+    return f"{len(tensors)} tensors" if tensors else "0" if name in result.notes else ""
 
 
 if __name__ == "__main__":

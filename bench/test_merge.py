@@ -3,41 +3,62 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from ires_kernels import apply, extract
-from ires_kernels.bench.merges import copy, verify
+from ires_kernels.bench import mappings, merges
+from ires_kernels.bench.measure import Ways
 from ires_kernels.bench.synthetic import Shape, Triple, write_triple
+from ires_kernels.streaming.stream import default_threads
 
 ROUNDS = 5
 
 
 @pytest.fixture(scope="module")
-def triple(shape: Shape, tmp_path_factory: pytest.TempPathFactory) -> Triple:
-    folder = tmp_path_factory.mktemp("triple")
-    written = write_triple(folder, shape)
-    verify(written, folder)
-    extract(written.base, written.instruct, folder / "residual", sync=False)
-    return written
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("triple")
 
 
-@pytest.mark.parametrize("job", ["cat + cp", "one pass", "one pass, fsync", "extract f32", "apply f32"])
-def test_merge(job: str, triple: Triple, tmp_path: Path, benchmark: BenchmarkFixture) -> None:
-    out, residual = tmp_path / "out", triple.base.with_name("residual")
-    pair = (triple.instruct, triple.base)
-    jobs = {
-        "cat + cp": lambda: copy(triple, out),
-        "one pass": lambda: apply(triple.target, pair, out=out, sync=False),
-        "one pass, fsync": lambda: apply(triple.target, pair, out=out),
-        "extract f32": lambda: extract(triple.base, triple.instruct, out, sync=False),
-        "apply f32": lambda: apply(triple.target, residual, out=out, sync=False),
-    }
-    benchmark.group = f"models of {triple.nbytes / 1e9:.3g} GB"
+@pytest.fixture(scope="module")
+def triple(shape: Shape, folder: Path) -> Triple:
+    return write_triple(folder, shape)
+
+
+@pytest.fixture(scope="module")
+def merging(triple: Triple, folder: Path) -> Iterator[Ways]:
+    merges.verify(triple, folder)
+    with merges.contenders(triple, folder) as ways:
+        yield ways
+
+
+@pytest.fixture(scope="module")
+def mapping(triple: Triple, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ways]:
+    folder, threads = tmp_path_factory.mktemp("mapped"), default_threads()
+    mappings.verify(triple, folder, threads)
+    with mappings.contenders(triple, folder, threads) as ways:
+        yield ways
+
+
+@pytest.mark.parametrize("name", merges.JOBS)
+def test_merge(name: str, merging: Ways, triple: Triple, folder: Path, benchmark: BenchmarkFixture) -> None:
+    run(name, merging, benchmark, f"merges of {triple.models}", folder / "out")
+
+
+@pytest.mark.parametrize("name", mappings.JOBS)
+def test_mapped(name: str, mapping: Ways, triple: Triple, folder: Path, benchmark: BenchmarkFixture) -> None:
+    run(name, mapping, benchmark, f"mapped {triple.models}", folder / "out")
+
+
+def run(name: str, ways: Ways, benchmark: BenchmarkFixture, group: str, out: Path) -> None:
+    if name not in ways:
+        pytest.skip(f"nothing to run {name} with")
+    benchmark.group = group
 
     def remove() -> None:
         shutil.rmtree(out, ignore_errors=True)
 
-    benchmark.pedantic(jobs[job], setup=remove, rounds=ROUNDS)
+    benchmark.pedantic(ways[name], setup=remove, rounds=ROUNDS)
+    remove()

@@ -14,22 +14,31 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from ires_kernels.backends.choice import backends, choose
 from ires_kernels.bench import gpu, gpu_merges, kernels, mappings, merges
 from ires_kernels.bench.accelerator import Accelerator, open_cuda
 from ires_kernels.bench.contenders import TORCH
 from ires_kernels.bench.kernels import CASES, VerificationError
-from ires_kernels.bench.measure import Quartiles, machine
-from ires_kernels.bench.synthetic import SHAPES, count_of, shape_of, write_triple
+from ires_kernels.bench.measure import machine
+from ires_kernels.bench.result import Comparison, Result
+from ires_kernels.bench.synthetic import SHAPES, Shape, Triple, count_of, shape_of, write_triple
+from ires_kernels.bench.tables import (
+    open_console,
+    print_comparisons,
+    print_contenders,
+    print_ratios,
+    print_unavailable,
+)
+from ires_kernels.streaming.stream import default_threads
 
 ELEMENTS = 1 << 27  # of each tensor: far beyond any cache
 ON_GPU = 1 << 30
@@ -39,9 +48,7 @@ MODEL, LIST = "llama-1b", "llama-8b"
 def main(argv: Sequence[str] | None = None, device: Accelerator | None = None) -> int:
     """Verify, measure, print; returns the exit code. `device` stands in for the GPU that ``gpu`` would open."""
     arguments = _parse(argv)
-    console = Console(stderr=arguments.json == "-", highlight=False)
-    if not console.is_terminal:
-        console.width = 120
+    console = open_console(stderr=arguments.json == "-")
     try:
         if arguments.what == "gpu":
             device = device or open_cuda(arguments.device or "cuda")
@@ -54,39 +61,77 @@ def main(argv: Sequence[str] | None = None, device: Accelerator | None = None) -
     if arguments.what != "gpu" and torch.device(arguments.device or "cpu").type != "cpu":
         print(f"bench: {arguments.what} measures tensors on the CPU only, got {arguments.device}", file=sys.stderr)
         return 2
-    record: dict[str, Any] = {"machine": machine(), "backends": {k: v._asdict() for k, v in backends().items()}}
-    record |= {"verified": [], "kernels": [], "merges": [], "mapped": [], "gates": []}
-    console.print(_machine_line(record["machine"]))
+    report = Report(console, machine())
+    console.print(_machine_line(report.machine))
+    title = "Wanted, hoped for, measured (information only)"
     try:
         if arguments.what == "gpu":
             assert device is not None
-            _on_gpu(arguments, device, record, console)
+            report.gpu = device.facts()
+            title = f"{device.name}: median and quartiles; what is wanted informs and fails nothing"
+            _on_gpu(arguments, device, report)
         if arguments.what in ("kernels", "all"):
-            _kernels(arguments, record, console)
+            _kernels(arguments, report)
         if arguments.what in ("merge", "all"):
-            _merges(arguments, record, console)
+            _merges(arguments, report)
         if arguments.what in ("mapped", "all"):
-            _mapped(arguments, record, console)
+            _mapped(arguments, report)
     except VerificationError as error:
         print(f"bench: wrong result: {error}", file=sys.stderr)
         return 1
-    if arguments.what != "gpu":
-        _print_gates(console, record["gates"])
-    if arguments.json:
-        text = json.dumps(record, indent=1) + "\n"
-        if arguments.json == "-":
-            sys.stdout.write(text)
-        else:
-            Path(arguments.json).write_text(text)
+    print_comparisons(console, title, report.comparisons())
+    record = report.to_dict()
+    text = json.dumps(record, indent=1) + "\n"
+    if arguments.json == "-":
+        sys.stdout.write(text)
+    elif arguments.json:
+        Path(arguments.json).write_text(text)
     if arguments.results:
         assert device is not None
-        path = Path(arguments.results, f"{_file_name(device.name, record['machine']['commit'])}.json")
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        Path(arguments.results, f"{_file_name(device.name, report.machine['commit'])}.json").write_text(text)
     if arguments.plot:
         from ires_kernels.bench.plot import draw
 
         draw(record, arguments.plot)
     return 0
+
+
+@dataclass
+class Report:
+    """What is printed while it is measured, and written in the end."""
+
+    console: Console
+    machine: dict[str, Any]
+    gpu: dict[str, Any] | None = None
+    verified: list[str] = field(default_factory=list)
+    kernels: list[Result] = field(default_factory=list)
+    merges: list[Result] = field(default_factory=list)
+    mapped: list[Result] = field(default_factory=list)
+    across: list[Comparison] = field(default_factory=list)
+    """What was measured of several results together."""
+
+    def say_verified(self, line: str) -> None:
+        """Print what was compared before the clock starts, and keep it."""
+        self.verified.append(line)
+        self.console.print(f"verified: {line}", soft_wrap=True)
+
+    def comparisons(self) -> list[Comparison]:
+        """Those of all results."""
+        results = (*self.kernels, *self.merges, *self.mapped)
+        return [each for result in results for each in result.comparisons()] + self.across
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it in JSON types."""
+        return {
+            "machine": self.machine,
+            "backends": {name: status._asdict() for name, status in backends().items()},
+            **({"gpu": self.gpu} if self.gpu else {}),
+            "verified": self.verified,
+            "kernels": [result.to_dict() for result in self.kernels],
+            "merges": [result.to_dict() for result in self.merges],
+            "mapped": [result.to_dict() for result in self.mapped],
+            "comparisons": [each.to_dict() for each in self.comparisons()],
+        }
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -168,114 +213,103 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
-def _kernels(arguments: argparse.Namespace, record: dict[str, Any], console: Console) -> None:
-    cases = [case for case in CASES if re.search(arguments.cases, case.name)]
+def _kernels(arguments: argparse.Namespace, report: Report) -> None:
+    cases = [case for case in CASES if arguments.cases.search(case.name)]
     threads = arguments.threads or _powers_of_two(len(os.sched_getaffinity(0)))
     compared = sum(kernels.verify(case, threads) for case in cases)
-    names = ", ".join(kernels.ours())
-    line = f"{compared} results of {len(cases)} kernels ({names}; threads {threads}) equal the reference bit for bit"
-    _verified(record, console, line)
-    results = []
+    ours = kernels.ours()
+    what = f"{len(cases)} kernels ({', '.join(ours)}; threads {threads})"
+    report.say_verified(f"{compared} results of {what} equal the reference bit for bit")
     for case in cases:
         for count in threads:
-            with console.status(f"{case.name}, threads {count}"):
+            with report.console.status(f"{case.name}, threads {count}"):
                 result = kernels.measure(
                     case, arguments.elements, count, arguments.rounds, compiled=not arguments.no_compile
                 )
-            results.append(result)
-            record["kernels"].append(result.to_dict())
-            record["gates"] += result.gates()
-    _print_kernels(console, results, arguments.elements)
+            report.kernels.append(result)
+    title = f"Kernels, {arguments.elements:,} elements:"
+    print_ratios(
+        report.console,
+        f"{title} speed as a fraction of a pure memory loop's",
+        report.kernels,
+        {name: (name, kernels.MEMORY) for name in ours},
+        speed_of=kernels.MEMORY,
+    )
+    print_ratios(
+        report.console,
+        f"{title} how many times as fast {ours[0]} is as torch's",
+        report.kernels,
+        {name: (ours[0], name) for name in TORCH},
+    )
+    line = "* not the bits of the definition in all elements: more than one rounding, or fused operations"
+    report.console.print(line)
+    print_unavailable(report.console, report.kernels)
 
 
-def _merges(arguments: argparse.Namespace, record: dict[str, Any], console: Console) -> None:
+def _merges(arguments: argparse.Namespace, report: Report) -> None:
     threads = max(arguments.threads) if arguments.threads else None
-    results = []
     for i, shape in enumerate(arguments.shapes):
-        with tempfile.TemporaryDirectory(prefix="ires-bench-", dir=arguments.dir) as name:
-            folder = Path(name)
-            with console.status(f"writing models of {shape.parameters / 1e6:,.0f} M parameters"):
-                triple = write_triple(folder, shape)
+        with _models(arguments, shape, report.console) as (triple, folder):
             compared = merges.verify(triple, folder, threads)
-            size = f"{triple.nbytes / 1e9:.3g} GB"
-            line = f"merge of {size} models: {compared:,} elements equal the reference bit for bit"
-            _verified(record, console, line)
-            with console.status(f"merging models of {size}"):
+            report.say_verified(f"merge of {triple.models}: {compared:,} elements equal the reference bit for bit")
+            with report.console.status(f"merging {triple.models}"):
                 result = merges.measure(
                     triple, folder, arguments.rounds, threads=threads, cold=arguments.cold, only_one_pass=i > 0
                 )
-        results.append(result)
-        record["merges"].append(result.to_dict())
-        record["gates"] += result.gates()
-    record["gates"] += merges.cost_per_byte(results)
-    _print_merges(console, results)
+        report.merges.append(result)
+    report.across += merges.cost_per_byte(report.merges)
+    cache = "inputs dropped from the page cache" if arguments.cold else "page cache warm where the models fit"
+    title = f"Whole merges, time as a multiple of others', {cache}"
+    print_contenders(report.console, title, report.merges, {"private MB": _private_megabytes})
 
 
-def _mapped(arguments: argparse.Namespace, record: dict[str, Any], console: Console) -> None:
-    threads = max(arguments.threads) if arguments.threads else min(16, len(os.sched_getaffinity(0)))
-    results = []
+def _private_megabytes(result: Result, name: str) -> str:
+    found = result.notes.get(name, {}).get("private_memory_bytes")
+    return "" if found is None else f"{found / 1e6:.0f}"
+
+
+def _mapped(arguments: argparse.Namespace, report: Report) -> None:
+    threads = max(arguments.threads) if arguments.threads else default_threads()
     for shape in arguments.shapes:
-        with tempfile.TemporaryDirectory(prefix="ires-bench-", dir=arguments.dir) as name:
-            folder = Path(name)
-            with console.status(f"writing models of {shape.parameters / 1e6:,.0f} M parameters"):
-                triple = write_triple(folder, shape)
+        with _models(arguments, shape, report.console) as (triple, folder):
             compared = mappings.verify(triple, folder, threads)
-            size = f"{triple.nbytes / 1e9:.3g} GB"
-            _verified(record, console, f"mapped models of {size}: {compared:,} bytes equal those that apply makes")
-            with console.status(f"changing mapped models of {size}"):
-                result = mappings.measure(triple, folder, arguments.rounds, threads=threads)
-        results.append(result)
-        record["mapped"].append(result.to_dict())
-        record["gates"] += result.gates()
-    table = _table(f"In place through mapped pages, {threads} threads, no fsync: time as a multiple of apply's", "way")
-    for column in ("model GB", "seconds", "GB/s", f"/ {merges.BARE}", f"/ {mappings.FLOOR}"):
-        table.add_column(column, justify="right")
-    for result in results:
-        for name, seconds in result.times.items():
-            median = Quartiles.of(seconds).median
-            table.add_row(
-                name,
-                f"{result.triple.nbytes / 1e9:.3g}",
-                f"{median:.2f}",
-                f"{4 * result.triple.nbytes / median / 1e9:.2f}",
-                _shown(result.of(name, merges.BARE)),
-                _shown(result.of(name, mappings.FLOOR)),
-            )
-    console.print(table)
+            report.say_verified(f"mapped {triple.models}: {compared:,} bytes equal those that apply makes")
+            with report.console.status(f"changing mapped {triple.models}"):
+                report.mapped.append(mappings.measure(triple, folder, arguments.rounds, threads=threads))
+    title = f"In place through mapped pages, time as a multiple of others', {threads} threads, no fsync"
+    print_contenders(report.console, title, report.mapped)
 
 
-def _on_gpu(arguments: argparse.Namespace, device: Accelerator, record: dict[str, Any], console: Console) -> None:
-    record |= {"gpu": device.facts(), "workloads": []}
+def _on_gpu(arguments: argparse.Namespace, device: Accelerator, report: Report) -> None:
     names = gpu.available(device.place)
     loads = gpu.workloads(arguments.elements, SHAPES[arguments.list], arguments.list)
-    loads = [load for load in loads if re.search(arguments.cases, load.name)]
+    loads = [load for load in loads if arguments.cases.search(load.name)]
     compared = sum(gpu.verify(load, device) for load in loads)
-    line = f"{compared} results of {len(loads)} workloads ({', '.join(names)}) equal the reference bit for bit"
-    _verified(record, console, line)
-    rows, missing = [], []
+    what = f"{len(loads)} workloads ({', '.join(names)})"
+    report.say_verified(f"{compared} results of {what} equal the reference bit for bit")
     for load in loads:
-        with console.status(load.name):
+        with report.console.status(load.name):
             result = gpu.measure(load, device, arguments.rounds, with_compiled=not arguments.no_compile)
         device.release()
-        record["workloads"].append(result.to_dict())
-        rows += result.rows()
-        missing += [f"{load.name}: {name}: {why}" for name, why in result.unavailable.items()]
+        report.kernels.append(result)
         speeds = (f"{name} {result.gb_per_second(name):,.0f}" for name in (gpu.COPY, *names))
-        console.print(f"{load.name}, GB/s read and written: {', '.join(speeds)}", soft_wrap=True)
-    with tempfile.TemporaryDirectory(prefix="ires-bench-", dir=arguments.dir) as name:
-        folder, (shape,) = Path(name), arguments.shapes
-        with console.status(f"writing models of {shape.parameters / 1e6:,.0f} M parameters"):
-            triple = write_triple(folder, shape)
+        report.console.print(f"{load.name}, GB/s read and written: {', '.join(speeds)}", soft_wrap=True)
+    (shape,) = arguments.shapes
+    with _models(arguments, shape, report.console) as (triple, folder):
         compared = merges.verify(triple, folder, device=f"{device.place}")
-        line = f"merge on the device: {compared:,} elements equal the reference bit for bit"
-        _verified(record, console, line)
-        with console.status("merging"):
-            merged = gpu_merges.measure(triple, folder, device, arguments.rounds)
-    rows += merged.rows()
-    record |= {"merge_on_gpu": merged.to_dict(), "comparisons": rows}
-    for line in missing:
-        console.print(f"not measured: {line}", soft_wrap=True, markup=False)
-    _print_gpu(console, device, names, rows)
+        report.say_verified(f"merge on the device: {compared:,} elements equal the reference bit for bit")
+        with report.console.status(f"merging {triple.models}"):
+            report.merges.append(gpu_merges.measure(triple, folder, device, arguments.rounds))
+    print_unavailable(report.console, report.kernels)
+
+
+@contextmanager
+def _models(arguments: argparse.Namespace, shape: Shape, console: Console) -> Iterator[tuple[Triple, Path]]:
+    """Three models and the folder they lie in, which goes away."""
+    with tempfile.TemporaryDirectory(prefix="ires-bench-", dir=arguments.dir) as name:
+        with console.status(f"writing models of {shape.parameters / 1e6:,.0f} M parameters"):
+            triple = write_triple(name, shape)
+        yield triple, Path(name)
 
 
 def _file_name(gpu_name: str, commit: str | None) -> str:
@@ -289,99 +323,11 @@ def _powers_of_two(limit: int) -> list[int]:
     return sorted({1 << i for i in range(limit.bit_length())} | {limit})
 
 
-def _verified(record: dict[str, Any], console: Console, line: str) -> None:
-    record["verified"].append(line)
-    console.print(f"verified: {line}", soft_wrap=True)
-
-
 def _machine_line(facts: dict[str, Any]) -> str:
     memory = f"{facts['memory_bytes'] / 2**30:.0f} GiB" if facts["memory_bytes"] else "memory unknown"
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     commit = facts["commit"] or "unknown"
     return f"{facts['cpu']}, {facts['cores']} cores, {memory}, {facts['kernel']}\n{versions}, commit {commit}"
-
-
-def _shown(quartiles: Quartiles | None, suffix: str = "") -> str:
-    """Median and quartiles."""
-    if quartiles is None:
-        return "–"
-    return f"{quartiles.median:.2f}{suffix} [dim]{quartiles.low:.2f}–{quartiles.high:.2f}[/dim]"
-
-
-def _print_kernels(console: Console, results: list[kernels.Result], elements: int) -> None:
-    ours = kernels.ours()
-    table = _table(f"Kernels, {elements:,} elements: speed as a fraction of a pure memory loop's", "operation")
-    other = _table(f"Kernels, {elements:,} elements: how many times as fast {ours[0]} is as torch's", "operation")
-    for name in ("threads", "memory GB/s", *ours):
-        table.add_column(name, justify="right")
-    for name in ("threads", *TORCH):
-        other.add_column(name, justify="right")
-    for result in results:
-        size = result.case.bytes_per_element * result.elements
-        seconds = result.times.get(kernels.MEMORY)
-        speed = f"{size / Quartiles.of(seconds).median / 1e9:.1f}" if seconds else "–"
-        first = (result.case.name, f"{result.threads}")
-        table.add_row(*first, speed, *(_shown(result.of_memory(name)) for name in ours))
-        marks = {name: "*" if result.differs.get(name) else "" for name in TORCH}
-        other.add_row(*first, *(_shown(result.faster_than(name), mark) for name, mark in marks.items()))
-    console.print(table)
-    console.print(other)
-    console.print("* not the bits of the definition in all elements: more than one rounding, or fused operations")
-    for line in dict.fromkeys(f"{name}: {why}" for result in results for name, why in result.unavailable.items()):
-        console.print(f"not measured: {line}", soft_wrap=True, markup=False)
-
-
-def _table(title: str, first: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column(first, no_wrap=True)
-    return table
-
-
-def _print_merges(console: Console, results: list[merges.Result]) -> None:
-    cache = "inputs dropped from the page cache" if results[0].cold else "page cache warm where the models fit"
-    title = f"Whole merges to a new folder, {cache}: time as a multiple of cat + cp"
-    table = _table(title, "job")
-    for name in ("model GB", "seconds", "GB/s", "/ cat + cp", "ns/byte", "private MB"):
-        table.add_column(name, justify="right")
-    for result in results:
-        for name, seconds in result.times.items():
-            median = Quartiles.of(seconds).median
-            one_pass = name == merges.ONE_PASS
-            table.add_row(
-                name,
-                f"{result.triple.nbytes / 1e9:.3g}",
-                f"{median:.2f}",
-                f"{result.traffic[name] / median / 1e9:.2f}",
-                _shown(result.of_copy(name)),
-                f"{median * 1e9 / result.traffic[name]:.3f}",
-                f"{result.memory / 1e6:.0f}" if one_pass else "",
-            )
-    console.print(table)
-
-
-def _print_gpu(console: Console, device: Accelerator, names: list[str], rows: list[dict[str, Any]]) -> None:
-    """The last table: what was measured of each backend, beside what is wanted (information only)."""
-    table = _table(f"{device.name}: median and quartiles; what is wanted informs and fails nothing", "what")
-    for name in ("wanted", *names):
-        table.add_column(name, justify="right")
-    for row in rows:
-        sign = "≤" if row["at_most"] else "≥"
-        wanted = "" if row["wanted"] is None else f"{sign} {row['wanted']:g}"
-        found = (row["measured"].get(name) for name in names)
-        table.add_row(row["what"], wanted, *(_shown(Quartiles(**x) if x else None) for x in found))
-    console.print(table)
-
-
-def _print_gates(console: Console, gates: Iterable[dict[str, Any]]) -> None:
-    table = _table("Wanted, hoped for, measured (information only)", "what")
-    for name in ("wanted", "reach for", "measured"):
-        table.add_column(name, justify="right")
-    for gate in gates:
-        sign = "≤" if gate["at_most"] else "≥"
-        numbers = f"{sign} {gate['gate']:g}", f"{sign} {gate['reach']:g}", f"{gate['measured']:.3g}"
-        table.add_row(gate["what"], *numbers)
-    if table.rows:
-        console.print(table)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +33,8 @@ from ires_kernels.bench.kernels import (
     fill,
     forced,
 )
-from ires_kernels.bench.measure import Quartiles, Times, interleave, ratio
+from ires_kernels.bench.measure import Times, Ways, interleave, reason
+from ires_kernels.bench.result import Goal, Result
 from ires_kernels.bench.synthetic import Shape
 
 COPY = "device copy"
@@ -98,70 +98,6 @@ def available(place: torch.device) -> list[str]:
     return [name for name, backend in BACKENDS.items() if backend.status(place.type).available]
 
 
-@dataclass
-class Result:
-    """One workload."""
-
-    workload: Workload
-    times: Times
-    copied: int
-    """Bytes that COPY reads and writes."""
-    unavailable: dict[str, str]
-    """Contender → why it could not run."""
-
-    def gb_per_second(self, name: str) -> float:
-        """The median, of bytes read and written."""
-        nbytes = self.copied if name == COPY else self.workload.nbytes
-        return nbytes / Quartiles.of(self.times[name]).median / 1e9
-
-    def of_copy(self, name: str) -> Quartiles | None:
-        """Bandwidth as a fraction of that of COPY."""
-        of_time = ratio(self.times, COPY, name)
-        if of_time is None:
-            return None
-        scale = self.workload.nbytes / self.copied
-        return Quartiles(of_time.low * scale, of_time.median * scale, of_time.high * scale, of_time.rounds)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Of every comparison: what was measured of each backend, and what is wanted if anything is."""
-        name, gates = self.workload.name, self.workload.gates
-        ours = [name for name in BACKENDS if name in self.times]
-        rows = [_row(f"{name}: bandwidth / {COPY}", gates.get(COPY), {x: self.of_copy(x) for x in ours})]
-        for other in TORCH:
-            if other in self.times:
-                measured = {x: ratio(self.times, other, x) for x in ours}
-                rows.append(_row(f"{name}: times as fast as {other}", gates.get(other), measured))
-        return rows
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it in JSON types."""
-        contenders: dict[str, Any] = {}
-        for name, seconds in self.times.items():
-            of_copy = self.of_copy(name) if name != COPY else None
-            contenders[name] = {
-                "seconds": seconds,
-                "gb_per_second": self.gb_per_second(name),
-                "of_copy": of_copy and of_copy.to_dict(),
-            }
-        return {
-            "workload": self.workload.name,
-            "dtypes": [str(dtype).removeprefix("torch.") for dtype in self.workload.case.dtypes],
-            "tensors": len(self.workload.shapes),
-            "elements": self.workload.elements,
-            "bytes": self.workload.nbytes,
-            "copied_bytes": self.copied,
-            "contenders": contenders,
-            "unavailable": self.unavailable,
-        }
-
-
-def _row(
-    what: str, wanted: float | None, measured: Mapping[str, Quartiles | None], *, at_most: bool = False
-) -> dict[str, Any]:
-    found = {name: quartiles.to_dict() for name, quartiles in measured.items() if quartiles}
-    return {"what": what, "wanted": wanted, "at_most": at_most, "measured": found}
-
-
 def verify(workload: Workload, device: Accelerator) -> int:
     """Compare every backend with the reference on random bit patterns; returns how many results were compared.
 
@@ -194,7 +130,7 @@ def measure(workload: Workload, device: Accelerator, rounds: int, *, with_compil
             fill(operand, generator)
     half = min(workload.nbytes // 2, _COPIED)
     source, destination = (torch.ones(half, dtype=torch.uint8, device=device.place) for _ in range(2))
-    ways: dict[str, Way] = {COPY: lambda: destination.copy_(source)}
+    ways: Ways = {COPY: lambda: destination.copy_(source)}
     for name in available(device.place):
         check_ends(workload, name, columns)
         ways[name] = _forced(name, partial(case.run, columns[0], columns))
@@ -203,16 +139,31 @@ def measure(workload: Workload, device: Accelerator, rounds: int, *, with_compil
         try:
             way()
         except Exception as error:  # no room, no compiler: the report says which
-            unavailable[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            unavailable[name] = reason(error)
         else:
             ways[name] = way
             continue
         device.release()
-    times = interleave(ways, rounds, timer=device.seconds)
-    return Result(workload, times, 2 * half, unavailable)
+    return result_of(workload, device.name, interleave(ways, rounds, timer=device.seconds), 2 * half, unavailable)
 
 
-def torch_ways(case: Case, columns: list[list[Tensor]], *, with_compiled: bool) -> dict[str, Way]:
+def result_of(workload: Workload, device: str, times: Times, copied: int, unavailable: Mapping[str, str]) -> Result:
+    """What was measured of a workload, where COPY reads and writes so many bytes."""
+    others = (COPY, *TORCH)
+    facts = {**workload.case.facts(), "elements": workload.elements, "tensors": len(workload.shapes), "device": device}
+    return Result(
+        workload.name,
+        facts,
+        times,
+        {name: copied if name == COPY else workload.nbytes for name in times},
+        by="speed",
+        yardsticks=others,
+        goals=[Goal(name, other, workload.gates.get(other)) for other in others for name in BACKENDS],
+        unavailable=unavailable,
+    )
+
+
+def torch_ways(case: Case, columns: list[list[Tensor]], *, with_compiled: bool) -> Ways:
     """What people write in torch, tensor by tensor but for FOREACH; nothing has the bits of stochastic rounding."""
     if case.stochastic:
         return {}
@@ -225,7 +176,7 @@ def torch_ways(case: Case, columns: list[list[Tensor]], *, with_compiled: bool) 
         for row in zip(*columns, strict=True):
             way(row[0], row)
 
-    ways: dict[str, Way] = {name: partial(each, way) for name, way in found.items()}
+    ways: Ways = {name: partial(each, way) for name, way in found.items()}
     return {**ways, FOREACH: lambda: foreach(case.op, columns[0], columns)}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from ires_kernels.backends import native
 from ires_kernels.backends.call import threads as kernel_threads
 from ires_kernels.backends.choice import backends
 from ires_kernels.bench.contenders import ALPHA, CHUNKED, COMPILED, EAGER, TORCH, best_chunk, torch_contenders
-from ires_kernels.bench.measure import Quartiles, Times, interleave, ratio
+from ires_kernels.bench.measure import Ways, interleave, reason
+from ires_kernels.bench.result import Goal, Result
 from ires_kernels.tensors import ops
 
 MEMORY = "memory"
@@ -50,6 +51,11 @@ class Case:
     def bytes_per_element(self) -> int:
         """Read and written."""
         return sum(dtype.itemsize for dtype in self.dtypes)
+
+    def facts(self) -> dict[str, object]:
+        """The case in JSON types."""
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in self.dtypes]
+        return {"case": self.name, "dtypes": dtypes, "bytes_per_element": self.bytes_per_element}
 
     def run(self, out: T, operands: Sequence[T]) -> None:
         """Our side of it, through the public functions: tensors, or a list of tensors for each."""
@@ -179,70 +185,9 @@ def _result(case: Case, data: tuple[Tensor, list[Tensor]], run: Callable[[Tensor
     return out
 
 
-@dataclass
-class Result:
-    """One case with one number of threads."""
-
-    case: Case
-    elements: int
-    threads: int
-    times: Times
-    unavailable: dict[str, str]
-    """Contender → why it could not run."""
-    differs: dict[str, float]
-    """Torch contender → fraction of elements whose bits are not those of the definition."""
-    chunk: int
-    """Elements of the best piece for CHUNKED."""
-
-    def of_memory(self, name: str) -> Quartiles | None:
-        """Speed as a fraction of the memory loop's."""
-        return ratio(self.times, MEMORY, name)
-
-    def faster_than(self, name: str) -> Quartiles | None:
-        """How many times as fast as a torch contender our best one is."""
-        return ratio(self.times, name, ours()[0])
-
-    def gates(self) -> list[dict[str, Any]]:
-        """What was wanted, what to reach for, and what was measured; information, not a verdict."""
-        rows = []
-        for name, (gate, reach) in self.case.gates.items():
-            measured = self.faster_than(name) if name in TORCH else self.of_memory(name)
-            if measured:
-                what = f"{self.case.name}, threads {self.threads}: "
-                what += f"times as fast as {name}" if name in TORCH else f"{name} / memory loop"
-                rows.append({"what": what, "gate": gate, "reach": reach, "measured": measured.median, "at_most": False})
-        return rows
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it in JSON types."""
-        size = self.case.bytes_per_element * self.elements
-        contenders: dict[str, Any] = {}
-        for name, seconds in self.times.items():
-            median = Quartiles.of(seconds).median
-            contenders[name] = {"seconds": seconds, "median_seconds": median, "gb_per_second": size / median / 1e9}
-            of_memory, slower = self.of_memory(name), self.faster_than(name)
-            contenders[name]["of_memory"] = of_memory and of_memory.to_dict()
-            contenders[name]["ours_faster"] = slower and slower.to_dict()
-            if name in self.differs:
-                contenders[name]["differs"] = self.differs[name]
-        return {
-            "case": self.case.name,
-            "dtypes": [str(dtype).removeprefix("torch.") for dtype in self.case.dtypes],
-            "elements": self.elements,
-            "threads": self.threads,
-            "bytes_per_element": self.case.bytes_per_element,
-            "chunk": self.chunk,
-            "contenders": contenders,
-            "unavailable": self.unavailable,
-            "gates": self.gates(),
-        }
-
-
-def contenders(
-    case: Case, out: Tensor, operands: Sequence[Tensor], threads: int, chunk: int
-) -> dict[str, Callable[[], object]]:
+def contenders(case: Case, out: Tensor, operands: Sequence[Tensor], threads: int, chunk: int) -> Ways:
     """Every way to do `case` to this data, by name; COMPILED compiles, or fails to, when it is first called."""
-    ways: dict[str, Callable[[], object]] = {}
+    ways: Ways = {}
     if native.isas():
         from ires_kernels import _native
 
@@ -267,7 +212,7 @@ def measure(case: Case, elements: int, threads: int, rounds: int, *, compiled: b
     unavailable = {} if MEMORY in ways else {MEMORY: backends()["native"].detail}
     if not compiled:
         ways.pop(COMPILED, None)
-    differs = {}
+    differs = {}  # fraction of elements whose bits are not those of the definition
     for name, run in list(ways.items()):
         with chosen("reference", threads):
             wanted = _result(case, begin, case.run)
@@ -276,13 +221,26 @@ def measure(case: Case, elements: int, threads: int, rounds: int, *, compiled: b
         except Exception as error:  # a missing compiler has many faces; the report says which
             if name != COMPILED:
                 raise
-            unavailable[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            unavailable[name] = reason(error)
             del ways[name]
             continue
         if name in TORCH and not case.stochastic:  # there torch draws other random numbers
-            differs[name] = differing(begin[0], wanted) / len(wanted)
-    times = interleave(ways, rounds)
-    return Result(case, elements, threads, times, unavailable, differs, chunk)
+            differs[name] = {"differs": differing(begin[0], wanted) / len(wanted)}
+    facts = {**case.facts(), "elements": elements, "threads": threads, "chunk": chunk}
+    return Result(
+        f"{case.name}, threads {threads}",
+        facts,
+        interleave(ways, rounds),
+        dict.fromkeys(ways, case.bytes_per_element * elements),
+        by="speed",
+        yardsticks=(MEMORY, *TORCH),
+        goals=[
+            Goal(ours()[0], name, *wish) if name in TORCH else Goal(name, MEMORY, *wish)
+            for name, wish in case.gates.items()
+        ],
+        notes=differs,
+        unavailable=unavailable,
+    )
 
 
 def _with(name: str, threads: int, run: Callable[[], object]) -> Callable[[], None]:

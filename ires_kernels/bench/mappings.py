@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,57 +18,16 @@ from ires_kernels import merge
 from ires_kernels.backends.call import threads as kernel_threads
 from ires_kernels.bench import floor
 from ires_kernels.bench.kernels import VerificationError
-from ires_kernels.bench.measure import Quartiles, Times, interleave, ratio
-from ires_kernels.bench.merges import BARE, weights
+from ires_kernels.bench.measure import Ways, interleave
+from ires_kernels.bench.merges import BARE, FLOOR, in_place, weights
+from ires_kernels.bench.result import Goal, Result
 from ires_kernels.bench.synthetic import Triple
 from ires_kernels.memory.mapping import mapped
 from ires_kernels.tensors import ops
 
-MAPPED, LISTED, SAFETENSORS, FLOOR = "mapped", "mapped, one call", "safe_open + torch", "bare floor"
-
-
-@dataclass
-class Result:
-    """All ways for models of one size."""
-
-    triple: Triple
-    threads: int
-    times: Times
-
-    def of(self, name: str, other: str) -> Quartiles | None:
-        """Time as a multiple of that of another way, if both were measured."""
-        return ratio(self.times, name, other)
-
-    def gates(self) -> list[dict[str, Any]]:
-        """What was wanted, what to reach for, and what was measured; information, not a verdict."""
-        size = f"{self.triple.nbytes / 1e9:.3g} GB"
-        rows = []
-        for other, gate, reach in ((BARE, 1.0, 0.8), (FLOOR, 1.5, 1.2)):
-            found = self.of(MAPPED, other)
-            if found:
-                what = f"mapped in place, {size} / {other}"
-                rows.append({"what": what, "gate": gate, "reach": reach, "measured": found.median, "at_most": True})
-        return rows
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it in JSON types."""
-        contenders = {}
-        for name, seconds in self.times.items():
-            median = Quartiles.of(seconds).median
-            of_apply = self.of(name, BARE)
-            contenders[name] = {
-                "seconds": seconds,
-                "median_seconds": median,
-                "gb_per_second": 4 * self.triple.nbytes / median / 1e9,
-                "of_apply": of_apply and of_apply.to_dict(),
-            }
-        return {
-            "parameters": self.triple.parameters,
-            "model_bytes": self.triple.nbytes,
-            "threads": self.threads,
-            "contenders": contenders,
-            "gates": self.gates(),
-        }
+MAPPED, LISTED, SAFETENSORS = "mapped", "mapped, one call", "safe_open + torch"
+JOBS = (BARE, MAPPED, LISTED, SAFETENSORS, FLOOR)
+GOALS = (Goal(MAPPED, BARE, 1.0, 0.8), Goal(MAPPED, FLOOR, 1.5, 1.2))
 
 
 def change(target: Path, triple: Triple, *, listed: bool = False) -> None:
@@ -110,7 +70,7 @@ def verify(triple: Triple, folder: Path, threads: int) -> int:
             shutil.copytree(triple.target, changed)
             change(changed, triple, listed=listed)
             for one, other in zip(weights(changed), weights(out), strict=True):
-                if not _same(Path(one), Path(other)):
+                if not _same(one, other):
                     raise VerificationError(f"{one}: differs from what apply makes. Nothing was timed.")
             shutil.rmtree(changed)
         return sum(os.stat(path).st_size for path in weights(out))
@@ -130,43 +90,45 @@ def _same(one: Path, other: Path) -> bool:
                 return True
 
 
-def measure(triple: Triple, folder: Path, rounds: int, *, threads: int) -> Result:
-    """Time all ways in one run; each has a copy of the target of its own, except that `apply` and mapping share one."""
+@contextmanager
+def contenders(triple: Triple, folder: Path, threads: int) -> Iterator[Ways]:
+    """All ways by name, for as long as the copies of the target that they change lie in `folder`.
+
+    Each has a copy of its own, except that `apply` and mapping share one.
+    """
     changed, saved, over = folder / "changed", folder / "saved", folder / "over"
-    turns = iter(range(1 << 30))
-    pair = (triple.instruct, triple.base)
-
-    def in_place() -> None:
-        tag = f"{next(turns)}"
-        merge.apply(changed, pair, in_place=True, undo="none", sync=False, tag=tag, threads=threads)
-
-    contenders: dict[str, Callable[[], object]] = {
-        BARE: in_place,
+    ways: Ways = {
+        BARE: lambda: in_place(changed, triple, threads),
         MAPPED: lambda: change(changed, triple),
         LISTED: lambda: change(changed, triple, listed=True),
     }
     token = kernel_threads.set(threads)
     try:
         shutil.copytree(triple.target, changed)
-        if _has_safetensors():
+        if find_spec("safetensors"):
             shutil.copytree(triple.target, saved)
-            contenders[SAFETENSORS] = lambda: by_hand(saved, triple)
+            ways[SAFETENSORS] = lambda: by_hand(saved, triple)
         if floor.is_possible():
             shutil.copytree(triple.target, over)
-            files = [weights(path) for path in (over, triple.instruct, triple.base)]
-            groups = [[Path(path) for path in group] for group in zip(*files, strict=True)]
-            contenders[FLOOR] = lambda: floor.over(groups, threads)
-        times = interleave(contenders, rounds, before=lambda _: os.sync())
+            groups = list(zip(*map(weights, (over, triple.instruct, triple.base)), strict=True))
+            ways[FLOOR] = lambda: floor.over(groups, threads)
+        yield ways
     finally:
         kernel_threads.reset(token)
         for path in (changed, saved, over):
             shutil.rmtree(path, ignore_errors=True)
-    return Result(triple, threads, times)
 
 
-def _has_safetensors() -> bool:
-    try:
-        import safetensors.torch  # noqa: F401
-    except ImportError:
-        return False
-    return True
+def measure(triple: Triple, folder: Path, rounds: int, *, threads: int) -> Result:
+    """Time all ways in one run."""
+    with contenders(triple, folder, threads) as ways:
+        times = interleave(ways, rounds, before=lambda _: os.sync())
+    return Result(
+        triple.models,
+        {**triple.facts(), "threads": threads},
+        times,
+        dict.fromkeys(times, 4 * triple.nbytes),
+        by="time",
+        yardsticks=(BARE, FLOOR),
+        goals=GOALS,
+    )

@@ -18,6 +18,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+Ways = dict[str, Callable[[], object]]
+"""Contender → what it does in a round."""
+
 Times = dict[str, list[float]]
 """Contender → seconds by round. Slow contenders sit out the later rounds."""
 
@@ -41,7 +44,12 @@ class Quartiles(NamedTuple):
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(low, median, high, len(values))
 
+    def scaled(self, factor: float) -> Quartiles:
+        """The same sample in other units."""
+        return self._replace(low=self.low * factor, median=self.median * factor, high=self.high * factor)
+
     def to_dict(self) -> dict[str, float]:
+        """The quartiles in JSON types."""
         return self._asdict()
 
 
@@ -88,6 +96,11 @@ def ratio(times: Times, numerator: str, denominator: str) -> Quartiles | None:
     pairs = zip(times.get(numerator, ()), times.get(denominator, ()), strict=False)
     ratios = [above / below for above, below in pairs]
     return Quartiles.of(ratios) if ratios else None
+
+
+def reason(error: Exception) -> str:
+    """Why a contender could not run, in a line of the report."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 class Watched(NamedTuple):

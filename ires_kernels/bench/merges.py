@@ -12,10 +12,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,15 +24,24 @@ from torch import Tensor
 from ires_kernels import merge
 from ires_kernels.bench import floor
 from ires_kernels.bench.kernels import VerificationError, chosen, differing
-from ires_kernels.bench.measure import Quartiles, Times, interleave, ratio, watch
+from ires_kernels.bench.measure import Quartiles, Ways, interleave, watch
+from ires_kernels.bench.result import Comparison, Goal, Result
 from ires_kernels.bench.synthetic import Triple
 from ires_kernels.checkpoints.checkpoint import TensorRef, open_checkpoint
 from ires_kernels.streaming.cpu import TORCH_DTYPES
+from ires_kernels.streaming.stream import default_threads
 from ires_kernels.tensors import ops
 
 COPY, FLOOR = "cat + cp", "bare floor"
 ONE_PASS, SYNCED, EXTRACT, APPLY = "one pass", "one pass, fsync", "extract f32", "apply f32"
 BARE, RING, RING_SYNCED = "in place, no undo", "in place", "in place, fsync"
+BRIEF = (COPY, FLOOR, ONE_PASS, BARE)
+"""What is measured of further sizes, for the cost per byte."""
+JOBS = (*BRIEF, SYNCED, EXTRACT, APPLY, RING, RING_SYNCED)
+GOALS = (Goal(ONE_PASS, COPY, 1.0, 0.6), Goal(ONE_PASS, FLOOR, 1.5, 1.2), Goal(BARE, COPY, 0.6, 0.43))
+"""With a warm page cache."""
+
+_turns = count()
 _CHECKED = 1 << 14  # elements compared at each end of a tensor
 
 # What `watch` runs: the first line of its output is the memory before the package is imported.
@@ -46,95 +55,35 @@ ires_kernels.apply(target, (instruct, base), out=out, sync=False, threads=int(th
 """
 
 
-@dataclass
-class Result:
-    """All merges of one size with one number of threads (None: what `apply` takes by itself)."""
-
-    triple: Triple
-    threads: int | None
-    cold: bool
-    times: Times
-    traffic: dict[str, int]
-    """Contender → bytes read and written."""
-    memory: int
-    """Peak private memory above the interpreter with torch, in bytes, of the one-pass merge."""
-
-    def of_copy(self, name: str) -> Quartiles | None:
-        """Time as a multiple of that of copying."""
-        return ratio(self.times, name, COPY)
-
-    @property
-    def ns_per_byte(self) -> float:
-        """Of the one-pass merge, per byte read or written."""
-        return Quartiles.of(self.times[ONE_PASS]).median * 1e9 / self.traffic[ONE_PASS]
-
-    def gates(self) -> list[dict[str, Any]]:
-        """What was wanted, what to reach for, and what was measured; information, not a verdict."""
-        size = f"{self.triple.nbytes / 1e9:.3g} GB"
-        rows = [
-            {
-                "what": f"one pass, {size}: MB of private memory",
-                "gate": 256,
-                "reach": 64,
-                "measured": self.memory / 1e6,
-                "at_most": True,
-            }
-        ]
-        of_copy = self.of_copy(ONE_PASS)
-        if of_copy and not self.cold:
-            what = f"one pass without fsync, {size} / cat + cp"
-            rows.append({"what": what, "gate": 1.0, "reach": 0.6, "measured": of_copy.median, "at_most": True})
-        of_floor = ratio(self.times, ONE_PASS, FLOOR)
-        if of_floor and not self.cold:
-            what = f"one pass without fsync, {size} / {FLOOR}"
-            rows.append({"what": what, "gate": 1.5, "reach": 1.2, "measured": of_floor.median, "at_most": True})
-        of_copy = self.of_copy(BARE)
-        if of_copy and not self.cold:
-            what = f"in place without undo and fsync, {size} / cat + cp"
-            rows.append({"what": what, "gate": 0.6, "reach": 0.43, "measured": of_copy.median, "at_most": True})
-        return rows
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it in JSON types."""
-        contenders: dict[str, Any] = {}
-        for name, seconds in self.times.items():
-            median, of_copy = Quartiles.of(seconds).median, self.of_copy(name)
-            contenders[name] = {
-                "seconds": seconds,
-                "median_seconds": median,
-                "gb_per_second": self.traffic[name] / median / 1e9,
-                "of_copy": of_copy and of_copy.to_dict(),
-            }
-        return {
-            "parameters": self.triple.parameters,
-            "model_bytes": self.triple.nbytes,
-            "threads": self.threads,
-            "cold": self.cold,
-            "contenders": contenders,
-            "ns_per_byte": self.ns_per_byte,
-            "private_memory_bytes": self.memory,
-            "gates": self.gates(),
-        }
-
-
-def weights(folder: Path) -> list[str]:
+def weights(folder: Path) -> list[Path]:
     """The files that hold tensors."""
-    return sorted(f"{path}" for path in folder.glob("*.safetensors"))
+    return sorted(folder.glob("*.safetensors"))
+
+
+def read(*folders: Path) -> None:
+    """Read all weights with the ordinary tool."""
+    with open(os.devnull, "wb") as null:
+        subprocess.run(["cat", *(path for folder in folders for path in weights(folder))], stdout=null, check=True)
 
 
 def copy(triple: Triple, out: Path) -> None:
     """What a merge is measured against, with the ordinary tools. Reflinks would copy nothing."""
-    with open(os.devnull, "wb") as null:
-        subprocess.run(["cat", *weights(triple.base), *weights(triple.instruct)], stdout=null, check=True)
+    read(triple.base, triple.instruct)
     out.mkdir()
-    subprocess.run(["cp", "--reflink=never", *weights(triple.target), f"{out}"], check=True)
+    subprocess.run(["cp", "--reflink=never", *weights(triple.target), out], check=True)
 
 
 def bare(triple: Triple, out: Path, threads: int) -> None:
     """The least that a merge can take: reads what it reads and writes what it writes."""
     out.mkdir()
     for group in zip(*map(weights, (triple.target, triple.instruct, triple.base)), strict=True):
-        floor.new_file([Path(path) for path in group], out / Path(group[0]).name, threads)
+        floor.new_file(group, out / group[0].name, threads)
+
+
+def in_place(target: Path, triple: Triple, threads: int | None, *, undo: str = "none", sync: bool = False) -> None:
+    """Change `target`; a tag of its own makes it another application to what the one before has left."""
+    pair, tag = (triple.instruct, triple.base), f"{next(_turns)}"
+    merge.apply(target, pair, in_place=True, undo=undo, sync=sync, tag=tag, threads=threads)
 
 
 def forget(folders: Iterable[Path]) -> None:
@@ -182,9 +131,42 @@ def _compare(triple: Triple, out: Path) -> int:
 def _read(ref: TensorRef, start: int) -> Tensor:
     """Up to _CHECKED elements, flat."""
     dtype = TORCH_DTYPES[ref.dtype]
-    count = min(_CHECKED, ref.numel - start) * dtype.itemsize
-    raw = np.fromfile(ref.path, np.uint8, count, offset=ref.offset + start * dtype.itemsize)
+    nbytes = min(_CHECKED, ref.numel - start) * dtype.itemsize
+    raw = np.fromfile(ref.path, np.uint8, nbytes, offset=ref.offset + start * dtype.itemsize)
     return torch.from_numpy(raw).view(dtype)
+
+
+@contextmanager
+def contenders(
+    triple: Triple, folder: Path, threads: int | None = None, *, only_one_pass: bool = False
+) -> Iterator[Ways]:
+    """All merges of `triple` by name, and copying, for as long as what they need lies in `folder`.
+
+    New models are written to `folder`/out, which must not be there.
+    """
+    out, residual, changed = folder / "out", folder / "residual", folder / "changed"
+    pair = (triple.instruct, triple.base)
+    ways: Ways = {
+        COPY: lambda: copy(triple, out),
+        FLOOR: lambda: bare(triple, out, threads or default_threads()),
+        ONE_PASS: lambda: merge.apply(triple.target, pair, out=out, sync=False, threads=threads),
+        BARE: lambda: in_place(changed, triple, threads),
+        SYNCED: lambda: merge.apply(triple.target, pair, out=out, threads=threads),
+        EXTRACT: lambda: merge.extract(triple.base, triple.instruct, out, sync=False, threads=threads),
+        APPLY: lambda: merge.apply(triple.target, residual, out=out, sync=False, threads=threads),
+        RING: lambda: in_place(changed, triple, threads, undo="ring"),
+        RING_SYNCED: lambda: in_place(changed, triple, threads, undo="ring", sync=True),
+    }
+    if not floor.is_possible():
+        del ways[FLOOR]
+    try:
+        shutil.copytree(triple.target, changed)
+        if not only_one_pass:
+            merge.extract(triple.base, triple.instruct, residual, sync=False, threads=threads)
+        yield {name: way for name, way in ways.items() if name in BRIEF or not only_one_pass}
+    finally:
+        for path in (out, residual, changed):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def measure(
@@ -197,51 +179,29 @@ def measure(
     only_one_pass: bool = False,
 ) -> Result:
     """Time the merges of `triple` into new folders below `folder`, and copying, in one run."""
-    out, residual, changed = folder / "out", folder / "residual", folder / "changed"
-    pair = (triple.instruct, triple.base)
-    size = triple.nbytes
-    residual_size = 4 * triple.parameters
-    turns = iter(range(1 << 30))
-
-    def in_place(undo: str, sync: bool) -> object:
-        # The tag makes it another application to what the one before has left.
-        tag = f"{next(turns)}"
-        return merge.apply(changed, pair, in_place=True, undo=undo, sync=sync, tag=tag, threads=threads)
-
-    count = threads or min(16, len(os.sched_getaffinity(0)))
-    contenders: dict[str, Callable[[], object]] = {
-        COPY: lambda: copy(triple, out),
-        **({FLOOR: lambda: bare(triple, out, count)} if floor.is_possible() else {}),
-        ONE_PASS: lambda: merge.apply(triple.target, pair, out=out, sync=False, threads=threads),
-        BARE: lambda: in_place("none", False),
-    }
-    traffic = {COPY: 4 * size, FLOOR: 4 * size, ONE_PASS: 4 * size, BARE: 4 * size}
-    if not only_one_pass:
-        contenders |= {
-            SYNCED: lambda: merge.apply(triple.target, pair, out=out, threads=threads),
-            EXTRACT: lambda: merge.extract(triple.base, triple.instruct, out, sync=False, threads=threads),
-            APPLY: lambda: merge.apply(triple.target, residual, out=out, sync=False, threads=threads),
-            RING: lambda: in_place("ring", False),
-            RING_SYNCED: lambda: in_place("ring", True),
-        }
-        traffic |= {SYNCED: 4 * size, EXTRACT: 2 * size + residual_size, APPLY: 2 * size + residual_size}
-        traffic |= {RING: 4 * size, RING_SYNCED: 4 * size}  # the journal apart
-        merge.extract(triple.base, triple.instruct, residual, sync=False, threads=threads)
+    out = folder / "out"
 
     def before(_: str) -> None:
         os.sync()  # what one contender leaves to be written is not for the next one to pay
         if cold:
-            forget([triple.base, triple.instruct, triple.target, residual, changed])
+            forget(path for path in folder.iterdir() if path.is_dir())
 
-    try:
-        shutil.copytree(triple.target, changed)
-        times = interleave(contenders, rounds, before=before, after=lambda _: shutil.rmtree(out, ignore_errors=True))
+    with contenders(triple, folder, threads, only_one_pass=only_one_pass) as ways:
+        times = interleave(ways, rounds, before=before, after=lambda _: shutil.rmtree(out, ignore_errors=True))
         memory = private_memory(triple, out, threads)
-    finally:
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.rmtree(residual, ignore_errors=True)
-        shutil.rmtree(changed, ignore_errors=True)
-    return Result(triple, threads, cold, times, traffic, memory)
+    one_residual = 2 * triple.nbytes + 4 * triple.parameters
+    megabytes = Quartiles.of([memory / 1e6])
+    return Result(
+        triple.models,
+        {**triple.facts(), "threads": threads, "cold": cold},
+        times,
+        {name: one_residual if name in (EXTRACT, APPLY) else 4 * triple.nbytes for name in times},  # the journal apart
+        by="time",
+        yardsticks=(COPY, FLOOR),
+        goals=() if cold else GOALS,
+        numbers=[Comparison(f"{triple.models}: {ONE_PASS}, MB of private memory", megabytes, 256, 64)],
+        notes={ONE_PASS: {"private_memory_bytes": memory}},
+    )
 
 
 def private_memory(triple: Triple, out: Path, threads: int | None) -> int:
@@ -253,13 +213,13 @@ def private_memory(triple: Triple, out: Path, threads: int | None) -> int:
     return done.peak - int(done.output.splitlines()[0]) * 1024
 
 
-def cost_per_byte(results: list[Result]) -> list[dict[str, Any]]:
-    """How far the cost of a byte strays from its median over the sizes, as a gate."""
+def cost_per_byte(results: Sequence[Result]) -> list[Comparison]:
+    """How far the cost of a byte of the one-pass merge strays from its median over the sizes."""
     if len(results) < 2:
         return []
-    costs = [result.ns_per_byte for result in results]
+    costs = [result.median(ONE_PASS) / result.traffic[ONE_PASS] for result in results]
     middle = Quartiles.of(costs).median
     spread = max(abs(cost / middle - 1) for cost in costs)
-    sizes = [result.triple.nbytes / 1e9 for result in results]
+    sizes = [result.facts["model_bytes"] / 1e9 for result in results]
     what = f"cost per byte from {min(sizes):.3g} to {max(sizes):.3g} GB: deviation from the median"
-    return [{"what": what, "gate": 0.15, "reach": 0.05, "measured": spread, "at_most": True}]
+    return [Comparison(what, Quartiles.of([spread]), 0.15, 0.05)]

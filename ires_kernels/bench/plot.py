@@ -7,35 +7,37 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ires_kernels.bench.kernels import MEMORY
+from ires_kernels.bench.merges import COPY
+
 
 def draw(record: dict[str, Any], path: str) -> None:
     """Bars of speed over the memory loop's and of time over that of copying; the format follows from the suffix."""
     panels = []
     for threads in sorted({entry["threads"] for entry in record["kernels"]}):
         entries = [entry for entry in record["kernels"] if entry["threads"] == threads]
-        panels.append((f"kernels, threads {threads}: speed / memory loop", "case", "of_memory", entries))
+        panels.append((f"kernels, threads {threads}: speed / memory loop", "case", MEMORY, entries))
     if record["merges"]:
-        entries = [{**merge, "size": f"{merge['model_bytes'] / 1e9:.3g} GB"} for merge in record["merges"]]
-        panels.append(("merges: time / (cat + cp)", "size", "of_copy", entries))
+        panels.append(("merges: time / (cat + cp)", "what", COPY, record["merges"]))
     heights = [1 + 0.2 * sum(len(entry["contenders"]) for entry in entries) for *_, entries in panels]
     figure = Figure(figsize=(9, 1 + sum(heights)), layout="constrained")
     axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)
-    for ax, (title, label, key, entries) in zip(axes.flat, panels, strict=True):
-        _bars(ax, title, entries, label, key)
+    for ax, (title, label, yardstick, entries) in zip(axes.flat, panels, strict=True):
+        _bars(ax, title, entries, label, yardstick)
     machine = record["machine"]
     commit = (machine["commit"] or "unknown")[:12]
     figure.suptitle(f"{machine['cpu']}, {machine['cores']} cores, commit {commit}", fontsize=9)
     figure.savefig(path, dpi=130)
 
 
-def _bars(ax: Axes, title: str, entries: list[dict[str, Any]], label: str, key: str) -> None:
+def _bars(ax: Axes, title: str, entries: list[dict[str, Any]], label: str, yardstick: str) -> None:
     """One bar per entry and contender with its quartiles, contenders in the same colours throughout."""
     names = list(dict.fromkeys(name for entry in entries for name in entry["contenders"]))
     ticks, labels, row = [], [], 0
     for entry in entries:
         first = row
         for name, contender in entry["contenders"].items():
-            quartiles = contender[key]
+            quartiles = contender["ratios"].get(yardstick)
             if quartiles:
                 middle = quartiles["median"]
                 whiskers = [[middle - quartiles["low"]], [quartiles["high"] - middle]]

@@ -159,6 +159,15 @@ class Triple(NamedTuple):
     nbytes: int
     """Tensor data of one model."""
 
+    @property
+    def models(self) -> str:
+        """What they are, in words."""
+        return f"models of {self.nbytes / 1e9:.3g} GB"
+
+    def facts(self) -> dict[str, int]:
+        """What they are, in JSON types."""
+        return {"parameters": self.parameters, "model_bytes": self.nbytes}
+
 
 def write_triple(
     folder: str | PathLike[str],

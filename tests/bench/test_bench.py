@@ -36,8 +36,8 @@ def break_native(monkeypatch, op):
     monkeypatch.setattr(native, "run", wrong)
 
 
-def quartiles_of(contender, key):
-    found = contender[key]
+def quartiles_of(contender, other):
+    found = contender["ratios"][other]
     assert 0 < found["low"] <= found["median"] <= found["high"]
     return found
 
@@ -59,11 +59,18 @@ def test_kernels(tmp_path, capsys):
         assert set(entry["contenders"]) == wanted
         for contender in entry["contenders"].values():
             assert len(contender["seconds"]) == 2
-            quartiles_of(contender, "ours_faster")
+            quartiles_of(contender, CHUNKED)
             if native.isas():
-                quartiles_of(contender, "of_memory")
-    if native.isas():
-        assert {"gate", "reach", "measured", "what", "at_most"} == set(record["gates"][0])
+                quartiles_of(contender, kernels.MEMORY)
+        for comparison in entry["comparisons"]:
+            assert set(comparison) == {"what", "measured", "wanted", "reach", "at_most"}
+            assert comparison in record["comparisons"]
+            assert not comparison["at_most"]
+            assert comparison["what"] in printed
+    bf16 = record["kernels"][0]["comparisons"]
+    whats = [f"add_difference bf16, threads 1: {kernels.ours()[0]}, speed / {name}" for name in (EAGER, CHUNKED)]
+    assert [each["what"] for each in bf16][-2:] == whats
+    assert [(each["wanted"], each["reach"]) for each in bf16][-2:] == [(3.5, 4.5), (2.5, 3.4)]
     assert set(record["machine"]) >= {"cpu", "flags", "cores", "memory_bytes", "kernel", "versions", "commit", "load"}
 
 
@@ -87,13 +94,13 @@ def test_merges(tmp_path, capsys):
     assert list(first["contenders"]) == jobs
     assert list(second["contenders"]) == jobs[: 3 + len(floor)]
     for entry in record["merges"]:
-        assert entry["private_memory_bytes"] > 0
-        assert entry["ns_per_byte"] > 0
+        assert entry["contenders"][merges.ONE_PASS]["private_memory_bytes"] > 0
         for contender in entry["contenders"].values():
-            quartiles_of(contender, "of_copy")
-        quartiles_of(entry["contenders"][merges.COPY], "of_copy")
+            quartiles_of(contender, merges.COPY)
     of_floor = [1.5] if floor else []
-    assert [gate["gate"] for gate in record["gates"]] == [256, 1.0, *of_floor, 0.6, 256, 1.0, *of_floor, 0.6, 0.15]
+    wanted = [256, 1.0, *of_floor, 0.6, 256, 1.0, *of_floor, 0.6, 0.15]
+    assert [comparison["wanted"] for comparison in record["comparisons"]] == wanted
+    assert all(comparison["at_most"] for comparison in record["comparisons"])
     assert list(work.iterdir()) == []
 
 
@@ -105,12 +112,10 @@ def test_mapped(tmp_path, capsys):
     assert "bytes equal those that apply makes" in out
     (entry,) = json.loads(path.read_text())["mapped"]
     assert entry["model_bytes"] == 2 * 131_392
-    floor = [mappings.FLOOR] if native.isas() else []
-    ways = [merges.BARE, mappings.MAPPED, mappings.LISTED, mappings.SAFETENSORS, *floor]
-    assert list(entry["contenders"]) == ways
+    assert list(entry["contenders"]) == [name for name in mappings.JOBS if name != merges.FLOOR or native.isas()]
     for contender in entry["contenders"].values():
-        quartiles_of(contender, "of_apply")
-    assert [gate["gate"] for gate in entry["gates"]] == [1.0, *([1.5] if floor else [])]
+        quartiles_of(contender, merges.BARE)
+    assert [each["wanted"] for each in entry["comparisons"]] == [1.0, *([1.5] if native.isas() else [])]
     assert [each.name for each in tmp_path.iterdir()] == ["m.json"]
 
 
@@ -141,7 +146,7 @@ def test_merges_from_the_disk(tmp_path):
     assert bench.main(arguments) == 0
     record = json.loads(path.read_text())
     assert record["merges"][0]["cold"] is True
-    assert [gate["gate"] for gate in record["gates"]] == [256]  # the others are about a warm cache
+    assert [each["wanted"] for each in record["comparisons"]] == [256]  # the others are about a warm cache
 
 
 @pytest.mark.skipif(not native.isas(), reason="without native kernels there is nothing to hold against the reference")
@@ -372,9 +377,11 @@ class TestPeers:
         monkeypatch.setattr(sys, "argv", [*arguments, "--json", f"{path}"])
         assert peers.main() == 0
         record = json.loads(path.read_text())
-        assert record["unavailable"] == {}
-        merged = [row for row in record["contenders"] if "differs" in row]
+        (entry,) = record["merges"]
+        assert entry["unavailable"] == {}
+        copied, *merged = entry["contenders"].values()
         assert len(merged) == 4
-        assert {(row["elements"], row["differs"], len(row["missing"])) for row in merged} == {(131_392, 0, 0)}
+        assert {(each["elements"], each["differs"], len(each["missing"])) for each in merged} == {(131_392, 0, 0)}
+        assert "differs" not in copied
         assert [entry.name for entry in tmp_path.iterdir()] == ["p.json"]
         assert "PyTorch loop" in capsys.readouterr().out

@@ -100,17 +100,18 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert path.name == "abacus-r-9000-0123456+.json"
     record = json.loads(path.read_text())
     assert record["gpu"] == {"name": device.name}
-    assert [entry["workload"] for entry in record["workloads"]] == [load.name for load in loads()]
-    for entry in record["workloads"]:
-        torch_ways = set() if "stochastic" in entry["workload"] else {EAGER, UPCAST, FOREACH}
+    assert [entry["what"] for entry in record["kernels"]] == [load.name for load in loads()]
+    for entry in record["kernels"]:
+        torch_ways = set() if "stochastic" in entry["what"] else {EAGER, UPCAST, FOREACH}
         assert set(entry["contenders"]) == {gpu.COPY, "native"} | torch_ways
         assert entry["unavailable"] == {}
         for contender in entry["contenders"].values():
             assert contender["seconds"] == [1.0, 1.0]
-        assert entry["contenders"]["native"]["of_copy"]["median"] == entry["bytes"] / entry["copied_bytes"] == 1
+        assert entry["contenders"]["native"]["ratios"][gpu.COPY]["median"] == 1
     assert len(record["verified"]) == 2
     assert set(device.transferred) == {(6 * TINY.parameters, 2 * TINY.parameters), (6 * TINY.parameters, 0)}
-    assert set(record["merge_on_gpu"]["contenders"]) == {
+    (merged,) = record["merges"]
+    assert set(merged["contenders"]) == {
         merges.COPY,
         gpu_merges.READ,
         gpu_merges.PCIE,
@@ -118,11 +119,14 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
         gpu_merges.ON_CPU,
         gpu_merges.ON_GPU,
         gpu_merges.LOAD,
+        gpu_merges.slower(gpu_merges.ON_GPU),
+        gpu_merges.slower(gpu_merges.LOAD),
     }
     printed = capsys.readouterr().out
     assert "add bf16 + f32, GB/s read and written: device copy 0, native 0\n" in printed
     table = printed[printed.index(device.name) :]  # the last table, and nothing after it
     assert table.count("wanted") == 2
+    assert [each["wanted"] for each in merged["comparisons"]] == [1.25, 1.25]
     rows = [row.strip() for row in table.splitlines()]
     for comparison in record["comparisons"]:
         (row,) = [row for row in rows if row.startswith(comparison["what"] + "  ")]
@@ -168,20 +172,24 @@ def test_what_has_no_room_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     result = gpu.measure(loads()[-1], Abacus(), 1, with_compiled=False)
     assert result.unavailable == {FOREACH: "OutOfMemoryError: Tried to allocate 16.00 GiB."}
     assert FOREACH not in result.times
-    assert [row["what"].rpartition(" ")[2] for row in result.rows()] == ["copy", "eager", "f32"]
+    of_native = [each.what.rpartition(" ")[2] for each in result.comparisons() if ": native," in each.what]
+    assert of_native == ["copy", "eager", "f32"]
 
 
 def test_ratios_are_of_bandwidths_and_of_times() -> None:
     load = gpu.Workload(Case("it", "add", (BF16,) * 3), [(1000,)], gates={gpu.COPY: 0.9, UPCAST: 5})
     times = {gpu.COPY: [1.0, 2.0], "native": [4.0, 8.0], "triton": [2.0, 4.0], UPCAST: [12.0, 24.0], EAGER: [4.0, 4.0]}
-    result = gpu.Result(load, times, copied=1500, unavailable={})
+    result = gpu.result_of(load, "a GPU", times, copied=1500, unavailable={})
     assert result.gb_per_second(gpu.COPY) == 1500 / 1.5 / 1e9
-    bandwidth, eager, upcast = result.rows()
-    assert bandwidth["what"] == "it: bandwidth / device copy"
-    assert (bandwidth["wanted"], upcast["wanted"], eager["wanted"]) == (0.9, 5, None)
-    assert {name: x["median"] for name, x in bandwidth["measured"].items()} == {"native": 1.0, "triton": 2.0}
-    assert {name: x["median"] for name, x in upcast["measured"].items()} == {"native": 3.0, "triton": 6.0}
-    assert {name: x["median"] for name, x in eager["measured"].items()} == {"native": 0.75, "triton": 1.5}
+    found = {each.what: (each.measured.median, each.wanted, each.at_most) for each in result.comparisons()}
+    assert found == {
+        "it: native, speed / device copy": (1.0, 0.9, False),
+        "it: triton, speed / device copy": (2.0, 0.9, False),
+        "it: native, speed / eager": (0.75, None, False),
+        "it: triton, speed / eager": (1.5, None, False),
+        "it: native, speed / eager f32": (3.0, 5, False),
+        "it: triton, speed / eager f32": (6.0, 5, False),
+    }
 
 
 def test_a_merge_is_held_against_the_slower_floor_of_its_round(tmp_path: Path) -> None:
@@ -193,13 +201,13 @@ def test_a_merge_is_held_against_the_slower_floor_of_its_round(tmp_path: Path) -
         gpu_merges.ON_GPU: [2.0, 8.0, 6.0],
         gpu_merges.LOAD: [1.5, 1.5, 1.5],
     }
-    result = gpu_merges.Result(write_triple(tmp_path, "tiny"), "native", times)
-    assert result.of_floor(gpu_merges.ON_GPU)[1:] == (2.0, 2.5, 3)
-    assert result.of_floor(gpu_merges.LOAD).median == 1.5
-    applied, loaded = result.rows()
-    assert applied["measured"]["native"]["median"] == 2.0
-    assert applied["at_most"]
-    assert "PCIe in" in loaded["what"]
+    result = gpu_merges.result_of(write_triple(tmp_path, "tiny"), "a GPU", "native", times)
+    applied, loaded = result.comparisons()
+    assert applied.measured[1:] == (2.0, 2.5, 3)
+    assert loaded.measured.median == 1.5
+    assert applied.at_most
+    assert applied.what.endswith("apply, time / cat + cp or PCIe")
+    assert "PCIe in" in loaded.what
 
 
 @pytest.mark.parametrize("load", [load for load in loads(5000) if not load.case.stochastic], ids=lambda load: load.name)
@@ -301,4 +309,4 @@ def test_a_small_run_on_a_gpu(tmp_path: Path) -> None:
     assert bench.main([*QUICK, "--results", f"{tmp_path}"]) == 0
     (path,) = tmp_path.iterdir()
     record = json.loads(path.read_text())
-    assert {tuple(entry["unavailable"]) for entry in record["workloads"]} == {()}
+    assert {tuple(entry["unavailable"]) for entry in record["kernels"]} == {()}
