@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ires_kernels.backends.call import Tally
     from ires_kernels.backends.choice import BackendStatus, backends
+    from ires_kernels.checking.verification import verify
     from ires_kernels.memory.mapping import mapped
-    from ires_kernels.merge import apply, extract, inspect, load, resume, rollback, status, verify
+    from ires_kernels.merge import apply, extract, load, resume, rollback
+    from ires_kernels.records.state import status
+    from ires_kernels.records.summary import inspect
     from ires_kernels.tensors.ops import add, add_, add_difference, add_difference_, scale, scale_, subtract
 
     __version__: str
@@ -48,7 +51,10 @@ _HOMES = {
     "backends.call": ("Tally",),
     "backends.choice": ("BackendStatus", "backends"),
     "memory.mapping": ("mapped",),
-    "merge": ("apply", "extract", "inspect", "load", "resume", "rollback", "status", "verify"),
+    "checking.verification": ("verify",),
+    "merge": ("apply", "extract", "load", "resume", "rollback"),
+    "records.state": ("status",),
+    "records.summary": ("inspect",),
     "tensors.ops": ("add", "add_", "add_difference", "add_difference_", "scale", "scale_", "subtract"),
 }
 

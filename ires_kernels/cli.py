@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ires_kernels import merge
+import ires_kernels as ik
 from ires_kernels.checkpoints.folders import MERGE_ADAPTER
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files import interrupts, trust
@@ -32,13 +32,14 @@ from ires_kernels.files.store import LostError, StoreError, is_unfinished, parti
 from ires_kernels.planning.inputs import check_adapter, kind_of
 from ires_kernels.planning.plan import VERSION, size
 from ires_kernels.planning.rules import DTYPES, ArgumentError
-from ires_kernels.streaming.stream import Progress
 from ires_kernels.streaming.windows import ComputeError
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
     from _typeshed import SupportsWrite
+
+    from ires_kernels.streaming.stream import Progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -372,7 +373,7 @@ def _residual(text: str) -> tuple[str, float | None]:
 
 def _extract(arguments: argparse.Namespace) -> int:
     with _progress(arguments, "extract") as progress:
-        result = merge.extract(
+        result = ik.extract(
             arguments.base, arguments.instruct, arguments.out, dtype=arguments.dtype, **_options(arguments, progress)
         )
     return _print_result(arguments, result)
@@ -404,7 +405,7 @@ def _apply(arguments: argparse.Namespace) -> int:
         residuals = [path for path, _ in specs]
         alpha = [common if factor is None else factor for _, factor in specs]
     with _progress(arguments, "apply") as progress:
-        result = merge.apply(
+        result = ik.apply(
             arguments.target,
             residuals,
             out=arguments.out,
@@ -444,7 +445,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     else:
         given |= {f"residual-{number}": path for number, path in enumerate(residuals, 1)}
     with _progress(arguments, "verify") as progress:
-        report = merge.verify(
+        report = ik.verify(
             arguments.out,
             inputs={role: path for role, path in given.items() if path is not None},
             hashes_only=arguments.hashes_only,
@@ -460,7 +461,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _resume(arguments: argparse.Namespace) -> int:
     with _progress(arguments, "resume") as progress:
-        report = merge.resume(
+        report = ik.resume(
             arguments.path,
             device=arguments.device,
             threads=arguments.threads,
@@ -472,20 +473,20 @@ def _resume(arguments: argparse.Namespace) -> int:
 
 
 def _rollback(arguments: argparse.Namespace) -> int:
-    done = merge.rollback(arguments.path, lock=not arguments.no_lock, adopt=arguments.adopt)
+    done = ik.rollback(arguments.path, lock=not arguments.no_lock, adopt=arguments.adopt)
     if not arguments.quiet:
         _say(done)
     return 0
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    found = merge.status(arguments.path)
+    found = ik.status(arguments.path)
     _say(json.dumps(found.to_dict(), indent=2) if arguments.json else f"{found}")
     return 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    table = merge.inspect(arguments.path, follow_links=arguments.follow_links)
+    table = ik.inspect(arguments.path, follow_links=arguments.follow_links)
     tensors = table["all_tensors"] if arguments.tensors else table.pop("all_tensors")
     if arguments.json:
         _say(json.dumps(table, indent=2))
@@ -571,7 +572,7 @@ def _unfinished(arguments: argparse.Namespace | None) -> str:
     path = _path(arguments)
     try:
         if path is not None and (unfinished(path) or is_unfinished(partial_path(path))):
-            found = merge.status(path)
+            found = ik.status(path)
             return f"{found}" if found.state != "foreign" else ""  # the error has said that
     except (OSError, ValueError):  # what cannot be looked at cannot be told
         return f"`ires status {path}` says what is left of it."

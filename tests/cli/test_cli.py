@@ -398,7 +398,7 @@ def test_the_entry_point_is_declared() -> None:
 def test_a_bug_ends_without_a_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ires_kernels.merge.inspect", lambda _, **__: 1 // 0)
+    monkeypatch.setattr("ires_kernels.inspect", lambda _, **__: 1 // 0)
     monkeypatch.delenv("IRES_DEBUG", raising=False)
     assert main(["inspect", f"{tmp_path}"]) == 4
     error = capsys.readouterr().err

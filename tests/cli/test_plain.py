@@ -114,9 +114,9 @@ def test_a_file_system_that_fails_under_such_a_name(
     def fail(*_: object, **__: object) -> None:
         raise OSError(5, f"Input{EVIL}", f"{EVIL}")
 
-    monkeypatch.setattr("ires_kernels.merge.inspect", fail)
+    monkeypatch.setattr("ires_kernels.inspect", fail)
     assert cli.main(["inspect", f"{models[0]}"]) == 3
     assert is_clean(capsys.readouterr().err)
-    monkeypatch.setattr("ires_kernels.merge.inspect", lambda *_, **__: torch.ones(1)[EVIL])
+    monkeypatch.setattr("ires_kernels.inspect", lambda *_, **__: torch.ones(1)[EVIL])
     assert cli.main(["inspect", f"{models[0]}"]) == 4
     assert is_clean(capsys.readouterr().err)

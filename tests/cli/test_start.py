@@ -131,6 +131,7 @@ AT_ONCE: dict[str, tuple[tuple[str, ...], int, str]] = {
     "dry apply in place": (("apply", "target", "residual", "--in-place", "--dry-run"), 0, ""),
     "dry apply once more": (("apply", "done", "residual", "--in-place", "--dry-run"), 0, ""),
     "dry apply on top": (("apply", "done", "residual", "--in-place", "--dry-run", "--tag", "2"), 0, ""),
+    "verify hashes": (("verify", "out", "--hashes-only"), 0, "out: all "),
     "dry apply to what was stopped": (("apply", "stopped", "residual", "--in-place", "--dry-run"), 2, "ires: "),
 }
 
