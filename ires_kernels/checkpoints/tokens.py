@@ -133,9 +133,9 @@ def _of_tokenizer_json(path: Path) -> Tokens:
     vocab = table["model"]["vocab"]
     if isinstance(vocab, list):  # Unigram: pieces with their scores
         vocab = {piece: id_ for id_, (piece, _) in enumerate(vocab)}
-    _check_ids(vocab)
-    tokens = Tokens(vocab)
-    return _append(tokens, [token["content"] for token in table.get("added_tokens") or []])
+    added = [token["content"] for token in table.get("added_tokens") or []]
+    _check_ids(vocab | dict.fromkeys(added, 0))
+    return _append(Tokens(vocab), added)
 
 
 def _of_tekken(path: Path) -> Tokens:
@@ -214,7 +214,7 @@ def _append(tokens: Tokens, more: Iterable[str]) -> Tokens:
 
 def _check_ids(ids: Mapping[str, Any]) -> None:
     for token, id_ in ids.items():
-        if type(id_) is not int or id_ < 0:
+        if type(token) is not str or type(id_) is not int or id_ < 0:
             raise ValueError(f"token {token!r:.120} has the id {id_!r:.120}")
 
 

@@ -210,7 +210,7 @@ def plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[s
 
     `inputs` holds target first, then instruct and base, or residuals. Raises CheckpointError with up to ten problems.
     """
-    target, *sources = inputs.values()
+    target = inputs["target"]
     found = Findings(rules, Matcher(inputs, copies or {}))
     steps.check_models(found)
     found.refuse("apply")
@@ -233,8 +233,7 @@ def plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[s
     foreign = steps.other_vocabulary(inputs, everything)
     if foreign is not None:
         found.warnings.append(f"{foreign} has other rows in the target, which keeps its tokenizer and chat template")
-    if [sidefiles.has_template(source) for source in sources if "instruct" in inputs] == [False, True]:
-        found.warnings.append("base has a chat template and instruct has none: are they the wrong way round?")
+    found.warnings += _turned_round(inputs)
     found.warnings += configs.differences(inputs)
     sides = sidefiles.of_model(inputs, own_tokenizer=foreign is not None)
     found.warnings += sides.warnings
@@ -282,6 +281,7 @@ def plan_extract(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping
     if not groups and (not found.missing or rules.allow_missing):
         found.problem("no tensor would be stored", _NOTHING)
     found.refuse("extract")
+    found.warnings += _turned_round(inputs)
     found.warnings += configs.differences(inputs)
 
     stem = "residual-{:05}-of-{:05}" if len(groups) > 1 else "residual"
@@ -306,6 +306,14 @@ def _share(planned: Iterable[Step], found: Findings) -> Share | None:
         found.explains = True
         found.problem(f"--allow-missing would leave out too much: {share.text()}", _ANY)
     return share
+
+
+def _turned_round(inputs: Mapping[str, Checkpoint]) -> list[str]:
+    """A warning where base, and not instruct, has what makes a model an instruct model."""
+    pair = [inputs[role] for role in ("base", "instruct") if role in inputs]
+    if [sidefiles.has_template(model) for model in pair] != [True, False]:
+        return []
+    return ["base has a chat template and instruct has none: are they the wrong way round?"]
 
 
 def size(count: float) -> str:

@@ -95,7 +95,7 @@ class Report:
             plan.missing,
             {file.name: file.role for file in plan.side_files if not (plan.in_place and file.role == "target")},
             () if plan.in_place else plan.not_copied,
-            (*plan.warnings, *_odd_values(plan, outcome), *_share(plan, outcome)),
+            (*plan.warnings, *_zero(plan, total), *_odd_values(plan, outcome), *_share(plan, outcome)),
             plan.notes,
             why={side.name: side.why for side in plan.side_files if side.why},
         )
@@ -185,6 +185,12 @@ class Report:
         rows += [("warning", line) for line in self.warnings]
         rows += [("note", line) for line in self.notes]
         return rows
+
+
+def _zero(plan: Plan, total: Tally) -> Iterable[str]:
+    """A warning of a residual that is no difference."""
+    if plan.operation == "extract" and total.elements and not total.updates:
+        yield "the residual is 0: instruct and base hold the same numbers. Are they two different models?"
 
 
 def _odd_values(plan: Plan, outcome: Outcome) -> Iterable[str]:

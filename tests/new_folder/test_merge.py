@@ -552,6 +552,14 @@ def test_refused_before_the_first_byte(tmp_path: Path, case: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_residual_of_a_model_and_itself_is_said_to_be_0(tmp_path: Path) -> None:
+    base, instruct, _ = triple(tmp_path)
+    assert ik.extract(base, instruct, tmp_path / "residual", sync=False).warnings == ()
+    shutil.copytree(base, tmp_path / "copy")
+    (warning,) = ik.extract(base, tmp_path / "copy", tmp_path / "zero", sync=False).warnings
+    assert warning.startswith("the residual is 0: instruct and base hold the same numbers")
+
+
 @pytest.mark.parametrize(
     ("case", "text"),
     [

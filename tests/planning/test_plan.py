@@ -530,6 +530,8 @@ def test_the_target_gives_what_the_instruct_model_lacks(tmp_path: Path) -> None:
     (instruct / "chat_template.jinja").unlink()
     (base / "tokenizer_config.json").write_text('{"chat_template": "x"}')
     assert "the wrong way round" in one_pass(base, instruct, target).warnings[0]
+    extracted = plan_extract(open_inputs({"base": base, "instruct": instruct}), Rules.of(0))
+    assert "the wrong way round" in extracted.warnings[0]
 
 
 def test_single_files_have_no_side_files(tmp_path: Path) -> None:
