@@ -42,6 +42,7 @@ trust.sign("tests", b"")  # made now, and not among the calls that a test counts
 # threads ask for them.
 torch.set_num_threads(1)
 
+
 @pytest.fixture(params=["reference", *COMPILED])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every backend there is, one test each."""

@@ -186,7 +186,7 @@ def serve(folder: str) -> None:
 def start(folder: Path, cwd: str, run: Run) -> int:
     """Fork for a command; returns the process."""
     from ires_kernels import cli
-    from ires_kernels.in_place import updates
+    from ires_kernels.in_place import cuts
     from ires_kernels.streaming import windows
 
     folder.mkdir(exist_ok=True)
@@ -197,7 +197,7 @@ def start(folder: Path, cwd: str, run: Run) -> int:
     try:
         if run.small:
             windows.WINDOW = 32
-            updates.UNIT, updates.WINDOW, updates.GAP = 64, 1024, 16
+            cuts.SIZES = cuts.Sizes(window=1024, unit=64, gap=16)
         prepare(f"{folder}", cwd, run)
         sys.argv = ["ires", *run.argv]
         code = cli.main()

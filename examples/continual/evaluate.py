@@ -1,6 +1,6 @@
 """What a model does with the facts of a world: in chats, in clozes and in perplexity.
 
-    python examples/continual/evaluate.py MODEL [MODEL ...] --world 0
+python examples/continual/evaluate.py MODEL [MODEL ...] --world 0
 """
 
 from __future__ import annotations

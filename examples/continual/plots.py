@@ -1,6 +1,6 @@
 """Tables and plots of the results, and the table of the README: mean ± standard deviation over worlds and seeds.
 
-    python examples/continual/plots.py [RESULTS]
+python examples/continual/plots.py [RESULTS]
 """
 
 from __future__ import annotations

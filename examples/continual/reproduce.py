@@ -221,8 +221,10 @@ def measure_more(run: Run) -> None:
     for name in RELATIVES:
         run.add(f"ancestry: {name}", lambda _, name=name: kinship(run.model(name), run.model("base")))
     for name in ("base", "instruct", "cpt"):
-        run.add(f"ancestry: {name} of another seed", lambda _, name=name: kinship(
-            run.model(name, other_seed=True), run.model("base")))
+        run.add(
+            f"ancestry: {name} of another seed",
+            lambda _, name=name: kinship(run.model(name, other_seed=True), run.model("base")),
+        )
 
 
 def code(*modules: str) -> str:

@@ -1,7 +1,7 @@
 """Put a trained base, instruct model and continually pre-trained base into the repository, with their digests.
 
-    python examples/continual/train.py FOLDER --world 0 --seed 0
-    python examples/continual/ship.py FOLDER
+python examples/continual/train.py FOLDER --world 0 --seed 0
+python examples/continual/ship.py FOLDER
 """
 
 from __future__ import annotations

@@ -115,6 +115,24 @@ def read_residuals(plan: Plan, threads: int | None = None, current: Mapping[Path
     check_residuals(plan, found)
 
 
+def check_read(
+    plan: Plan,
+    outcome: Outcome,
+    compared: Mapping[str, dict[str, str]],
+    processors: Processors,
+    threads: int | None,
+    current: Mapping[Path, FileId] | None = None,
+) -> None:
+    """When all tensors were read: add to the outcome what was read besides, and refuse residuals that are damaged.
+
+    compared  what `compare` gave
+    current   what the files were when they were opened, if the plan has another time for them
+    """
+    outcome.update(left_out(plan, processors, threads, current))
+    outcome.update(Outcome(inputs=dict(compared)))
+    check_residuals(plan, outcome.inputs)
+
+
 def check_residuals(plan: Plan, hashes: Mapping[str, Mapping[str, str]]) -> None:
     """Compare what was read of residuals, by role and name, with the hashes that `extract` recorded."""
     for role, checkpoint in plan.inputs.items():

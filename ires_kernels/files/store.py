@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 from ires_kernels.files import interrupts, trust
 from ires_kernels.files.locks import lock
@@ -100,23 +100,25 @@ def is_unfinished(folder: Path) -> bool:
     return os.path.exists(folder / MARKER) and os.path.realpath(folder).endswith(_SUFFIX)
 
 
+class Reserved(NamedTuple):
+    """A file of a NewFolder that has its full size, and the bytes that it begins with."""
+
+    size: int
+    written: int
+    """Bytes at its beginning."""
+    dev: int
+    ino: int
+
+
 class NewFile:
-    """A file of a NewFolder, made with its full size and the bytes it begins with; threads write the rest.
+    """A file of a NewFolder that is reserved, of which threads write the rest.
 
     It is open from the first of their writes to the last only: a process may open some thousand files or fewer, and a
     model may have more.
     """
 
     def __init__(
-        self,
-        path: Path,
-        head: bytes,
-        size: int,
-        record: Callable[[], bytes],
-        *,
-        operation: bytes = b"",
-        mode: int = 0o666,
-        sync: bool,
+        self, path: Path, made: Reserved, record: Callable[[], bytes], *, operation: bytes = b"", sync: bool
     ) -> None:
         self.path = path
         self.identity: tuple[int, ...] = ()
@@ -125,17 +127,10 @@ class NewFile:
         self._operation = operation
         self._record = record
         self._sync = sync
-        self._size = self._left = size
+        self._made = made
+        self._left = made.size - made.written
         self._lock = threading.Lock()
-        with named(path):
-            self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-        try:
-            allocate(self._fd, size, path)
-            write_all(self._fd, head, 0, path)
-            self._left -= len(head)
-            self._made = os.fstat(self._fd)
-        finally:
-            self.abandon()
+        self._fd = -1
         self._finished = False
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
@@ -176,13 +171,14 @@ class NewFile:
         with self._lock, named(self.path):
             if self._fd < 0:
                 fd = os.open(self._temporary, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-                if not os.path.samestat(os.fstat(fd), self._made):
+                status = os.fstat(fd)
+                if (status.st_dev, status.st_ino) != (self._made.dev, self._made.ino):
                     os.close(fd)
                     raise _meddled(self._temporary)
                 self._fd = fd
 
     def _check(self) -> None:
-        if os.fstat(self._fd).st_size != self._size:
+        if os.fstat(self._fd).st_size != self._made.size:
             raise _meddled(self._temporary)
 
     def abandon(self) -> None:
@@ -192,8 +188,70 @@ class NewFile:
             os.close(fd)
 
 
-class NewFolder:
-    """A context in which the files of `out` are made; `commit` ends it.
+class Part:
+    """An unfinished folder `out`, of which this process writes files that are reserved; that takes no lock.
+
+    identity  one line of words, the first of which is the operation
+    """
+
+    def __init__(self, out: Path, identity: str, *, sync: bool) -> None:
+        self.partial = partial_path(out)
+        self._identity = identity.encode()
+        self._sync = sync
+        self._reserved: dict[str, Reserved] = {}
+        self._files: list[NewFile] = []
+
+    def check(self) -> None:
+        """Raise StoreError where this is not the folder of the operation, Foreign where it is not ours."""
+        with _ours(self.partial), named(self.partial):
+            fd = open_own(self.partial / MARKER)
+            try:
+                identity, _ = _read_lock(fd, self.partial)
+            finally:
+                os.close(fd)
+        if identity != self._identity:
+            mine = self._identity.decode(errors="replace")
+            raise StoreError(f"{self.partial}: is of another operation than {mine}, which was to be written there.")
+
+    def find(self, name: str, head: bytes, size: int) -> None:
+        """Look for a file that another process has reserved. Raises StoreError where none is there any more."""
+        temporary = _hidden(self.partial / name, _TEMPORARY)
+        try:
+            fd = open_own(temporary)
+        except FileNotFoundError:
+            raise StoreError(f"{temporary}: is not there: {name} is complete, or was not reserved.") from None
+        try:
+            status = os.fstat(fd)
+            if status.st_size != size or os.pread(fd, len(head), 0) != head:
+                raise _meddled(temporary)
+        finally:
+            os.close(fd)
+        self._reserved[name] = Reserved(size, len(head), status.st_dev, status.st_ino)
+
+    def file(self, name: str, record: Callable[[], bytes] = bytes) -> NewFile:
+        """One of the files that are reserved, to be written.
+
+        `record` is called when all of it was written; its bytes come back in `finished` if the run is interrupted.
+        """
+        file = NewFile(
+            self.partial / name, self._reserved[name], record, operation=self._identity.split()[0], sync=self._sync
+        )
+        self._files.append(file)
+        return file
+
+    def finish_files(self) -> None:
+        """Every file that was taken to be written is written, and gets its name."""
+        for file in self._files:
+            file.finish()
+
+    def abandon_files(self) -> None:
+        """Close as they are those that are not finished."""
+        for file in self._files:
+            file.abandon()
+
+
+class NewFolder(Part):
+    """A context in which the files of `out` are made, under a lock; `commit` ends it.
 
     identity  one line of words: what an earlier run with the same line, or with its first word alone, has completed is
               kept; with the same first word it is done again, with another it is refused
@@ -218,21 +276,18 @@ class NewFolder:
         locked: bool = True,
         access: Access | None = None,
     ) -> None:
+        super().__init__(out, identity, sync=sync)
         self.out = out
-        self.partial = partial_path(out)
         self.access = access or Access()
         self.finished: dict[str, bytes] = {}
         """Files that need not be made, by name, and what was recorded of them."""
-        self._identity = identity.encode()
         self._keep = keep
         self._accept = accept
-        self._sync = sync
         self._locked = locked
         self._at = self._lock = -1
-        self._files: list[NewFile] = []
         self._identities: dict[str, tuple[int, ...]] = {}
         """Of the complete files, by name."""
-        self._renamed = False
+        self._renamed = self._left_to_others = False
 
     def __enter__(self) -> NewFolder:
         content = _content_of_lock(self._identity, self._keep)  # before anything is there: it may lack a key
@@ -345,17 +400,19 @@ class NewFolder:
         for name in set(os.listdir(self._at)) - kept:
             remove_from(self._at, name)
 
-    def create(self, name: str, head: bytes, size: int, record: Callable[[], bytes] = bytes) -> NewFile:
-        """A file of `size` bytes that begins with `head`. Raises OSError where there is no room for all of it.
-
-        `record` is called when all of it was written; its bytes come back in `finished` if the run is interrupted.
-        """
-        file = NewFile(
-            self.partial / name, head, size, record,
-            operation=self._identity.split()[0], mode=self.access.file, sync=self._sync,
-        )  # fmt: skip
-        self._files.append(file)
-        return file
+    def reserve(self, name: str, head: bytes, size: int) -> None:
+        """Make a file of `size` bytes that begins with `head`. Raises OSError where there is no room for all of it."""
+        path = self.partial / name
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with named(path):
+            fd = os.open(_hidden(path, _TEMPORARY), flags, self.access.file)
+            try:
+                allocate(fd, size, path)
+                write_all(fd, head, 0, path)
+                status = os.fstat(fd)
+            finally:
+                os.close(fd)
+        self._reserved[name] = Reserved(size, len(head), status.st_dev, status.st_ino)
 
     def add(self, name: str, chunks: Iterable[bytes], mode: int | None = None) -> None:
         """A whole file from its bytes, with this mode at most. `name` may have folders in it."""
@@ -365,10 +422,13 @@ class NewFolder:
             write_file(path, chunks, sync=self._sync, mode=self.access.file if mode is None else mode)
             self._identities[name] = _identity(os.lstat(path), self._sync)
 
+    def leave_to_others(self) -> None:
+        """Leaving keeps what is reserved: others write it as a `Part`, and who enters again finds complete what is."""
+        self._left_to_others = True
+
     def finish_files(self) -> None:
-        """Every file that was created is written, and gets its name."""
+        super().finish_files()
         for file in self._files:
-            file.finish()
             self._identities[file.path.name] = file.identity
 
     def _check_files(self) -> None:
@@ -412,9 +472,8 @@ class NewFolder:
         self._leave(error)
 
     def _leave(self, error: BaseException | None) -> None:
-        for file in self._files:
-            file.abandon()
-        if not self._renamed:
+        self.abandon_files()
+        if not self._renamed and not self._left_to_others:
             with suppress(OSError):  # the error that brought us here matters more; the next run removes the rest
                 if isinstance(error, ValueError):
                     self.finished = {}

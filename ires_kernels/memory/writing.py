@@ -19,21 +19,24 @@ from pathlib import Path
 
 from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId, Shard
 from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.checkpoints.manifest import Numbers
 from ires_kernels.files import copies, inplace, store, trust
 from ires_kernels.files.inplace import Workplace
 from ires_kernels.files.ownership import Access, StoreError, private_mode
-from ires_kernels.in_place import overwrite
+from ires_kernels.in_place import begun
 from ires_kernels.planning.inputs import absolute
 from ires_kernels.planning.plan import VERSION
 from ires_kernels.planning.rules import Rules
 from ires_kernels.records import provenance, repetition
 from ires_kernels.records.operation import MAPPED, Operation, stamps_of
+from ires_kernels.records.report import Report
 from ires_kernels.records.state import unclosed, way_out
 
 _COPIES = "copy"
 _ROOM, _OF_TENSOR = 1 << 16, 320  # bytes that are reserved for the manifest
 Use = Callable[[Shard, int, Path], object]
 """With one of the weights, a descriptor that it is open on, and where it will be."""
+_SHOWN = "what was written to memory is durable; what was left to do was to give the files their places"
 _log = logging.getLogger("ires_kernels")
 
 
@@ -60,13 +63,13 @@ class Writing:
                 f"{target.path}: is a residual, and residual.json keeps the hashes of what is in it, so it cannot be "
                 "written. Scale it with an alpha where it is applied."
             )
-        names = overwrite.hidden_names(target)
+        names = begun.hidden_names(target)
         inplace.check(target.path, names)
         history, _ = repetition.applied(target)
         place = Workplace.begin(target.path, sync=sync, locked=locked)
         try:
-            dropped = [name for name in [overwrite.sums_name(place)] if (place.folder / name).exists()]
-            place.check_movable([*names, *dropped, overwrite.manifest_name(place)])
+            dropped = [name for name in [begun.sums_name(place)] if (place.folder / name).exists()]
+            place.check_movable([*names, *dropped, begun.manifest_name(place)])
             copied = _Copies(place, sum(shard.file_id.size for shard in target.shards)) if undo else None
             for shard in target.shards:
                 fd = _open(shard.path, shard.file_id)
@@ -115,7 +118,7 @@ class Writing:
                 self.sync()
             place.release()
             mode = Access(self._hidden()).file
-            place.stage(overwrite.manifest_name(place), [_manifest(place, operation, self._target)], mode)
+            place.stage(begun.manifest_name(place), [_manifest(place, operation, self._target)], mode)
             place.advance("installing")
             finish(place, operation)
         finally:
@@ -161,10 +164,29 @@ def finish(place: Workplace, operation: Operation) -> None:
         raise StoreError(f"{place.target}: {unclosed(operation)}. {way_out(place.target, place.work, operation)}")
     place.sync = operation.sync
     if place.phase() == "installing":
-        place.install([overwrite.manifest_name(place)], operation.dropped)
+        place.install([begun.manifest_name(place)], operation.dropped)
         place.advance("finished")
     place.move_out(operation.names)
-    place.remove(drop=[overwrite.manifest_name(place)])
+    place.remove(drop=[begun.manifest_name(place)])
+
+
+def resume(target: Path, *, locked: bool = True) -> Report:
+    """`finish` what a process that was killed has committed."""
+    place, operation = begun.take(target, locked=locked)
+    try:
+        finish(place, operation)
+        return Report.recorded(MAPPED, operation.id, target, Numbers(), _SHOWN)
+    finally:
+        place.close()
+
+
+def take_back(target: Path, *, locked: bool = True) -> str:
+    """`rollback` what a process that was killed has left."""
+    place, operation = begun.take(target, locked=locked)
+    try:
+        return rollback(place, operation)
+    finally:
+        place.close()
 
 
 def rollback(place: Workplace, operation: Operation) -> str:
@@ -177,7 +199,7 @@ def rollback(place: Workplace, operation: Operation) -> str:
     if place.phase() == "operation":
         if operation.undo == "none":
             raise StoreError(f"{place.target}: {unclosed(operation)}. {way_out(place.target, place.work, operation)}")
-        overwrite.check_boot(place, operation)
+        begun.check_boot(place, operation)
         for name in _weights(operation):
             copy = place.work / _COPIES / name
             if not copy.is_file() or copy.stat().st_size != operation.stamps["target"][name]["size"]:
@@ -276,7 +298,7 @@ def _manifest(place: Workplace, operation: Operation, target: Checkpoint) -> byt
         "in_place": {
             "recipe": operation.id,
             "undo": operation.undo,
-            "files": {s.path.name: overwrite.as_left(place.model / s.path.name, operation.id) for s in target.shards},
+            "files": {s.path.name: provenance.as_left(place.model / s.path.name, operation.id) for s in target.shards},
             "layouts": provenance.layouts(target),
             "history": operation.history,
         },

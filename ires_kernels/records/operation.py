@@ -14,12 +14,12 @@ from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files import trust
 from ires_kernels.files.hidden import SEAL
 from ires_kernels.files.ownership import is_bare, is_inner, unproved
+from ires_kernels.files.samples import sample
 from ires_kernels.files.store import boot_id
 from ires_kernels.planning.inputs import StrPath, absolute
+from ires_kernels.planning.plan import VERSION, Plan
 from ires_kernels.planning.rules import Rules
 
-MAPPED = "mapped"
-"""The kind of operation in which nobody knows what is written: see writing.py."""
 MAPPED = "mapped"
 """The kind of operation in which nobody knows what is written: see writing.py."""
 UNDO = ("ring", "all", "none")
@@ -61,6 +61,8 @@ class Operation:
     """Inode of the hidden folder: who has copied all of an unfinished update has another."""
     log_size: int = 0
     """Bytes that are reserved for the log."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """How the windows are cut, where it is not the usual way."""
     windows: list[list[Any]] = field(default_factory=list)
     """(file, start, stop) of everything that changes, in order."""
     copies: dict[str, str] = field(default_factory=dict)
@@ -71,6 +73,19 @@ class Operation:
     """Files of the target that are no longer true beside the new ones."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """What was applied to the target in place before."""
+
+    @classmethod
+    def of(cls, plan: Plan, **more: Any) -> Operation:
+        """What is to be kept of a plan that is about to be carried out; `more` of the fields by name."""
+        return cls(
+            plan.id, VERSION, plan.operation,
+            absolute({role: checkpoint.path for role, checkpoint in plan.inputs.items()}),
+            plan.rules.to_dict(),
+            follow_links=any(checkpoint.follow_links for checkpoint in plan.inputs.values()),
+            stamps=stamps_of(plan.inputs),
+            samples={role: samples_of(checkpoint, plan.id) for role, checkpoint in plan.inputs.items()},
+            **more,
+        )  # fmt: skip
 
     def to_bytes(self) -> bytes:
         """As JSON, signed."""
@@ -156,6 +171,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "stamps": lambda value: _is_table(value, lambda files: _is_table(files, lambda stamp: _is_table(stamp, _is_time))),
     "samples": lambda value: _is_table(value, lambda files: _is_table(files, _is_text)),
     **dict.fromkeys(("hidden", "log_size"), _is_count),
+    "sizes": lambda value: _is_table(value, _is_count) and value.keys() <= {"window", "unit", "gap"},
     "windows": lambda value: _is_list(value, _is_window),
     "copies": lambda value: _is_table(value, _is_text),
     "installed": lambda value: _is_table(value, lambda entry: _is_table(entry, _is_text)) and all(map(is_inner, value)),
@@ -173,6 +189,11 @@ def stamps_of(inputs: Mapping[str, Checkpoint]) -> dict[str, dict[str, dict[str,
     }
 
 
+def samples_of(checkpoint: Checkpoint, seed: str) -> dict[str, str]:
+    """A `sample` of each of its weights, by name."""
+    return {shard.path.name: sample(shard.path, seed) for shard in checkpoint.shards}
+
+
 def other_files(inputs: Mapping[str, Checkpoint], stamps: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[Path]:
     """The weights of inputs that are not the very files of `stamps_of`, by any of their times or place on the disk."""
     return [
@@ -183,17 +204,17 @@ def other_files(inputs: Mapping[str, Checkpoint], stamps: Mapping[str, Mapping[s
     ]
 
 
-def same_plan(operation: Operation, plan_id: str, version: str) -> None:
+def same_plan(operation: Operation, plan: Plan) -> None:
     """Refuse with CheckpointError to go on with inputs that are not those of the interrupted run."""
-    if operation.version != version:
+    if operation.version != VERSION:
         raise CheckpointError(
-            f"the interrupted merge was begun by ires_kernels {operation.version}, and this is {version}. "
+            f"the interrupted merge was begun by ires_kernels {operation.version}, and this is {VERSION}. "
             "Go on with that version, or roll back."
         )
-    if operation.id != plan_id:
+    if operation.id != plan.id:
         paths = ", ".join(operation.paths.values())
         raise CheckpointError(
-            f"the interrupted merge cannot be gone on with: its inputs are not what they were (now {plan_id}, then "
+            f"the interrupted merge cannot be gone on with: its inputs are not what they were (now {plan.id}, then "
             f"{operation.id}). Restore the files of {paths} that were changed or replaced since, with their times; "
             "or roll back."
         )

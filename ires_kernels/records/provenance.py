@@ -174,17 +174,18 @@ def digest(tensors: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
     return xxhash.xxh3_128_hexdigest("".join(lines).encode())
 
 
-def samples(checkpoint: Checkpoint, seed: str) -> dict[str, str]:
-    """A `sample` of each of its weights, by name."""
-    return {shard.path.name: sample(shard.path, seed) for shard in checkpoint.shards}
-
-
 def stamps(
     checkpoint: Checkpoint, samples: Mapping[str, str], current: Mapping[Path, FileId] | None = None
 ) -> dict[str, Stamp]:
     """What its weights are, by name; `current` is what they were when they were opened, if it has another time."""
     ids = checkpoint.file_ids if current is None else current
     return {path.name: Stamp(**ids[path].stamp(), sample=samples.get(path.name, "")) for path in checkpoint.file_ids}
+
+
+def as_left(path: Path, seed: str) -> dict[str, Any]:
+    """What a file of the target is when all of it is new. Its other times change when it is shown."""
+    file_id = FileId.of(path)
+    return {"size": file_id.size, "mtime_ns": file_id.mtime_ns, "sample": sample(path, seed)}
 
 
 def layouts(checkpoint: Checkpoint) -> dict[str, str]:

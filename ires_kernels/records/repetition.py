@@ -21,6 +21,7 @@ from ires_kernels.files.store import StoreError, boot_id
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.steps import Step, by_output
 from ires_kernels.records import provenance
+from ires_kernels.records.operation import samples_of
 from ires_kernels.streaming import stream
 
 
@@ -134,7 +135,7 @@ def is_as_written(plan: Plan, out: Path, table: Manifest) -> bool:
 
 def is_stamped(checkpoint: Checkpoint, recorded: Input, id_: str) -> bool:
     """Whether its weights are the very files that were recorded under this id, and a sample of each is the same."""
-    return provenance.stamps(checkpoint, provenance.samples(checkpoint, id_)) == recorded.files
+    return provenance.stamps(checkpoint, samples_of(checkpoint, id_)) == recorded.files
 
 
 def unchanged(target: Checkpoint, table: Manifest, threads: int | None = None) -> bool:

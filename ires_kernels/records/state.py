@@ -13,7 +13,7 @@ from ires_kernels.checkpoints.manifest import Manifest
 from ires_kernels.files import hidden
 from ires_kernels.files.journal import count_records, is_broken_off
 from ires_kernels.files.locks import holder
-from ires_kernels.files.ownership import Foreign, StoreError
+from ires_kernels.files.ownership import Foreign
 from ires_kernels.files.plain import plain_lines
 from ires_kernels.files.store import MARKER, is_unfinished, partial_path, read_kept
 from ires_kernels.planning.inputs import StrPath
@@ -42,6 +42,68 @@ class Status:
         return plain_lines(f"{self.path}: {self.state}: {self.what}", *self.next)
 
 
+@dataclass(frozen=True)
+class Found:
+    """What of merges lies at a path, asked once; who goes on with it asks again under its lock."""
+
+    path: Path
+    what: Literal["nothing", "new folder", "update", "left over", "foreign"]
+    """Unfinished: an output, or an update in place or through `mapped`; what is left of one that never began."""
+    where: Path
+    """The folder of that."""
+    phase: str | None = None
+    """Of an update."""
+    record: Operation | ValueError | None = None
+    """The operation, or why it cannot be read."""
+    theirs: tuple[str, ...] = ()
+    """What is there, and is not ours: said, and not followed."""
+
+    @property
+    def operation(self) -> Operation:
+        """What was begun. Raises why it cannot be read."""
+        if isinstance(self.record, ValueError):
+            raise self.record
+        assert self.record is not None, f"{self.what}: nothing had begun"
+        return self.record
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the model is, or was, open for writing through `mapped`."""
+        return isinstance(self.record, Operation) and self.record.kind == MAPPED
+
+
+def find(path: Path) -> Found:
+    """Ask what is unfinished at a path: an output that is not there yet, or an update of a model."""
+    partial = partial_path(path)
+    if not is_unfinished(partial):
+        return find_update(path)
+    try:
+        record: Operation | ValueError = Operation.from_bytes(read_kept(path), partial)
+    except ValueError as error:
+        record = error
+    if not isinstance(record, Foreign) or not path.exists():
+        return Found(path, "new folder", partial, record=record)
+    found = find_update(path)
+    return replace(found, theirs=(f"{record}", *found.theirs))
+
+
+def find_update(path: Path) -> Found:
+    """Ask what is unfinished of a model, whatever has its name with a suffix."""
+    work, strange = hidden.work_folder(path), hidden.foreign(path)
+    if work in strange:
+        return Found(path, "foreign", work, theirs=tuple(strange.values()))
+    if not os.path.lexists(work):
+        return Found(path, "nothing", work, theirs=tuple(strange.values()))
+    phase = hidden.phase_of(work)
+    if phase is None:
+        return Found(path, "left over", work)
+    try:
+        record: Operation | ValueError = Operation.from_bytes(hidden.read_record(work, phase), work)
+    except ValueError as error:
+        record = error
+    return Found(path, "update", work, phase, record)
+
+
 def status(path: StrPath) -> Status:
     """Look at a model, or at an output that is not there yet; changes nothing.
 
@@ -50,26 +112,18 @@ def status(path: StrPath) -> Status:
     """
     path = Path(path)
     try:
-        return _look(path)
+        return _told(find(path))
     except FileNotFoundError:  # it went on between two looks
-        return _look(path)
+        return _told(find(path))
 
 
-def _look(path: Path) -> Status:
-    theirs = []  # what is there, and is not ours: said, and not followed
-    if is_unfinished(partial_path(path)):
-        try:
-            return _of_new_folder(path)
-        except Foreign as error:
-            if not path.exists():
-                return Status(f"{path}", "foreign", f"{error}")
-            theirs.append(f"{error}")
-    strange = hidden.foreign(path)
-    work = hidden.work_folder(path)
-    if work.is_dir() and work not in strange:
-        return _of_update(path, work)
-    found = _of_model(path)
-    return replace(found, next=(*found.next, *theirs, *strange.values()))
+def _told(found: Found) -> Status:
+    if found.what == "new folder":
+        return _of_new_folder(found)
+    if found.what in ("update", "left over"):
+        return _of_update(found)
+    model = _of_model(found.path)
+    return replace(model, next=(*model.next, *found.theirs))
 
 
 def _of_model(path: Path) -> Status:
@@ -77,7 +131,7 @@ def _of_model(path: Path) -> Status:
         manifest = open_checkpoint(path, follow_links=True).manifest or Manifest()
     except CheckpointError:
         for file in hidden.unfinished_files(path):  # it is incomplete because of them
-            return _look(file)
+            return status(file)
         raise
     kept = hidden.undo_folders(path)
     together = "".join(f"; {line}" for line in on_top(manifest.history() if manifest.is_mine else ()))
@@ -98,18 +152,16 @@ def _of_model(path: Path) -> Status:
     return Status(f"{path}", "finished", f"{manifest.operation} {manifest.id}, {how}{whose}{together}", useless)
 
 
-def _of_new_folder(out: Path) -> Status:
-    """Raises Foreign where it is not ours."""
-    partial = partial_path(out)
+def _of_new_folder(found: Found) -> Status:
+    out, partial = found.path, found.where
+    if isinstance(found.record, Foreign):
+        return Status(f"{out}", "foreign", f"{found.record}")
     names = os.listdir(partial)
     complete = sum(name.startswith(".ires-") and name.endswith(".done") for name in names)
     who = holder(partial / MARKER)
-    try:
-        what = f"{Operation.from_bytes(read_kept(out), partial)}, {complete} files complete"
-    except Foreign:
-        raise
-    except (CheckpointError, StoreError):  # of another version, or not begun
-        what = f"{complete} files complete"
+    what = f"{complete} files complete"
+    if isinstance(found.record, Operation):  # else of another version, or not begun
+        what = f"{found.record}, {what}"
     if who:
         return Status(f"{out}", "running", f"{what}, by {who}", ("Wait for it to end.",))
     return Status(
@@ -118,15 +170,15 @@ def _of_new_folder(out: Path) -> Status:
     )  # fmt: skip
 
 
-def _of_update(target: Path, work: Path) -> Status:
+def _of_update(found: Found) -> Status:
+    target, work, phase = found.path, found.where, found.phase
     who = holder(work / MARKER)
     if who:
         return Status(f"{target}", "running", f"an update in place, or ik.mapped, by {who}", ("Wait for it to end.",))
-    phase = hidden.unfinished(target)
     if phase is None:
         return Status(f"{target}", "none", f"no update in place is under way; {work} is left of one",
                       (f"`ires rollback {target}` removes that.",))  # fmt: skip
-    operation = Operation.from_bytes(hidden.read_record(work, phase), work)
+    operation = found.operation
     if operation.kind == MAPPED:
         return _of_mapped(target, work, phase, operation)
     done, total = count_records(work), len(operation.windows)

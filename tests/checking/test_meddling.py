@@ -13,7 +13,8 @@ from small_models import triple
 import ires_kernels as ik
 from ires_kernels.cli import main
 from ires_kernels.files import inplace, journal, store
-from ires_kernels.in_place import updates
+from ires_kernels.in_place import cuts
+from ires_kernels.in_place.cuts import Sizes
 from ires_kernels.streaming import windows
 
 FILE = "model-00002-of-00003.safetensors"
@@ -23,8 +24,7 @@ FILE = "model-00002-of-00003.safetensors"
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, Path]:
     """Small models that take many windows, and the folder of them as the current one."""
     monkeypatch.setattr(windows, "WINDOW", 32)
-    for name, value in (("UNIT", 64), ("WINDOW", 256), ("GAP", 16)):
-        monkeypatch.setattr(updates, name, value)
+    monkeypatch.setattr(cuts, "SIZES", Sizes(window=256, unit=64, gap=16))
     monkeypatch.chdir(tmp_path)
     return triple(tmp_path, shards=3)
 

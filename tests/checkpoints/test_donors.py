@@ -319,7 +319,7 @@ def test_a_single_file_gets_no_side_files_in_place(tmp_path: Path) -> None:
 
 
 def test_what_came_in_place_is_told_after_a_resume_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ires_kernels.in_place import overwrite
+    from ires_kernels.in_place import finish
 
     base, instruct, target = triple(tmp_path)
     tokenizer(base)
@@ -331,7 +331,7 @@ def test_what_came_in_place_is_told_after_a_resume_as_well(tmp_path: Path, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(overwrite, "_write_manifest", interrupted)
+        patch.setattr(finish, "_write_manifest", interrupted)
         with pytest.raises(KeyboardInterrupt):
             ik.apply(target, (instruct, base), in_place=True, sync=False)
     report = ik.resume(target)

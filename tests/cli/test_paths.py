@@ -22,9 +22,7 @@ def models(tmp_path: Path) -> tuple[Path, Path, Path]:
     (tmp_path / "deep" / "er").mkdir()
     (tmp_path / "link").symlink_to("deep/er")
     (tmp_path / "models").mkdir()
-    base, instruct, target = (
-        tmp_path / "link" / ".." / "models" / name for name in ("base", "instruct", "target")
-    )
+    base, instruct, target = (tmp_path / "link" / ".." / "models" / name for name in ("base", "instruct", "target"))
     return base, instruct, target
 
 

@@ -10,23 +10,38 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from ires_kernels.files import store
-from ires_kernels.files.store import MARKER, NewFolder, StoreError, check_destination, is_unfinished, partial_path
+from ires_kernels.files.store import (
+    MARKER,
+    NewFile,
+    NewFolder,
+    StoreError,
+    check_destination,
+    is_unfinished,
+    partial_path,
+)
 
 
 def new(out: Path, identity: str = "mine", *, sync: bool = True) -> NewFolder:
     return NewFolder(out, identity, b"kept", sync=sync)
 
 
+def create(folder: NewFolder, name: str, head: bytes, size: int, record: Callable[[], bytes] = bytes) -> NewFile:
+    """A file that is reserved, and taken to be written."""
+    folder.reserve(name, head, size)
+    return folder.file(name, record)
+
+
 def write(out: Path, *, sync: bool = False) -> None:
     """A folder with a file of three parts, one more file, and one in a folder of its own."""
     with new(out, sync=sync) as folder:
         assert not folder.finished
-        file = folder.create("a.bin", b"head", 10, lambda: b"learnt")
+        file = create(folder, "a.bin", b"head", 10, lambda: b"learnt")
         file.write(b"789", 7)
         file.write(memoryview(b"456"), 4)
         folder.add("b.json", [b"{", b"}"])
@@ -64,7 +79,7 @@ WRITTEN = {"a.bin": b"head456789", "b.json": b"{}", "sub/c.txt": b""}
 def test_the_folder_appears_whole(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with new(out) as folder:
-        file = folder.create("a.bin", b"head", 10)
+        file = create(folder, "a.bin", b"head", 10)
         there = (tmp_path / "out.partial" / ".ires-a.bin.tmp").stat()
         assert there.st_size == 10, "room is reserved at once"
         assert there.st_blocks > 0
@@ -154,7 +169,7 @@ def test_a_failing_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
     def interrupted() -> None:
         with new(tmp_path / "out") as folder:
-            folder.create("a.bin", b"", 10)
+            create(folder, "a.bin", b"", 10)
             folder.add("sub/c.txt", [])
             raise KeyboardInterrupt
 
@@ -184,7 +199,7 @@ def test_a_real_limit_on_file_sizes(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, {resource.getrlimit(resource.RLIMIT_FSIZE)[1]}))
         try:
             with NewFolder(Path({f"{tmp_path}/out"!r}), "mine", b"") as folder:
-                folder.create("a.bin", b"", 5000)
+                folder.reserve("a.bin", b"", 5000)
         except OSError as error:
             print(error)
     """
@@ -201,8 +216,8 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
 
         def write_two_files() -> None:
             with new(tmp_path / "out") as folder:
-                folder.create("a.bin", b"", 300_000)
-                folder.create("b.bin", b"", 300_000)
+                create(folder, "a.bin", b"", 300_000)
+                create(folder, "b.bin", b"", 300_000)
 
         with pytest.raises(OSError, match="No space left on device: 300000 bytes are needed") as caught:
             write_two_files()
@@ -257,8 +272,8 @@ def interrupted(out: Path, identity: str = "mine", *, kind: type[BaseException] 
 
     def run() -> None:
         with new(out, identity, sync=False) as folder:
-            done = folder.create("a.bin", b"head", 10, lambda: b"learnt")
-            begun = folder.create("b.bin", b"", 10)
+            done = create(folder, "a.bin", b"head", 10, lambda: b"learnt")
+            begun = create(folder, "b.bin", b"", 10)
             done.write(b"456789", 4)
             begun.write(b"xx", 3)
             folder.add("c.json", [b"{}"])
@@ -276,7 +291,7 @@ def test_what_is_complete_is_kept_for_the_same_operation(tmp_path: Path) -> None
     assert store.read_kept(out) == b"kept"
     with new(out) as folder:
         assert folder.finished == {"a.bin": b"learnt"}
-        folder.create("b.bin", b"0123456789", 10)
+        create(folder, "b.bin", b"0123456789", 10)
         folder.commit()
     assert contents(out) == {"a.bin": b"head456789", "b.bin": b"0123456789"}
 
@@ -329,7 +344,7 @@ def test_what_is_being_written_cannot_be_discarded(tmp_path: Path) -> None:
     with new(tmp_path / "out") as folder:
         with pytest.raises(StoreError, match="another process is writing it"):
             store.discard(tmp_path / "out")
-        folder.create("a.bin", b"x", 1)
+        create(folder, "a.bin", b"x", 1)
         folder.commit()
     assert contents(tmp_path / "out") == {"a.bin": b"x"}
 
@@ -337,7 +352,7 @@ def test_what_is_being_written_cannot_be_discarded(tmp_path: Path) -> None:
 def test_a_file_that_is_not_complete_cannot_be_committed(tmp_path: Path) -> None:
     def run() -> None:
         with new(tmp_path / "out") as folder:
-            folder.create("a.bin", b"x", 4)
+            create(folder, "a.bin", b"x", 4)
             folder.commit()
 
     with pytest.raises(AssertionError, match=r"a.bin: 3 bytes were not written"):
@@ -368,7 +383,7 @@ def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
     with new(tmp_path / "out") as folder:
-        folder.create("a.bin", b"x", 1)
+        create(folder, "a.bin", b"x", 1)
         with pytest.raises(StoreError, match="another process is writing it"):
             write(tmp_path / "out")
         assert unsigned(folder.partial) == {".ires-a.bin.tmp": b"x", **state(folder.partial)}

@@ -13,6 +13,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ from ires_kernels.cli import main
 from ires_kernels.files import hidden, journal, store, trust
 from ires_kernels.files.inplace import Workplace
 from ires_kernels.files.store import StoreError
-from ires_kernels.in_place import overwrite, updates
+from ires_kernels.in_place import begun, cuts, run
+from ires_kernels.in_place.cuts import Sizes
 from ires_kernels.planning.rules import ArgumentError
-from ires_kernels.records import repetition
+from ires_kernels.records import operation, repetition
 from ires_kernels.records.report import Report
 from ires_kernels.streaming import reader, windows
 
@@ -50,9 +52,7 @@ def small() -> Iterator[None]:
     """Many windows in tensors of a few hundred elements."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(windows, "WINDOW", 32)
-        patch.setattr(updates, "UNIT", 64)
-        patch.setattr(updates, "WINDOW", 64 * 4)
-        patch.setattr(updates, "GAP", 16)
+        patch.setattr(cuts, "SIZES", Sizes(window=64 * 4, unit=64, gap=16))
         yield
 
 
@@ -414,14 +414,26 @@ def test_what_other_code_cut_into_other_windows(
     models: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = unfinished(models)
-    before = snapshot(target)
+    before, windows_of = snapshot(target), cuts.windows
     with monkeypatch.context() as patch:
-        patch.setattr(updates, "WINDOW", updates.WINDOW // 2)
+        patch.setattr(cuts, "windows", lambda steps, sizes: windows_of(steps, replace(sizes, window=sizes.window // 2)))
         with pytest.raises(StoreError, match="cuts the update into other pieces"):
             ik.resume(target)
     assert snapshot(target) == before
     ik.resume(target)
     assert ik.verify(target)
+
+
+def test_an_update_remembers_how_it_is_cut(models: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    base, instruct, target = models
+    ik.apply(target, (instruct, base), out=target.with_name("out"), sync=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(cuts, "SIZES", Sizes(window=64 * 4, unit=64, gap=16))
+        unfinished(models, sync=False)
+    many = len(json.loads((target / ".ires-unfinished" / "operation.json").read_bytes().partition(b"\n")[2])["windows"])
+    assert many > 20
+    ik.resume(target)
+    assert visible(target) == visible(target.with_name("out"))
 
 
 @pytest.mark.usefixtures("small")
@@ -440,7 +452,7 @@ def test_inputs_that_changed_meanwhile(models: tuple[Path, Path, Path], monkeypa
         ik.resume(target)
     file.write_bytes(raw)
     with monkeypatch.context() as patch:
-        patch.setattr(overwrite, "VERSION", "99")
+        patch.setattr(operation, "VERSION", "99")
         with pytest.raises(CheckpointError, match=r"was begun by ires_kernels .*, and this is 99"):
             ik.resume(target)
     for path in [*base.iterdir(), *instruct.iterdir()]:
@@ -456,7 +468,7 @@ def test_without_syncs_a_restart_of_the_machine_is_final(
 ) -> None:
     target = unfinished(models, sync=False)
     with monkeypatch.context() as patch:
-        patch.setattr(overwrite, "boot_id", lambda: "another")
+        patch.setattr(begun, "boot_id", lambda: "another")
         for again in (ik.resume, ik.rollback):
             with pytest.raises(StoreError, match="the machine was restarted in the middle of an update with --no-sync"):
                 again(target)
@@ -482,14 +494,14 @@ def test_two_at_once(models: tuple[Path, Path, Path], monkeypatch: pytest.Monkey
     seen = []
 
     def meanwhile(*arguments: Any, **options: Any) -> Any:
-        monkeypatch.setattr(overwrite, "carry_on", carry_on)
+        monkeypatch.setattr(run, "carry_on", carry_on)
         with pytest.raises(StoreError, match="another process is writing it") as caught:
             apply(target, (instruct, base))
         seen.append(caught)
         return carry_on(*arguments, **options)
 
-    carry_on = overwrite.carry_on
-    monkeypatch.setattr(overwrite, "carry_on", meanwhile)
+    carry_on = run.carry_on
+    monkeypatch.setattr(run, "carry_on", meanwhile)
     apply(target, (instruct, base))
     assert seen
     assert ik.verify(target)
@@ -818,7 +830,7 @@ def test_an_undo_outlives_a_restart(models: tuple[Path, Path, Path], monkeypatch
     base, instruct, target = models
     before = visible(target)
     apply(target, (instruct, base), undo="all", sync=False)
-    monkeypatch.setattr(overwrite, "boot_id", lambda: "another")
+    monkeypatch.setattr(begun, "boot_id", lambda: "another")
     ik.rollback(target)
     assert visible(target) == before
 
@@ -837,7 +849,7 @@ def test_a_restart_is_noticed_until_the_end(
             apply(target, (instruct, base), sync=False, undo=undo)
     assert (target / f".ires-unfinished/{phase}.json").exists()
     left = snapshot(target)
-    monkeypatch.setattr(overwrite, "boot_id", lambda: "another")
+    monkeypatch.setattr(begun, "boot_id", lambda: "another")
     way = "ires rollback" if undo == "all" else "copy the model again"
     with pytest.raises(StoreError, match=f"the machine was restarted in the middle of an update .*{way}"):
         ik.resume(target)
@@ -1188,10 +1200,10 @@ def test_signals_stop_in_order(tmp_path: Path, number: signal.Signals, how: str)
     program = f"""
         import os, sys, threading, time
         from ires_kernels.streaming import reader, windows
-        from ires_kernels.in_place import updates
+        from ires_kernels.in_place import cuts
         from ires_kernels.cli import main
         windows.WINDOW = 32
-        updates.UNIT, updates.WINDOW, updates.GAP = 64, 256, 16
+        cuts.SIZES = cuts.Sizes(window=256, unit=64, gap=16)
         read = reader.read_into
         def slowly(*arguments):
             if threading.current_thread().name.startswith("ires-"):  # of the engine

@@ -12,7 +12,7 @@ from small_models import normal, triple, write_model
 
 import ires_kernels as ik
 from ires_kernels import merge
-from ires_kernels.in_place import overwrite
+from ires_kernels.in_place import finish
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +94,7 @@ def test_a_long_history_is_cut() -> None:
 def test_said_after_an_interruption_too(monkeypatch: pytest.MonkeyPatch) -> None:
     update("residual", 1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(overwrite, "_write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(finish, "_write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             update("residual", 0.5)
     assert said(merge.resume("target").warnings)[1].endswith("with alpha 1.5 in all: 1 + 0.5")

@@ -23,7 +23,8 @@ from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.cli import main
 from ires_kernels.files import hidden, journal, store, trust
 from ires_kernels.files.ownership import Foreign, StoreError, is_bare, is_inner
-from ires_kernels.in_place import updates
+from ires_kernels.in_place import cuts
+from ires_kernels.in_place.cuts import Sizes
 from ires_kernels.records.operation import Operation
 
 SIDE = {
@@ -46,7 +47,7 @@ def models(tmp_path: Path) -> tuple[Path, Path, Path]:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several windows in models of a few kilobytes."""
-    monkeypatch.setattr(updates, "WINDOW", 1 << 10)
+    monkeypatch.setattr(cuts, "SIZES", Sizes(window=1 << 10))
 
 
 @contextmanager

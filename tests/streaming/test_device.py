@@ -29,7 +29,7 @@ import ires_kernels as ik
 from ires_kernels.backends import native
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.cli import main
-from ires_kernels.in_place import updates
+from ires_kernels.in_place.cuts import SIZES
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import ArgumentError
 from ires_kernels.planning.steps import Operand, Output, Step
@@ -365,7 +365,7 @@ def test_a_window_is_as_large_as_a_piece_of_the_ring_holds(tmp_path: Path, dtype
     gpu = device.Gpu(StandIn(Late, PIECE), [step], plan.rules, True)
     assert gpu.window == PIECE // width
     assert sum(gpu.sizes) == PIECE
-    assert updates.UNIT % gpu.window == 0
+    assert SIZES.unit % gpu.window == 0
 
 
 # --- loads through one call of the extension for each tile

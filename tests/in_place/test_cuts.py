@@ -16,16 +16,17 @@ import ires_kernels as ik
 from ires_kernels.checkpoints.checkpoint import TensorRef
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.dtypes import FLOATS
-from ires_kernels.in_place import updates
+from ires_kernels.in_place import cuts
+from ires_kernels.in_place.cuts import SIZES, Sizes
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.steps import Operand, Output, Step
 from ires_kernels.streaming import device, windows
 
 
 def test_a_unit_is_whole_windows_of_every_processor() -> None:
-    assert updates.UNIT % windows.WINDOW == 0
-    assert updates.UNIT % device.WINDOW == 0
-    assert updates.UNIT * max(FLOATS.values()) <= updates.WINDOW
+    assert SIZES.unit % windows.WINDOW == 0
+    assert SIZES.unit % device.WINDOW == 0
+    assert SIZES.unit * max(FLOATS.values()) <= SIZES.window
 
 
 @st.composite
@@ -47,11 +48,7 @@ def layouts(draw: st.DrawFn) -> list[Step]:
 
 @given(layouts())
 def test_windows_cover_what_changes_once_and_in_order(steps: list[Step]) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(updates, "UNIT", 16)
-        patch.setattr(updates, "WINDOW", 16 * 8)
-        patch.setattr(updates, "GAP", 10)
-        cut = updates.windows(steps)
+    cut = cuts.windows(steps, Sizes(window=16 * 8, unit=16, gap=10))
     seen = []
     for window in cut:
         assert 0 < window.stop - window.start <= 128
@@ -85,7 +82,7 @@ def planned(*arguments: Any, **options: Any) -> Plan:
 def test_only_what_is_merged_changes(tmp_path: Path) -> None:
     base, instruct, target = triple(tmp_path, shards=2)
     plan = planned(target, (instruct, base), skip="norm|layers.1")
-    steps = updates.changes(plan)
+    steps = cuts.changes(plan)
     assert [step.name for step in steps] == [step.name for step in plan.steps if not step.reason]
     for step in steps:
         ref = plan.inputs["target"].tensors[step.name]
@@ -131,4 +128,4 @@ def test_a_head_that_is_an_embedding_of_the_target_is_refused(tmp_path: Path) ->
     with pytest.raises(
         CheckpointError, match=r"'lm_head.weight' needs 'model.embed_tokens.weight' of instruct, which is"
     ):
-        updates.changes(replace(plan, steps=(refs["model.embed_tokens.weight"], broken)))
+        cuts.changes(replace(plan, steps=(refs["model.embed_tokens.weight"], broken)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ires_kernels.checkpoints.checkpoint import FileId
@@ -18,13 +18,21 @@ from ires_kernels.dtypes import FLOATS
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.steps import Step
 
-WINDOW = 64 << 20
-"""Most bytes of a window."""
-UNIT = 1 << 21
-"""Elements of a tensor, from its first one on, that stay together; a multiple of every processor's window."""
-GAP = 1 << 20
-"""Most bytes that a window has between tensors that change: they are saved for nothing."""
 
+@dataclass(frozen=True)
+class Sizes:
+    """How windows are cut. An update remembers them: who goes on with it cuts as who began it."""
+
+    window: int = 64 << 20
+    """Most bytes of a window."""
+    unit: int = 1 << 21
+    """Elements of a tensor, from its first one on, that stay together; a multiple of every processor's window."""
+    gap: int = 1 << 20
+    """Most bytes that a window has between tensors that change: they are saved for nothing."""
+
+
+SIZES = Sizes()
+"""Where nothing else is asked for."""
 _DTYPE = "Leave --dtype out, or write a new folder with -o OUT."
 _PARTS = "Write a new folder with -o OUT."
 _ALIAS = "Give a copy of that model, or write a new folder with -o OUT."
@@ -90,17 +98,17 @@ def changes(plan: Plan) -> tuple[Step, ...]:
     )
 
 
-def windows(steps: Iterable[Step]) -> tuple[Window, ...]:
+def windows(steps: Iterable[Step], sizes: Sizes = SIZES) -> tuple[Window, ...]:
     """Cut what `changes` gave into windows, in the order of the steps."""
     extents: list[tuple[str, int, int]] = []
     groups: list[list[Segment]] = []
     for step in steps:
         width = FLOATS[step.dtype]
-        for first in range(0, step.nbytes // width, UNIT):
-            segment = Segment(step, first, min(UNIT, step.nbytes // width - first))
+        for first in range(0, step.nbytes // width, sizes.unit):
+            segment = Segment(step, first, min(sizes.unit, step.nbytes // width - first))
             start, stop = step.offset + first * width, step.offset + segment.stop
             file, begin, end = extents[-1] if extents else ("", 0, 0)
-            if file == step.file and 0 <= start - end <= GAP and stop - begin <= WINDOW:
+            if file == step.file and 0 <= start - end <= sizes.gap and stop - begin <= sizes.window:
                 extents[-1] = file, begin, stop
                 last = groups[-1][-1]
                 if last.step is step:

@@ -1,0 +1,73 @@
+"""An update in place, opened and planned again: its target is hidden by now, and other inputs may have moved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ires_kernels.checkpoints.checkpoint import FileId
+from ires_kernels.files.inplace import Workplace
+from ires_kernels.files.ownership import StoreError
+from ires_kernels.in_place import begun, cuts
+from ires_kernels.in_place.cuts import Sizes, Window
+from ires_kernels.planning.inputs import open_inputs
+from ires_kernels.planning.plan import VERSION, Plan, plan_apply
+from ires_kernels.planning.rules import Rules
+from ires_kernels.planning.steps import Step
+from ires_kernels.records.operation import Operation, as_it_was, same_plan
+from ires_kernels.streaming.reader import all_file_ids
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is to be changed, and in what."""
+
+    place: Workplace
+    operation: Operation
+    plan: Plan
+    """With the times that the files had when the update began."""
+    files: dict[Path, FileId]
+    """What the files of the inputs were when they were opened now."""
+    changed: list[Path]
+    """Those that have other times now."""
+    steps: Sequence[Step]
+    """That change something, each with its place in the target."""
+    windows: Sequence[Window]
+
+    @property
+    def own_files(self) -> dict[Path, FileId]:
+        """What the files are now, of which we write the target's."""
+        ours = self.place.model
+        return {path: FileId.of(path) if path.parent == ours else known for path, known in self.files.items()}
+
+
+def hide_and_plan(place: Workplace, operation: Operation) -> Update:
+    """Hide the target's files, where they are not yet, and plan what is to be done with them.
+
+    Raises StoreError and CheckpointError where that is not what the update was begun with.
+    """
+    place.move_in(operation.names)
+    with begun.refused(place):
+        begun.check_files(place.work, operation, place.model)
+    model = place.model if place.folder == place.target else place.model / place.target.name
+    target = operation.paths["target"]
+    paths = {role: model if path == target else path for role, path in operation.paths.items()}
+    inputs = open_inputs(paths, follow_links=operation.follow_links)
+    files = all_file_ids(inputs)
+    before, changed = {}, []
+    for role, checkpoint in inputs.items():
+        before[role], others = as_it_was(checkpoint, operation.stamps.get(role, {}))
+        changed += others if operation.paths[role] != target else []
+        if operation.paths[role] == target:  # where its side files still are
+            before[role] = replace(before[role], path=place.target)
+    plan = replace(plan_apply(before, Rules.from_dict(operation.rules), operation.copies), in_place=True)
+    same_plan(operation, plan)
+    steps = cuts.changes(plan)
+    windows = cuts.windows(steps, Sizes(**operation.sizes))
+    if [[window.file, window.start, window.stop] for window in windows] != operation.windows:
+        raise StoreError(
+            f"{place.target}: this ires_kernels cuts the update into other pieces than the one that began it, "
+            f"though both are version {VERSION}. Go on with that one, or try `ires rollback {place.target}`."
+        )
+    return Update(place, operation, plan, files, changed, steps, windows)

@@ -1,0 +1,132 @@
+"""Beginning an update in place: all that can be refused is, before the first byte of the model changes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from ires_kernels.checking import guards
+from ires_kernels.checkpoints import sidefiles
+from ires_kernels.checkpoints.manifest import Update
+from ires_kernels.files import inplace, store
+from ires_kernels.files.inplace import Workplace
+from ires_kernels.in_place import begun, cuts
+from ires_kernels.in_place.cuts import Sizes
+from ires_kernels.planning.plan import Plan
+from ires_kernels.planning.steps import Step
+from ires_kernels.records import repetition, sides
+from ires_kernels.records.history import on_top
+from ires_kernels.records.operation import Operation
+from ires_kernels.records.report import Report
+from ires_kernels.streaming import stream
+from ires_kernels.streaming.options import Options
+
+_AGAIN = (
+    "nothing was done: this was applied before. To apply it once more on purpose, give it another --tag. Of files with "
+    "the times of then a sample was compared; `ires verify` reads all of what it has hashes of"
+)
+# Bytes that are reserved for the log and the manifest, so that neither finds the disk full when the weights are new.
+_ROOM, _OF_TENSOR, _OF_WINDOW = 1 << 16, 768, 512
+
+
+@dataclass(frozen=True)
+class Ready:
+    """An update that may begin."""
+
+    plan: Plan
+    """With warnings of what was applied before."""
+    steps: Sequence[Step]
+    """Those that change something."""
+    recipe: str
+    history: Sequence[Update]
+
+
+def look(plan: Plan, options: Options, *, sync: bool, tag: str) -> Ready | Report:
+    """Refuse what cannot be done in place. Returns the report of then, where this was applied before."""
+    plan, target = _in_place(plan), plan.inputs["target"]
+    steps = cuts.changes(plan)
+    inplace.check(target.path, begun.hidden_names(target))
+    recipe = plan.recipe(tag)
+    history, warnings = repetition.applied(target, options.threads)
+    before = repetition.repeated(plan, recipe, history, options.threads)
+    if before is not None:
+        if sync and target.manifest and target.manifest.unsynced:
+            store.fsync_all(target.path)
+            if not target.path.is_dir():  # its manifest lies beside it
+                store.fsync_file(target.path.with_name(f"{target.path.name}.ires.json"))
+        return Report.recorded(plan.operation, plan.id, target.path, before.report, _AGAIN)
+    on_others = on_top([*history, repetition.under_way(plan, recipe)]) if steps else ()
+    guards.compare(plan)
+    return Ready(replace(plan, warnings=(*plan.warnings, *warnings, *on_others)), steps, recipe, history)
+
+
+def begin(
+    ready: Ready, copies: Mapping[str, str], options: Options, sizes: Sizes, *, undo: str, sync: bool, sha256: bool,
+    tag: str,
+) -> Workplace:  # fmt: skip
+    """Lock the target and keep there what it takes to go on; nothing is touched where this raises."""
+    plan, target = ready.plan, ready.plan.inputs["target"]
+    guards.read_residuals(plan, options.threads)
+    stream.check_threads()
+    place = Workplace.begin(target.path, sync=sync, locked=options.locked)
+    try:
+        guards.check_unchanged(plan, threads=options.threads)  # also by another process that held the lock before
+        installed, dropped = _stage(place, plan)
+        names = begun.hidden_names(target)
+        place.check_movable([*names, *installed, *dropped, begun.manifest_name(place), begun.sums_name(place)])
+        windows = cuts.windows(ready.steps, sizes)
+        operation = Operation.of(
+            plan,
+            sync=sync,
+            sha256=sha256,
+            tag=tag,
+            undo=undo,
+            recipe=ready.recipe,
+            names=names,
+            hidden=os.stat(place.work).st_ino,
+            log_size=_room(ready.steps) + _OF_WINDOW * len(windows),
+            sizes=asdict(sizes),
+            windows=[[window.file, window.start, window.stop] for window in windows],
+            copies=dict(copies),
+            installed=installed,
+            dropped=dropped,
+            history=[update.table for update in ready.history],
+        )
+        content = operation.to_bytes()
+        place.reserve(_room(plan.steps) + len(content))
+        with begun.opened_journal(place.work, operation, place.folder, new=True):
+            place.write(content)
+    except BaseException:
+        try:
+            if place.phase() is None:
+                place.remove()
+        finally:
+            place.close()
+        raise
+    return place
+
+
+def _in_place(plan: Plan) -> Plan:
+    """A plan of `apply` for the target's own files, with what that leaves as it is."""
+    others = [name for name in plan.not_copied if sidefiles.is_weights(name)]
+    stale = (f"{', '.join(others)} beside the weights of the target are not updated",) if others else ()
+    side_files = plan.side_files if plan.inputs["target"].path.is_dir() else ()  # a file is updated alone
+    return replace(plan, in_place=True, side_files=side_files, warnings=(*plan.warnings, *stale))
+
+
+def _room(steps: Sequence[Step]) -> int:
+    return _ROOM + sum(_OF_TENSOR + 4 * len(step.name) for step in steps)
+
+
+def _stage(place: Workplace, plan: Plan) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Copy the side files of other models, where they differ from the target's; what else of it has to go."""
+    installed: dict[str, dict[str, str]] = {}
+    if not plan.inputs["target"].path.is_dir():
+        return installed, []
+    access = sides.access_of(plan)
+    for side in plan.side_files:
+        if (side.role != "target" or side.content is not None) and not side.is_at(place.folder / side.name):
+            installed[side.name] = sides.copied(side, access, place.stage)
+    dropped = sidefiles.replaced_by(plan.inputs["target"], plan.side_files)
+    return installed, dropped + [name for name in [begun.sums_name(place)] if (place.folder / name).exists()]

@@ -1,0 +1,137 @@
+"""An update in place that has begun: its files by name, the operation, its journal, and what forbids going on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from ires_kernels.checkpoints.checkpoint import Checkpoint
+from ires_kernels.files import store
+from ires_kernels.files.inplace import Workplace
+from ires_kernels.files.journal import AHEAD, Extent, Journal, JournalError, UndoGone
+from ires_kernels.files.opening import MAX_MANIFEST, allow_files, read_bytes
+from ires_kernels.files.ownership import open_folder
+from ires_kernels.files.store import LostError, StoreError, boot_id
+from ires_kernels.records import provenance
+from ires_kernels.records.operation import Operation
+
+
+def hidden_names(target: Checkpoint) -> list[str]:
+    """The files by which loaders know the model."""
+    names = [shard.path.name for shard in target.shards]
+    if target.path.is_dir():
+        names += [name for name in (target.index_name, "config.json") if name and (target.path / name).exists()]
+    return names
+
+
+def manifest_name(place: Workplace) -> str:
+    return "ires.json" if place.folder == place.target else f"{place.target.name}.ires.json"
+
+
+def sums_name(place: Workplace) -> str:
+    return provenance.SUMS if place.folder == place.target else f"{place.target.name}.sha256"
+
+
+def new_files(place: Workplace, operation: Operation) -> list[str]:
+    """The files beside the weights that the update puts there."""
+    return [*operation.installed, manifest_name(place), *([sums_name(place)] if operation.sha256 else [])]
+
+
+def is_ours(place: Workplace, operation: Operation) -> Callable[[str], bool]:
+    """Whether a side file is the one that the update has installed, and not what somebody made of it since."""
+
+    def is_ours(name: str) -> bool:
+        path = place.folder / name
+        if path.is_symlink() or not path.is_file():
+            return False
+        if name in operation.installed:
+            return provenance.hash_file(path) == operation.installed[name]["xxh3_128"]
+        return name != manifest_name(place) or operation.id.encode() in read_bytes(path, MAX_MANIFEST)
+
+    return is_ours
+
+
+def take(target: Path, *, locked: bool = True) -> tuple[Workplace, Operation]:
+    """Lock what an interrupted update has left. Raises StoreError where nothing had begun there, which is removed."""
+    place = Workplace.take(target, locked=locked)
+    try:
+        if place.phase() is None:
+            place.remove()
+            raise StoreError(
+                f"{target}: no update in place was under way. `ires status {target}` says what the model is."
+            )
+        return place, read_operation(place)
+    except BaseException:
+        place.close()
+        raise
+
+
+def read_operation(place: Workplace) -> Operation:
+    """The operation of an update."""
+    return Operation.from_bytes(place.read(), place.work)
+
+
+def check_boot(place: Workplace, operation: Operation) -> None:
+    """Refuse with StoreError an update of which nobody knows what has reached the disk: no fsync, and a restart."""
+    if not operation.sync and operation.boot != boot_id():
+        kept = operation.undo == "all" and place.phase() != "operation"
+        way = f"`ires rollback {place.target}` gives it the old ones." if kept else copy_again(place)
+        raise (StoreError if kept else LostError)(
+            f"{place.target}: the machine was restarted in the middle of an update with --no-sync, so its bytes may be "
+            f"anything. {way}"
+        )
+
+
+def copy_again(place: Workplace) -> str:
+    return f"Delete {place.work} and copy the model again."
+
+
+@contextmanager
+def refused(place: Workplace, what: str = "") -> Iterator[None]:
+    """Say of which model a journal does not have what is needed, and what to do then."""
+    try:
+        yield
+    except UndoGone as error:
+        raise StoreError(f"{place.target}: {what}{error}. `ires resume {place.target}` finishes it.") from None
+    except JournalError as error:
+        raise LostError(f"{place.target}: {what}{error}. {copy_again(place)}") from None
+
+
+def check_files(work: Path, operation: Operation, where: Path) -> None:
+    """Raise JournalError where the files that change, now in the folder `where`, are not those of the operation."""
+    copied = os.stat(work).st_ino != operation.hidden  # all of it, so that every file has another inode
+    for name in {file for file, _, _ in operation.windows}:
+        status, stamp = os.lstat(where / name), operation.stamps["target"][name]
+        if status.st_size != stamp["size"]:
+            raise JournalError(
+                f"{where / name} had {stamp['size']} bytes and has {status.st_size}: somebody has changed it"
+            )
+        if status.st_ino != stamp["ino"] and not copied:
+            raise JournalError(f"{where / name} is another file than when the update began: somebody has replaced it")
+
+
+@contextmanager
+def opened_journal(work: Path, operation: Operation, where: Path, *, new: bool = False) -> Iterator[Journal]:
+    """The journal in the folder `work` of an update of the target's files, which are in the folder `where` now."""
+    windows = [Extent(*window) for window in operation.windows]
+    slots = {"none": 0, "ring": min(AHEAD, len(windows)), "all": len(windows)}[operation.undo]
+    with ExitStack() as stack:
+        # No link leads out of the folder, whoever may have put one there: neither its own name nor those in it.
+        at = None
+        if where.parent == work:
+            at = open_folder(work)
+            stack.callback(os.close, at)
+        folder = open_folder(where if at is None else where.name, dir_fd=at)
+        stack.callback(os.close, folder)
+        files = {}
+        names = {window.file for window in windows}
+        allow_files(len(names), work)
+        for name in names:
+            with store.named(where / name):
+                files[name] = os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+            stack.callback(os.close, files[name])
+        journal = Journal(work, files, windows, slots, operation.log_size, sync=operation.sync, new=new)
+        stack.callback(journal.close)
+        yield journal

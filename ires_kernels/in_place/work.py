@@ -1,0 +1,102 @@
+"""The bytes of an update in place: computed tile by tile, and written under the journal window by window."""
+
+from __future__ import annotations
+
+import json
+import threading
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from ires_kernels.backends.call import Tally
+from ires_kernels.checking import guards
+from ires_kernels.dtypes import FLOATS
+from ires_kernels.files.journal import Journal
+from ires_kernels.in_place import begun
+from ires_kernels.in_place.again import Update
+from ires_kernels.in_place.cuts import Window
+from ires_kernels.planning.steps import Step
+from ires_kernels.streaming import stream
+from ires_kernels.streaming.options import Options
+from ires_kernels.streaming.outcome import Outcome
+from ires_kernels.streaming.stream import Done
+
+
+def work(update: Update, options: Options) -> Outcome:
+    """Put back what was in the air, and change what is not changed yet; returns all that was learnt, then and now."""
+    place, operation, plan, windows = update.place, update.operation, update.plan, update.windows
+    outcome = Outcome()
+    with begun.refused(place), begun.opened_journal(place.work, operation, place.model) as journal:
+        journal.recover()
+        done: dict[str, Done] = {}
+        for record in journal.records:
+            table = json.loads(record)
+            outcome.update(Outcome.from_dict(table["outcome"]))
+            part = table["part"]
+            done = {part["name"]: Done(part["elements"], Tally(**part["tally"]))} if part else {}
+        own = plan.roles_of_target()
+        guards.check_begun(
+            plan, operation.samples, outcome, update.changed, update.files, but=own, threads=options.threads
+        )
+        files = update.own_files
+        writer = _Writer(windows, journal, outcome)
+        journal.start()
+        stream.run(
+            [step for step in update.steps if step.name not in outcome.outputs],
+            files,
+            plan.rules,
+            writer.write,
+            hashed=plan.inputs.keys() - own,
+            processors=options.processors,
+            threads=options.threads,
+            progress=options.progress,
+            stops={(window.segments[0].step.name, window.segments[0].first) for window in windows},
+            done=done,
+            outcome=outcome,
+            failed=journal.stop,
+        )
+        journal.finish()
+        journal.check_files(place.model)
+        return outcome
+
+
+class _Writer:
+    """Writes results over the target, and tells the journal of windows that are complete; called by several threads."""
+
+    def __init__(self, windows: Sequence[Window], journal: Journal, outcome: Outcome) -> None:
+        self._windows = windows
+        self._journal = journal
+        self._outcome = outcome
+        self._left = [window.nbytes for window in windows]
+        self._tallies: dict[int, Tally] = {}  # at the end of a window, of the tensor that goes on in the next one
+        self._lock = threading.Lock()
+        self._numbers: dict[str, list[int]] = {}
+        for number, window in enumerate(windows):
+            self._numbers.setdefault(window.file, []).append(number)
+        self._starts = {file: [windows[n].start for n in numbers] for file, numbers in self._numbers.items()}
+
+    def write(self, step: Step, start: int, data: memoryview, tally: Tally) -> None:
+        offset = step.offset + start
+        number = self._numbers[step.file][bisect_right(self._starts[step.file], offset) - 1]
+        self._journal.wait(number)
+        self._journal.write(step.file, data, offset)
+        last = self._windows[number].segments[-1]
+        with self._lock:
+            if step is last.step and start + len(data) == last.stop:
+                self._tallies[number] = tally
+            self._left[number] -= len(data)
+            complete = self._left[number] == 0
+        if complete:
+            self._journal.complete(number, self._record(number))
+
+    def _record(self, number: int) -> bytes:
+        """What a later run has to know of the tensors that end in a window, and of the one that does not."""
+        window = self._windows[number]
+        last = window.segments[-1]
+        tally = self._tallies.pop(number)
+        part = None
+        if not last.is_last:
+            elements = last.stop // FLOATS[last.step.dtype]
+            part = {"name": last.step.name, "elements": elements, "tally": asdict(tally)}
+        ended = self._outcome.of(segment.step for segment in window.segments if segment.is_last)
+        return json.dumps({"outcome": ended.to_dict(), "part": part}).encode()

@@ -1,0 +1,1 @@
+"""One of two executors: writes a merge to a new folder."""

@@ -1,0 +1,189 @@
+"""Writing a merge to a new folder: begin, write its weights, finish.
+
+    begin   check → lock the folder → keep what an interrupted run has completed → reserve all other files
+    write   stream the tensors of some files into them; each is recorded and gets its name when it is complete
+    finish  check what was read → side files, sums, manifest → give the folder its name
+
+Only `begin` and `finish` hold the lock. Between the two any process may write any of the files, with `write_files`:
+what it has learnt of them is in their records, and the run that finishes reads it there.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import xxhash
+
+from ires_kernels.checking import ancestry, guards
+from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.files import interrupts
+from ires_kernels.files.samples import sample
+from ires_kernels.files.store import NewFolder, Part, StoreError, check_destination, partial_path
+from ires_kernels.new_folder import before
+from ires_kernels.planning.plan import MANIFESTS, Plan
+from ires_kernels.planning.steps import Step
+from ires_kernels.records import provenance, sides
+from ires_kernels.records.operation import Operation, other_files
+from ires_kernels.records.report import Report
+from ires_kernels.streaming import stream
+from ires_kernels.streaming.options import Options
+from ires_kernels.streaming.outcome import Outcome
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A folder that is locked, in which all files of the plan are reserved or complete."""
+
+    plan: Plan
+    operation: Operation
+    folder: NewFolder
+    outcome: Outcome
+    """What is known of the files that are complete."""
+    compared: Mapping[str, dict[str, str]]
+    """Hashes of tensors that are not merged, and are the same in instruct and base."""
+
+    @property
+    def missing(self) -> list[str]:
+        """The files that are to be written."""
+        return [file.name for file in self.plan.files if file.name not in self.folder.finished]
+
+
+@interrupts.uninterrupted
+def run(plan: Plan, out: Path, options: Options, *, sync: bool, sha256: bool, dry_run: bool = False) -> Report | Plan:
+    """Write the folder `out`, or look at what is there where this very plan was carried out before."""
+    recorded = before.recorded(plan, out, options.threads, sync=sync, sha256=sha256)
+    if recorded is not None and not dry_run:
+        return recorded
+    check_destination(out, [checkpoint.path for checkpoint in plan.inputs.values()])
+    if dry_run:
+        return plan
+    started = time.perf_counter()
+    with begin(plan, out, options, sync=sync, sha256=sha256) as begun:
+        outcome = write_files(plan, begun.missing, begun.folder, options)
+        outcome.update(begun.outcome)
+        finish(begun, outcome, options)
+    return Report.of(plan, outcome, out, time.perf_counter() - started)
+
+
+@contextmanager
+def begin(plan: Plan, out: Path, options: Options, *, sync: bool, sha256: bool) -> Iterator[Begun]:
+    """Lock the folder, and have all of its weights reserved there; leaving keeps what is complete by then.
+
+    Raises CheckpointError and StoreError where the inputs are not what they have to be, OSError for a full disk.
+    """
+    compared = guards.compare(plan)
+    operation = Operation.of(plan, sync=sync, sha256=sha256)
+    folder = NewFolder(
+        out, _identity(operation), operation.to_bytes(), accept=partial(_check_begun, plan, out, options.threads),
+        sync=sync, locked=options.locked, access=sides.access_of(plan),
+    )  # fmt: skip
+    with folder:
+        for file in plan.files:
+            if file.name not in folder.finished:
+                folder.reserve(file.name, file.header, file.size)
+        yield Begun(plan, operation, folder, _learnt(folder.finished), compared)
+
+
+def write_file(plan: Plan, name: str, out: Path, options: Options, *, sync: bool = True) -> Outcome:
+    """Write one of the files that another process has reserved in `out`; takes no lock. Returns what is recorded of it.
+
+    Raises StoreError where that file, or the folder, is not there to be written.
+    """
+    folder = Part(out, _identity(Operation.of(plan, sync=sync)), sync=sync)
+    folder.check()
+    for file in plan.files:
+        if file.name == name:
+            folder.find(name, file.header, file.size)
+    return write_files(plan, [name], folder, options)
+
+
+def write_files(plan: Plan, names: Collection[str], folder: Part, options: Options) -> Outcome:
+    """Write some of the files that are reserved in `folder`; returns what is recorded of them.
+
+    In one call the threads write to as many files at once, as a file system lets one of them at a time write a file.
+    """
+    outcome = Outcome()
+    steps: dict[str, list[Step]] = {name: [] for name in names}
+    for step in plan.steps:
+        if step.file in steps:
+            steps[step.file].append(step)
+    files = {name: folder.file(name, partial(_record, outcome, steps[name])) for name in names}
+    try:
+        stream.run(
+            [step for step in plan.steps if step.file in files],
+            guards.file_ids(plan),
+            plan.rules,
+            lambda step, start, data, _: files[step.file].write(data, step.offset + start),
+            processors=options.processors,
+            threads=options.threads,
+            progress=options.progress,
+            outcome=outcome,
+        )
+        outcome.bytes_written += sum(len(file.header) for file in plan.files if file.name in files)
+        folder.finish_files()
+    finally:
+        folder.abandon_files()
+    return outcome
+
+
+def finish(begun: Begun, outcome: Outcome, options: Options) -> None:
+    """All weights are there: check what was read, add the other files, and give the folder its name."""
+    plan, operation, folder = begun.plan, begun.operation, begun.folder
+    guards.check_read(plan, outcome, begun.compared, options.processors, options.threads)
+    # What loaders look for first comes last.
+    others = {side.name: sides.copied(side, folder.access, folder.add) for side in plan.side_files}
+    for name, content in plan.documents:
+        folder.add(name, [content])
+        others[name] = {"from": plan.operation, "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
+    weights = {file.name: folder.partial / file.name for file in plan.files}
+    sums = provenance.sha256(weights, options.threads) if operation.sha256 else {}
+    if sums:
+        folder.add(provenance.SUMS, [provenance.sums_file(sums)])
+    manifest = provenance.build(
+        plan,
+        outcome,
+        Report.of(plan, outcome, folder.out, 0.0),
+        {role: provenance.stamps(checkpoint, operation.samples[role]) for role, checkpoint in plan.inputs.items()},
+        others,
+        outputs={name: sample(path, plan.id) for name, path in weights.items()},
+        sha256=sums,
+        unsynced="" if operation.sync else operation.boot,
+        sketch=ancestry.sketch(plan.inputs["base"]) if plan.operation == "extract" else None,
+    )
+    folder.add(MANIFESTS[plan.operation], [manifest])
+    guards.check_unchanged(plan, outcome.inputs, threads=options.threads)
+    folder.commit()
+
+
+def _identity(operation: Operation) -> str:
+    """The words by which a later run knows the folder."""
+    return operation.id if operation.sync else f"{operation.id} {operation.boot}"
+
+
+def _record(outcome: Outcome, steps: Iterable[Step]) -> bytes:
+    """What is known of a file whose bytes are all written."""
+    return json.dumps(outcome.of(steps).to_dict()).encode()
+
+
+def _learnt(records: Mapping[str, bytes]) -> Outcome:
+    """What is known of files whose records these are."""
+    outcome = Outcome()
+    for record in records.values():
+        outcome.update(Outcome.from_dict(json.loads(record)))
+    return outcome
+
+
+def _check_begun(plan: Plan, out: Path, threads: int | None, kept: bytes, finished: Mapping[str, bytes]) -> None:
+    """Refuse with StoreError to go on with an unfinished folder that was begun with other inputs."""
+    operation = Operation.from_bytes(kept, partial_path(out))
+    others = other_files(plan.inputs, operation.stamps)
+    try:
+        guards.check_begun(plan, operation.samples, _learnt(finished), others, threads=threads)
+    except CheckpointError as error:  # a file that is just being written is no reason to throw away what is complete
+        raise StoreError(*error.lines) from error
