@@ -45,7 +45,7 @@ reproduce: $(VENV)/installed
 	nice -n 19 $(BIN)/python examples/continual/reproduce.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q -n $(WORKERS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup
 
 # Power cuts, on file systems that they make and shut down, are in `make torture` and a run of their own.
 test-root: $(VENV)/installed

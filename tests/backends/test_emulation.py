@@ -23,6 +23,7 @@ from torch import Tensor
 from ires_kernels.backends import native, reference
 from ires_kernels.backends.call import Call
 
+pytestmark = pytest.mark.xdist_group("emulation")  # what is built is built once
 CPU = native if native.isas() else reference
 ALPHAS = (0.3, -0.7, 1.1, 1e-40, 3.0)
 COLUMNS = {"subtract": 2, "add": 2, "scale": 1, "add_difference": 3}

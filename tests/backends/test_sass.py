@@ -17,6 +17,7 @@ import pytest
 
 from ires_kernels.backends import native
 
+pytestmark = pytest.mark.xdist_group("sass")  # the kernels are read once
 TARGETS = (80, 90, 100)
 SIZES = {"bf16": 2, "f16": 2, "e4m3": 1, "f": 4}
 INPUTS = {"Subtract": 2, "AddOne": 2, "Scale": 1, "AddDifference": 3}

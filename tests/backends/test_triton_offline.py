@@ -23,6 +23,7 @@ from ires_kernels.backends.call import Call
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
+pytestmark = pytest.mark.xdist_group("triton offline")  # what is compiled is compiled once
 RELEASE = backend._release()
 WIDTH = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "e4m3": 1, "e5m2": 1}
 Case = dict[str, Any]
