@@ -60,6 +60,7 @@ class Recorder:
         self.compiled: list[Any] = []
         self.take_place(kernels.flat, "flat")
         self.take_place(kernels.strided, "strided")
+        self.take_place(kernels.listed, "listed")
 
     def take_place(self, kernel: Any, name: str) -> None:
         launch = kernel.run
@@ -88,12 +89,16 @@ def call_of(case: dict[str, Any]) -> Call:
     dtypes = [DTYPES[name] for name in case["dtypes"]]
     odd = case.get("odd", False)  # of all tensors, or of each
     odds = odd if isinstance(odd, list) else [odd] * len(dtypes)
-    tensors = (operand(d, case.get("n", 5000), o) for d, o in zip(dtypes, odds, strict=True))
-    out, *operands = (x[:: case.get("step", 1)] for x in tensors)
+    rows = []
+    for n in case.get("sizes", [case.get("n", 5000)]):
+        tensors = (operand(d, n, o) for d, o in zip(dtypes, odds, strict=True))
+        rows.append([x[:: case.get("step", 1)] for x in tensors])
+    outs, inputs = [row[0] for row in rows], [tuple(row[1:]) for row in rows]
+    operands = inputs[0]
     factors = (case.get("factor", 0.5),) * FACTORS.get(case["op"], len(operands) - 1)
     random = case.get("random", False)
     seed, offset = case.get("seed", 0), case.get("offset", 0)
-    return Call(case["op"], [out], [tuple(operands)], factors, random, seed, [seed], offset, None)
+    return Call(case["op"], outs, inputs, factors, random, seed, [seed] * len(outs), offset, None)
 
 
 def nvidia_code(compiled: Any) -> dict[str, Any]:

@@ -12,16 +12,31 @@ Numbers go in as 64-bit integers, the factors as the bits of a float of type C, 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 BLOCK = 2048  # elements of a program: for 128 threads 16 bytes each of the narrowest type
 SLOTS = 5  # operands of a launch
+ITEMS = 256  # tensors of a launch of `listed` at most
+LISTED = 3  # operands of each
+ROW = 8  # words of each in the table
 
 # What differs from launch to launch, and must not make a kernel of its own.
 _FLAT = ["f0", "f1", "f2", "f3", "n", "first", "stream", "seed"]
 _STRIDED = [*_FLAT, "columns", "out_row", "out_column", "index_row", "index_column"]
 _STRIDED += [f"x{i}_{step}" for i in range(SLOTS) for step in ("row", "column")]
+
+
+NAMES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.uint8: tl.uint8,
+    torch.int8: tl.int8,
+}
+"""The types of pointers that come out of a table."""
 
 
 @triton.jit
@@ -307,6 +322,56 @@ def flat(
         element(o, p0, p1, p2, p3, p4, f0, f1, f2, f3, None, word, OP, OPERANDS, DOUBLE, RANDOM, CASTS)
     else:
         element(o, p0, p1, p2, p3, p4, f0, f1, f2, f3, at < n - start, word, OP, OPERANDS, DOUBLE, RANDOM, CASTS)
+
+
+@triton.jit
+def pointer(row, K: tl.constexpr, DTYPE: tl.constexpr):
+    """The K-th pointer of a row, at a multiple of 16 bytes."""
+    return tl.multiple_of(tl.load(row + K).to(tl.pointer_type(DTYPE)), 16)
+
+
+@triton.jit(do_not_specialize=["f0", "f1", "first", "seed"])
+def listed(
+    table,
+    f0: tl.int64,
+    f1: tl.int64,
+    first: tl.int64,
+    seed: tl.int64,
+    OUT: tl.constexpr,
+    X0: tl.constexpr,
+    X1: tl.constexpr,
+    X2: tl.constexpr,
+    OP: tl.constexpr,
+    OPERANDS: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    RANDOM: tl.constexpr,
+    CASTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ITEMS: tl.constexpr,
+    ROW: tl.constexpr,
+):
+    """`flat` for up to ITEMS tensors of one mix of dtypes, all at multiples of 16 bytes, and no more than 3 operands.
+
+    The table, of int64: a running count of blocks for each tensor, then a row for each: pointers of out and the three
+    operands, the number of elements, the stream. Which tensor a block belongs to takes one load of all counts.
+    """
+    block = tl.program_id(0).to(tl.int64)
+    ends = tl.load(table + tl.arange(0, ITEMS))
+    item = tl.sum((ends <= block).to(tl.int32), 0)
+    start = (block - tl.max(tl.where(ends <= block, ends, 0), 0)) * BLOCK
+    row = table + ITEMS + item * ROW
+    n = tl.load(row + 4)
+    stream = tl.load(row + 5)
+    at = tl.arange(0, BLOCK)
+    o = pointer(row, 0, OUT) + start + at
+    p0 = pointer(row, 1, X0) + start + at
+    p1 = pointer(row, 2, X1) + start + at
+    p2 = pointer(row, 3, X2) + start + at
+    word = words_of_run(first + start, stream, seed, BLOCK) if RANDOM else None
+    if start + BLOCK <= n:
+        element(o, p0, p1, p2, p2, p2, f0, f1, f1, f1, None, word, OP, OPERANDS, DOUBLE, RANDOM, CASTS)
+    else:
+        element(o, p0, p1, p2, p2, p2, f0, f1, f1, f1, at < n - start, word, OP, OPERANDS, DOUBLE, RANDOM, CASTS)
 
 
 @triton.jit(do_not_specialize=_STRIDED)

@@ -174,6 +174,16 @@ def test_lists(stochastic: bool) -> None:
 
 
 @ROUNDINGS
+def test_lists_of_one_mix_of_dtypes(stochastic: bool) -> None:
+    """More than a table holds, of sizes around a block; every 50th starts off a multiple of 16 bytes."""
+    for dtypes in ([torch.bfloat16] * 3, [torch.float8_e4m3fn, torch.float32, torch.float16]):
+        sizes = [(1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 5)[i % 5] for i in range(600)]
+        rows = [tuple(sample(d, n + 1, seed=i + k) for k, d in enumerate(dtypes)) for i, n in enumerate(sizes)]
+        rows = [tuple(x[1:] if i % 50 == 0 else x[:-1] for x in row) for i, row in enumerate(rows)]
+        compare("add_difference", [row[0] for row in rows], rows, (0.3,), stochastic, streams=list(range(600)))
+
+
+@ROUNDINGS
 @pytest.mark.usefixtures("many_gigabytes")
 def test_more_than_2_to_the_31_elements(stochastic: bool) -> None:
     """The whole equals its pieces, and those at its ends and in the middle equal the CPU's."""
@@ -215,9 +225,11 @@ def test_a_tally_is_that_of_the_reference() -> None:
         assert got == (wanted if exact else pytest.approx(wanted, rel=1e-6)), name
 
 
-def test_the_callers_stream_is_used_and_never_waited_for() -> None:
-    t, r = torch.zeros(100_000, device="cuda"), torch.ones(100_000, device="cuda")
-    call = Call("add", [t], [(t, r)], (1.0,), False, 0, [0], 0, None)
+@pytest.mark.parametrize("count", [1, 300])
+def test_the_callers_stream_is_used_and_never_waited_for(count: int) -> None:
+    whole, r = torch.zeros(count, 1 << 12, device="cuda"), torch.ones(1 << 12, device="cuda")
+    rows = [(t, r) for t in whole]
+    call = Call("add", [row[0] for row in rows], rows, (1.0,), False, 0, [0] * count, 0, None)
     backend.run(call)  # compiles
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
@@ -227,13 +239,13 @@ def test_the_callers_stream_is_used_and_never_waited_for() -> None:
     try:
         with torch.cuda.stream(stream):
             torch.cuda._sleep(100_000_000)
-            t.fill_(5.0)
+            whole.fill_(5.0)
             backend.run(call)
             assert not stream.query()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     stream.synchronize()
-    assert t.unique().tolist() == [6.0]
+    assert whole.unique().tolist() == [6.0]
 
 
 def test_capture_in_a_graph() -> None:

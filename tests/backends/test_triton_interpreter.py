@@ -178,6 +178,23 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         for stochastic in ROUNDINGS:
             compare("add_difference", outs, rows, (0.3,), stochastic, streams=[1 << i for i in range(12)], offset=8)
 
+    @pytest.mark.parametrize("stochastic", ROUNDINGS)
+    @pytest.mark.parametrize("op", OPERATIONS)
+    def test_lists_of_one_mix_of_dtypes(op: str, stochastic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Sizes around a block, in tables of four, with tensors between them that cannot be in one."""
+        launched: list[int] = []
+        listed = backend._listed
+        monkeypatch.setattr(kernels, "ITEMS", 4)
+        monkeypatch.setattr(backend, "_listed", lambda *a: (launched.append(len(a[2])), listed(*a)))
+        count, factors = OPERATIONS[op]
+        sizes = [5, BLOCK, 0, 2 * BLOCK + 7, 1, BLOCK - 1, BLOCK + 1, 64, 64, 100]
+        rows = [tuple(sample(STORAGE[1 + k], n, seed=i + k) for k in range(count)) for i, n in enumerate(sizes)]
+        rows[7], rows[8] = tuple(x[1:] for x in rows[7]), tuple(x[::2] for x in rows[8])
+        outs = [new(torch.bfloat16, len(row[0])) for row in rows]
+        streams = [(1 << 63) + i for i in range(10)]
+        compare(op, outs, rows, factors, stochastic, streams=streams, offset=12)
+        assert launched == [4, 3]
+
     @pytest.mark.parametrize("factor", [0.0, -0.0, 1e-45, -1e-45, 2.0**128 - 2.0**103 - 2.0**75, 0.1, -1e300])
     def test_factors(factor: float) -> None:
         """Rounded once to the compute type, and handed over as bits: the sign, subnormals and the ends of the range."""

@@ -78,11 +78,15 @@ SAME: list[Case] = [
         {"n": 2**20 + 1, "seed": 1, "offset": 2**40, "factor": -(2.0**-149)},
     )
 ]
+LISTS: list[Case] = [
+    case | {"sizes": [5000, 3, 4096, 2**31 + 5]}
+    for case in (*NEAREST[:6], RANDOM[0], {"op": "add", "dtypes": ["bf16", "bf16", "f32", "e4m3"]})
+]
 CASES = {
-    "cuda:90": NEAREST + MORE + RANDOM + SLOW_PATHS + MIXED + SAME,
-    "cuda:80": NEAREST[:6] + RANDOM[:1],
-    "cuda:100": NEAREST[:6] + RANDOM,
-    "hip:gfx942": NEAREST[:6] + RANDOM[:1],
+    "cuda:90": NEAREST + MORE + RANDOM + SLOW_PATHS + MIXED + SAME + LISTS,
+    "cuda:80": NEAREST[:6] + RANDOM[:1] + LISTS[:1],
+    "cuda:100": NEAREST[:6] + RANDOM + LISTS[:2],
+    "hip:gfx942": NEAREST[:6] + RANDOM[:1] + LISTS[:1],
 }
 
 
@@ -154,7 +158,18 @@ def test_128_bits_at_a_time(target: str, case: Case, launches: Any) -> None:
     assert count(launch["code"], r"STG\.E(?!\.128).*") == 16
 
 
-@cases(NEAREST, MORE, RANDOM, SLOW_PATHS, MIXED, gpus="cuda")
+@cases(LISTS, gpus="cuda")
+def test_a_list_takes_one_launch(target: str, case: Case, launches: Any) -> None:
+    """With the accesses of single tensors, although its pointers come out of a table; its counts take one more."""
+    (launch,) = launches(target, case)
+    assert launch["kernel"] == "listed"
+    assert launch["grid"] == [sum(-(-n // 2048) for n in case["sizes"])]
+    out, *operands = (WIDTH[dtype] for dtype in case["dtypes"])
+    assert launch["code"]["LDG.E.128"] == sum(operands) + 1
+    assert launch["code"]["STG.E.128"] == out
+
+
+@cases(NEAREST, MORE, RANDOM, SLOW_PATHS, MIXED, LISTS, gpus="cuda")
 def test_each_step_is_rounded(target: str, case: Case, launches: Any) -> None:
     """No fused multiply-add, and no flushing of subnormals, in PTX or in machine code."""
     skip_if_fused(target)
@@ -171,7 +186,7 @@ def test_each_step_is_rounded(target: str, case: Case, launches: Any) -> None:
             assert not count(ptx, r"(add|sub|mul)\.f(32|64)(x2)?")
 
 
-@cases(NEAREST, MORE, RANDOM, SLOW_PATHS, MIXED, gpus="cuda")
+@cases(NEAREST, MORE, RANDOM, SLOW_PATHS, MIXED, LISTS, gpus="cuda")
 def test_nothing_is_spilled(target: str, case: Case, launches: Any) -> None:
     for launch in launches(target, case):
         assert launch["spilled"] == 0
@@ -189,7 +204,7 @@ def test_conversions_of_the_hardware(target: str, launches: Any) -> None:
     assert not count(e5m2, r"cvt\.rn\.satfinite\.e5m2x2\..*")
 
 
-@cases(NEAREST, MORE, RANDOM, SLOW_PATHS, MIXED, gpus="cuda")
+@cases(NEAREST, MORE, RANDOM, SLOW_PATHS, MIXED, LISTS, gpus="cuda")
 def test_no_cast_is_packed_and_taken_apart(target: str, case: Case, launches: Any) -> None:
     """Where it is, the ptxas of Triton 3.6 gave every odd element another number."""
     assert [launch["taken_apart"] for launch in launches(target, case)] == [0]
@@ -208,6 +223,66 @@ def test_the_sweep_over_alignments_runs() -> None:
     program = [sys.executable, str(Path(__file__).parents[1] / "triton_alignments.py"), "3", "200"]
     run = subprocess.run(program, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (0, "5\n"), run.stderr[-5000:]
+
+
+class TestWhatGoesIntoATable:
+    """By the numbers of the items; nothing is launched here."""
+
+    def works(self, rows: list[tuple[torch.Tensor, ...]], **changes: Any) -> list[list[int]]:
+        factors = (0.5,) * (len(rows[0]) - 1)
+        call = Call("add", [row[0] for row in rows], rows, factors, False, 0, [0] * len(rows), 0, None)
+        return [items for items, _ in backend._works(call._replace(**changes), backend._Target(0, 4))]
+
+    def test_tensors_of_one_mix_of_dtypes(self) -> None:
+        mixes = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)]
+        rows = [tuple(torch.zeros(n, dtype=dtype) for dtype in mixes[n % 2]) for n in range(7)]
+        assert self.works(rows) == [[1, 3, 5], [2, 4, 6]]
+
+    def test_not_those_that_are_alone_odd_or_strided(self) -> None:
+        x = [torch.zeros(64) for _ in range(4)]
+        odd, strided = (x[1][1:],) * 2, (x[2][::2],) * 2
+        rows: list[tuple[torch.Tensor, ...]] = [(x[0], x[0]), odd, strided, (x[3].half(), x[3]), (x[3], x[3])]
+        assert self.works(rows) == [[0, 4], [1], [2], [3]]
+
+    def test_no_more_than_fit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(backend.kernels, "ITEMS", 3)
+        assert self.works([(torch.zeros(4),) * 2] * 7) == [[0, 1, 2], [3, 4, 5], [6]]
+
+    def test_not_more_operands_than_a_row_has(self) -> None:
+        assert self.works([(torch.zeros(4),) * 3] * 2) == [[0, 1]]
+        assert self.works([(torch.zeros(4),) * 4] * 2) == [[0], [1]]
+
+    def test_not_at_an_offset_within_four_random_words(self) -> None:
+        rows = [(torch.zeros(4),) * 2] * 2
+        assert self.works(rows, stochastic=True, offset=8) == [[0, 1]]
+        assert self.works(rows, stochastic=True, offset=9) == [[0], [1]]
+
+    def test_a_list_makes_ready_for_a_graph(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The kernel for one tensor is loaded with the first list of a kind: not while a graph is captured."""
+        loaded: list[tuple[int, ...]] = []
+
+        def item(_call: Any, _target: Any, out: torch.Tensor, operands: tuple[torch.Tensor, ...], *_: Any) -> None:
+            loaded.append((out.numel(), *(x.numel() for x in operands)))
+
+        class Kernel:
+            def __getitem__(self, grid: tuple[int]) -> Any:
+                return lambda *_, **__: None
+
+        monkeypatch.setattr(backend, "_ALONE", set())
+        monkeypatch.setattr(backend, "_may_be_captured", lambda _: True)
+        monkeypatch.setattr(backend, "_item", item)
+        monkeypatch.setattr(backend.kernels, "listed", Kernel())
+        for dtype in (torch.float32, torch.float32, torch.bfloat16):
+            rows = [(torch.zeros(2, 4, dtype=dtype),) * 2] * 2
+            call = Call("add", [row[0] for row in rows], rows, (0.5,), False, 0, [0] * 2, 0, None)
+            for _, work in backend._works(call, backend._Target(0, 4)):
+                work()
+        assert loaded == [(0, 0, 0)] * 2
+
+    def test_not_in_a_graph(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It would read the table again when it is replayed."""
+        monkeypatch.setattr(backend, "_is_captured", lambda _: True)
+        assert self.works([(torch.zeros(4),) * 2] * 2) == [[0], [1]]
 
 
 def test_numbers_compile_nothing(launches: Any) -> None:
@@ -271,7 +346,7 @@ class TestErrors:
 
         monkeypatch.setattr(backend, "_target", lambda _: backend._Target(0, 4))
         monkeypatch.setattr(backend, "_launch", launch)
-        rows = [(torch.zeros(n, dtype=torch.bfloat16), torch.zeros(n)) for n in (0, 3, 5, 7)]
+        rows = [(torch.zeros(n + 1, dtype=torch.bfloat16)[1:], torch.zeros(n)) for n in (0, 3, 5, 7)]
         call = Call("add", [row[0] for row in rows], rows, (0.5,), False, 0, [0] * 4, 0, None)
         with pytest.raises(RuntimeError) as raised:
             backend.run(call)
@@ -282,8 +357,30 @@ class TestErrors:
 
     def test_an_error_of_the_launch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert self.fail(ValueError("Triton Error [CUDA]: invalid argument"), monkeypatch) == (
-            "add of 4 tensor(s) on cpu, at tensor 2 of 5 elements, bfloat16 from bfloat16 float32, those before it are "
-            "queued, its own target may have changed: ValueError: Triton Error [CUDA]: invalid argument"
+            "add of 4 tensor(s) on cpu, at tensor 2 of 5 elements, bfloat16 from bfloat16 float32, others are queued, "
+            "its own target may have changed: ValueError: Triton Error [CUDA]: invalid argument"
+        )
+
+    def test_an_error_of_a_list(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of the second of two launches for tensors that are in two tables."""
+        launched: list[list[int]] = []
+
+        def launch(_call: Any, _target: Any, items: list[int]) -> None:
+            launched.append(items)
+            if len(launched) == 2:
+                raise ValueError("no")
+
+        monkeypatch.setattr(backend, "_target", lambda _: backend._Target(0, 4))
+        monkeypatch.setattr(backend, "_listed", launch)
+        monkeypatch.setattr(backend.kernels, "ITEMS", 2)
+        rows = [(torch.zeros(n), torch.zeros(n)) for n in (0, 3, 5, 7, 9)]
+        call = Call("add", [row[0] for row in rows], rows, (0.5,), False, 0, [0] * 5, 0, None)
+        with pytest.raises(RuntimeError) as raised:
+            backend.run(call)
+        assert launched == [[1, 2], [3, 4]]
+        assert str(raised.value) == (
+            "add of 5 tensor(s) on cpu, at tensor 3 of 7 elements and 1 more, float32 from float32 float32, others are "
+            "queued, its own target may have changed: ValueError: no"
         )
 
     def test_no_room(self, monkeypatch: pytest.MonkeyPatch) -> None:
