@@ -24,10 +24,10 @@ import torch
 from rich.console import Console
 
 from ires_kernels.backends.choice import backends, choose
-from ires_kernels.bench import gpu, gpu_merges, kernels, mappings, merges
+from ires_kernels.bench import gpu, gpu_merges, kernels, mappings, merges, outlook
 from ires_kernels.bench.accelerator import Accelerator, open_cuda
 from ires_kernels.bench.contenders import TORCH
-from ires_kernels.bench.kernels import CASES, VerificationError
+from ires_kernels.bench.kernels import CASES, Case, VerificationError
 from ires_kernels.bench.measure import machine
 from ires_kernels.bench.result import Comparison, Result
 from ires_kernels.bench.synthetic import SHAPES, Shape, Triple, count_of, shape_of, write_triple
@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None, device: Accelerator | None = None) -
         return 2
     report = Report(console, machine())
     console.print(_machine_line(report.machine))
+    for ahead in _ahead(arguments):
+        console.print(ahead.line(arguments.dir or tempfile.gettempdir()), soft_wrap=True)
     title = "Wanted, hoped for, measured (information only)"
     try:
         if arguments.what == "gpu":
@@ -179,6 +181,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--plot draws kernels and merges on the CPU, not gpu")
     if arguments.results and not (on_gpu and Path(arguments.results).is_dir()):
         parser.error(f"--results {arguments.results}: wanted a folder that exists, and only for gpu")
+    if arguments.dir and not Path(arguments.dir).is_dir():
+        parser.error(f"--dir {arguments.dir}: wanted a folder that exists")
     try:
         if arguments.what not in ("merge", "mapped"):
             default = ON_GPU if on_gpu else ELEMENTS
@@ -191,20 +195,38 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             arguments.shapes = [shape_of(text) for text in [size or MODEL, *filter(None, arguments.sizes.split(","))]]
     except ValueError as error:
         parser.error(f"{error}")
-    if arguments.cases.pattern:
-        known = _names(arguments)
-        if not known:
-            parser.error(f"--cases chooses kernels, for kernels, all and gpu; {arguments.what} has none")
-        if not any(arguments.cases.search(name) for name in known):
-            parser.error(f"--cases {arguments.cases.pattern}: got a pattern of no case, wanted one of {known}")
+    known: Sequence[Case | gpu.Workload] = ()
+    if on_gpu:
+        known = gpu.workloads(arguments.elements, SHAPES[arguments.list], arguments.list)
+    elif arguments.what in ("kernels", "all"):
+        known = CASES
+    arguments.chosen = [each for each in known if arguments.cases.search(each.name)]
+    if arguments.cases.pattern and not known:
+        parser.error(f"--cases chooses kernels, for kernels, all and gpu; {arguments.what} has none")
+    if known and not arguments.chosen:
+        names = [each.name for each in known]
+        parser.error(f"--cases {arguments.cases.pattern}: got a pattern of no case, wanted one of {names}")
     return arguments
 
 
-def _names(arguments: argparse.Namespace) -> list[str]:
-    """What --cases chooses from."""
-    if arguments.what == "gpu":
-        return [load.name for load in gpu.workloads(arguments.elements, SHAPES[arguments.list], arguments.list)]
-    return [case.name for case in CASES] if arguments.what in ("kernels", "all") else []
+def _ahead(arguments: argparse.Namespace) -> Iterator[outlook.Outlook]:
+    """What every part of the run will take."""
+    what, rounds, compiled = arguments.what, arguments.rounds, not arguments.no_compile
+    if what == "gpu":
+        yield outlook.of_gpu(arguments.chosen, arguments.shapes[0], rounds, compiled=compiled)
+    if what in ("kernels", "all"):
+        threads = _kernel_threads(arguments)
+        yield outlook.of_kernels(arguments.chosen, arguments.elements, threads, rounds, compiled=compiled)
+    if what in ("merge", "all"):
+        yield outlook.of_merges(arguments.shapes, rounds)
+    if what in ("mapped", "all"):
+        yield outlook.of_mapped(arguments.shapes, rounds)
+
+
+def _kernel_threads(arguments: argparse.Namespace) -> list[int]:
+    """Those given, or 1, 2, 4, … and all CPUs."""
+    cpus = len(os.sched_getaffinity(0))
+    return arguments.threads or sorted({1 << i for i in range(cpus.bit_length())} | {cpus})
 
 
 def _at_least_one(text: str) -> int:
@@ -214,8 +236,7 @@ def _at_least_one(text: str) -> int:
 
 
 def _kernels(arguments: argparse.Namespace, report: Report) -> None:
-    cases = [case for case in CASES if arguments.cases.search(case.name)]
-    threads = arguments.threads or _powers_of_two(len(os.sched_getaffinity(0)))
+    cases, threads = arguments.chosen, _kernel_threads(arguments)
     compared = sum(kernels.verify(case, threads) for case in cases)
     ours = kernels.ours()
     what = f"{len(cases)} kernels ({', '.join(ours)}; threads {threads})"
@@ -282,8 +303,7 @@ def _mapped(arguments: argparse.Namespace, report: Report) -> None:
 
 def _on_gpu(arguments: argparse.Namespace, device: Accelerator, report: Report) -> None:
     names = gpu.available(device.place)
-    loads = gpu.workloads(arguments.elements, SHAPES[arguments.list], arguments.list)
-    loads = [load for load in loads if arguments.cases.search(load.name)]
+    loads = arguments.chosen
     compared = sum(gpu.verify(load, device) for load in loads)
     what = f"{len(loads)} workloads ({', '.join(names)})"
     report.say_verified(f"{compared} results of {what} equal the reference bit for bit")
@@ -316,11 +336,6 @@ def _file_name(gpu_name: str, commit: str | None) -> str:
     """Such as nvidia-h200-1a2b3c4, with a + behind it where files differ from the commit."""
     head, plus, _ = (commit or "unknown").partition("+")
     return re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()).strip("-") + f"-{head[:7]}{plus}"
-
-
-def _powers_of_two(limit: int) -> list[int]:
-    """1, 2, 4, … and the limit itself."""
-    return sorted({1 << i for i in range(limit.bit_length())} | {limit})
 
 
 def _machine_line(facts: dict[str, Any]) -> str:

@@ -71,6 +71,16 @@ class Workload:
         """Read and written by a call."""
         return self.elements * self.case.bytes_per_element
 
+    @property
+    def copied(self) -> int:
+        """Bytes that COPY reads and writes beside it."""
+        return 2 * min(self.nbytes // 2, _COPIED)
+
+    @property
+    def on_device(self) -> int:
+        """Bytes of its operands and of COPY's, without what torch's ways take."""
+        return self.elements * sum(dtype.itemsize for dtype in self.case.dtypes[1:]) + self.copied
+
 
 def workloads(elements: int, model: Shape, model_name: str) -> list[Workload]:
     """Single tensors of so many elements, then all tensors of a model in one call."""
@@ -128,8 +138,7 @@ def measure(workload: Workload, device: Accelerator, rounds: int, *, with_compil
         columns.append([torch.empty(shape, dtype=dtype, device=device.place) for shape in workload.shapes])
         for operand in columns[-1]:
             fill(operand, generator)
-    half = min(workload.nbytes // 2, _COPIED)
-    source, destination = (torch.ones(half, dtype=torch.uint8, device=device.place) for _ in range(2))
+    source, destination = (torch.ones(workload.copied // 2, dtype=torch.uint8, device=device.place) for _ in range(2))
     ways: Ways = {COPY: lambda: destination.copy_(source)}
     for name in available(device.place):
         check_ends(workload, name, columns)
@@ -144,18 +153,18 @@ def measure(workload: Workload, device: Accelerator, rounds: int, *, with_compil
             ways[name] = way
             continue
         device.release()
-    return result_of(workload, device.name, interleave(ways, rounds, timer=device.seconds), 2 * half, unavailable)
+    return result_of(workload, device.name, interleave(ways, rounds, timer=device.seconds), unavailable)
 
 
-def result_of(workload: Workload, device: str, times: Times, copied: int, unavailable: Mapping[str, str]) -> Result:
-    """What was measured of a workload, where COPY reads and writes so many bytes."""
+def result_of(workload: Workload, device: str, times: Times, unavailable: Mapping[str, str]) -> Result:
+    """What was measured of a workload."""
     others = (COPY, *TORCH)
     facts = {**workload.case.facts(), "elements": workload.elements, "tensors": len(workload.shapes), "device": device}
     return Result(
         workload.name,
         facts,
         times,
-        {name: copied if name == COPY else workload.nbytes for name in times},
+        {name: workload.copied if name == COPY else workload.nbytes for name in times},
         by="speed",
         yardsticks=others,
         goals=[Goal(name, other, workload.gates.get(other)) for other in others for name in BACKENDS],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,10 @@ import torch
 from ires_kernels.backends import native, reference
 from ires_kernels.backends.call import Call
 from ires_kernels.bench import __main__ as bench
-from ires_kernels.bench import floor, kernels, mappings, merges
+from ires_kernels.bench import floor, kernels, mappings, merges, outlook
 from ires_kernels.bench.contenders import CHUNKED, COMPILED, EAGER, UPCAST, torch_contenders
 from ires_kernels.bench.measure import Quartiles, interleave, machine, private_memory, ratio, watch
-from ires_kernels.bench.synthetic import write_triple
+from ires_kernels.bench.synthetic import SHAPES, Shape, write_triple
 
 QUICK = ["--threads", "1", "--rounds", "2", "--no-compile"]
 BF16 = ["--cases", "^add_difference bf16$", "--size", "20K"]
@@ -124,6 +125,44 @@ def test_wrong_mapping_is_not_timed(tmp_path, monkeypatch, capsys):
     assert bench.main(["mapped", "--size", "tiny", "--dir", f"{tmp_path}"]) == 1
     assert "differs from what apply makes" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_it_takes_is_said_first(tmp_path, capsys):
+    assert bench.main(["all", *QUICK, *BF16, "--size", "tiny", "--dir", f"{tmp_path}"]) == 0
+    said = capsys.readouterr().out.partition("verified")[0].splitlines()[-3:]
+    assert [line.partition(", where")[0] for line in said] == [
+        "kernels: 1 of 131,392 elements, threads [1]: less than a minute, 0.00315 GB of memory",
+        f"merge: models of 0.000263 GB: less than a minute, 0.0021 GB of disk in {tmp_path}",
+        f"mapped: models of 0.000263 GB: less than a minute, 0.00171 GB of disk in {tmp_path}",
+    ]
+    assert all(line.endswith(" GB are free") for line in said[1:])
+
+
+def test_minutes():
+    large, small = SHAPES["llama-1b"], SHAPES["tiny"]
+    assert (
+        outlook.of_merges([large, small], 7)
+        .line("/")
+        .startswith("merge: models of 2.47, 0.000263 GB: about 4 minutes, ")
+    )
+    assert ": about 1 minute, " in outlook.of_merges([large], 2).line("/")
+    with_compiler, without = (outlook.of_kernels(kernels.CASES, 1 << 27, [1, 2], 7, compiled=x) for x in (True, False))
+    assert with_compiler.seconds - without.seconds == 200
+
+
+def test_the_disk_is_that_of_the_largest_moment(tmp_path):
+    shape = Shape.of_parameters(2_500_000)
+    triple = write_triple(tmp_path, shape)
+
+    def used():
+        return sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+
+    with merges.contenders(triple, tmp_path) as ways:
+        ways[merges.EXTRACT]()
+        assert used() == pytest.approx(outlook.of_merges([shape], 1).disk, rel=0.01)
+        shutil.rmtree(tmp_path / "out")
+    with mappings.contenders(triple, tmp_path, 1):
+        assert used() == pytest.approx(outlook.of_mapped([shape], 1).disk - triple.nbytes / shape.shards, rel=0.01)
 
 
 @pytest.mark.skipif(not native.isas(), reason="the floor is a compiled loop")
@@ -238,6 +277,7 @@ def test_without_native_kernels(monkeypatch, tmp_path):
         (["all", "--cases", "bf17"], "--cases bf17: got a pattern of no case"),
         (["merge", "--cases", "bf16"], "--cases chooses kernels, for kernels, all and gpu; merge has none"),
         (["mapped", "--cases", "bf16"], "mapped has none"),
+        (["merge", "--dir", "/no/such/folder"], "--dir /no/such/folder: wanted a folder that exists"),
         (["everything"], "invalid choice"),
     ],
 )

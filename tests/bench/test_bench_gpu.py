@@ -87,6 +87,7 @@ def test_the_workloads_are_those_that_something_is_wanted_of() -> None:
             FOREACH: 1.5,
         }
     assert [load.nbytes >> 30 for load in single] == [8, 8, 16, 8, 5, 8]
+    assert [load.on_device >> 30 for load in single] == [10, 10, 16, 10, 7, 10]  # 4 of them the copy's
 
 
 @needs_native
@@ -176,10 +177,11 @@ def test_what_has_no_room_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert of_native == ["copy", "eager", "f32"]
 
 
-def test_ratios_are_of_bandwidths_and_of_times() -> None:
+def test_ratios_are_of_bandwidths_and_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_COPIED", 750)
     load = gpu.Workload(Case("it", "add", (BF16,) * 3), [(1000,)], gates={gpu.COPY: 0.9, UPCAST: 5})
     times = {gpu.COPY: [1.0, 2.0], "native": [4.0, 8.0], "triton": [2.0, 4.0], UPCAST: [12.0, 24.0], EAGER: [4.0, 4.0]}
-    result = gpu.result_of(load, "a GPU", times, copied=1500, unavailable={})
+    result = gpu.result_of(load, "a GPU", times, unavailable={})
     assert result.gb_per_second(gpu.COPY) == 1500 / 1.5 / 1e9
     found = {each.what: (each.measured.median, each.wanted, each.at_most) for each in result.comparisons()}
     assert found == {

@@ -1,0 +1,83 @@
+"""What a run will take, said before it begins: minutes, memory and disk.
+
+Minutes are rough: what such runs took on machines of 2 cores (bench/results), and on an H100. The sizes are exact to a
+tensor or two.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ires_kernels.bench import gpu
+from ires_kernels.bench.kernels import Case
+from ires_kernels.bench.synthetic import Shape
+
+_KERNELS = 1.6  # seconds of a round for a GB that a kernel reads and writes: all contenders, one thread
+_COMPILE = 10.0  # seconds of torch.compile, each time
+_MERGES, _BRIEF, _MAPPED, _THROUGH_GPU = 13.0, 5.0, 13.0, 2.1  # seconds of a round for a GB of a model
+_MODELS = 5.0  # seconds for a GB of a model: to write three of them, and to compare a merge
+_ON_GPU = 0.1  # seconds of a round for a GB that a workload reads and writes
+_SCALES = 4  # threads with which kernels still become faster, at least
+
+
+class Outlook(NamedTuple):
+    """What one part of a run will take; bytes of memory, on a GPU of its own, and of disk."""
+
+    what: str
+    seconds: float
+    memory: float = 0
+    disk: float = 0
+
+    def line(self, folder: str) -> str:
+        """The outlook in words; the disk is that of `folder`."""
+        minutes = self.seconds / 60
+        parts = ["less than a minute" if minutes < 1 else f"about {minutes:.0f} minute{'s' * (minutes >= 1.5)}"]
+        if self.memory:
+            parts.append(f"{self.memory / 1e9:.3g} GB of memory")
+        if self.disk:
+            free = shutil.disk_usage(folder).free
+            parts.append(f"{self.disk / 1e9:.3g} GB of disk in {Path(folder)}, where {free / 1e9:.3g} GB are free")
+        return f"{self.what}: {', '.join(parts)}"
+
+
+def of_kernels(cases: Sequence[Case], elements: int, threads: Sequence[int], rounds: int, *, compiled: bool) -> Outlook:
+    """Kernels and what torch has for them: operands, and two or three temporaries of float32."""
+    gigabytes = sum(case.bytes_per_element for case in cases) * elements / 1e9
+    seconds = sum(gigabytes * (rounds + 1) * _KERNELS / min(count, _SCALES) for count in threads)
+    seconds += len(cases) * len(threads) * _COMPILE * compiled
+    return Outlook(f"kernels: {len(cases)} of {elements:,} elements, threads {threads}", seconds, 24 * elements)
+
+
+def of_merges(shapes: Sequence[Shape], rounds: int) -> Outlook:
+    """Merges: of the first size all of them, of others the short list.
+
+    On the disk are three models, a copy that is changed, a residual of float32, and a new one of those.
+    """
+    first, *others = (2e-9 * shape.parameters for shape in shapes)
+    seconds = first * (rounds * _MERGES + _MODELS) + sum(others) * (rounds * _BRIEF + _MODELS)
+    disk = max(8 * first, 5 * max(others, default=0)) * 1e9
+    return Outlook(f"merge: {_models(shapes)}", seconds, disk=disk)
+
+
+def of_mapped(shapes: Sequence[Shape], rounds: int) -> Outlook:
+    """Mapped models: three, and three copies that are changed, of which one is saved anew file by file."""
+    sizes = [2e-9 * shape.parameters for shape in shapes]
+    disk = max((6 + 1 / shape.shards) * size for shape, size in zip(shapes, sizes, strict=True)) * 1e9
+    return Outlook(f"mapped: {_models(shapes)}", sum(sizes) * (rounds * _MAPPED + _MODELS), disk=disk)
+
+
+def of_gpu(loads: Sequence[gpu.Workload], shape: Shape, rounds: int, *, compiled: bool) -> Outlook:
+    """Workloads on a device, and merges through it: three models, and a new one."""
+    size = 2e-9 * shape.parameters
+    gigabytes = sum(load.nbytes for load in loads) / 1e9
+    seconds = gigabytes * (rounds + 1) * _ON_GPU + size * (rounds * _THROUGH_GPU + _MODELS)
+    seconds += len(loads) * _COMPILE * compiled
+    memory = max(load.on_device for load in loads)
+    return Outlook(f"gpu: {len(loads)} workloads, {_models([shape])}", seconds, memory, 4 * size * 1e9)
+
+
+def _models(shapes: Sequence[Shape]) -> str:
+    return "models of " + ", ".join(f"{2e-9 * shape.parameters:.3g}" for shape in shapes) + " GB"
