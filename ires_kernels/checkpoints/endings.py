@@ -30,7 +30,7 @@ def generation(own: Mapping[str, Any], special: Mapping[str, Any]) -> bytes:
 def default_template(template: object) -> str | None:
     """The text of a chat_template, which may be a list of several with their names."""
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        named = {f"{entry.get('name')}": entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default", next(iter(named.values()), None))
     return template if isinstance(template, str) else None
 
