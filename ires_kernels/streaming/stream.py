@@ -57,8 +57,8 @@ if TYPE_CHECKING:
 
 _MOST_THREADS = 1024  # whatever was asked for
 _MAX_THREADS = 8
-"""By default. On a machine of 16 cores with an H100, models in its page cache, 16 were slower than 8: `apply` to a new
-folder took 1.53 s and 1.08 s, and `load` onto the GPU ran at 11.8 and 16.6 GB/s."""
+"""By default. On a machine of 16 cores with an H100, models in its page cache, 16 were slower than 8: `load` onto the
+GPU ran at 11.8 and 16.6 GB/s, and `apply` to a new folder took longer as well."""
 
 Write = Callable[[Step, int, memoryview, Tally], None]
 """Takes a step, a byte offset in its output, the result's bytes from there on, and the tally of the step up to their

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+import ires_kernels as ik
 from ires_kernels.backends import native
 from ires_kernels.backends.call import Call
 from ires_kernels.bench import __main__ as bench
-from ires_kernels.bench import gpu, gpu_merges, measure, merges
+from ires_kernels.bench import gpu, gpu_merges, loaders, measure, merges
 from ires_kernels.bench.accelerator import open_cuda
 from ires_kernels.bench.contenders import COMPILED, EAGER, FOREACH, UPCAST
 from ires_kernels.bench.kernels import BF16, Case, VerificationError
@@ -122,12 +127,16 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
         gpu_merges.LOAD,
         gpu_merges.slower(gpu_merges.ON_GPU),
         gpu_merges.slower(gpu_merges.LOAD),
+        loaders.PREAD,
+        loaders.LOAD_FILE,
+        loaders.SCRIPT,
     }
+    assert merged["unavailable"] == {"fastsafetensors": "fastsafetensors is not installed"}
     printed = capsys.readouterr().out
     assert "add bf16 + f32, GB/s read and written: device copy 0, native 0\n" in printed
     table = printed[printed.index(device.name) :]  # the last table, and nothing after it
     assert table.count("wanted") == 2
-    assert [each["wanted"] for each in merged["comparisons"]] == [1.25, 1.25]
+    assert [each["wanted"] for each in merged["comparisons"]] == [1.25, 1.25, 1.25, None, None]
     rows = [row.strip() for row in table.splitlines()]
     for comparison in record["comparisons"]:
         (row,) = [row for row in rows if row.startswith(comparison["what"] + "  ")]
@@ -202,14 +211,69 @@ def test_a_merge_is_held_against_the_slower_floor_of_its_round(tmp_path: Path) -
         gpu_merges.PCIE_IN: [0.5, 0.5, 0.5],
         gpu_merges.ON_GPU: [2.0, 8.0, 6.0],
         gpu_merges.LOAD: [1.5, 1.5, 1.5],
+        loaders.PREAD: [1.0, 1.0, 0.75],
+        loaders.SCRIPT: [6.0, 4.5, 6.0],
     }
     result = gpu_merges.result_of(write_triple(tmp_path, "tiny"), "a GPU", "native", times)
-    applied, loaded = result.comparisons()
+    applied, loaded, of_reading, of_script = result.comparisons()
+    assert (of_reading.wanted, of_reading.measured.median) == (1.25, 1.5)
+    assert (of_script.wanted, of_script.measured.median) == (None, 0.25)
+    assert result.traffic[loaders.SCRIPT] == result.traffic[gpu_merges.LOAD]
     assert applied.measured[1:] == (2.0, 2.5, 3)
     assert loaded.measured.median == 1.5
     assert applied.at_most
     assert applied.what.endswith("apply, time / cat + cp or PCIe")
     assert "PCIe in" in loaded.what
+
+
+def test_the_script_gives_what_load_gives(tmp_path: Path) -> None:
+    """But for its roundings: two where there is one."""
+    triple = write_triple(tmp_path, "tiny")
+    wanted = ik.load(triple.target, (triple.instruct, triple.base))
+    found = loaders.script(triple, torch.device("cpu"))
+    assert found.keys() >= wanted.keys() - {"lm_head.weight"}
+    for name in found:
+        assert (found[name].float() - wanted[name].float()).abs().max() <= 2.0**-8 * wanted[name].float().abs().max()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_floor_of_a_load_reads_all_bytes(tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaders, "_PIECE", 1000)
+    triple = write_triple(tmp_path, "tiny")
+    files = [path for folder in (triple.target, triple.instruct, triple.base) for path in merges.weights(folder)]
+    assert loaders.pread(triple, threads) == sum(path.stat().st_size for path in files)
+
+
+def test_fastsafetensors_takes_part_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    triple = write_triple(tmp_path, "tiny")
+    opened: list[list[str]] = []
+
+    class Opened:
+        def __init__(self, filenames: list[str], nogds: bool, device: str, debug_log: bool) -> None:
+            assert (nogds, device, debug_log) == (True, "cpu", False)
+            opened.append(filenames)
+
+        def __enter__(self) -> Opened:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def get_keys(self) -> list[str]:
+            return ["a"]
+
+        def get_tensor(self, name: str) -> Tensor:
+            assert name == "a"
+            return torch.zeros(3)
+
+    module = ModuleType("fastsafetensors")
+    module.__spec__ = ModuleSpec("fastsafetensors", None)
+    module.__dict__["fastsafe_open"] = Opened
+    monkeypatch.setitem(sys.modules, "fastsafetensors", module)
+    ways, unavailable = loaders.ways(triple, torch.device("cpu"))
+    assert not unavailable
+    ways[loaders.FAST]()
+    folders = (triple.target, triple.instruct, triple.base)
+    assert opened == [[str(path) for path in merges.weights(folder)] for folder in folders]
 
 
 @pytest.mark.parametrize("load", [load for load in loads(5000) if not load.case.stochastic], ids=lambda load: load.name)
