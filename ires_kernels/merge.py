@@ -285,7 +285,7 @@ def load(
     Results are computed where they stay: beyond them it takes a few windows a thread. On a GPU all work is over on
     return, so any stream may use them; up to 128 MiB of pinned host memory stay for the next call, until
     ``ires_kernels.streaming.device.free()``. Arguments and errors as for `apply`, and MemoryError when the device has
-    no room for the result.
+    no room for the result. Nothing is counted: of NaN, overflow and lost updates `apply` alone tells.
     """
     check_flags(follow_links=follow_links)
     paths = roles_of_apply(target, residual, follow_links=follow_links)
