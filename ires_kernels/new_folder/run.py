@@ -97,9 +97,10 @@ def write_file(plan: Plan, name: str, out: Path, options: Options, *, sync: bool
     """
     folder = Part(out, _identity(Operation.of(plan, sync=sync)), sync=sync)
     folder.check()
-    for file in plan.files:
-        if file.name == name:
-            folder.find(name, file.header, file.size)
+    file = next((file for file in plan.files if file.name == name), None)
+    if file is None:
+        raise StoreError(f"{name} is no file of this plan, which has {', '.join(file.name for file in plan.files)}.")
+    folder.find(name, file.header, file.size)
     return write_files(plan, [name], folder, options)
 
 
