@@ -17,10 +17,10 @@ from ires_kernels.files import hidden, interrupts
 from ires_kernels.files.ownership import StoreError
 from ires_kernels.files.plain import plain
 from ires_kernels.files.store import discard
-from ires_kernels.in_place import rollback as in_place_rollback
-from ires_kernels.in_place import run as in_place_run
+from ires_kernels.in_place.rollback import roll_back_kept, roll_back_update
+from ires_kernels.in_place.run import carry_on_as_asked, resume_update, update_model
 from ires_kernels.memory import writing
-from ires_kernels.new_folder import run as new_folder_run
+from ires_kernels.new_folder.run import write_folder
 from ires_kernels.planning.inputs import StrPath, check_flags, check_path, open_inputs, roles_of_apply
 from ires_kernels.planning.plan import Plan, plan_apply, plan_extract
 from ires_kernels.planning.rules import ArgumentError, Rules
@@ -95,7 +95,7 @@ def extract(
     inputs = open_inputs({"base": base, "instruct": instruct}, follow_links=follow_links)
     options = Options.of(device, threads, progress, lock, idle=dry_run)
     plan = _warned(plan_extract(inputs, rules, second_copies(inputs)))
-    return new_folder_run.run(plan, Path(out), options, sync=sync, sha256=sha256, dry_run=dry_run)
+    return write_folder(plan, Path(out), options, sync=sync, sha256=sha256, dry_run=dry_run)
 
 
 def apply(
@@ -164,26 +164,23 @@ def apply(
     paths = roles_of_apply(target, residual, follow_links=follow_links)
     rules = _rules_of_apply(paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed)
     options = Options.of(device, threads, progress, lock, idle=dry_run)
-    if in_place:
-        found = state.find_update(Path(target))
-        if found.is_mapped:
-            raise StoreError(
-                f"{target}: {unclosed(found.operation)}. {way_out(found.path, found.where, found.operation)}"
+    begun = state.find_update(Path(target)) if in_place else None
+    if begun is None or begun.phase is None:
+        inputs = open_inputs(paths, follow_links=follow_links)
+        copies = second_copies(inputs)
+        plan = _warned(plan_apply(inputs, rules, copies))
+        if out is None:
+            return update_model(plan, copies, options, undo=undo, sync=sync, sha256=sha256, tag=tag, dry_run=dry_run)
+        if is_shard(plan.inputs["target"].path):
+            raise CheckpointError(
+                f"{target}: is one of several shards, and would be no model on its own. Give its folder, or "
+                "in_place=True (--in-place) to change just this file."
             )
-        if found.what == "update":
-            asked = {"undo": undo, "sync": sync, "sha256": sha256, "tag": tag}
-            return in_place_run.go_on(Path(target), paths, rules, options, dry_run=dry_run, **asked)
-    inputs = open_inputs(paths, follow_links=follow_links)
-    copies = second_copies(inputs)
-    plan = _warned(plan_apply(inputs, rules, copies))
-    if out is None:
-        return in_place_run.run(plan, copies, options, undo=undo, sync=sync, sha256=sha256, tag=tag, dry_run=dry_run)
-    if is_shard(plan.inputs["target"].path):
-        raise CheckpointError(
-            f"{target}: is one of several shards, and would be no model on its own. Give its folder, or "
-            "in_place=True (--in-place) to change just this file."
-        )
-    return new_folder_run.run(plan, Path(out), options, sync=sync, sha256=sha256, dry_run=dry_run)
+        return write_folder(plan, Path(out), options, sync=sync, sha256=sha256, dry_run=dry_run)
+    if begun.is_mapped:
+        raise StoreError(f"{target}: {unclosed(begun.operation)}. {way_out(begun.path, begun.where, begun.operation)}")
+    asked = {"undo": undo, "sync": sync, "sha256": sha256, "tag": tag}
+    return carry_on_as_asked(Path(target), paths, rules, options, dry_run=dry_run, **asked)
 
 
 @interrupts.uninterrupted
@@ -221,13 +218,13 @@ def resume(
         plan_again = plan_extract if operation.kind == "extract" else plan_apply
         plan = _warned(plan_again(inputs, Rules.from_dict(operation.rules), second_copies(inputs)))
         same_plan(operation, plan)
-        report = new_folder_run.run(plan, path, options, sync=operation.sync, sha256=operation.sha256)
+        report = write_folder(plan, path, options, sync=operation.sync, sha256=operation.sha256)
         assert isinstance(report, Report)
         return report
     if adopt:
         hidden.adopt(path, locked=lock)
         found = state.find_update(path)
-    return writing.resume(path, locked=lock) if found.is_mapped else in_place_run.resume(path, options)
+    return writing.resume(path, locked=lock) if found.is_mapped else resume_update(path, options)
 
 
 @interrupts.uninterrupted
@@ -251,8 +248,8 @@ def rollback(path: StrPath, *, lock: bool = True, adopt: bool = False) -> str:
         hidden.adopt(path, locked=lock)
         found = state.find_update(path)
     if found.what == "nothing":
-        return in_place_rollback.kept(path, locked=lock)
-    return writing.take_back(path, locked=lock) if found.is_mapped else in_place_rollback.rollback(path, locked=lock)
+        return roll_back_kept(path, locked=lock)
+    return writing.take_back(path, locked=lock) if found.is_mapped else roll_back_update(path, locked=lock)
 
 
 def load(

@@ -14,16 +14,16 @@ from ires_kernels.records import repetition
 from ires_kernels.records.operation import Operation
 
 
-def rollback(target: Path, *, locked: bool = True) -> str:
+def roll_back_update(target: Path, *, locked: bool = True) -> str:
     """Take back an update that is unfinished; returns what was done. Raises StoreError where that cannot be."""
     place = Workplace.take(target, locked=locked)
     try:
-        return _rollback(place)
+        return _roll_back(place)
     finally:
         place.close()
 
 
-def _rollback(place: Workplace) -> str:
+def _roll_back(place: Workplace) -> str:
     """Give the target the bytes that it had before; returns what was done."""
     if place.phase() is None:
         place.remove()
@@ -61,7 +61,7 @@ def _rollback(place: Workplace) -> str:
     return f"{place.target}: is what it was before {operation.kind} {operation.id}.{edited}"
 
 
-def kept(target: Path, *, locked: bool = True) -> str:
+def roll_back_kept(target: Path, *, locked: bool = True) -> str:
     """Take back the last update, whose old bytes were kept. Raises StoreError where it cannot be, changing nothing."""
     folders = hidden.undo_folders(target)
     if not folders:
@@ -94,6 +94,6 @@ def kept(target: Path, *, locked: bool = True) -> str:
         raise StoreError(f"{target}: cannot be rolled back: {error}. The model is as the update has left it.") from None
     place = inplace.take_undo(target, locked=locked)
     try:
-        return _rollback(place)
+        return _roll_back(place)
     finally:
         place.close()

@@ -34,7 +34,7 @@ from ires_kernels.streaming.outcome import Outcome
 
 
 @interrupts.uninterrupted
-def run(
+def update_model(
     plan: Plan,
     copies: Mapping[str, str],
     options: Options,
@@ -66,7 +66,7 @@ def run(
 
 
 @interrupts.uninterrupted
-def go_on(
+def carry_on_as_asked(
     target: Path, paths: Mapping[str, StrPath], rules: Rules, options: Options, *, dry_run: bool, **asked: object
 ) -> Report:
     """Finish an interrupted update, if it is the one that is asked for. Raises StoreError for another one."""
@@ -84,7 +84,7 @@ def go_on(
         place.close()
 
 
-def resume(target: Path, options: Options) -> Report:
+def resume_update(target: Path, options: Options) -> Report:
     """Finish an interrupted update. Raises StoreError where there is none."""
     place, operation = begun.take(target, locked=options.locked)
     try:

@@ -55,7 +55,9 @@ class Begun:
 
 
 @interrupts.uninterrupted
-def run(plan: Plan, out: Path, options: Options, *, sync: bool, sha256: bool, dry_run: bool = False) -> Report | Plan:
+def write_folder(
+    plan: Plan, out: Path, options: Options, *, sync: bool, sha256: bool, dry_run: bool = False
+) -> Report | Plan:
     """Write the folder `out`, or look at what is there where this very plan was carried out before."""
     recorded = before.recorded(plan, out, options.threads, sync=sync, sha256=sha256)
     if recorded is not None and not dry_run:

@@ -53,7 +53,7 @@ def test_files_that_are_written_one_by_one_are_those_of_one_run(
         done = subprocess.run(program, capture_output=True, text=True, check=True)
         assert int(done.stdout) == sum(step.file == name for step in plan.steps)
     assert ik.status(out).state == "unfinished"
-    report = run.run(plan, out, OPTIONS, sync=True, sha256=False)
+    report = run.write_folder(plan, out, OPTIONS, sync=True, sha256=False)
     assert isinstance(report, Report)
     assert report.bytes_written == 0, "all of it was there"
     ik.apply(target, (instruct, base), out=tmp_path / "one")
