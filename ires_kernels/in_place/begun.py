@@ -10,9 +10,10 @@ from pathlib import Path
 from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.files import store
 from ires_kernels.files.inplace import Workplace
-from ires_kernels.files.journal import AHEAD, Extent, Journal, JournalError, UndoGone
+from ires_kernels.files.journal import AHEAD, Journal, JournalError, UndoGone
 from ires_kernels.files.opening import MAX_MANIFEST, allow_files, read_bytes
 from ires_kernels.files.ownership import open_folder
+from ires_kernels.files.slots import Extent
 from ires_kernels.files.store import LostError, StoreError, boot_id
 from ires_kernels.records import provenance
 from ires_kernels.records.operation import Operation

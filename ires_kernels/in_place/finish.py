@@ -9,8 +9,9 @@ from ires_kernels.checking import guards
 from ires_kernels.checkpoints import manifest
 from ires_kernels.files import store
 from ires_kernels.files.inplace import Workplace
-from ires_kernels.files.journal import Extent, Journal, JournalError
+from ires_kernels.files.journal import Journal, JournalError
 from ires_kernels.files.ownership import Access
+from ires_kernels.files.slots import Extent
 from ires_kernels.in_place import begun
 from ires_kernels.in_place.again import Update
 from ires_kernels.records import provenance

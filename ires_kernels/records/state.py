@@ -11,8 +11,8 @@ from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.checkpoints.manifest import Manifest
 from ires_kernels.files import hidden
-from ires_kernels.files.journal import count_records, is_broken_off
 from ires_kernels.files.locks import holder
+from ires_kernels.files.log import count_records, is_broken_off
 from ires_kernels.files.ownership import Foreign
 from ires_kernels.files.plain import plain_lines
 from ires_kernels.files.store import MARKER, is_unfinished, partial_path, read_kept

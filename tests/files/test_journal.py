@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 from ires_kernels.files import journal
-from ires_kernels.files.journal import Extent, Journal, JournalError, UndoGone, count_records
+from ires_kernels.files.journal import Journal, JournalError, UndoGone
+from ires_kernels.files.log import count_records
+from ires_kernels.files.slots import Extent
 
 SECTOR = 512
 WINDOWS = [
