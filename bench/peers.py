@@ -113,7 +113,7 @@ def main() -> int:
         times = interleave(ways, arguments.rounds, after=lambda _: shutil.rmtree(out, ignore_errors=True))
     unavailable |= {contender.name: contender.failure for contender in contenders if contender.failure}
     result = result_of(triple, times, torch_alone, able, unavailable)
-    title = "Whole processes: what they take above one that imports torch"
+    title = "Whole processes, what they take above one that imports torch"
     print_contenders(
         console, title, [result], {"private MiB": private_mebibytes, "differ": share_that_differs, "missing": missing}
     )

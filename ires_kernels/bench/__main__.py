@@ -164,7 +164,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--threads",
         metavar="N,N,…",
         type=argument(threads),
-        help="default: 1, 2, 4, … for kernels, all CPUs for merges",
+        help="default: 1, 2, 4, … for kernels, for merges as many as apply takes",
     )
     parser.add_argument("--rounds", metavar="N", type=argument(_at_least_one), default=7)
     parser.add_argument("--cases", metavar="REGEX", type=argument(re.compile), default="", help="only these kernels")
@@ -195,18 +195,26 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             arguments.shapes = [shape_of(text) for text in [size or MODEL, *filter(None, arguments.sizes.split(","))]]
     except ValueError as error:
         parser.error(f"{error}")
+    try:
+        arguments.chosen = _chosen(arguments)
+    except ValueError as error:
+        parser.error(f"--cases {arguments.cases.pattern}: {error}")
+    return arguments
+
+
+def _chosen(arguments: argparse.Namespace) -> Sequence[Case | gpu.Workload]:
+    """The kernels that --cases names, all without it. Raises ValueError where it names none."""
     known: Sequence[Case | gpu.Workload] = ()
-    if on_gpu:
+    if arguments.what == "gpu":
         known = gpu.workloads(arguments.elements, SHAPES[arguments.list], arguments.list)
     elif arguments.what in ("kernels", "all"):
         known = CASES
-    arguments.chosen = [each for each in known if arguments.cases.search(each.name)]
-    if arguments.cases.pattern and not known:
-        parser.error(f"--cases chooses kernels, for kernels, all and gpu; {arguments.what} has none")
-    if known and not arguments.chosen:
-        names = [each.name for each in known]
-        parser.error(f"--cases {arguments.cases.pattern}: got a pattern of no case, wanted one of {names}")
-    return arguments
+    elif arguments.cases.pattern:
+        raise ValueError(f"chooses kernels, for kernels, all and gpu; {arguments.what} has none")
+    found = [each for each in known if arguments.cases.search(each.name)]
+    if known and not found:
+        raise ValueError(f"got a pattern of no case, wanted one of {[each.name for each in known]}")
+    return found
 
 
 def _ahead(arguments: argparse.Namespace) -> Iterator[outlook.Outlook]:
@@ -280,7 +288,7 @@ def _merges(arguments: argparse.Namespace, report: Report) -> None:
         report.merges.append(result)
     report.across += merges.cost_per_byte(report.merges)
     cache = "inputs dropped from the page cache" if arguments.cold else "page cache warm where the models fit"
-    title = f"Whole merges, time as a multiple of others', {cache}"
+    title = f"Whole merges, {cache}"
     print_contenders(report.console, title, report.merges, {"private MB": _private_megabytes})
 
 
@@ -297,7 +305,7 @@ def _mapped(arguments: argparse.Namespace, report: Report) -> None:
             report.say_verified(f"mapped {triple.models}: {compared:,} bytes equal those that apply makes")
             with report.console.status(f"changing mapped {triple.models}"):
                 report.mapped.append(mappings.measure(triple, folder, arguments.rounds, threads=threads))
-    title = f"In place through mapped pages, time as a multiple of others', {threads} threads, no fsync"
+    title = f"In place through mapped pages, threads {threads}, no fsync"
     print_contenders(report.console, title, report.mapped)
 
 

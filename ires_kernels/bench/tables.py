@@ -30,8 +30,8 @@ def print_contenders(
     more = more or {}
     for result in results:
         yardsticks = result.yardsticks
-        others = (f"/ {name}" for name in yardsticks)
-        table = _table(f"{title}, {result.what}", "contender", "seconds", "GB/s", *others, *more)
+        others = (f"{result.by} / {name}" for name in yardsticks)
+        table = _table(f"{title}: {result.what}", "contender", "seconds", "GB/s", *others, *more)
         for name in result.times:
             table.add_row(
                 name,

@@ -275,7 +275,7 @@ def test_without_native_kernels(monkeypatch, tmp_path):
         (["kernels", "--cases", "("], "unterminated"),
         (["kernels", "--cases", "bf17"], "--cases bf17: got a pattern of no case, wanted one of ['add_"),
         (["all", "--cases", "bf17"], "--cases bf17: got a pattern of no case"),
-        (["merge", "--cases", "bf16"], "--cases chooses kernels, for kernels, all and gpu; merge has none"),
+        (["merge", "--cases", "bf16"], "--cases bf16: chooses kernels, for kernels, all and gpu; merge has none"),
         (["mapped", "--cases", "bf16"], "mapped has none"),
         (["merge", "--dir", "/no/such/folder"], "--dir /no/such/folder: wanted a folder that exists"),
         (["everything"], "invalid choice"),
