@@ -1,8 +1,8 @@
 """``python -m ires_kernels.bench``: how fast the kernels and whole merges are here, beside what limits them.
 
 Everything is checked against the reference arithmetic before the clock starts, contenders take turns in one run, and
-what is reported are medians and quartiles of the rounds' ratios. The cases are in kernels, merges and mappings, and
-those of ``gpu``, for a GPU machine, in gpu and gpu_merges.
+what is reported are medians and quartiles of the rounds' ratios. The cases are in kernels, merges, mappings and
+start, and those of ``gpu``, for a GPU machine, in gpu and gpu_merges.
 Exit codes: 0 measured, whatever the numbers; 1 a result was wrong, nothing was timed; 2 wrong usage.
 """
 
@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 
 from ires_kernels.backends.choice import backends, choose
-from ires_kernels.bench import gpu, gpu_merges, kernels, mappings, merges, outlook
+from ires_kernels.bench import gpu, gpu_merges, kernels, mappings, merges, outlook, start
 from ires_kernels.bench.accelerator import Accelerator, open_cuda
 from ires_kernels.bench.contenders import TORCH
 from ires_kernels.bench.kernels import CASES, Case, VerificationError
@@ -78,6 +78,8 @@ def main(argv: Sequence[str] | None = None, device: Accelerator | None = None) -
             _merges(arguments, report)
         if arguments.what in ("mapped", "all"):
             _mapped(arguments, report)
+        if arguments.what in ("start", "all"):
+            _start(arguments, report)
     except VerificationError as error:
         print(f"bench: wrong result: {error}", file=sys.stderr)
         return 1
@@ -109,6 +111,7 @@ class Report:
     kernels: list[Result] = field(default_factory=list)
     merges: list[Result] = field(default_factory=list)
     mapped: list[Result] = field(default_factory=list)
+    start: list[Result] = field(default_factory=list)
     across: list[Comparison] = field(default_factory=list)
     """What was measured of several results together."""
 
@@ -119,7 +122,7 @@ class Report:
 
     def comparisons(self) -> list[Comparison]:
         """Those of all results."""
-        results = (*self.kernels, *self.merges, *self.mapped)
+        results = (*self.kernels, *self.merges, *self.mapped, *self.start)
         return [each for result in results for each in result.comparisons()] + self.across
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,6 +135,7 @@ class Report:
             "kernels": [result.to_dict() for result in self.kernels],
             "merges": [result.to_dict() for result in self.merges],
             "mapped": [result.to_dict() for result in self.mapped],
+            "start": [result.to_dict() for result in self.start],
             "comparisons": [each.to_dict() for each in self.comparisons()],
         }
 
@@ -150,7 +154,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         return [_at_least_one(part) for part in text.split(",")]
 
     parser = argparse.ArgumentParser(prog="python -m ires_kernels.bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("what", nargs="?", choices=["kernels", "merge", "mapped", "all", "gpu"], default="all")
+    parser.add_argument("what", nargs="?", choices=["kernels", "merge", "mapped", "start", "all", "gpu"], default="all")
     parser.add_argument(
         "--size",
         metavar="N",
@@ -184,14 +188,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.dir and not Path(arguments.dir).is_dir():
         parser.error(f"--dir {arguments.dir}: wanted a folder that exists")
     try:
-        if arguments.what not in ("merge", "mapped"):
+        if arguments.what not in ("merge", "mapped", "start"):
             default = ON_GPU if on_gpu else ELEMENTS
             arguments.elements = (
                 default if size is None else SHAPES[size].parameters if size in SHAPES else count_of(size)
             )
         if on_gpu:
             arguments.shapes = [shape_of(arguments.model)]
-        elif arguments.what != "kernels":
+        elif arguments.what not in ("kernels", "start"):
             arguments.shapes = [shape_of(text) for text in [size or MODEL, *filter(None, arguments.sizes.split(","))]]
     except ValueError as error:
         parser.error(f"{error}")
@@ -229,6 +233,8 @@ def _ahead(arguments: argparse.Namespace) -> Iterator[outlook.Outlook]:
         yield outlook.of_merges(arguments.shapes, rounds)
     if what in ("mapped", "all"):
         yield outlook.of_mapped(arguments.shapes, rounds)
+    if what in ("start", "all"):
+        yield outlook.of_start(rounds)
 
 
 def _kernel_threads(arguments: argparse.Namespace) -> list[int]:
@@ -307,6 +313,20 @@ def _mapped(arguments: argparse.Namespace, report: Report) -> None:
                 report.mapped.append(mappings.measure(triple, folder, arguments.rounds, threads=threads))
     title = f"In place through mapped pages, threads {threads}, no fsync"
     print_contenders(report.console, title, report.mapped)
+
+
+def _start(arguments: argparse.Namespace, report: Report) -> None:
+    with _models(arguments, SHAPES["tiny"], report.console) as (triple, folder):
+        peaks = start.weigh(triple, folder)
+        report.say_verified(f"start: {len(peaks)} commands end as they should")
+        with report.console.status("starting commands"):
+            report.start.append(start.measure(triple, folder, arguments.rounds, peaks))
+    title = "Whole processes, time as a multiple of others'"
+    print_contenders(report.console, title, report.start, {"peak MB": _peak_megabytes})
+
+
+def _peak_megabytes(result: Result, name: str) -> str:
+    return f"{result.notes[name]['peak_memory_bytes'] / 1e6:.0f}"
 
 
 def _on_gpu(arguments: argparse.Namespace, device: Accelerator, report: Report) -> None:

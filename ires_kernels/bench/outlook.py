@@ -20,6 +20,7 @@ _COMPILE = 10.0  # seconds of torch.compile, each time
 _MERGES, _BRIEF, _MAPPED, _THROUGH_GPU = 13.0, 5.0, 13.0, 2.1  # seconds of a round for a GB of a model
 _MODELS = 5.0  # seconds for a GB of a model: to write three of them, and to compare a merge
 _ON_GPU = 0.1  # seconds of a round for a GB that a workload reads and writes
+_START = 4.0  # seconds of a round of commands
 _SCALES = 4  # threads with which kernels still become faster, at least
 
 
@@ -67,6 +68,11 @@ def of_mapped(shapes: Sequence[Shape], rounds: int) -> Outlook:
     sizes = [2e-9 * shape.parameters for shape in shapes]
     disk = max((6 + 1 / shape.shards) * size for shape, size in zip(shapes, sizes, strict=True)) * 1e9
     return Outlook(f"mapped: {_models(shapes)}", sum(sizes) * (rounds * _MAPPED + _MODELS), disk=disk)
+
+
+def of_start(rounds: int) -> Outlook:
+    """Commands one after the other; the first round comes with the tiny models, and weighs them."""
+    return Outlook("start: commands that have little to do", (rounds + 1) * _START)
 
 
 def of_gpu(loads: Sequence[gpu.Workload], shape: Shape, rounds: int, *, compiled: bool) -> Outlook:

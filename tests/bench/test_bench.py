@@ -16,7 +16,7 @@ import torch
 from ires_kernels.backends import native, reference
 from ires_kernels.backends.call import Call
 from ires_kernels.bench import __main__ as bench
-from ires_kernels.bench import floor, kernels, mappings, merges, outlook
+from ires_kernels.bench import floor, kernels, mappings, merges, outlook, start
 from ires_kernels.bench.contenders import CHUNKED, COMPILED, EAGER, UPCAST, torch_contenders
 from ires_kernels.bench.measure import Quartiles, interleave, machine, private_memory, ratio, watch
 from ires_kernels.bench.synthetic import SHAPES, Shape, write_triple
@@ -120,6 +120,27 @@ def test_mapped(tmp_path, capsys):
     assert [each.name for each in tmp_path.iterdir()] == ["m.json"]
 
 
+def test_start(tmp_path, monkeypatch, capsys):
+    every = start.commands
+    few = (start.TORCH, "ires --help", "ires apply --in-place --dry-run")
+    monkeypatch.setattr(start, "commands", lambda *where: {name: every(*where)[name] for name in few})
+    path = tmp_path / "s.json"
+    assert bench.main(["start", "--rounds", "1", "--dir", f"{tmp_path}", "--json", f"{path}"]) == 0
+    (entry,) = json.loads(path.read_text())["start"]
+    assert "3 commands end as they should" in capsys.readouterr().out
+    torch_only, *peaks = (contender["peak_memory_bytes"] for contender in entry["contenders"].values())
+    assert len(peaks) == 2
+    assert 2 * max(peaks) < torch_only
+    assert [each["wanted"] for each in entry["comparisons"]] == 2 * [start.SECONDS, start.MEGABYTES]
+    assert [each.name for each in tmp_path.iterdir()] == ["s.json"]
+
+
+def test_commands_that_end_otherwise_are_not_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(start, "commands", lambda *_: {"help": start.Command(("--help",), 2)})
+    assert bench.main(["start", "--dir", f"{tmp_path}"]) == 1
+    assert "help ended with 0, wanted 2" in capsys.readouterr().err
+
+
 def test_wrong_mapping_is_not_timed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(mappings, "change", lambda *_, **__: None)
     assert bench.main(["mapped", "--size", "tiny", "--dir", f"{tmp_path}"]) == 1
@@ -127,15 +148,17 @@ def test_wrong_mapping_is_not_timed(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_it_takes_is_said_first(tmp_path, capsys):
+def test_what_it_takes_is_said_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(start, "commands", lambda *_: {start.TORCH: start.Command(("--version",))})
     assert bench.main(["all", *QUICK, *BF16, "--size", "tiny", "--dir", f"{tmp_path}"]) == 0
-    said = capsys.readouterr().out.partition("verified")[0].splitlines()[-3:]
+    said = capsys.readouterr().out.partition("verified")[0].splitlines()[-4:]
     assert [line.partition(", where")[0] for line in said] == [
         "kernels: 1 of 131,392 elements, threads [1]: less than a minute, 0.00315 GB of memory",
         f"merge: models of 0.000263 GB: less than a minute, 0.0021 GB of disk in {tmp_path}",
         f"mapped: models of 0.000263 GB: less than a minute, 0.00171 GB of disk in {tmp_path}",
+        "start: commands that have little to do: less than a minute",
     ]
-    assert all(line.endswith(" GB are free") for line in said[1:])
+    assert all(line.endswith(" GB are free") for line in said[1:3])
 
 
 def test_minutes():
