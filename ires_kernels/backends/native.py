@@ -102,12 +102,12 @@ def load(
     op: int,
     items: list[tuple[object, ...]],
     factors: tuple[float, ...],
+    device: int,
+    stream: int,
     *,
     stochastic: bool,
     seed: int,
     offset: int,
-    device: int,
-    stream: int,
 ) -> tuple[int, int, int] | None:
     """Read from files into pinned memory, queue copies to the device and one call on its stream, without Python's lock.
 

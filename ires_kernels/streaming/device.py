@@ -24,7 +24,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -48,18 +48,20 @@ SLOTS = 2
 _ALIGNED = 16  # elements, so that every buffer begins at a multiple of 16 bytes
 
 
+Result = TypeVar("Result")
+
+
 class Queue(Protocol):
     """Work of a device in order: a CUDA stream."""
 
     def submit(self, work: Callable[[], None]) -> None:
         """Call `work`, which queues its operations here; an error leaves in the queue what was queued before it."""
 
-    @property
-    def stream(self) -> tuple[int, int]:
-        """What the native backend takes for it: the device and a stream."""
+    def call(self, work: Callable[[int, int], Result]) -> Result:
+        """Call `work` with a device and a stream, which the native backend takes for this queue; returns its result.
 
-    def mark(self) -> None:
-        """What was queued in `stream` by others than `submit` is waited for as well."""
+        The device is the current one meanwhile; what was queued is waited for as well.
+        """
 
     def wait(self) -> None:
         """Return when all that was submitted is done. Raises RuntimeError when it failed."""
@@ -92,6 +94,7 @@ class Runtime(Protocol):
 
 class CudaQueue:
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
 
@@ -102,12 +105,12 @@ class CudaQueue:
             finally:
                 self._done.record()
 
-    @property
-    def stream(self) -> tuple[int, int]:
-        return self._stream.device_index, self._stream.cuda_stream
-
-    def mark(self) -> None:
-        self._done.record(self._stream)
+    def call(self, work: Callable[[int, int], Result]) -> Result:
+        with torch.cuda.device(self._device):
+            try:
+                return work(self._device.index, self._stream.cuda_stream)
+            finally:
+                self._done.record(self._stream)
 
     def wait(self) -> None:
         self._done.synchronize()
@@ -134,14 +137,17 @@ class Cuda:
 def _pin(nbytes: int) -> Tensor:
     """Memory of its own, registered with CUDA: torch's allocator would keep what is given back to it."""
     memory = torch.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
-    code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, _PORTABLE)  # type: ignore[no-untyped-call]
-    torch.cuda.check_error(int(code))
+    _check(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, _PORTABLE))  # type: ignore[no-untyped-call]
     return memory
 
 
 def _unpin(memory: Tensor) -> None:
-    code = torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
-    torch.cuda.check_error(int(code))
+    _check(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))  # type: ignore[no-untyped-call]
+
+
+def _check(code: Any) -> None:
+    if int(code):
+        raise RuntimeError(f"CUDA error {int(code)}")
 
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
@@ -249,7 +255,7 @@ class _GpuSlot:
     def buffers(self) -> list[memoryview]:
         """Pinned when they are first asked for. Raises ComputeError where there is no room."""
         if not self._views:
-            pinned = self.piece.memory
+            pinned = self._pinned()
             self._host = cut(pinned, self._gpu.sizes)
             self._views = cut(pinned.numpy().data, self._gpu.sizes)
         return self._views
@@ -259,9 +265,13 @@ class _GpuSlot:
         self._whole = torch.empty(self._gpu.runtime.ring.piece, dtype=torch.uint8, device=self._gpu.runtime.device)
         self._device = cut(self._whole, self._gpu.sizes)
 
+    def _pinned(self) -> Tensor:
+        """The host memory. To pin it is a call of CUDA, which would wake another device that is the current one."""
+        return self._queue.call(lambda *_: self.piece.memory)
+
     def _load(self, portions: Sequence[Portion]) -> list[list[memoryview]]:
         """Inputs one after the other, at the same places of the host's memory and of the device's."""
-        memory = self.piece.memory
+        memory = self.piece.memory if self.piece.is_pinned else self._pinned()
         if self._whole is None:
             self._queue.submit(self._allocate)
             assert self._whole is not None
@@ -284,14 +294,12 @@ class _GpuSlot:
                 items.append(native.item(count, step.stream, tuple(pointers), tuple(dtypes)))
         step, first, rules = portions[0].step, portions[0].first, self._gpu.rules
         op = step.op if step.op not in ("convert", "copy") else "subtract"
-        device, stream = self._queue.stream
-        try:
-            unread = native.load(
-                reads, native.code(op), items, step.factors if items and op != "subtract" else (),
-                stochastic=rules.rounding == "stochastic", seed=rules.seed, offset=first, device=device, stream=stream,
-            )  # fmt: skip
-        finally:
-            self._queue.mark()
+        factors = step.factors if items and op != "subtract" else ()
+        load = partial(
+            native.load, reads, native.code(op), items, factors,
+            stochastic=rules.rounding == "stochastic", seed=rules.seed, offset=first,
+        )  # fmt: skip
+        unread = self._queue.call(load)
         if unread is not None:
             _raise(portions, *unread)
         return views

@@ -73,3 +73,9 @@ def test_two_are_two(tmp_path: Path, names: list[str]) -> None:
     ik.extract(base, instruct, tmp_path / "residual", threads=2, sync=False, sha256=True)
     assert {name for name in names if name.startswith("ires-")} == {"ires-0", "ires-1", "ires-sha256"}
     assert names.count("ires-sha256") == 1  # beside the one that asks
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [(1, 1), (8, 8), (16, 8)])
+def test_by_default_no_more_than_pay(cpus: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)))
+    assert stream.default_threads() == threads
