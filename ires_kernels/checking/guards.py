@@ -6,7 +6,6 @@ from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
 from ires_kernels.checking import ancestry
-from ires_kernels.checking.ancestry import Ancestry
 from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId
 from ires_kernels.checkpoints.header import CheckpointError, read_header
 from ires_kernels.checkpoints.names import pattern
@@ -45,28 +44,31 @@ def strangers(inputs: Mapping[str, Checkpoint], rules: Rules) -> tuple[str, ...]
     """Warnings of a target or an instruct model that looks as if it did not descend from the base, or not in part."""
     models = [role for role in ("instruct", "target") if role in inputs]
     if "base" in inputs:
-        sketches: dict[str, object] = {"base": ancestry.sketch(inputs["base"])}
+        looks = (0, ancestry.ROWS)
+        sketches: dict[str, dict[int, object]] = {"base": {n: ancestry.sketch(inputs["base"], n) for n in looks}}
     else:
         residuals = {role: checkpoint for role, checkpoint in inputs.items() if role != "target"}
-        sketches = {f"the base of {r}": c.manifest.ancestry if c.manifest else None for r, c in residuals.items()}
+        sketches = {f"the base of {r}": {0: c.manifest.ancestry if c.manifest else None} for r, c in residuals.items()}
     warnings = []
-    for base in sketches:
+    for base, of_base in sketches.items():
         for model in models:
-            found = ancestry.compare(inputs[model], sketches[base])
-            if found is not None and not found.related:
-                warnings.append(found.warning(model, base))
-            elif found is not None and found.odd:
-                warnings += _odd(model, base, found, inputs[model], rules)
+            compared = (ancestry.compare(inputs[model], each, rows) for rows, each in of_base.items())
+            found = [each for each in compared if each is not None]
+            if found and not found[0].related:
+                warnings.append(found[0].warning(model, base))
+            else:
+                odd = {kind: cosine for each in found for kind, cosine in each.odd.items()}
+                warnings += _odd(model, base, odd, inputs[model], rules) if odd else []
     return tuple(warnings)
 
 
-def _odd(model: str, base: str, found: Ancestry, checkpoint: Checkpoint, rules: Rules) -> Iterable[str]:
+def _odd(model: str, base: str, cosines: Mapping[str, float], checkpoint: Checkpoint, rules: Rules) -> Iterable[str]:
     """A warning of the kinds of tensors that have nothing in common in two related models, unless they are skipped."""
     kinds = {name: pattern(name) for name in checkpoint.tensors if not rules.skipped(name)}
-    odd = {name for name, kind in kinds.items() if kind in found.odd}
+    odd = {name for name, kind in kinds.items() if kind in cosines}
     if odd:
         shown = dict.fromkeys(kinds[name] for name in sorted(odd))
-        listed = [f"{kind} (cosine {found.odd[kind]:.2f})" for kind in shown]
+        listed = [f"{kind} (cosine {cosines[kind]:.2f})" for kind in shown]
         more = f" and {len(listed) - 3} more kinds" if len(listed) > 3 else ""
         yield (
             f"{model} and {base} are related, but for {', '.join(listed[:3])}{more}: these were trained anew, or one "

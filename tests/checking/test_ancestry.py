@@ -118,6 +118,24 @@ def test_tensors_whose_rows_are_in_another_order_are_named(tmp_path: Path, way: 
         ik.load(paths[2], source)
 
 
+@pytest.mark.parametrize("role", ["instruct", "target"])
+def test_queries_in_rotary_order_are_named_where_the_base_is_there(tmp_path: Path, role: str) -> None:
+    """With as many heads, the usual places are rows that stay where they are."""
+    shapes = SHAPES | {f"model.layers.{i}.self_attn.q_proj.weight": (8 * 16, 16) for i in range(2)}
+    weights = dict.fromkeys(("base", "instruct", "target"), tensors(1, shapes))
+    weights[role] = {
+        name: t.view(8, 2, 8, 16).transpose(1, 2).reshape(128, 16) if "q_proj" in name else t
+        for name, t in weights["base"].items()
+    }
+    paths = {
+        name: write_model(tmp_path / name, moved(tensors_, 0.1), config={"tie_word_embeddings": False})
+        for name, tensors_ in weights.items()
+    }
+    plan = ik.apply(paths["target"], (paths["instruct"], paths["base"]), out=tmp_path / "out", dry_run=True)
+    (warning,) = plan.warnings
+    assert warning.startswith(f"{role} and base are related, but for model.layers.*.self_attn.q_proj.weight (cosine ")
+
+
 @pytest.mark.parametrize("by", [0.1, 0.5, 1.0])
 def test_no_tensor_of_relatives_is_odd(tmp_path: Path, by: float) -> None:
     shapes = {f"kind_{i}.weight": (32, 64) for i in range(200)}
