@@ -212,7 +212,7 @@ def test_verify_finds_inputs_that_moved(root: Path, capsys: pytest.CaptureFixtur
 def test_a_failing_disk_exits_with_3_and_says_what_is_left(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: int) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
