@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ires_kernels.checkpoints.checkpoint import FileId
+from ires_kernels.files import moving
 from ires_kernels.files.inplace import Workplace
 from ires_kernels.files.ownership import StoreError
 from ires_kernels.in_place import begun, cuts
@@ -47,7 +48,7 @@ def hide_and_plan(place: Workplace, operation: Operation) -> Update:
 
     Raises StoreError and CheckpointError where that is not what the update was begun with.
     """
-    place.move_in(operation.names)
+    moving.move_in(place, operation.names)
     with begun.refused(place):
         begun.check_files(place.work, operation, place.model)
     model = place.model if place.folder == place.target else place.model / place.target.name

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 from ires_kernels.checking import guards
 from ires_kernels.checkpoints import sidefiles
 from ires_kernels.checkpoints.manifest import Update
-from ires_kernels.files import inplace, store
+from ires_kernels.files import movable, moving, store
 from ires_kernels.files.inplace import Workplace
 from ires_kernels.in_place import begun, cuts
 from ires_kernels.in_place.cuts import Sizes
@@ -46,7 +47,7 @@ def look(plan: Plan, options: Options, *, sync: bool, tag: str) -> Ready | Repor
     """Refuse what cannot be done in place. Returns the report of then, where this was applied before."""
     plan, target = _in_place(plan), plan.inputs["target"]
     steps = cuts.changes(plan)
-    inplace.check(target.path, begun.hidden_names(target))
+    movable.check(target.path, begun.hidden_names(target))
     recipe = plan.recipe(tag)
     history, warnings = repetition.applied(target, options.threads)
     before = repetition.repeated(plan, recipe, history, options.threads)
@@ -74,7 +75,7 @@ def begin(
         guards.check_unchanged(plan, threads=options.threads)  # also by another process that held the lock before
         installed, dropped = _stage(place, plan)
         names = begun.hidden_names(target)
-        place.check_movable([*names, *installed, *dropped, begun.manifest_name(place), begun.sums_name(place)])
+        movable.check_movable(place, [*names, *installed, *dropped, begun.manifest_name(place), begun.sums_name(place)])
         windows = cuts.windows(ready.steps, sizes)
         operation = Operation.of(
             plan,
@@ -127,6 +128,6 @@ def _stage(place: Workplace, plan: Plan) -> tuple[dict[str, dict[str, str]], lis
     access = sides.access_of(plan)
     for side in plan.side_files:
         if (side.role != "target" or side.content is not None) and not side.is_at(place.folder / side.name):
-            installed[side.name] = sides.copied(side, access, place.stage)
+            installed[side.name] = sides.copied(side, access, partial(moving.stage, place))
     dropped = sidefiles.replaced_by(plan.inputs["target"], plan.side_files)
     return installed, dropped + [name for name in [begun.sums_name(place)] if (place.folder / name).exists()]

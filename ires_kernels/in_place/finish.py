@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ires_kernels.checking import guards
 from ires_kernels.checkpoints import manifest
-from ires_kernels.files import store
+from ires_kernels.files import moving, store
 from ires_kernels.files.inplace import Workplace
 from ires_kernels.files.journal import Journal, JournalError
 from ires_kernels.files.ownership import Access
@@ -43,7 +43,7 @@ def record(update: Update, outcome: Outcome, options: Options, started: float) -
 def show(place: Workplace, operation: Operation, report: Report | None) -> Report:
     """Install the side files and show the model again, from wherever that is; without a report, what is recorded."""
     if place.phase() == "installing":
-        place.install(begun.new_files(place, operation), operation.dropped)
+        moving.install(place, begun.new_files(place, operation), operation.dropped)
         place.advance("finished")
     table = manifest.read(place.folder / begun.manifest_name(place)) or manifest.Manifest()
     if report is None:
@@ -80,9 +80,9 @@ def _write_manifest(update: Update, outcome: Outcome, report: Report, threads: i
     )  # fmt: skip
     place.release()
     mode = Access(weights.values()).file
-    place.stage(begun.manifest_name(place), [content], mode)
+    moving.stage(place, begun.manifest_name(place), [content], mode)
     if sums:
-        place.stage(begun.sums_name(place), [provenance.sums_file(sums)], mode)
+        moving.stage(place, begun.sums_name(place), [provenance.sums_file(sums)], mode)
 
 
 def _recorded_hashes(place: Workplace, update: str) -> dict[str, str | None]:
@@ -98,7 +98,7 @@ def _recorded_hashes(place: Workplace, update: str) -> dict[str, str | None]:
 def _finish(place: Workplace, operation: Operation) -> list[str]:
     """The files are complete: show them, and remove what is no longer needed; returns what was kept and where."""
     whole = operation.undo == "all" and _is_kept(place, operation)
-    place.move_out(operation.names)
+    moving.move_out(place, operation.names)
     if whole:
         undo = place.keep()
         return [f"`ires rollback {place.target}` takes it back; until then {undo} keeps the old bytes"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ires_kernels.checkpoints.checkpoint import open_checkpoint
-from ires_kernels.files import hidden, inplace
+from ires_kernels.files import hidden, inplace, movable, moving
 from ires_kernels.files.inplace import Workplace
 from ires_kernels.files.journal import JournalError
 from ires_kernels.files.ownership import StoreError
@@ -38,7 +38,7 @@ def _roll_back(place: Workplace) -> str:
         ended = place.phase() not in ("operation", "withdraw")
         if not ended:  # else all old bytes are there, with their hashes, or it is refused
             begun.check_boot(place, operation)
-        place.move_in(operation.names)
+        moving.move_in(place, operation.names)
         with (
             begun.refused(place, "cannot be rolled back: "),
             begun.opened_journal(place.work, operation, place.model) as journal,
@@ -53,8 +53,10 @@ def _roll_back(place: Workplace) -> str:
             journal.restore()
             journal.check_files(place.model)
         if place.phase() == "rollback":
-            place.uninstall(begun.new_files(place, operation), operation.dropped, begun.is_ours(place, operation))
-        place.move_out(operation.names)
+            moving.uninstall(
+                place, begun.new_files(place, operation), operation.dropped, begun.is_ours(place, operation)
+            )
+        moving.move_out(place, operation.names)
         place.advance("restored")
     kept = place.remove()
     edited = f" What you had edited since is in {kept}." if kept else ""
@@ -86,7 +88,7 @@ def roll_back_kept(target: Path, *, locked: bool = True) -> str:
             f"{target}: was written since its update in place, or copied without its times (`cp -a` keeps them), and "
             f"cannot be rolled back: the old bytes in {folders[-1]} belong into the files as they were."
         )
-    inplace.check(target, operation.names)
+    movable.check(target, operation.names)
     try:
         with begun.opened_journal(folders[-1], operation, target if target.is_dir() else target.parent):
             pass  # it is all there

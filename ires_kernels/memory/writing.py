@@ -20,7 +20,7 @@ from pathlib import Path
 from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId, Shard
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.checkpoints.manifest import Numbers
-from ires_kernels.files import copies, inplace, store, trust
+from ires_kernels.files import copies, movable, moving, store, trust
 from ires_kernels.files.inplace import Workplace
 from ires_kernels.files.ownership import Access, StoreError, private_mode
 from ires_kernels.in_place import begun
@@ -64,12 +64,12 @@ class Writing:
                 "written. Scale it with an alpha where it is applied."
             )
         names = begun.hidden_names(target)
-        inplace.check(target.path, names)
+        movable.check(target.path, names)
         history, _ = repetition.applied(target)
         place = Workplace.begin(target.path, sync=sync, locked=locked)
         try:
             dropped = [name for name in [begun.sums_name(place)] if (place.folder / name).exists()]
-            place.check_movable([*names, *dropped, begun.manifest_name(place)])
+            movable.check_movable(place, [*names, *dropped, begun.manifest_name(place)])
             copied = _Copies(place, sum(shard.file_id.size for shard in target.shards)) if undo else None
             for shard in target.shards:
                 fd = _open(shard.path, shard.file_id)
@@ -93,7 +93,7 @@ class Writing:
             content = operation.to_bytes()
             place.reserve(_ROOM + sum(_OF_TENSOR + 6 * len(name) for name in target.tensors) + len(content))
             place.write(content)
-            place.move_in(names)
+            moving.move_in(place, names)
         except BaseException:
             _show(place, names)
             raise
@@ -118,7 +118,7 @@ class Writing:
                 self.sync()
             place.release()
             mode = Access(self._hidden()).file
-            place.stage(begun.manifest_name(place), [_manifest(place, operation, self._target)], mode)
+            moving.stage(place, begun.manifest_name(place), [_manifest(place, operation, self._target)], mode)
             place.advance("installing")
             finish(place, operation)
         finally:
@@ -151,7 +151,7 @@ def _show(place: Workplace, names: Iterable[str]) -> None:
     try:
         if place.phase() is not None:
             place.advance("withdraw")
-            place.move_out(names)
+            moving.move_out(place, names)
             place.advance("restored")
         place.remove()
     finally:
@@ -164,9 +164,9 @@ def finish(place: Workplace, operation: Operation) -> None:
         raise StoreError(f"{place.target}: {unclosed(operation)}. {way_out(place.target, place.work, operation)}")
     place.sync = operation.sync
     if place.phase() == "installing":
-        place.install([begun.manifest_name(place)], operation.dropped)
+        moving.install(place, [begun.manifest_name(place)], operation.dropped)
         place.advance("finished")
-    place.move_out(operation.names)
+    moving.move_out(place, operation.names)
     place.remove(drop=[begun.manifest_name(place)])
 
 
@@ -204,7 +204,7 @@ def rollback(place: Workplace, operation: Operation) -> str:
             copy = place.work / _COPIES / name
             if not copy.is_file() or copy.stat().st_size != operation.stamps["target"][name]["size"]:
                 raise StoreError(f"{copy}: is gone or was cut. Delete {place.work} and copy the model again.")
-        place.move_in(operation.names)
+        moving.move_in(place, operation.names)
         place.advance("withdraw")
     if place.phase() == "withdraw":
         for name in _weights(operation):
@@ -214,7 +214,7 @@ def rollback(place: Workplace, operation: Operation) -> str:
                 os.rename(copy, hidden)
         if place.sync:
             store.fsync_folder(place.model)
-        place.move_out(operation.names)
+        moving.move_out(place, operation.names)
         place.advance("restored")
     place.remove()
     return f"{place.target}: is what it was before it was opened for writing."

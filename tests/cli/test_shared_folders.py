@@ -20,7 +20,7 @@ from small_models import snapshot, triple
 
 import ires_kernels as ik
 from ires_kernels.cli import main
-from ires_kernels.files import inplace, journal, locks, store, trust
+from ires_kernels.files import journal, locks, moving, store, trust
 from ires_kernels.files.ownership import Foreign, StoreError
 
 VICTIM, MALLORY, GROUP = 65533, 65534, 65500
@@ -601,7 +601,7 @@ def test_files_that_another_user_puts_there_meanwhile(models: tuple[Path, Path, 
 
     def begin() -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(inplace.Workplace, "install", lambda *_: os.close(-1))
+            patch.setattr(moving, "install", lambda *_: os.close(-1))
             ik.apply(target, (instruct, base), in_place=True)
 
     with pytest.raises(OSError, match="Bad file descriptor"):

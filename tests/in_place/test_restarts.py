@@ -11,8 +11,7 @@ from small_models import snapshot
 from updated import Cut, apply, copy, cut_off, unfinished, visible
 
 import ires_kernels as ik
-from ires_kernels.files import store
-from ires_kernels.files.inplace import Workplace
+from ires_kernels.files import moving, store
 from ires_kernels.files.store import StoreError
 from ires_kernels.in_place import begun
 from ires_kernels.records import repetition
@@ -50,7 +49,7 @@ def test_a_restart_is_noticed_until_the_end(
     base, instruct, target = models
     before = visible(target)
     with monkeypatch.context() as patch:
-        cut_off(patch, Workplace, "install" if phase == "installing" else "move_out", 0)
+        cut_off(patch, moving, "install" if phase == "installing" else "move_out", 0)
         with pytest.raises(Cut):
             apply(target, (instruct, base), sync=False, undo=undo)
     assert (target / f".ires-unfinished/{phase}.json").exists()
