@@ -196,7 +196,7 @@ def start(folder: Path, cwd: str, run: Run) -> int:
     code = 4
     try:
         if run.small:
-            windows.WINDOW = 32
+            windows.tiles.set(windows.Tiles(elements=32))
             cuts.SIZES = cuts.Sizes(window=1024, unit=64, gap=16)
         prepare(f"{folder}", cwd, run)
         sys.argv = ["ires", *run.argv]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
 from ires_kernels.backends import native
+from ires_kernels.streaming import windows
 
 COMPILED = [f"native-{isa}" for isa in native.isas()]
 # The Triton kernels join in where Triton interprets them, in a process of their own (test_triton_interpreter.py).
@@ -19,3 +23,13 @@ def use(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, _, isa = backend.partition("-")
     monkeypatch.setenv("IRES_BACKEND", name)
     monkeypatch.setenv("IRES_ISA", isa)
+
+
+@contextmanager
+def tiles(**sizes: int) -> Iterator[None]:
+    """Runs that begin in here take tiles so small that the tensors of tests have many."""
+    token = windows.tiles.set(replace(windows.TILES, **sizes))
+    try:
+        yield
+    finally:
+        windows.tiles.reset(token)

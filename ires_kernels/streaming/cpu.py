@@ -12,8 +12,7 @@ from ires_kernels.backends.call import Tally
 from ires_kernels.dtypes import STORAGE
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Step
-from ires_kernels.streaming import windows
-from ires_kernels.streaming.windows import Slot, buffer_sizes, cut, memory
+from ires_kernels.streaming.windows import Slot, buffer_sizes, cut, memory, tiles
 from ires_kernels.tensors import ops
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -26,8 +25,7 @@ class Cpu:
     """A thread computes one window at a time, in buffers that stay in its cache from the read to the write."""
 
     def __init__(self, steps: Sequence[Step], rules: Rules, counted: bool) -> None:
-        self.window = windows.WINDOW
-        self.copy = windows.COPY
+        self.window, self.copy = tiles.get().elements, tiles.get().copied
         self.room = 0
         self.rules = rules
         self.counted = counted

@@ -36,13 +36,10 @@ from ires_kernels.dtypes import FLOATS
 from ires_kernels.files.store import shrunk
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.steps import Step
-from ires_kernels.streaming import windows
 from ires_kernels.streaming.cpu import TORCH_DTYPES, Cpu, compute, zeros
 from ires_kernels.streaming.ring import Piece, Ring
-from ires_kernels.streaming.windows import Portion, Processors, ReadError, Slot, buffer_sizes, cut, packed
+from ires_kernels.streaming.windows import Portion, Processors, ReadError, Slot, buffer_sizes, cut, packed, tiles
 
-WINDOW = 1 << 21
-"""Elements of a window at most: else as many as a piece of the ring holds, for each costs a fixed number of calls."""
 SLOTS = 2
 """Windows that a thread has under way: one is read or written while the other is on the device."""
 _ALIGNED = 16  # elements, so that every buffer begins at a multiple of 16 bytes
@@ -211,7 +208,7 @@ class Gpu:
         self.window = _window(steps, runtime.ring.piece)
         self.sizes = buffer_sizes(steps, self.window)
         self.sizes[0] += runtime.ring.piece - sum(self.sizes)
-        self.copy = self.sizes[0] // windows.COPY * windows.COPY
+        self.copy = self.sizes[0] // tiles.get().copied * tiles.get().copied
         self.room = runtime.ring.piece if runtime.native else 0
         self.zeros = zeros(steps, self.window, runtime.device)
         runtime.settle()
@@ -232,7 +229,7 @@ def _raise(portions: Sequence[Portion], number: int, error: int, at: int) -> Non
 def _window(steps: Sequence[Step], piece: int) -> int:
     """As many elements as a piece holds of all inputs and the result; a power of two, as the stops of an update are."""
     largest = max((step.count for step in steps if step.op != "copy"), default=1)
-    window = WINDOW
+    window = tiles.get().on_gpu
     while window > _ALIGNED and sum(buffer_sizes(steps, window)) > piece:
         window //= 2
     return min(window, -(-largest // _ALIGNED) * _ALIGNED or _ALIGNED)

@@ -21,7 +21,7 @@ import threading
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -111,8 +111,9 @@ def run(
     Raises what went wrong first, with tensor and file in it, when all threads have stopped: CheckpointError for a file
     that changed, OSError for one that cannot be read or written, ComputeError for a processor that failed.
     """
-    engine = _Engine(steps, file_ids, rules, write, {}, hashed, processors, counted, stops, done or {}, outcome, failed)
-    return engine.run(threads, progress)
+    asked = _Asked(steps, file_ids, rules, write, stops=stops, done=done or {})
+    told = _Told(Outcome() if outcome is None else outcome, progress, failed)
+    return _Engine(asked, _How(processors, threads, hashed, counted), told).run()
 
 
 def check_threads() -> None:
@@ -141,8 +142,8 @@ def fill(
 
     flat = {name: tensor.reshape(-1) for name, tensor in tensors.items()}
     into = {name: (elements, elements.view(torch.uint8)) for name, elements in flat.items()}
-    engine = _Engine(steps, file_ids, rules, _nothing, into, hashed, processors, False)
-    return engine.run(threads, progress)
+    asked = _Asked(steps, file_ids, rules, _nothing, into)
+    return _Engine(asked, _How(processors, threads, hashed, counted=False), _Told(Outcome(), progress)).run()
 
 
 def hashes(
@@ -247,34 +248,49 @@ class _Window(NamedTuple):
     """Bytes, those of results that stay in memory among them."""
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be done, and where results go."""
+
+    steps: Sequence[Step]
+    file_ids: Mapping[Path, FileId]
+    rules: Rules
+    write: Write
+    into: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Tensors that are filled, by name: their elements and their bytes. The results of all others are written."""
+    stops: Container[tuple[str, int]] | None = None
+    done: Mapping[str, Done] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _How:
+    """The options of a run."""
+
+    processors: Processors
+    threads: int | None
+    hashed: Container[str] | None
+    counted: bool
+
+
+@dataclass(frozen=True)
+class _Told:
+    """Who learns of it what, and when."""
+
+    outcome: Outcome
+    progress: Progress | None = None
+    failed: Callable[[], None] | None = None
+
+
 class _Engine:
     """One run: what its threads share."""
 
-    def __init__(
-        self,
-        steps: Sequence[Step],
-        file_ids: Mapping[Path, FileId],
-        rules: Rules,
-        write: Write,
-        into: Mapping[str, tuple[Tensor, Tensor]],
-        hashed: Container[str] | None,
-        processors: Processors,
-        counted: bool,
-        stops: Container[tuple[str, int]] | None = None,
-        done: Mapping[str, Done] | None = None,
-        outcome: Outcome | None = None,
-        failed: Callable[[], None] | None = None,
-    ) -> None:
-        self.write = write
-        self.failed = failed
-        self.into = into
-        self.hashed = hashed
-        self.counted = counted
-        self.stops = stops
-        self.done_before = done or {}
-        self.outcome = Outcome() if outcome is None else outcome
-        self.processor = processors(steps, rules, counted)
-        self.files = Files(file_ids, (ref.path for step in steps for ref in step.inputs))
+    def __init__(self, asked: _Asked, how: _How, told: _Told) -> None:
+        self.asked = asked
+        self.how = how
+        self.told = told
+        steps = asked.steps
+        self.processor = how.processors(steps, asked.rules, how.counted)
+        self.files = Files(asked.file_ids, (ref.path for step in steps for ref in step.inputs))
         self.todo = sum(step.nbytes + sum(ref.nbytes for ref in step.inputs) for step in steps)
         self.read: list[int] = []  # bytes by thread, so that counting needs no lock
         self.written: list[int] = []
@@ -289,22 +305,23 @@ class _Engine:
         self.ending = self.ended = False  # an interrupt waits for the next of `stops`; has come to it
         self.error: BaseException | None = None
 
-    def run(self, threads: int | None, progress: Progress | None) -> Outcome:
+    def run(self) -> Outcome:
+        outcome = self.told.outcome
         with interrupts.held():
-            self._run(min(threads or default_threads(), _MOST_THREADS), progress)
+            self._run(min(self.how.threads or default_threads(), _MOST_THREADS))
             if self.error is not None:
                 raise self.error
-        self.outcome.bytes_read += sum(self.read)
-        self.outcome.bytes_written += sum(self.written)
-        return self.outcome
+        outcome.bytes_read += sum(self.read)
+        outcome.bytes_written += sum(self.written)
+        return outcome
 
-    def _run(self, threads: int, progress: Progress | None) -> None:
+    def _run(self, threads: int) -> None:
         """Return when no thread works any more: they write to files that are closed then."""
 
         def look() -> None:
             interrupts.check()
-            if progress:
-                progress(sum(self.read) + sum(self.written), self.todo)
+            if self.told.progress:
+                self.told.progress(sum(self.read) + sum(self.written), self.todo)
 
         self.read, self.written = [0] * threads, [0] * threads
         # Not Thread.join: interrupted, it takes a running thread for an ended one (CPython 3.11).
@@ -331,7 +348,7 @@ class _Engine:
         try:
             look()
         except BaseException as error:
-            if self.stops is None:
+            if self.asked.stops is None:
                 self._stop(error)
             else:
                 with self.lock:
@@ -342,7 +359,7 @@ class _Engine:
 
     def _next_file(self) -> str:
         """The output file that the fewest threads are writing, of those that have tensors to start."""
-        writers = Counter(tensor.output.file for tensor in self.active if self.stops is None)
+        writers = Counter(tensor.output.file for tensor in self.active if self.asked.stops is None)
         return min(self.waiting, key=writers.__getitem__)
 
     def _start(self) -> _Tensor | None:
@@ -352,7 +369,7 @@ class _Engine:
             output, steps = self.waiting[file].popleft()
             if not self.waiting[file]:
                 del self.waiting[file]
-            done = self.done_before.get(output.name)
+            out, done = self.asked.into.get(output.name), self.asked.done.get(output.name)
             parts = []
             for step in steps:
                 try:
@@ -360,7 +377,7 @@ class _Engine:
                 except OSError as error:
                     raise _with_tensor(error, step) from error
                 tally = replace(done.tally) if done else Tally()
-                parts.append(_Part(step, sources, self.processor, self.into.get(output.name), self.hashed, tally))
+                parts.append(_Part(step, sources, self.processor, out, self.how.hashed, tally))
             tensor = _Tensor(output, parts, done.elements if done else 0)
             self.active[tensor] = None
             if tensor.windows:
@@ -376,14 +393,14 @@ class _Engine:
         with self.lock:
             if self.stopped or self.ended:
                 return []
-            if self.stops is not None:
+            if self.asked.stops is not None:
                 mine = self._unclaimed() or self._start()
             elif mine is None or mine.claimed == mine.windows:
                 mine = self._start() or self._unclaimed()
             if mine is None:
                 return []
-            if self.ending and self.stops is not None:
-                self.ended = (mine.output.name, mine.at(mine.claimed)[1]) in self.stops
+            if self.ending and self.asked.stops is not None:
+                self.ended = (mine.output.name, mine.at(mine.claimed)[1]) in self.asked.stops
                 if self.ended:
                     return []
             mine.claimed += 1
@@ -496,7 +513,7 @@ class _Engine:
         if tally is None:
             return
         if tensor.is_written and first >= tensor.done:
-            self.write(part.step, part.step.start + first * part.width, window.views[-1], tally)
+            self.asked.write(part.step, part.step.start + first * part.width, window.views[-1], tally)
         self.read[worker] += window.read
         self.written[worker] += window.written
 
@@ -526,17 +543,17 @@ class _Engine:
     def _finish(self, tensor: _Tensor) -> None:
         """Every window was read and hashed; called under the lock."""
         if tensor.hasher is not None:
-            self.outcome.outputs[tensor.output.name] = tensor.hasher.hexdigest()
+            self.told.outcome.outputs[tensor.output.name] = tensor.hasher.hexdigest()
         for part in tensor.parts:
             step = part.step
             for role, ref, wanted, hasher in zip(step.roles, step.inputs, part.wanted, part.hashers, strict=True):
                 if wanted:
                     known = hasher or tensor.hasher
                     assert known is not None
-                    self.outcome.inputs.setdefault(role, {})[ref.name] = known.hexdigest()
+                    self.told.outcome.inputs.setdefault(role, {})[ref.name] = known.hexdigest()
                 self.files.release(ref.path)
-            if self.counted and not part.copied:
-                self.outcome.tallies[step.label] = part.tally
+            if self.how.counted and not part.copied:
+                self.told.outcome.tallies[step.label] = part.tally
         del self.active[tensor]
 
     def _stop(self, error: BaseException) -> None:
@@ -547,8 +564,8 @@ class _Engine:
             elif self.ending and not self.stopped:
                 self.error.__cause__ = error
             self.stopped = True
-            if self.failed is not None:
-                self.failed()
+            if self.told.failed is not None:
+                self.told.failed()
             active = list(self.active)
         for tensor in active:
             with tensor.turned:

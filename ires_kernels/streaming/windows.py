@@ -7,6 +7,8 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
@@ -20,10 +22,22 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-WINDOW = 1 << 19
-"""Elements that a thread works on at a time. Results do not depend on it."""
-COPY = 1 << 19
-"""Bytes at a time of a tensor that is copied."""
+
+@dataclass(frozen=True)
+class Tiles:
+    """How much a thread does at a time. Results do not depend on it, and what was interrupted goes on with others."""
+
+    elements: int = 1 << 19
+    """Of a tensor, on the CPU."""
+    on_gpu: int = 1 << 21
+    """Elements at most on a GPU: more than on the CPU, as each tile costs a fixed number of launches."""
+    copied: int = 1 << 19
+    """Bytes of a tensor that is copied."""
+
+
+TILES = Tiles()
+tiles: ContextVar[Tiles] = ContextVar("tiles", default=TILES)
+"""Of the runs that begin in this context."""
 
 Bytes = TypeVar("Bytes", memoryview, "Tensor")
 
@@ -138,7 +152,7 @@ class ReadOnly:
     """For steps that copy and are not kept in memory: a thread reads their bytes, and nothing is computed."""
 
     def __init__(self, *_: object) -> None:
-        self.window = self.copy = COPY
+        self.window = self.copy = tiles.get().copied
         self.room = 0
 
     def slots(self) -> list[Slot]:
@@ -168,7 +182,7 @@ def memory(nbytes: int) -> memoryview:
 
 def buffer_sizes(steps: Iterable[Step], window: int) -> list[int]:
     """Bytes that a window needs for each input, and last for the result. Raises ComputeError for unknown operands."""
-    inputs, result = [COPY], 0
+    inputs, result = [tiles.get().copied], 0
     for step in steps:
         for operand in step.operands:
             if operand.decode != "plain":  # what is read are the numbers; `compute` gets nothing else

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from selection import tiles
 from small_models import triple
 
 import ires_kernels as ik
@@ -15,18 +16,17 @@ from ires_kernels.cli import main
 from ires_kernels.files import inplace, journal, store
 from ires_kernels.in_place import cuts
 from ires_kernels.in_place.cuts import Sizes
-from ires_kernels.streaming import windows
 
 FILE = "model-00002-of-00003.safetensors"
 
 
 @pytest.fixture
-def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, Path]:
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, Path, Path]]:
     """Small models that take many windows, and the folder of them as the current one."""
-    monkeypatch.setattr(windows, "WINDOW", 32)
     monkeypatch.setattr(cuts, "SIZES", Sizes(window=256, unit=64, gap=16))
     monkeypatch.chdir(tmp_path)
-    return triple(tmp_path, shards=3)
+    with tiles(elements=32):
+        yield triple(tmp_path, shards=3)
 
 
 def cut(path: Path) -> None:

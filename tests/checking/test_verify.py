@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from selection import tiles
 from small_models import normal, triple, write_model
 
 import ires_kernels as ik
 from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.planning.rules import ArgumentError
-from ires_kernels.streaming import windows
 
 NORM = "model.norm.weight"
 
 
 @pytest.fixture(autouse=True)
-def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(windows, "WINDOW", 64)
-    monkeypatch.setattr(windows, "COPY", 96)
+def small_tiles() -> Iterator[None]:
+    with tiles(elements=64, copied=96):
+        yield
 
 
 @pytest.fixture

@@ -6,19 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from selection import tiles
 from small_models import triple
 from updated import SIDE
 
 from ires_kernels.in_place import cuts
 from ires_kernels.in_place.cuts import Sizes
-from ires_kernels.streaming import windows
 
 
 @pytest.fixture
 def small() -> Iterator[None]:
     """Many windows in tensors of a few hundred elements."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(windows, "WINDOW", 32)
+    with pytest.MonkeyPatch.context() as patch, tiles(elements=32):
         patch.setattr(cuts, "SIZES", Sizes(window=64 * 4, unit=64, gap=16))
         yield
 

@@ -317,7 +317,7 @@ def test_signals_stop_in_order(tmp_path: Path, number: signal.Signals, how: str)
         from ires_kernels.streaming import reader, windows
         from ires_kernels.in_place import cuts
         from ires_kernels.cli import main
-        windows.WINDOW = 32
+        windows.tiles.set(windows.Tiles(elements=32))
         cuts.SIZES = cuts.Sizes(window=256, unit=64, gap=16)
         read = reader.read_into
         def slowly(*arguments):

@@ -20,12 +20,12 @@ from ires_kernels.in_place import cuts
 from ires_kernels.in_place.cuts import SIZES, Sizes
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.steps import Operand, Output, Step
-from ires_kernels.streaming import device, windows
+from ires_kernels.streaming import windows
 
 
 def test_a_unit_is_whole_windows_of_every_processor() -> None:
-    assert SIZES.unit % windows.WINDOW == 0
-    assert SIZES.unit % device.WINDOW == 0
+    assert SIZES.unit % windows.TILES.elements == 0
+    assert SIZES.unit % windows.TILES.on_gpu == 0
     assert SIZES.unit * max(FLOATS.values()) <= SIZES.window
 
 

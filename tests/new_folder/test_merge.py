@@ -12,7 +12,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import current_thread
 from typing import Any
@@ -21,6 +21,7 @@ import pytest
 import torch
 import xxhash
 from safetensors.torch import load_file, save_file
+from selection import tiles
 from small_models import Tensors, normal, read_model, snapshot, tensors, triple, write_model
 from torch import Tensor
 
@@ -32,7 +33,7 @@ from ires_kernels.files.store import MARKER, NewFolder, StoreError
 from ires_kernels.planning.rules import ArgumentError
 from ires_kernels.records import provenance
 from ires_kernels.records.report import Report
-from ires_kernels.streaming import cpu, reader, windows
+from ires_kernels.streaming import cpu, reader
 from ires_kernels.tensors import ops
 
 STORAGE = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -56,10 +57,10 @@ def merge(*args: Any, **options: Any) -> Report:
 
 
 @pytest.fixture
-def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows of 64 elements, so that small tensors have many."""
-    monkeypatch.setattr(windows, "WINDOW", 64)
-    monkeypatch.setattr(windows, "COPY", 96)
+def small_tiles() -> Iterator[None]:
+    """Tiles of 64 elements, so that small tensors have many."""
+    with tiles(elements=64, copied=96):
+        yield
 
 
 # --- the bits
@@ -91,7 +92,7 @@ def test_base_plus_residual_is_instruct(tmp_path: Path) -> None:
     assert report.strengths[0].effective_alpha == pytest.approx(1, abs=1e-12)
 
 
-@pytest.mark.usefixtures("small_windows")
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_the_result_depends_neither_on_windows_nor_on_threads(tmp_path: Path, threads: int) -> None:
     """Sizes around the window's, several dtypes in each operand, and copies of every kind."""
@@ -127,7 +128,7 @@ def test_the_result_depends_neither_on_windows_nor_on_threads(tmp_path: Path, th
     assert report.counts.elements == sum(t.numel() for name, t in wanted.items() if not name.startswith("kept"))
 
 
-@pytest.mark.usefixtures("small_windows")
+@pytest.mark.usefixtures("small_tiles")
 def test_several_residuals_in_order_and_rounded_once(tmp_path: Path) -> None:
     base, instruct, target = triple(tmp_path)
     paths = []
@@ -640,7 +641,7 @@ def test_a_file_that_changes_before_or_during_the_run(tmp_path: Path, monkeypatc
     assert_nothing_is_left(tmp_path)
 
 
-@pytest.mark.usefixtures("small_windows")
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("threads", [1, 4])
 def test_an_error_in_one_thread_stops_all_and_names_the_tensor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
@@ -686,7 +687,7 @@ def test_an_interrupt_from_the_progress(tmp_path: Path) -> None:
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("ires-")]
 
 
-@pytest.mark.usefixtures("small_windows")
+@pytest.mark.usefixtures("small_tiles")
 def test_an_interrupt_does_not_wait_for_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, instruct, target = triple(tmp_path)
     failing(monkeypatch, 3, lambda: time.sleep(0.3))

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from selection import tiles
 from small_models import Tensors, normal, read_model, snapshot, triple, write_model
 from torch import Tensor
 
@@ -148,10 +149,9 @@ class StandIn:
 
 
 @pytest.fixture
-def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "WINDOW", 64)
-    monkeypatch.setattr(windows, "WINDOW", 80)
-    monkeypatch.setattr(windows, "COPY", 96)
+def small_tiles() -> Iterator[None]:
+    with tiles(elements=80, on_gpu=64, copied=96):
+        yield
 
 
 @contextmanager
@@ -224,7 +224,7 @@ def everything(root: Path, out: Path, case: str, threads: int, place: str) -> tu
     return found, state
 
 
-@pytest.mark.usefixtures("small_windows")
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("queues", [Late, Beside, pytest.param(Host, marks=needs_native)])
 @pytest.mark.parametrize("case", CASES)
@@ -244,7 +244,7 @@ def test_all_is_as_on_the_cpu(tmp_path: Path, case: str, queues: Callable[[Any],
     assert runtime.settled >= 5
 
 
-@pytest.mark.usefixtures("small_windows")
+@pytest.mark.usefixtures("small_tiles")
 def test_the_next_window_is_started_before_the_last_is_waited_for(tmp_path: Path) -> None:
     size = 64 * 7
     paths = [write_model(tmp_path / name, {"a": normal((size,), seed)}) for seed, name in enumerate("tib")]
@@ -262,7 +262,7 @@ def test_the_next_window_is_started_before_the_last_is_waited_for(tmp_path: Path
     assert queues == [queues[0], queues[1]] * 3 + [queues[0]], "in turn"
 
 
-@pytest.mark.usefixtures("small_windows")
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("queues", [Late, Beside])
 @pytest.mark.parametrize("threads", [1, 4])
 def test_an_error_on_the_device_names_its_tensor_and_waits_for_the_rest(
@@ -290,11 +290,11 @@ def test_an_error_on_the_device_names_its_tensor_and_waits_for_the_rest(
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.usefixtures("small_tiles")
 def test_nothing_is_under_way_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that a device may still write to would be given to somebody else."""
     base, instruct, target = triple(tmp_path)
     runtime = StandIn(Late)
-    monkeypatch.setattr(device, "WINDOW", 64)
 
     def interrupt(*_: int) -> None:
         raise KeyboardInterrupt
@@ -345,7 +345,7 @@ def test_buffers_are_no_larger_than_the_tensors_and_aligned(tmp_path: Path) -> N
     assert gpu.window == 640
     assert gpu.sizes == [(1 << 20) - 3 * 1280, 1280, 1280, 1280]
     assert not any(length % 16 for length in gpu.sizes)
-    assert gpu.copy == windows.COPY
+    assert gpu.copy == windows.TILES.copied
     copies = [replace(step, op="copy") for step in plan.steps]
     gpu = device.Gpu(StandIn(Late, 1 << 20), copies, plan.rules, True)
     assert (gpu.window, gpu.copy, gpu.sizes) == (16, 1 << 20, [1 << 20, 0])
@@ -372,9 +372,8 @@ Loaded = list[tuple[list[tuple[int, ...]], list[tuple[Any, ...]]]]
 
 
 @pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch) -> Loaded:
+def loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loaded]:
     """The reads and the items of all calls; pieces need not be large."""
-    monkeypatch.setattr(windows, "COPY", 96)
     calls: Loaded = []
     load = native.load
 
@@ -383,7 +382,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> Loaded:
         return load(reads, op, items, *arguments, **options)
 
     monkeypatch.setattr(native, "load", noted)
-    return calls
+    with tiles(copied=96):
+        yield calls
 
 
 def many(folder: Path, sizes: list[int]) -> tuple[Path, tuple[Path, Path]]:
@@ -556,8 +556,7 @@ def test_a_thread_pins_its_second_window_after_it_has_read_the_first(tmp_path: P
     paths = [write_model(tmp_path / name, {"a": normal((5000,), seed)}) for seed, name in enumerate("tib")]
     runtime, order = StandIn(Late), []
     runtime.ring = Ring(lambda n: order.append("pin") or torch.zeros(n, dtype=torch.uint8), lambda _: None, piece=2048)
-    with pytest.MonkeyPatch.context() as patch, through(runtime):
-        patch.setattr(windows, "COPY", 96)
+    with pytest.MonkeyPatch.context() as patch, tiles(copied=96), through(runtime):
         read = reader.read_into
         patch.setattr(reader, "read_into", lambda *arguments: (order.append("read"), read(*arguments)))
         ik.load(paths[0], (paths[1], paths[2]), threads=1)
@@ -569,8 +568,7 @@ def test_threads_beyond_the_pieces_wait_and_the_work_is_done(tmp_path: Path) -> 
     wanted = ik.load(target, (instruct, base))
     pins, runtime = Pins(), StandIn(Beside)
     runtime.ring = Ring(pins.pin, pins.unpin, piece=2048, pieces=3)
-    with pytest.MonkeyPatch.context() as patch, through(runtime):
-        patch.setattr(windows, "COPY", 96)
+    with tiles(copied=96), through(runtime):
         found = ik.load(target, (instruct, base), threads=12)
         assert 1 <= len(pins.pinned) <= 3
         assert len(runtime.ring.borrow(9)) == 3, "all came back"
@@ -651,7 +649,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.usefixtures("small_windows")
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("case", CASES)
 def test_a_gpu_gives_what_the_cpu_gives(tmp_path: Path, case: str, threads: int) -> None:
@@ -669,7 +667,7 @@ def test_a_gpu_gives_what_the_cpu_gives(tmp_path: Path, case: str, threads: int)
 @needs_gpu
 def test_full_windows_through_a_gpu(tmp_path: Path) -> None:
     """More than two windows of the real size a thread, on a stream that is not the default, from used memory."""
-    paths = [write_model(tmp_path / n, {"a": normal((5 * device.WINDOW + 7,), i)}) for i, n in enumerate("tib")]
+    paths = [write_model(tmp_path / n, {"a": normal((5 * windows.TILES.on_gpu + 7,), i)}) for i, n in enumerate("tib")]
     options: dict[str, Any] = {"alpha": 0.3, "rounding": "stochastic", "seed": 3, "threads": 2}
     wanted = ik.load(paths[0], (paths[1], paths[2]), **options)["a"]
     with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]

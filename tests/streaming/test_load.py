@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from selection import tiles
 from small_models import Tensors, normal, read_model, snapshot, triple, write_model
 from torch import Tensor
 
@@ -24,7 +26,7 @@ from ires_kernels.checkpoints.header import CheckpointError, build_header
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import ArgumentError
 from ires_kernels.planning.steps import Operand, Output, Step
-from ires_kernels.streaming import statedict, windows
+from ires_kernels.streaming import statedict
 
 SMALL = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -44,9 +46,9 @@ def assert_same(found: Tensors, wanted: Tensors) -> None:
 
 
 @pytest.fixture
-def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(windows, "WINDOW", 64)
-    monkeypatch.setattr(windows, "COPY", 96)
+def small_tiles() -> Iterator[None]:
+    with tiles(elements=64, copied=96):
+        yield
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -58,7 +60,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.usefixtures("small_windows")
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("threads", [1, 5])
 @pytest.mark.parametrize("case", OPTIONS)
 def test_the_tensors_are_those_that_apply_writes(tmp_path: Path, case: str, threads: int) -> None:
@@ -76,7 +78,7 @@ def test_the_tensors_are_those_that_apply_writes(tmp_path: Path, case: str, thre
             path.unlink()
 
 
-@pytest.mark.usefixtures("small_windows")
+@pytest.mark.usefixtures("small_tiles")
 def test_tensors_of_every_kind(tmp_path: Path) -> None:
     """Floats of every type and size are merged; what is kept is kept, whatever it is."""
     floats = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,11 +12,12 @@ import pytest
 import safetensors.torch
 import torch
 import xxhash
+from selection import tiles
 
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, open_checkpoint
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Decode, Op, Operand, Output, Step, by_output
-from ires_kernels.streaming import stream, windows
+from ires_kernels.streaming import stream
 from ires_kernels.streaming.stream import Outcome
 from ires_kernels.streaming.windows import ComputeError
 
@@ -26,9 +27,9 @@ STOCHASTIC = Rules.of(rounding="stochastic", seed=5)
 
 
 @pytest.fixture(autouse=True)
-def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(windows, "WINDOW", 64)
-    monkeypatch.setattr(windows, "COPY", 96)
+def small_tiles() -> Iterator[None]:
+    with tiles(elements=64, copied=96):
+        yield
 
 
 @pytest.fixture
