@@ -22,7 +22,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -211,13 +211,12 @@ class Workplace:
             if phase is not None:
                 os.unlink(f"{phase}.json", dir_fd=self._at)
             os.unlink(MARKER, dir_fd=self._at)
-            try:
-                self.work.rmdir()
-            except OSError as error:  # another process has just begun in it
-                if error.errno != errno.ENOTEMPTY:
-                    raise
+            empty = _remove_empty(self.work)
             self.make_durable(self.folder)
         self.close()
+        if not empty:  # perhaps of the lock alone: on NFS what is open keeps a name until it is closed
+            with suppress(OSError):
+                _remove_empty(self.work)
         return kept
 
     @contextmanager
@@ -252,3 +251,14 @@ def take_undo(target: Path, *, locked: bool = True) -> Workplace:
         os.rename(kept, work)
         fsync_folder(folder_of(target), needed=False)
     return Workplace.take(target, locked=locked)
+
+
+def _remove_empty(folder: Path) -> bool:
+    """Remove a folder; False where another process has just begun in it."""
+    try:
+        folder.rmdir()
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:
+            raise
+        return False
+    return True

@@ -178,6 +178,6 @@ def _blobs(home: Path) -> list[Path]:
 
 def _check_regular(mode: int, path: str | os.PathLike[str]) -> None:
     if stat.S_ISLNK(mode):
-        raise CheckpointError(f"{os.fspath(path)}: is a symbolic link, wanted a regular file.")
+        raise CheckpointError(f"{os.fspath(path)}: is a symbolic link, wanted a regular file. Delete it.")
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{os.fspath(path)}: is {kind_of_file(mode)}, wanted a regular file. Move it elsewhere.")

@@ -518,10 +518,11 @@ def discard(out: Path, *, locked: bool = True) -> None:
                 _read_lock(fd, partial)
             for name in sorted(names, key=MARKER.__eq__):
                 remove_from(at, name)
-            partial.rmdir()
-            fsync_folder(partial.parent, fd, needed=False)
+            fsync_folder(partial, fd, needed=False)
         finally:
             os.close(fd)
+        partial.rmdir()  # not before: on NFS what is open keeps a name in it
+        fsync_folder(partial.parent, needed=False)
 
 
 def tidy(out: Path) -> None:

@@ -165,7 +165,13 @@ def hash_file(path: Path) -> str:
 
 def sums_file(sums: Mapping[str, str]) -> bytes:
     """The sums as `sha256sum -c` reads them."""
-    return "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode(errors="surrogateescape")
+    lines = []
+    for name, digest in sums.items():
+        line = f"{digest}  {name}"
+        if "\n" in name:  # which a backslash at the beginning says
+            line = "\\" + line.replace("\\", r"\\").replace("\n", r"\n")
+        lines.append(f"{line}\n")
+    return "".join(lines).encode(errors="surrogateescape")
 
 
 def digest(tensors: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:

@@ -629,3 +629,49 @@ def test_a_umask_that_closes_files_to_their_owner(models: tuple[Path, Path, Path
 
     assert as_user(VICTIM, run) == (0, mask)
     assert (shared / "out").stat().st_mode & 0o700 == 0o700
+
+
+@pytest.fixture
+def nfs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that are open keep a name in their folder, as on NFS."""
+    unlink, close = os.unlink, os.close
+    kept: dict[tuple[int, int], Path] = {}
+
+    def is_open(wanted: os.stat_result) -> bool:
+        numbers = [int(name) for name in os.listdir("/proc/self/fd")]
+        return any(os.path.exists(f"/proc/self/fd/{n}") and os.path.samestat(os.stat(n), wanted) for n in numbers)
+
+    def keep(path: Any, *, dir_fd: int | None = None) -> None:
+        status = os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
+        if not is_open(status):
+            unlink(path, dir_fd=dir_fd)
+            return
+        folder = Path(path).parent if dir_fd is None else Path(os.readlink(f"/proc/self/fd/{dir_fd}"))
+        name = kept[status.st_dev, status.st_ino] = folder / f".nfs{status.st_ino}"
+        os.rename(path, name, src_dir_fd=dir_fd)
+
+    def close_and_drop(fd: int) -> None:
+        status = os.fstat(fd)
+        close(fd)
+        if (status.st_dev, status.st_ino) in kept and not is_open(status):
+            unlink(kept.pop((status.st_dev, status.st_ino)))
+
+    monkeypatch.setattr(os, "unlink", keep)
+    monkeypatch.setattr(os, "close", close_and_drop)
+
+
+@pytest.mark.usefixtures("nfs")
+def test_nothing_is_left_where_open_files_keep_a_name(
+    models: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, instruct, target = models
+    out = tmp_path / "out"
+    ik.apply(target, (instruct, base), in_place=True, undo="all")
+    ik.rollback(target)
+    assert not list(target.glob(".ires-*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(store.NewFolder, "add", lambda *_: os.close(-1))
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            ik.apply(target, (instruct, base), out=out)
+    ik.rollback(out)
+    assert not store.partial_path(out).exists()

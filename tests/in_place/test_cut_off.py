@@ -229,6 +229,7 @@ def test_what_other_code_cut_into_other_windows(
     assert ik.verify(target)
 
 
+@pytest.mark.usefixtures("small")
 def test_an_update_remembers_how_it_is_cut(models: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     base, instruct, target = models
     ik.apply(target, (instruct, base), out=target.with_name("out"), sync=False)

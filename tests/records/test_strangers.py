@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from ires_kernels.files import hidden, journal, store, trust
 from ires_kernels.files.ownership import Foreign, StoreError, is_bare, is_inner
 from ires_kernels.in_place import cuts
 from ires_kernels.in_place.cuts import Sizes
+from ires_kernels.records import provenance
 from ires_kernels.records.operation import Operation
 
 SIDE = {
@@ -540,3 +542,13 @@ def test_verify_reads_nothing_outside_of_the_folder(tmp_path: Path, models: tupl
     (out / "vocab.json").unlink()
     (out / "vocab.json").symlink_to(instruct / "vocab.json")
     assert ik.verify(out, follow_links=True)
+
+
+def test_a_name_forges_no_line_of_the_sums(tmp_path: Path) -> None:
+    names = ["model.safetensors", f"a\\b\n{'0' * 64}  model.safetensors"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    sums = provenance.sha256({name: tmp_path / name for name in names})
+    (tmp_path / "sums").write_bytes(provenance.sums_file(sums))
+    subprocess.run(["sha256sum", "-c", "--strict", "--quiet", "sums"], cwd=tmp_path, check=True)
