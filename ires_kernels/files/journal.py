@@ -18,7 +18,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ires_kernels.files.log import Log
@@ -39,7 +39,7 @@ class UndoGone(JournalError):
 
 
 class Journal:
-    """The journal in `folder` of an update of `files`, open for reading and writing, by name.
+    """The journal in `folder` of an update of the files `targets`, which the caller closes.
 
     slots     0: no undo; AHEAD: a ring; as many as windows: all old bytes are kept
     log_size  bytes that the log has at least; zeros after its records
@@ -51,7 +51,7 @@ class Journal:
     def __init__(
         self,
         folder: Path,
-        files: Mapping[str, int],
+        targets: Targets,
         windows: Sequence[Extent],
         slots: int,
         log_size: int,
@@ -60,7 +60,7 @@ class Journal:
         new: bool,
     ) -> None:
         self.windows = windows
-        self._targets = Targets(files, sync=sync)
+        self._targets = targets
         self._slots = Slots(windows, slots)
         self._sync = sync
         self._saved = 0  # windows whose old bytes are safe, or need not be

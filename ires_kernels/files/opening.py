@@ -25,7 +25,6 @@ MAX_INDEX = 100_000_000
 MAX_MANIFEST = 250_000_000
 """Bytes of what a merge records of itself, some 500 a tensor; the largest known models have 150,000 tensors."""
 
-_FEW, _MANY = 24, 192
 """Files that a merge has open beside those of its target in place: with one thread, and with as many as may be."""
 
 _KINDS = (
@@ -117,24 +116,6 @@ def read_start(fd: int, size: int, path: str | os.PathLike[str]) -> bytes:
         parts.append(part)
         done += len(part)
     return b"".join(parts)
-
-
-def allow_files(count: int, path: Path) -> None:
-    """See to it that so many files can be open at once beside all others, as far as this user may decide that.
-
-    Raises OSError, with `path` in it, where the limit is lower.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # negative: none
-    if 0 <= hard < count + _FEW:
-        raise OSError(
-            errno.EMFILE,
-            f"{count + _FEW} files have to be open at once, and the limit is {hard}: raise it (`ulimit -n "
-            f"{count + _MANY}`), or write a new folder",
-            f"{path}",
-        )
-    if 0 <= soft < count + _MANY:
-        wanted = count + _MANY if hard < 0 else min(count + _MANY, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def check_link(path: Path, folder: Path) -> os.stat_result | None:

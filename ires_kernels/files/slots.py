@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +23,8 @@ _MAGIC = b"iresundo"
 _HEAD = struct.Struct("<8sQQQ")  # magic, number of the window, offset in its file, bytes
 _BLOCK = 4096  # of a slot's head, so that what it holds is aligned
 _CHUNK = 1 << 20
+MOST_OPEN = 16
+"""Files that stay open though nobody is using them."""
 
 
 class Extent(NamedTuple):
@@ -36,41 +41,107 @@ class Extent(NamedTuple):
 
 
 class Targets:
-    """Open files that are changed in place, by name; none of them may get another size meanwhile."""
+    """The files that are changed in place, by name; none of them may get another size meanwhile, or be another.
 
-    def __init__(self, files: Mapping[str, int], *, sync: bool) -> None:
-        self._files = files
-        self._sizes = {name: os.fstat(fd).st_size for name, fd in files.items()}
+    They are opened when they are needed, and no more than MOST_OPEN of them stay open that nobody is using: a process
+    may open a thousand files or fewer. What was written to a file is durable before it is closed on the way, since only
+    who has it open is sure to learn that it could not be written.
+
+    open_file  opens the file of a name for reading and writing
+    """
+
+    def __init__(self, names: Iterable[str], open_file: Callable[[str], int], *, sync: bool) -> None:
+        self._open_file = open_file
         self._sync = sync
+        self._lock = threading.Lock()
+        self._fds: dict[str, int] = {}  # open ones, the last used one last
+        self._users: Counter[str] = Counter()
+        self._written: set[str] = set()  # and not durable
+        self._known: dict[str, os.stat_result] = {}
+        try:
+            for name in names:
+                with self._using(name):
+                    pass
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close them as they are; nobody may be using one."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
 
     def read(self, file: str, view: memoryview, offset: int) -> None:
         """Fill `view`."""
-        read_into(self._files[file], view, offset, Path(file))
+        with self._using(file) as fd:
+            read_into(fd, view, offset, Path(file))
 
     def write(self, file: str, data: memoryview, offset: int) -> None:
         """Write, having looked at the size: this write may make it what it was, with zeros for what was cut."""
-        self._check_size(file)
-        write_all(self._files[file], data, offset, Path(file))
+        with self._using(file) as fd:
+            self._check_size(file, fd)
+            try:
+                write_all(fd, data, offset, Path(file))
+            finally:
+                self._written.add(file)
 
     def make_durable(self, names: Iterable[str] | None = None) -> None:
         """fdatasync some files, or all of them."""
         if self._sync:
-            for name in self._files if names is None else names:
-                with named(Path(name)):
-                    os.fdatasync(self._files[name])
+            for name in self._known if names is None else names:
+                with self._using(name) as fd, named(Path(name)):
+                    self._written.discard(name)  # whoever is writing now adds it again
+                    os.fdatasync(fd)
 
     def check(self, folder: Path) -> None:
         """Raise OSError where a file has another size than when it was opened, or is not in `folder` now."""
-        for name, fd in self._files.items():
-            self._check_size(name)
-            if not is_same(fd, folder / name):
-                raise OSError(errno.EIO, "somebody has moved or replaced it while it was changed", f"{folder / name}")
+        for name in self._known:
+            with self._using(name) as fd:
+                self._check_size(name, fd)
+                if not is_same(fd, folder / name):
+                    raise _replaced(f"{folder / name}")
 
-    def _check_size(self, file: str) -> None:
-        size = os.fstat(self._files[file]).st_size
-        if size != self._sizes[file]:
-            text = f"somebody has cut or lengthened it while it was changed, to {size} bytes from {self._sizes[file]}"
+    @contextmanager
+    def _using(self, name: str) -> Iterator[int]:
+        with self._lock:
+            if name not in self._fds:
+                self._make_room()
+                self._open(name)
+            self._fds[name] = fd = self._fds.pop(name)
+            self._users[name] += 1
+        try:
+            yield fd
+        finally:
+            with self._lock:
+                self._users[name] -= 1
+
+    def _open(self, name: str) -> None:
+        self._fds[name] = fd = self._open_file(name)
+        status = os.fstat(fd)
+        known = self._known.setdefault(name, status)
+        if (status.st_dev, status.st_ino) != (known.st_dev, known.st_ino):
+            raise _replaced(name)
+
+    def _make_room(self) -> None:
+        """Close what was used longest ago, if there is enough that nobody is using."""
+        idle = [name for name in self._fds if not self._users[name]]
+        if len(idle) >= MOST_OPEN:
+            name = idle[0]
+            if self._sync and name in self._written:
+                self._written.discard(name)
+                with named(Path(name)):
+                    os.fdatasync(self._fds[name])
+            os.close(self._fds.pop(name))
+
+    def _check_size(self, file: str, fd: int) -> None:
+        size, known = os.fstat(fd).st_size, self._known[file].st_size
+        if size != known:
+            text = f"somebody has cut or lengthened it while it was changed, to {size} bytes from {known}"
             raise OSError(errno.EIO, text, file)
+
+
+def _replaced(path: str) -> OSError:
+    return OSError(errno.EIO, "somebody has moved or replaced it while it was changed", path)
 
 
 class Slots:

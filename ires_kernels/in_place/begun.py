@@ -11,9 +11,9 @@ from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.files import store
 from ires_kernels.files.inplace import Workplace
 from ires_kernels.files.journal import AHEAD, Journal, JournalError, UndoGone
-from ires_kernels.files.opening import MAX_MANIFEST, allow_files, read_bytes
+from ires_kernels.files.opening import MAX_MANIFEST, read_bytes
 from ires_kernels.files.ownership import open_folder
-from ires_kernels.files.slots import Extent
+from ires_kernels.files.slots import Extent, Targets
 from ires_kernels.files.store import LostError, StoreError, boot_id
 from ires_kernels.records import provenance
 from ires_kernels.records.operation import Operation
@@ -126,13 +126,13 @@ def opened_journal(work: Path, operation: Operation, where: Path, *, new: bool =
             stack.callback(os.close, at)
         folder = open_folder(where if at is None else where.name, dir_fd=at)
         stack.callback(os.close, folder)
-        files = {}
-        names = {window.file for window in windows}
-        allow_files(len(names), work)
-        for name in names:
+
+        def open_file(name: str) -> int:
             with store.named(where / name):
-                files[name] = os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
-            stack.callback(os.close, files[name])
-        journal = Journal(work, files, windows, slots, operation.log_size, sync=operation.sync, new=new)
+                return os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+
+        targets = Targets({window.file for window in windows}, open_file, sync=operation.sync)
+        stack.callback(targets.close)
+        journal = Journal(work, targets, windows, slots, operation.log_size, sync=operation.sync, new=new)
         stack.callback(journal.close)
         yield journal

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from ires_kernels.files import moving, store
 from ires_kernels.files.inplace import Workplace
 from ires_kernels.files.journal import Journal, JournalError
 from ires_kernels.files.ownership import Access
-from ires_kernels.files.slots import Extent
+from ires_kernels.files.slots import Extent, Targets
 from ires_kernels.in_place import begun
 from ires_kernels.in_place.again import Update
 from ires_kernels.records import provenance
@@ -115,7 +116,8 @@ def _is_kept(place: Workplace, operation: Operation) -> bool:
     """Whether what takes the update back is as large as it has to be, and nobody cut it meanwhile."""
     windows = [Extent(*window) for window in operation.windows]
     try:
-        Journal(place.work, {}, windows, len(windows), operation.log_size, sync=operation.sync, new=False).close()
+        none = Targets((), lambda name: os.open(name, os.O_RDWR), sync=False)
+        Journal(place.work, none, windows, len(windows), operation.log_size, sync=operation.sync, new=False).close()
     except JournalError:
         return False
     return True

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
-import subprocess
-import sys
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from small_models import Tensors, normal, read_model, write_model
 
 import ires_kernels as ik
-from ires_kernels import cli
+from ires_kernels.files.slots import MOST_OPEN, Targets
 
 SHARDS = 120
 
@@ -58,36 +57,52 @@ def test_a_new_folder_and_its_verification(models: tuple[Path, Path, Path], tmp_
     assert len(ik.load(target, (instruct, base), threads=2)) == 2 * SHARDS
 
 
+@pytest.mark.parametrize("undo", ["ring", "all", "none"])
 @pytest.mark.usefixtures("few_files")
-def test_in_place_the_limit_is_raised_as_far_as_it_may(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_in_place(models: tuple[Path, Path, Path], tmp_path: Path, undo: str) -> None:
     base, instruct, target = models
     ik.apply(target, (instruct, base), out=tmp_path / "out", threads=2, sync=False)
     copy = tmp_path / "copy"
-    copy.mkdir()
-    for path in target.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
-    ik.apply(copy, (instruct, base), in_place=True, threads=2, sync=False)
+    shutil.copytree(target, copy)
+    before = read_model(copy)
+    ik.apply(copy, (instruct, base), in_place=True, threads=2, undo=undo, sync=undo == "ring")
     one, two = read_model(tmp_path / "out"), read_model(copy)
     assert all(torch.equal(one[name], two[name]) for name in one)
+    if undo == "all":
+        ik.rollback(copy)
+        assert all(torch.equal(before[name], tensor) for name, tensor in read_model(copy).items())
 
 
-def test_in_place_a_hard_limit_is_named(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    base, instruct, target = models
-    program = (
-        "import resource, sys; from ires_kernels import cli; "
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)); sys.exit(cli.main(sys.argv[1:]))"
-    )
-    arguments = ["apply", f"{target}", "--instruct", f"{instruct}", "--base", f"{base}", "--threads", "2"]
-    before = {path.name: path.stat().st_mtime_ns for path in target.iterdir()}
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments, "--in-place"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 3, done.stderr
-    assert "files have to be open at once, and the limit is 64: raise it (`ulimit -n " in done.stderr
-    assert {path.name: path.stat().st_mtime_ns for path in target.iterdir()} == before
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments, "-o", f"{tmp_path / 'out'}", "--no-sync"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert cli.main(["verify", f"{tmp_path / 'out'}", "--quiet"]) == 0
+def test_a_file_that_is_opened_again_is_the_same(tmp_path: Path) -> None:
+    names = [f"{number:02}" for number in range(3 * MOST_OPEN)]
+    for name in names:
+        (tmp_path / name).write_bytes(b"old")
+    targets = Targets(names, lambda name: os.open(tmp_path / name, os.O_RDWR), sync=True)
+    (tmp_path / "other").write_bytes(b"new")
+    os.rename(tmp_path / "other", tmp_path / names[0])
+    with pytest.raises(OSError, match="moved or replaced it while it was changed"):
+        targets.write(names[0], memoryview(b"xxx"), 0)
+    targets.close()
+    assert (tmp_path / names[0]).read_bytes() == b"new"
+
+
+def test_what_was_written_is_durable_before_it_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{number:02}" for number in range(MOST_OPEN + 2)]
+    for name in names:
+        (tmp_path / name).write_bytes(b"old")
+    synced = []
+    real = os.fdatasync
+
+    def fdatasync(fd: int) -> None:
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        real(fd)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    targets = Targets(names, lambda name: os.open(tmp_path / name, os.O_RDWR), sync=True)
+    for name in names:
+        targets.write(name, memoryview(b"new"), 0)
+    assert synced == names[:2]
+    targets.make_durable()
+    assert set(synced) == set(names)
+    targets.close()
+    assert all((tmp_path / name).read_bytes() == b"new" for name in names)

@@ -18,7 +18,7 @@ import pytest
 from ires_kernels.files import journal
 from ires_kernels.files.journal import Journal, JournalError, UndoGone
 from ires_kernels.files.log import count_records
-from ires_kernels.files.slots import Extent
+from ires_kernels.files.slots import Extent, Targets
 
 SECTOR = 512
 WINDOWS = [
@@ -53,9 +53,9 @@ class Opened:
     """A journal over the files of a folder."""
 
     def __init__(self, folder: Path, slots: int, *, sync: bool = True) -> None:
-        self.fds = {name: os.open(folder / name, os.O_RDWR) for name in SIZES}
+        self.targets = Targets(SIZES, lambda name: os.open(folder / name, os.O_RDWR), sync=sync)
         new = not (folder / "log").exists()
-        self.journal = Journal(folder, self.fds, WINDOWS, slots, LOG, sync=sync, new=new)
+        self.journal = Journal(folder, self.targets, WINDOWS, slots, LOG, sync=sync, new=new)
 
     def __enter__(self) -> Journal:
         return self.journal
@@ -64,8 +64,7 @@ class Opened:
         try:
             self.journal.close()
         finally:
-            for fd in self.fds.values():
-                os.close(fd)
+            self.targets.close()
 
 
 def made(folder: Path) -> Path:
@@ -373,7 +372,7 @@ def test_without_all_of_it_nothing_is_gone_on_with(tmp_path: Path, name: str, wh
         os.truncate(folder / name, 1000)
     before = contents(folder)
     with pytest.raises(JournalError, match=f"{name} (is gone|was cut), and nobody knows which of its bytes are new"):
-        Journal(folder, {}, WINDOWS, 2, LOG, sync=False, new=False)
+        Journal(folder, Targets((), os.open, sync=False), WINDOWS, 2, LOG, sync=False, new=False)
     assert contents(folder) == before
 
 
