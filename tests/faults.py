@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import json
 import os
+import pkgutil
 import resource
 import shutil
 import signal
@@ -158,8 +160,12 @@ def serve(folder: str) -> None:
     """What the warm process does: a question a line on stdin, an answer a line on stdout."""
     import torch
 
-    import ires_kernels.cli  # noqa: F401
+    import ires_kernels
 
+    # What a command would load when it needs it: forks have it already, and another user may not reach it.
+    for module in pkgutil.walk_packages(ires_kernels.__path__, "ires_kernels."):
+        if not module.name.startswith(("ires_kernels.__main__", "ires_kernels.bench", "ires_kernels.backends.triton")):
+            importlib.import_module(module.name)
     torch.set_num_threads(1)  # a pool of threads would not survive the fork
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the command line handles it, nobody does
     for line in sys.stdin:
