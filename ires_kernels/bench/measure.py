@@ -18,6 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ires_kernels.version import VERSION
+
 Ways = dict[str, Callable[[], object]]
 """Contender → what it does in a round."""
 
@@ -155,7 +157,7 @@ def machine() -> dict[str, Any]:
         "load": list(os.getloadavg()),
         "kernel": f"{platform.system()} {platform.release().partition('-')[0]}",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("ires_kernels", "torch", "numpy")},
+        "versions": {"ires_kernels": VERSION, **{name: _version(name) for name in ("torch", "numpy")}},
         "commit": _commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
