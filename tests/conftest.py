@@ -64,6 +64,15 @@ def many_gigabytes() -> Iterator[None]:
     torch.cuda.empty_cache()
 
 
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """An empty folder that other users can pass through, as those of pytest are not."""
+    folder = Path(tempfile.mkdtemp(prefix="ires-tests-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
 @pytest.fixture(scope="session")
 def warm() -> Iterator[Warm]:
     """The command line in children of one process, under the library of faults."""

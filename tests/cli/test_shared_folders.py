@@ -8,7 +8,6 @@ import os
 import pickle
 import shutil
 import subprocess
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -28,12 +27,8 @@ FILES = {"tokenizer.json": "{}", "merges.txt": ""}
 
 
 @pytest.fixture
-def tmp_path() -> Iterator[Path]:
-    """An empty folder that other users can pass through, as those of pytest are not."""
-    folder = Path(tempfile.mkdtemp(prefix="ires-tests-"))
-    folder.chmod(0o755)
-    yield folder
-    shutil.rmtree(folder)
+def tmp_path(open_folder: Path) -> Path:
+    return open_folder
 
 
 @pytest.fixture

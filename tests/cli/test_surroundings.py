@@ -198,12 +198,12 @@ def test_an_interrupt_of_the_calling_thread_alone(root: Path, monkeypatch: pytes
 
 @pytest.mark.root
 @pytest.mark.parametrize("command", [(*APPLY, "-o", "out"), (*APPLY, "-o", "out", "--sha256"), (*APPLY, "--in-place")])
-def test_the_limit_on_processes(run: Any, root: Path, command: tuple[str, ...]) -> None:
+def test_the_limit_on_processes(warm: Warm, open_folder: Path, command: tuple[str, ...]) -> None:
+    root = open_folder
+    triple(root, shards=3)
     for path in (root, *root.rglob("*")):
         os.chown(path, 54321, 54321)
-    for parent in root.parents[:2]:
-        parent.chmod(parent.stat().st_mode | 0o011)
-    done = run(*command, user=54321)
+    done = warm.run(command, root, user=54321)
     if "--in-place" in command:
         assert done.code == 3
         assert "(`ulimit -u`)" in done.err
