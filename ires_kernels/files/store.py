@@ -751,7 +751,3 @@ def _identity(status: os.stat_result, sync: bool) -> tuple[int, ...]:
 
 def _hidden(path: Path, suffix: str) -> Path:
     return path.with_name(f"{_HIDDEN}{path.name}{suffix}")
-
-
-def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not os.listdir(folder)
