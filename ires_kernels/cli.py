@@ -32,7 +32,7 @@ from ires_kernels.files.store import LostError, StoreError, is_unfinished, parti
 from ires_kernels.planning.inputs import check_adapter, kind_of
 from ires_kernels.planning.plan import VERSION, size
 from ires_kernels.planning.rules import DTYPES, ArgumentError
-from ires_kernels.streaming.windows import ComputeError
+from ires_kernels.streaming.tiles import ComputeError
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs

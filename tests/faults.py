@@ -193,7 +193,7 @@ def start(folder: Path, cwd: str, run: Run) -> int:
     """Fork for a command; returns the process."""
     from ires_kernels import cli
     from ires_kernels.in_place import cuts
-    from ires_kernels.streaming import windows
+    from ires_kernels.streaming import tiles
 
     folder.mkdir(exist_ok=True)
     pid = os.fork()
@@ -202,7 +202,7 @@ def start(folder: Path, cwd: str, run: Run) -> int:
     code = 4
     try:
         if run.small:
-            windows.tiles.set(windows.Tiles(elements=32))
+            tiles.tiles.set(tiles.Tiles(elements=32))
             cuts.SIZES = cuts.Sizes(window=1024, unit=64, gap=16)
         prepare(f"{folder}", cwd, run)
         sys.argv = ["ires", *run.argv]

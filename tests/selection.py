@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from ires_kernels.backends import native
-from ires_kernels.streaming import windows
+from ires_kernels.streaming import tiles as sizes_of
 
 COMPILED = [f"native-{isa}" for isa in native.isas()]
 # The Triton kernels join in where Triton interprets them, in a process of their own (test_triton_interpreter.py).
@@ -28,8 +28,8 @@ def use(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def tiles(**sizes: int) -> Iterator[None]:
     """Runs that begin in here take tiles so small that the tensors of tests have many."""
-    token = windows.tiles.set(replace(windows.TILES, **sizes))
+    token = sizes_of.tiles.set(replace(sizes_of.TILES, **sizes))
     try:
         yield
     finally:
-        windows.tiles.reset(token)
+        sizes_of.tiles.reset(token)

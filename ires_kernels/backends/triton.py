@@ -150,7 +150,6 @@ def _listed(call: Call, target: _Target, items: Sequence[int]) -> None:
         ITEMS=kernels.ITEMS, ROW=kernels.ROW, num_warps=target.warps, enable_fp_fusion=False,
     )  # fmt: skip
 
-
     kinds = (call.op, *names, call.stochastic)
     if _may_be_captured(out.device) and kinds not in _ALONE:
         _ALONE.add(kinds)

@@ -17,7 +17,7 @@ from ires_kernels.planning.rules import Rules
 from ires_kernels.streaming import stream
 from ires_kernels.streaming.outcome import Outcome
 from ires_kernels.streaming.reader import all_file_ids, differing
-from ires_kernels.streaming.windows import Processors
+from ires_kernels.streaming.tiles import Processors
 
 
 def file_ids(plan: Plan) -> dict[Path, FileId]:

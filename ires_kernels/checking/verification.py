@@ -1,4 +1,4 @@
-"""Checking finished output: the arithmetic again from the inputs, window by window, against the bytes on the disk."""
+"""Checking finished output: the arithmetic again from the inputs, tile by tile, against the bytes on the disk."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ires_kernels.records.operation import MAPPED
 from ires_kernels.streaming import stream
 from ires_kernels.streaming.reader import all_file_ids, second_copies
 from ires_kernels.streaming.stream import Progress
-from ires_kernels.streaming.windows import Processors, processors_on
+from ires_kernels.streaming.tiles import Processors, processors_on
 
 if TYPE_CHECKING:
     import torch

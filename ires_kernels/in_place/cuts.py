@@ -1,8 +1,8 @@
 """An update in place: which bytes of the target change, in which order, cut into windows; and what forbids it.
 
 Pure, like plan.py: the same Plan gives the same windows, so an interrupted update is taken up where it was. A window is
-what is saved, computed, written and made durable at a time (journal.py). It begins and ends where the processors' own
-windows do, so none of these has a part in two of it.
+what is saved, computed, written and made durable at a time (journal.py). It begins and ends where the processors'
+tiles do, so none of these has a part in two of it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Sizes:
     window: int = 64 << 20
     """Most bytes of a window."""
     unit: int = 1 << 21
-    """Elements of a tensor, from its first one on, that stay together; a multiple of every processor's window."""
+    """Elements of a tensor, from its first one on, that stay together; a multiple of every processor's tile."""
     gap: int = 1 << 20
     """Most bytes that a window has between tensors that change: they are saved for nothing."""
 

@@ -22,11 +22,13 @@ from ires_kernels.checkpoints.header import build_header, tensor_bytes
 from ires_kernels.checkpoints.sidefiles import SideFile
 from ires_kernels.dtypes import STORAGE
 from ires_kernels.files.plain import table
-from ires_kernels.planning import steps
+from ires_kernels.planning import deeds
 from ires_kernels.planning.absences import Absence, grouped
+from ires_kernels.planning.findings import Findings
 from ires_kernels.planning.matching import Matcher
 from ires_kernels.planning.rules import Rules
-from ires_kernels.planning.steps import Comparison, Findings, Operand, Share, Step, by_output
+from ires_kernels.planning.share import Share, share
+from ires_kernels.planning.steps import Comparison, Operand, Step, by_output
 from ires_kernels.version import VERSION as VERSION
 
 MANIFESTS = {"apply": "ires.json", "extract": "residual.json"}
@@ -212,25 +214,25 @@ def plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[s
     """
     target = inputs["target"]
     found = Findings(rules, Matcher(inputs, copies or {}))
-    steps.check_models(found)
+    deeds.check_models(found)
     found.refuse("apply")
     layout = []
     for shard in target.shards:
-        group = [step for name in shard.header.tensors for step in steps.apply_steps(target.tensors[name], found)]
+        group = [step for name in shard.header.tensors for step in deeds.apply_steps(target.tensors[name], found)]
         layout.append((shard.path.name, {"format": "pt"} | shard.header.metadata, group))
     everything = [step for _, _, group in layout for step in group]
-    steps.check_left_over(inputs, found)
-    steps.check_tied_head(inputs, everything, found)
+    deeds.check_left_over(inputs, found)
+    deeds.check_tied_head(inputs, everything, found)
     found.check_patterns()
     share = _share(everything, found)
     if (not found.missing or rules.allow_missing) and all(
-        step.reason not in ("", steps.ALPHA_0) for step in everything
+        step.reason not in ("", deeds.ALPHA_0) for step in everything
     ):
         firsts = [f"{role} has {next(iter(inputs[role].tensors), '')!r} …" for role in list(inputs)[:2]]
         found.problem(f"no tensor would be merged: the {', '.join(firsts)}", _NOTHING)
     found.refuse("apply")
 
-    foreign = steps.other_vocabulary(inputs, everything)
+    foreign = deeds.other_vocabulary(inputs, everything)
     if foreign is not None:
         found.warnings.append(f"{foreign} has other rows in the target, which keeps its tokenizer and chat template")
     found.warnings += _turned_round(inputs)
@@ -259,14 +261,14 @@ def plan_extract(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping
     """
     base, instruct = inputs["base"], inputs["instruct"]
     found = Findings(rules, Matcher(inputs, copies or {}))
-    steps.check_models(found)
+    deeds.check_models(found)
     found.refuse("extract")
     # A head that only base has becomes a difference to instruct's embedding, and is stored next to that one.
     heads = found.matcher.heads("instruct", "base")
     groups = []
     for shard in instruct.shards:
         refs = [ref for name in shard.header.tensors for ref in (instruct.tensors[name], *heads.get(name, []))]
-        group = [step for ref in refs for step in steps.extract_steps(ref, found)]
+        group = [step for ref in refs for step in deeds.extract_steps(ref, found)]
         groups += [group] if group else []
     for name in base.tensors:
         if names.lookup(instruct, name) is not None or found.skipped(name) is not None or found.codes(name):
@@ -301,11 +303,11 @@ def plan_extract(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping
 
 def _share(planned: Iterable[Step], found: Findings) -> Share | None:
     """How much of the residual finds a place; refuses to go on where that is too little to be meant."""
-    share = steps.share(planned, found)
-    if share is not None and found.rules.allow_missing is True and share.left_over > _LEFT_OVER:
+    placed = share(planned, found)
+    if placed is not None and found.rules.allow_missing is True and placed.left_over > _LEFT_OVER:
         found.explains = True
-        found.problem(f"--allow-missing would leave out too much: {share.text()}", _ANY)
-    return share
+        found.problem(f"--allow-missing would leave out too much: {placed.text()}", _ANY)
+    return placed
 
 
 def _turned_round(inputs: Mapping[str, Checkpoint]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The arithmetic of a window, and the processor that does it on the CPU."""
+"""The arithmetic of a tile, and the processor that does it on the CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ires_kernels.backends.call import Tally
 from ires_kernels.dtypes import STORAGE
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Step
-from ires_kernels.streaming.windows import Slot, buffer_sizes, cut, memory, tiles
+from ires_kernels.streaming.tiles import Slot, buffer_sizes, cut, memory, tiles
 from ires_kernels.tensors import ops
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -22,15 +22,15 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 
 
 class Cpu:
-    """A thread computes one window at a time, in buffers that stay in its cache from the read to the write."""
+    """A thread computes one tile at a time, in buffers that stay in its cache from the read to the write."""
 
     def __init__(self, steps: Sequence[Step], rules: Rules, counted: bool) -> None:
-        self.window, self.copy = tiles.get().elements, tiles.get().copied
+        self.tile, self.copy = tiles.get().elements, tiles.get().copied
         self.room = 0
         self.rules = rules
         self.counted = counted
-        self.sizes = buffer_sizes(steps, self.window)
-        self.zeros = zeros(steps, self.window, torch.device("cpu"))
+        self.sizes = buffer_sizes(steps, self.tile)
+        self.zeros = zeros(steps, self.tile, torch.device("cpu"))
 
     def slots(self) -> list[Slot]:
         return [_CpuSlot(self)]
@@ -63,12 +63,12 @@ class _CpuSlot:
 
     def _tensor(self, slot: int, dtype: str, count: int) -> Tensor:
         """The first elements of a buffer as a tensor."""
-        window = self._cpu.window
+        tile = self._cpu.tile
         whole = self._tensors.get((slot, dtype))
         if whole is None:
-            whole = torch.frombuffer(self.buffers[slot], dtype=TORCH_DTYPES[dtype], count=window)
+            whole = torch.frombuffer(self.buffers[slot], dtype=TORCH_DTYPES[dtype], count=tile)
             self._tensors[slot, dtype] = whole
-        return whole if count == window else whole[:count]
+        return whole if count == tile else whole[:count]
 
     def wait(self) -> Tally | None:
         tally, self._tally = self._tally, None  # `start` has done it all
@@ -76,7 +76,7 @@ class _CpuSlot:
 
 
 def compute(step: Step, operands: Sequence[Tensor], out: Tensor, first: int, rules: Rules, tally: Tally | None) -> None:
-    """The arithmetic of a step on a window from flat index `first` on, on any device."""
+    """The arithmetic of a step on a tile from flat index `first` on, on any device."""
     options: dict[str, Any] = {
         "out": out,
         "rounding": rules.rounding,
@@ -94,7 +94,7 @@ def compute(step: Step, operands: Sequence[Tensor], out: Tensor, first: int, rul
         ops.subtract(t, others[0], **options)
 
 
-def zeros(steps: Iterable[Step], window: int, device: torch.device) -> dict[str, Tensor]:
+def zeros(steps: Iterable[Step], tile: int, device: torch.device) -> dict[str, Tensor]:
     """What is subtracted from the tensors that change their dtype, by dtype."""
     dtypes = {step.inputs[0].dtype for step in steps if step.op == "convert"}
-    return {dtype: torch.zeros(window, dtype=TORCH_DTYPES[dtype], device=device) for dtype in dtypes}
+    return {dtype: torch.zeros(tile, dtype=TORCH_DTYPES[dtype], device=device) for dtype in dtypes}

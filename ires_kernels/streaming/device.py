@@ -1,9 +1,9 @@
-"""The same windows through a GPU: from pinned host memory to the device, computed there, and back.
+"""The same tiles through a GPU: from pinned host memory to the device, computed there, and back.
 
-    thread:  read a window | start it | read the next one | start it | wait for the first | hash and write it | …
+    thread:  read a tile | start it | read the next one | start it | wait for the first | hash and write it | …
     queue:                   copy in → kernel → copy out, count
 
-Every thread has SLOTS windows under way, each with host and device memory and a queue (a CUDA stream) of its own. What
+Every thread has SLOTS tiles under way, each with host and device memory and a queue (a CUDA stream) of its own. What
 is queued runs in order, so a slot needs no other care than to wait before its host memory is used again; queues of
 different slots overlap, so that copies in, kernels and copies out of all threads run at the same time.
 
@@ -38,10 +38,10 @@ from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.steps import Step
 from ires_kernels.streaming.cpu import TORCH_DTYPES, Cpu, compute, zeros
 from ires_kernels.streaming.ring import Piece, Ring
-from ires_kernels.streaming.windows import Portion, Processors, ReadError, Slot, buffer_sizes, cut, packed, tiles
+from ires_kernels.streaming.tiles import Portion, Processors, ReadError, Slot, buffer_sizes, cut, packed, tiles
 
 SLOTS = 2
-"""Windows that a thread has under way: one is read or written while the other is on the device."""
+"""Tiles that a thread has under way: one is read or written while the other is on the device."""
 _ALIGNED = 16  # elements, so that every buffer begins at a multiple of 16 bytes
 
 
@@ -69,7 +69,7 @@ class Runtime(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the memory of a window is, beside the host."""
+        """Where the memory of a tile is, beside the host."""
 
     @property
     def native(self) -> bool:
@@ -83,7 +83,7 @@ class Runtime(Protocol):
 
     @property
     def ring(self) -> Ring:
-        """Where the windows have their host memory; of the whole process."""
+        """Where the tiles have their host memory; of the whole process."""
 
     def settle(self) -> None:
         """Wait for what the calling thread has queued: memory it got may be in use by that until then."""
@@ -194,23 +194,23 @@ _LEAVE_OUT = "Leave it out to compute on the CPU."
 
 
 def processors(device: torch.device) -> Processors:
-    """What computes windows on a device that `resolve` gave."""
+    """What computes tiles on a device that `resolve` gave."""
     return Cpu if device.type == "cpu" else partial(Gpu, Cuda(device))
 
 
 class Gpu:
-    """Windows of all threads through one GPU."""
+    """Tiles of all threads through one GPU."""
 
     def __init__(self, runtime: Runtime, steps: Sequence[Step], rules: Rules, counted: bool) -> None:
         self.runtime = runtime
         self.rules = rules
         self.counted = counted
-        self.window = _window(steps, runtime.ring.piece)
-        self.sizes = buffer_sizes(steps, self.window)
+        self.tile = _tile_of(steps, runtime.ring.piece)
+        self.sizes = buffer_sizes(steps, self.tile)
         self.sizes[0] += runtime.ring.piece - sum(self.sizes)
         self.copy = self.sizes[0] // tiles.get().copied * tiles.get().copied
         self.room = runtime.ring.piece if runtime.native else 0
-        self.zeros = zeros(steps, self.window, runtime.device)
+        self.zeros = zeros(steps, self.tile, runtime.device)
         runtime.settle()
 
     def slots(self) -> list[Slot]:
@@ -226,13 +226,13 @@ def _raise(portions: Sequence[Portion], number: int, error: int, at: int) -> Non
     raise ReadError(step, OSError(error, os.strerror(error), f"{path}") if error else shrunk(path, at))
 
 
-def _window(steps: Sequence[Step], piece: int) -> int:
+def _tile_of(steps: Sequence[Step], piece: int) -> int:
     """As many elements as a piece holds of all inputs and the result; a power of two, as the stops of an update are."""
     largest = max((step.count for step in steps if step.op != "copy"), default=1)
-    window = tiles.get().on_gpu
-    while window > _ALIGNED and sum(buffer_sizes(steps, window)) > piece:
-        window //= 2
-    return min(window, -(-largest // _ALIGNED) * _ALIGNED or _ALIGNED)
+    tile = tiles.get().on_gpu
+    while tile > _ALIGNED and sum(buffer_sizes(steps, tile)) > piece:
+        tile //= 2
+    return min(tile, -(-largest // _ALIGNED) * _ALIGNED or _ALIGNED)
 
 
 class _GpuSlot:
@@ -246,7 +246,7 @@ class _GpuSlot:
         self._device: Sequence[Tensor] = ()
         self._whole: Tensor | None = None
         self._numbers: Tensor | None = None
-        self._counted = 0  # elements of the window under way whose counts are on their way to `_numbers`
+        self._counted = 0  # elements of the tile under way whose counts are on their way to `_numbers`
 
     @property
     def buffers(self) -> list[memoryview]:

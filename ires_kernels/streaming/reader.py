@@ -153,7 +153,7 @@ def _equal(files: Files, refs: tuple[TensorRef, TensorRef], hashers: Sequence[xx
             files.open(ref.path).read_into(view, ref.offset + start)
         for hasher, view in zip(hashers, views, strict=False):
             hasher.update(view)
-        equal = equal and buffers[0] == buffers[1]  # what a short last window leaves behind it was equal before
+        equal = equal and buffers[0] == buffers[1]  # what a short last tile leaves behind it was equal before
         if not equal and not hashers:
             break
     return equal

@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterable
 from torch import Tensor
 
 from ires_kernels.planning.plan import size
-from ires_kernels.streaming.windows import ComputeError
+from ires_kernels.streaming.tiles import ComputeError
 
 PIECE = 8 << 20
-"""Bytes of a piece: at 26 GB/s 3,000 windows a second, each with a third of a millisecond for its calls."""
+"""Bytes of a piece: at 26 GB/s 3,000 tiles a second, each with a third of a millisecond for its calls."""
 PIECES = 16
 """At most, 128 MiB of them: two each for eight threads."""
 
 
 class Piece:
-    """Borrowed memory, for one window at a time."""
+    """Borrowed memory, for one tile at a time."""
 
     def __init__(self, ring: Ring) -> None:
         self._ring = ring
@@ -37,7 +37,7 @@ class Piece:
             except RuntimeError as error:
                 reason = f"{error}".partition("\n")[0].rstrip(".")
                 raise ComputeError(
-                    f"no {size(self._ring.piece)} of host memory could be pinned for a window: {reason}. Fewer "
+                    f"no {size(self._ring.piece)} of host memory could be pinned for a tile: {reason}. Fewer "
                     "--threads need less."
                 ) from error
         return self._memory

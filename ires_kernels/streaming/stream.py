@@ -1,14 +1,14 @@
-"""The engine of every merge: tensors go through a processor window by window, and it does not know where to.
+"""The engine of every merge: tensors go through a processor tile by tile, and it does not know where to.
 
-    read the same window of every input → compute → hash → hand the result to `write`, or leave it where it was made
+    read the same tile of every input → compute → hash → hand the result to `write`, or leave it where it was made
 
 Threads take tensors in the order of the steps, each from an output file of its own while there are enough of them (a
-file system lets one thread at a time write a file), and windows of a tensor in order, so the disk sees a few sequential
-streams. A thread reuses its own slots for all windows: nothing is allocated on the way. On the CPU it has one; with
-more of them it starts the next windows before it ends the oldest. Threads that find no tensor left help with the
-windows of one under way. Hashes are the standard xxh3_128 of whole tensors, so the windows of a tensor are hashed in
-order, and a thread whose turn it is not yet waits. A thread ends its windows in the order in which it claimed them, so
-the oldest window of all waits for no other. Tallies are added up in that order as well: what a run learns depends
+file system lets one thread at a time write a file), and tiles of a tensor in order, so the disk sees a few sequential
+streams. A thread reuses its own slots for all tiles: nothing is allocated on the way. On the CPU it has one; with
+more of them it starts the next tiles before it ends the oldest. Threads that find no tensor left help with the
+tiles of one under way. Hashes are the standard xxh3_128 of whole tensors, so the tiles of a tensor are hashed in
+order, and a thread whose turn it is not yet waits. A thread ends its tiles in the order in which it claimed them, so
+the oldest tile of all waits for no other. Tallies are added up in that order as well: what a run learns depends
 neither on its threads nor on where an earlier run was interrupted.
 """
 
@@ -39,7 +39,7 @@ from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Operand, Output, Step, by_output
 from ires_kernels.streaming.outcome import Outcome
 from ires_kernels.streaming.reader import Files, LocalFile
-from ires_kernels.streaming.windows import (
+from ires_kernels.streaming.tiles import (
     ComputeError,
     Portion,
     Processor,
@@ -99,13 +99,13 @@ def run(
 
     hashed   the roles whose inputs are hashed; None: all of them. Results always are
     counted  whether the outcome has tallies
-    stops    (tensor name, element) where an interrupt may end the run. With them the windows are claimed strictly in
-             the order of the steps, and all windows before the stop are written
+    stops    (tensor name, element) where an interrupt may end the run. With them the tiles are claimed strictly in
+             the order of the steps, and all tiles before the stop are written
     done     what is written already of tensors whose first input is overwritten by their result, by name
     outcome  to be completed and returned; None: a new one
     failed   called when something goes wrong, for a `write` that waits
 
-    A signal that raises ends the run at the next window, or stop; more of them do not end it sooner. Where the system
+    A signal that raises ends the run at the next tile, or stop; more of them do not end it sooner. Where the system
     starts no more threads, those that there are do all of it, and at the least the calling one does.
 
     Raises what went wrong first, with tensor and file in it, when all threads have stopped: CheckpointError for a file
@@ -181,8 +181,8 @@ class _Part:
         self.sources = tuple(sources)
         self.copied = step.op == "copy"
         self.length = _length(step)
-        self.window = processor.copy if self.copied else processor.window
-        self.windows = -(-self.length // self.window)
+        self.tile = processor.copy if self.copied else processor.tile
+        self.tiles = -(-self.length // self.tile)
         self.widths = [1] if self.copied else [FLOATS[ref.dtype] for ref in step.inputs]
         self.width = 1 if self.copied else FLOATS[step.dtype]
         self.out: Tensor | None = None
@@ -195,13 +195,13 @@ class _Part:
 
 
 class _Tensor:
-    """An output under way, shared by the threads that work on its windows."""
+    """An output under way, shared by the threads that work on its tiles."""
 
     def __init__(self, output: Output, parts: Sequence[_Part], done: int) -> None:
         self.output = output
         self.parts = parts
         self.done = done
-        self.windows = sum(part.windows for part in parts)
+        self.tiles = sum(part.tiles for part in parts)
         # The bytes of a whole copy are hashed once, as those of the result.
         self.is_copy = len(parts) == 1 and parts[0].copied
         self.is_written = all(part.out is None for part in parts)
@@ -209,22 +209,22 @@ class _Tensor:
         apart = not (self.is_copy and self.is_written)
         for part in parts:
             part.hashers = [xxhash.xxh3_128() if apart and wanted else None for wanted in part.wanted]
-        self._ends = list(accumulate(part.windows for part in parts))
+        self._ends = list(accumulate(part.tiles for part in parts))
         self.claimed = 0
-        self.turn = 0  # the window to hash next
+        self.turn = 0  # the tile to hash next
         self.turned = threading.Condition()
 
     def at(self, index: int) -> tuple[_Part, int]:
-        """The part that a window belongs to, and where it begins in that."""
+        """The part that a tile belongs to, and where it begins in that."""
         number = bisect_right(self._ends, index)
         part = self.parts[number]
-        return part, (index - self._ends[number] + part.windows) * part.window
+        return part, (index - self._ends[number] + part.tiles) * part.tile
 
     def portion(self, index: int) -> Portion:
-        """A window of a tensor that stays in memory."""
+        """A tile of a tensor that stays in memory."""
         part, first = self.at(index)
         assert part.out is not None
-        step, count = part.step, min(part.window, part.length - first)
+        step, count = part.step, min(part.tile, part.length - first)
         reads = [
             Read(source.fd, ref.offset + first * width, count * width, ref.path)
             for source, ref, width in zip(part.sources, step.inputs, part.widths, strict=True)
@@ -232,8 +232,8 @@ class _Tensor:
         return Portion(step, step.first + first, count, part.out[first : first + count], reads)
 
 
-class _Window(NamedTuple):
-    """A window that was started and is not ended."""
+class _Tile(NamedTuple):
+    """A tile that was started and is not ended."""
 
     tensor: _Tensor
     number: int
@@ -334,7 +334,7 @@ class _Engine:
                 break
             ended.append(event)
         if not ended:
-            contextvars.copy_context().run(self._take_windows, 0, look)
+            contextvars.copy_context().run(self._take_tiles, 0, look)
         looking = True
         for event in ended:
             while not event.wait(0.1 if looking else None):
@@ -344,7 +344,7 @@ class _Engine:
         self.files.close()
 
     def _go_on(self, look: Callable[[], None]) -> bool:
-        """Show the progress; False after an error there, or an interrupt: the run ends at the next window or stop."""
+        """Show the progress; False after an error there, or an interrupt: the run ends at the next tile or stop."""
         try:
             look()
         except BaseException as error:
@@ -380,13 +380,13 @@ class _Engine:
                 parts.append(_Part(step, sources, self.processor, out, self.how.hashed, tally))
             tensor = _Tensor(output, parts, done.elements if done else 0)
             self.active[tensor] = None
-            if tensor.windows:
+            if tensor.tiles:
                 return tensor
             self._finish(tensor)
         return None
 
     def _claim(self, mine: _Tensor | None) -> list[tuple[_Tensor, int]]:
-        """The next window of the tensor `mine`, else of a new one, else of the first that has one left.
+        """The next tile of the tensor `mine`, else of a new one, else of the first that has one left.
 
         A small tensor that is loaded comes with those that follow and share a tile with it; nothing: all is claimed.
         """
@@ -395,7 +395,7 @@ class _Engine:
                 return []
             if self.asked.stops is not None:
                 mine = self._unclaimed() or self._start()
-            elif mine is None or mine.claimed == mine.windows:
+            elif mine is None or mine.claimed == mine.tiles:
                 mine = self._start() or self._unclaimed()
             if mine is None:
                 return []
@@ -409,14 +409,14 @@ class _Engine:
     def _joining(self, small: _Tensor) -> Iterator[_Tensor]:
         """Start the tensors that follow for as long as they go into a tile with `small`; called under the lock."""
         room, (part, *_) = self.processor.room, small.parts
-        if not room or small.windows > 1 or small.is_written:
+        if not room or small.tiles > 1 or small.is_written:
             return
         room -= _packed(part.step)
         while self.waiting:
             _, (step, *more) = self.waiting[self._next_file()][0]
             room -= _packed(step)
             alike = (step.op, step.factors) == (part.step.op, part.step.factors)
-            if more or not alike or room < 0 or not 0 < _length(step) <= part.window:
+            if more or not alike or room < 0 or not 0 < _length(step) <= part.tile:
                 return
             tensor = self._start()
             assert tensor is not None
@@ -424,21 +424,21 @@ class _Engine:
             yield tensor
 
     def _unclaimed(self) -> _Tensor | None:
-        """The first tensor under way that has a window left."""
-        return next((tensor for tensor in self.active if tensor.claimed < tensor.windows), None)
+        """The first tensor under way that has a tile left."""
+        return next((tensor for tensor in self.active if tensor.claimed < tensor.tiles), None)
 
     def _work(self, worker: int, ended: threading.Event) -> None:
         """What one thread does."""
         try:
-            self._take_windows(worker)
+            self._take_tiles(worker)
         finally:
             ended.set()
 
-    def _take_windows(self, worker: int, look: Callable[[], None] | None = None) -> None:
+    def _take_tiles(self, worker: int, look: Callable[[], None] | None = None) -> None:
         """What one thread does; `look` is for the one that has started the work, where it does all of it."""
         kernel_threads.set(1)
         slots: Sequence[Slot] = ()
-        busy: deque[list[_Window]] = deque()
+        busy: deque[list[_Tile]] = deque()
         tensor = at = None
         try:
             slots = self.processor.slots()
@@ -453,12 +453,12 @@ class _Engine:
                 at = tensor.at(index)[0].step
                 busy.append(self._begin(claims, slot))
                 if len(busy) == len(slots):
-                    for window in busy.popleft():
-                        at = window.part.step
-                        self._end(window, worker)
-            for window in chain.from_iterable(busy):
-                at = window.part.step
-                self._end(window, worker)
+                    for tile in busy.popleft():
+                        at = tile.part.step
+                        self._end(tile, worker)
+            for tile in chain.from_iterable(busy):
+                at = tile.part.step
+                self._end(tile, worker)
         except BaseException as error:
             self._stop(_with_tensor(error, at))
             self._abandon(slots)
@@ -473,23 +473,23 @@ class _Engine:
             except RuntimeError as error:  # a device that failed once fails again; the first error is the one to raise
                 self._stop(error)
 
-    def _begin(self, claims: Sequence[tuple[_Tensor, int]], slot: Slot) -> list[_Window]:
-        """Read the windows of a tile and start to compute them."""
+    def _begin(self, claims: Sequence[tuple[_Tensor, int]], slot: Slot) -> list[_Tile]:
+        """Read the claimed tiles and start to compute them, as one load where the slot can."""
         if slot.load is None or claims[0][0].is_written:
-            return [self._begin_window(*claim, slot) for claim in claims]
+            return [self._begin_tile(*claim, slot) for claim in claims]
         portions = [tensor.portion(index) for tensor, index in claims]
         begun = []
         for (tensor, index), portion, views in zip(claims, portions, slot.load(portions), strict=True):
             part, first = tensor.at(index)
             read, written = sum(map(len, views)), portion.size * part.width
-            begun.append(_Window(tensor, index, part, first, slot, views, read, written))
+            begun.append(_Tile(tensor, index, part, first, slot, views, read, written))
         return begun
 
-    def _begin_window(self, tensor: _Tensor, index: int, slot: Slot) -> _Window:
-        """Read a window and start to compute it."""
+    def _begin_tile(self, tensor: _Tensor, index: int, slot: Slot) -> _Tile:
+        """Read a tile and start to compute it."""
         part, first = tensor.at(index)
         step = part.step
-        count = min(part.window, part.length - first)
+        count = min(part.tile, part.length - first)
         views = []
         for buffer, source, ref, width in zip(slot.buffers, part.sources, step.inputs, part.widths, strict=False):
             view = buffer[: count * width]
@@ -504,44 +504,44 @@ class _Engine:
         else:
             slot.start(step, step.first + first, count, None)
             views.append(slot.buffers[-1][: count * part.width])
-        return _Window(tensor, index, part, first, slot, views, read, written)
+        return _Tile(tensor, index, part, first, slot, views, read, written)
 
-    def _end(self, window: _Window, worker: int) -> None:
-        """Take a window the rest of the way."""
-        tensor, part, first = window.tensor, window.part, window.first
-        tally = self._in_turn(window, window.slot.wait())
+    def _end(self, tile: _Tile, worker: int) -> None:
+        """Take a tile the rest of the way."""
+        tensor, part, first = tile.tensor, tile.part, tile.first
+        tally = self._in_turn(tile, tile.slot.wait())
         if tally is None:
             return
         if tensor.is_written and first >= tensor.done:
-            self.asked.write(part.step, part.step.start + first * part.width, window.views[-1], tally)
-        self.read[worker] += window.read
-        self.written[worker] += window.written
+            self.asked.write(part.step, part.step.start + first * part.width, tile.views[-1], tally)
+        self.read[worker] += tile.read
+        self.written[worker] += tile.written
 
-    def _in_turn(self, window: _Window, counted: Tally | None) -> Tally | None:
-        """Hash and count a window after the ones before it; the tally of its step so far, None when the run stopped."""
-        tensor, part = window.tensor, window.part
+    def _in_turn(self, tile: _Tile, counted: Tally | None) -> Tally | None:
+        """Hash and count a tile after the ones before it; the tally of its step so far, None when the run stopped."""
+        tensor, part = tile.tensor, tile.part
         with tensor.turned:
-            while tensor.turn != window.number:
+            while tensor.turn != tile.number:
                 if self.stopped:
                     return None
                 tensor.turned.wait()
-        for hasher, view in zip((*part.hashers, tensor.hasher), window.views, strict=False):
+        for hasher, view in zip((*part.hashers, tensor.hasher), tile.views, strict=False):
             if hasher is not None:
                 hasher.update(view)
-        total = replace(part.tally)  # a new one, as the writers of earlier windows look at theirs
+        total = replace(part.tally)  # a new one, as the writers of earlier tiles look at theirs
         if counted is not None:
             total += counted
         part.tally = total
         with tensor.turned:
             tensor.turn += 1
             tensor.turned.notify_all()
-        if window.number == tensor.windows - 1:
+        if tile.number == tensor.tiles - 1:
             with self.lock:
                 self._finish(tensor)
         return total
 
     def _finish(self, tensor: _Tensor) -> None:
-        """Every window was read and hashed; called under the lock."""
+        """Every tile was read and hashed; called under the lock."""
         if tensor.hasher is not None:
             self.told.outcome.outputs[tensor.output.name] = tensor.hasher.hexdigest()
         for part in tensor.parts:

@@ -316,10 +316,10 @@ def test_signals_stop_in_order(tmp_path: Path, number: signal.Signals, how: str)
     where = ["--in-place"] if how == "in place" else ["-o", f"{tmp_path}/out", "--threads", "1"]
     program = f"""
         import os, sys, threading, time
-        from ires_kernels.streaming import reader, windows
+        from ires_kernels.streaming import reader, tiles
         from ires_kernels.in_place import cuts
         from ires_kernels.cli import main
-        windows.tiles.set(windows.Tiles(elements=32))
+        tiles.tiles.set(tiles.Tiles(elements=32))
         cuts.SIZES = cuts.Sizes(window=256, unit=64, gap=16)
         read = reader.read_into
         def slowly(*arguments):

@@ -1,4 +1,4 @@
-"""The windows of an update in place cover what changes, once, in order, and never cut a processor's window."""
+"""The windows of an update in place cover what changes, once, in order, and never cut a processor's tile."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ires_kernels.in_place import cuts
 from ires_kernels.in_place.cuts import SIZES, Sizes
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.steps import Operand, Output, Step
-from ires_kernels.streaming import windows
+from ires_kernels.streaming import tiles
 
 
 def test_a_unit_is_whole_windows_of_every_processor() -> None:
-    assert SIZES.unit % windows.TILES.elements == 0
-    assert SIZES.unit % windows.TILES.on_gpu == 0
+    assert SIZES.unit % tiles.TILES.elements == 0
+    assert SIZES.unit % tiles.TILES.on_gpu == 0
     assert SIZES.unit * max(FLOATS.values()) <= SIZES.window
 
 
@@ -58,7 +58,7 @@ def test_windows_cover_what_changes_once_and_in_order(steps: list[Step]) -> None
         changed = 0
         for segment in window.segments:
             assert segment.step.file == window.file
-            assert segment.first % 16 == 0, "where a processor's window begins"
+            assert segment.first % 16 == 0, "where a processor's tile begins"
             assert segment.is_last or (segment.first + segment.length) % 16 == 0
             seen += [(segment.step.name, element) for element in range(segment.first, segment.first + segment.length)]
             changed += segment.length * FLOATS[segment.step.dtype]

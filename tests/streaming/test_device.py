@@ -35,9 +35,9 @@ from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import ArgumentError
 from ires_kernels.planning.steps import Operand, Output, Step
 from ires_kernels.records.report import Report
-from ires_kernels.streaming import device, reader, statedict, windows
+from ires_kernels.streaming import device, reader, statedict
 from ires_kernels.streaming.ring import PIECE, PIECES, Ring
-from ires_kernels.streaming.windows import ComputeError
+from ires_kernels.streaming.tiles import TILES, ComputeError
 
 Work = Callable[[], None]
 needs_native = pytest.mark.skipif(not native.status("cpu").available, reason="the extension is not there")
@@ -330,7 +330,7 @@ def test_no_room_for_the_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
 
     monkeypatch.setattr(runtime, "pinned", no_room)
-    text = "no 2.05 kB of host memory could be pinned for a window: CUDA error: out of memory. Fewer --threads"
+    text = "no 2.05 kB of host memory could be pinned for a tile: CUDA error: out of memory. Fewer --threads"
     before = snapshot(tmp_path)
     with through(runtime), pytest.raises(ComputeError, match=text):
         ik.apply(target, (instruct, base), out=tmp_path / "out", sync=False)
@@ -342,13 +342,13 @@ def test_buffers_are_no_larger_than_the_tensors_and_aligned(tmp_path: Path) -> N
     plan = ik.apply(target, (instruct, base), out=tmp_path / "out", dry_run=True)
     assert isinstance(plan, Plan)
     gpu = device.Gpu(StandIn(Late, 1 << 20), plan.steps, plan.rules, True)
-    assert gpu.window == 640
+    assert gpu.tile == 640
     assert gpu.sizes == [(1 << 20) - 3 * 1280, 1280, 1280, 1280]
     assert not any(length % 16 for length in gpu.sizes)
-    assert gpu.copy == windows.TILES.copied
+    assert gpu.copy == TILES.copied
     copies = [replace(step, op="copy") for step in plan.steps]
     gpu = device.Gpu(StandIn(Late, 1 << 20), copies, plan.rules, True)
-    assert (gpu.window, gpu.copy, gpu.sizes) == (16, 1 << 20, [1 << 20, 0])
+    assert (gpu.tile, gpu.copy, gpu.sizes) == (16, 1 << 20, [1 << 20, 0])
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("F8_E4M3", 4), ("BF16", 8), ("F32", 16), ("F64", 32)])
@@ -361,9 +361,9 @@ def test_a_window_is_as_large_as_a_piece_of_the_ring_holds(tmp_path: Path, dtype
     operands = tuple(Operand(o.role, (ref,)) for o, ref in zip(plan.steps[0].operands, large, strict=True))
     step = Step(Output("large", dtype, (1 << 22,)), "add_difference", operands, (1.0,))
     gpu = device.Gpu(StandIn(Late, PIECE), [step], plan.rules, True)
-    assert gpu.window == PIECE // width
+    assert gpu.tile == PIECE // width
     assert sum(gpu.sizes) == PIECE
-    assert SIZES.unit % gpu.window == 0
+    assert SIZES.unit % gpu.tile == 0
 
 
 # --- loads through one call of the extension for each tile
@@ -666,8 +666,8 @@ def test_a_gpu_gives_what_the_cpu_gives(tmp_path: Path, case: str, threads: int)
 @pytest.mark.gpu
 @needs_gpu
 def test_full_windows_through_a_gpu(tmp_path: Path) -> None:
-    """More than two windows of the real size a thread, on a stream that is not the default, from used memory."""
-    paths = [write_model(tmp_path / n, {"a": normal((5 * windows.TILES.on_gpu + 7,), i)}) for i, n in enumerate("tib")]
+    """More than two tiles of the real size a thread, on a stream that is not the default, from used memory."""
+    paths = [write_model(tmp_path / n, {"a": normal((5 * TILES.on_gpu + 7,), i)}) for i, n in enumerate("tib")]
     options: dict[str, Any] = {"alpha": 0.3, "rounding": "stochastic", "seed": 3, "threads": 2}
     wanted = ik.load(paths[0], (paths[1], paths[2]), **options)["a"]
     with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]

@@ -19,7 +19,7 @@ from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Decode, Op, Operand, Output, Step, by_output
 from ires_kernels.streaming import stream
 from ires_kernels.streaming.stream import Outcome
-from ires_kernels.streaming.windows import ComputeError
+from ires_kernels.streaming.tiles import ComputeError
 
 SHAPE = (31, 23)  # 713 elements
 CUTS = [0, 1, 130, 131, 400, 713]

@@ -1,4 +1,4 @@
-"""What is done to one window of a tensor, whatever does it: the memory it needs, and its steps.
+"""What is done to one tile of a tensor, whatever does it: the memory it needs, and its steps.
 
 What reads, hashes and copies needs no more than this, and no torch."""
 
@@ -82,7 +82,7 @@ Returns the bytes that were read of each. Raises ReadError.
 
 
 class Slot(Protocol):
-    """The memory of one window. A thread fills it, starts it, waits for it, and may then fill it again."""
+    """The memory of one tile. A thread fills it, starts it, waits for it, and may then fill it again."""
 
     @property
     def buffers(self) -> list[memoryview]:
@@ -107,7 +107,7 @@ class Processor(Protocol):
     """What computes: the CPU, or a GPU."""
 
     @property
-    def window(self) -> int:
+    def tile(self) -> int:
         """Elements at a time."""
 
     @property
@@ -119,7 +119,7 @@ class Processor(Protocol):
         """Bytes that the portions which a slot loads at a time may take, `packed`; 0 where slots do not load."""
 
     def slots(self) -> Sequence[Slot]:
-        """Memory for a thread, called in it: so many windows it has under way at a time."""
+        """Memory for a thread, called in it: so many tiles it has under way at a time."""
 
     def release(self, slots: Iterable[Slot]) -> None:
         """The thread does not use them any more, and nothing is under way in them."""
@@ -152,7 +152,7 @@ class ReadOnly:
     """For steps that copy and are not kept in memory: a thread reads their bytes, and nothing is computed."""
 
     def __init__(self, *_: object) -> None:
-        self.window = self.copy = tiles.get().copied
+        self.tile = self.copy = tiles.get().copied
         self.room = 0
 
     def slots(self) -> list[Slot]:
@@ -180,17 +180,17 @@ def memory(nbytes: int) -> memoryview:
     return memoryview(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
-def buffer_sizes(steps: Iterable[Step], window: int) -> list[int]:
-    """Bytes that a window needs for each input, and last for the result. Raises ComputeError for unknown operands."""
+def buffer_sizes(steps: Iterable[Step], tile: int) -> list[int]:
+    """Bytes that a tile needs for each input, and last for the result. Raises ComputeError for unknown operands."""
     inputs, result = [tiles.get().copied], 0
     for step in steps:
         for operand in step.operands:
             if operand.decode != "plain":  # what is read are the numbers; `compute` gets nothing else
                 raise ComputeError(f"tensor {step.name!r}: nothing here decodes {operand.decode!r} ({operand.role})")
         if step.op != "copy":
-            widths = [FLOATS[ref.dtype] * window for ref in step.inputs]
+            widths = [FLOATS[ref.dtype] * tile for ref in step.inputs]
             inputs = [max(pair) for pair in zip_longest(inputs, widths, fillvalue=0)]
-            result = max(result, FLOATS[step.dtype] * window)
+            result = max(result, FLOATS[step.dtype] * tile)
     return [*inputs, result]
 
 

@@ -1,0 +1,75 @@
+"""Quantized tensors as the numbers that they stand for: codes, and what they are scaled by."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ires_kernels.checkpoints.checkpoint import TensorRef
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How numbers are made of codes."""
+
+    name: str
+    """The scheme, as "fp8-block"."""
+    settings: tuple[tuple[str, int | str], ...] = ()
+    """What the scheme leaves open, by name in their order: the sides of a block, bits, the size of a group."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedRef:
+    """A quantized tensor, or a run of its elements, with the face of a `TensorRef` that holds float32 numbers."""
+
+    name: str
+    """Of the weight, as models that are not quantized have it."""
+    shape: tuple[int, ...]
+    """Of the numbers; of a run (count,)."""
+    format: Format
+    parts: tuple[tuple[str, TensorRef], ...]
+    """What is stored of the whole tensor, by its part: "codes" first, then "scale", "zero_point" and so on."""
+    full: tuple[int, ...]
+    """The shape of the whole tensor's numbers."""
+    first: int = 0
+    """Flat index of the first element, in the whole tensor."""
+    dtype: str = "F32"
+    """Of the numbers."""
+
+    @property
+    def codes(self) -> TensorRef:
+        """The tensor of codes."""
+        return self.parts[0][1]
+
+    @property
+    def path(self) -> Path:
+        """The file that holds the codes."""
+        return self.codes.path
+
+    @property
+    def numel(self) -> int:
+        """Number of elements; 1 for a scalar."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its share of what is stored takes, rounded up."""
+        stored = sum(ref.nbytes for _, ref in self.parts)
+        return -(-stored * self.numel // (math.prod(self.full) or 1))
+
+    def run(self, first: int, count: int) -> QuantizedRef:
+        """Its elements from the flat index `first` on, under a name that says which; itself where it is all of them.
+
+        Raises ValueError for elements that it does not have.
+        """
+        stop = first + count
+        if not 0 <= first < stop <= self.numel:
+            raise ValueError(f"{self.name!r} has {self.numel} elements, and no run [{first}:{stop}]")
+        if count == self.numel:
+            return self
+        return replace(self, name=f"{self.name}[{first}:{stop}]", shape=(count,), first=self.first + first)
+
+
+Ref = TensorRef | QuantizedRef
+"""What an operand is read from."""

@@ -1,0 +1,232 @@
+"""What happens to each tensor of a merge: the operation it gets, or why it is copied, or why the merge is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from ires_kernels.checkpoints import names
+from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, is_factor, shard_number
+from ires_kernels.checkpoints.folders import MERGE_ADAPTER, listed
+from ires_kernels.checkpoints.header import brief
+from ires_kernels.dtypes import FLOATS
+from ires_kernels.planning.findings import CODES, VOCABULARY, Findings
+from ires_kernels.planning.matching import Match
+from ires_kernels.planning.steps import Comparison, Op, Output, Step, operands
+
+ALPHA_0 = "alpha is 0"
+ONLY_TARGET = "only in the target"
+
+_SHAPES = "Operands are not broadcast: take models of one architecture, or leave such tensors as they are with --skip."
+_INTEGERS = "What is not floating point is copied where instruct and base agree; leave the rest as it is with --skip."
+_EMPTY = (
+    "A model looks like this when it is saved under ZeRO-3 without gathering its parameters: save it again with them "
+    "(DeepSpeed: stage3_gather_16bit_weights_on_model_save), or take it from elsewhere."
+)
+_FACTORS = (
+    f"Sums of its factors are not sums of its updates. {MERGE_ADAPTER} "
+    "To merge the weights below it alone, leave its factors as they are with --skip."
+)
+_SECOND = "Give both the same --skip and --alpha-for: models that load one tensor for the two would load either."
+_TIED = (
+    "One tensor cannot take the updates of two. Save the target with an output head of its own "
+    "(tie_word_embeddings=False), or leave the head out with --skip lm_head."
+)
+
+
+def check_models(found: Findings) -> None:
+    """Find models that are none: with tensors that nobody filled, or with an adapter that is not merged in."""
+    for role, checkpoint in found.inputs.items():
+        where = f" of {role} ({checkpoint.path})"
+        written = role == "target"  # whose tensors are in the output, skipped or not
+        for ref in names.empty(checkpoint, found.inputs.values()):
+            if written or found.skipped(ref.name) is None:
+                rest = f"is empty: shape {list(ref.shape)}"
+                found.about(ref.name, rest, _EMPTY, f" of {role} ({ref.path})", where)
+        if written:
+            alone = [ref.name for ref in checkpoint.tensors.values() if not ref.numel]
+            verb = "have" if len(alone) > 1 else "has"
+            found.warnings += [f"{_few(alone)} of the target {verb} no elements"] if alone else []
+        if checkpoint.beside:
+            read = checkpoint.index_name or checkpoint.shards[0].path.name
+            found.notes.append(f"{checkpoint.path}: {listed(checkpoint.beside)} was not read, but {read}")
+        factors = [name for name in checkpoint.tensors if is_factor(name) and found.skipped(name) is None]
+        if factors:
+            text = f"{role} ({checkpoint.path}) holds an adapter that is not merged in: {_few(factors)}"
+            found.problem(text, _FACTORS)
+
+
+def _few(found: list[str]) -> str:
+    """How many, and the first of them."""
+    return f"{len(found)} tensors such as {brief(found[0])}" if len(found) > 1 else brief(found[0])
+
+
+def apply_steps(ref: TensorRef, found: Findings) -> list[Step]:
+    """What becomes of the target's tensor `ref`."""
+    rules, name = found.rules, ref.name
+    # A second copy of the embedding gets what the embedding gets, or the two would part.
+    original = found.matcher.original(name)
+    skipped = found.skipped(name)
+    if (skipped is None) != (found.skipped(original) is None) or rules.factors(name) != rules.factors(original):
+        found.problem(f"{brief(name)} is a second copy of {brief(original)} in the target, with other rules", _SECOND)
+    if skipped is not None:
+        return [_keep(ref, Match(0, {"target": ref}, ()), skipped, found)]
+    if found.codes(name):
+        return [_keep(ref, Match(0, {"target": ref}, ()), "not mergeable", found)]
+    return [_apply_step(ref, match, found) for match in found.matcher.of("target", ref)]
+
+
+def _apply_step(ref: TensorRef, match: Match, found: Findings) -> Step:
+    """What becomes of a run of the elements of `ref`."""
+    rules, name, absent = found.rules, ref.name, match.absent
+    if len(match.refs) == 1:
+        return _keep(ref, match, ONLY_TARGET, found)
+    if absent and names.is_recomputed(ref):
+        return _keep(ref, match, f"a buffer that loaders compute again, not in {' and '.join(absent)}", found)
+    if absent:
+        found.absent(name, match.refs, absent)
+        if "instruct" in found.inputs:
+            return _keep(ref, match, f"not in {' and '.join(absent)}", found)
+    if not _numbers(name, match.refs, found):
+        return _keep(ref, match, "not mergeable", found)
+    if ref.dtype not in FLOATS:
+        return _keep(ref, match, f"{ref.dtype}, equal in instruct and base", found)
+    given = rules.factors(name)
+    residuals = [role for role in found.inputs if role.startswith("residual")]
+    factors = tuple(a for role, a in zip(residuals, given, strict=True) if role in match.refs) if residuals else given
+    if not any(factors):
+        return _keep(ref, match, ALPHA_0, found)
+    op: Op = "add_difference" if "instruct" in found.inputs else "add"
+    stream = found.matcher.stream(found.matcher.original(name))
+    return _step(ref, match, op, rules.dtype or ref.dtype, factors, stream)
+
+
+def extract_steps(ref: TensorRef, found: Findings) -> list[Step]:
+    """The difference for the instruct model's tensor `ref`; nothing when it is not stored."""
+    reason = found.skipped(ref.name) or ("not mergeable" if found.codes(ref.name) else None)
+    if reason is None:
+        matches = found.matcher.of("instruct", ref)
+        reason = next(filter(None, [_lack(ref, match, found) for match in matches]), None)
+        if reason is None:
+            stream = found.matcher.stream(ref.name)
+            return [_step(ref, match, "subtract", found.rules.dtype or "F32", (), stream) for match in matches]
+    found.not_stored[ref.name] = (reason, ref)
+    return []
+
+
+def _lack(ref: TensorRef, match: Match, found: Findings) -> str | None:
+    """Why there is no difference of a run of the elements of `ref`; None where there is one."""
+    if match.absent and names.is_recomputed(ref):
+        return "a buffer that loaders compute again, not in base"
+    if match.absent:
+        found.absent(ref.name, ["instruct"], ["base"])
+        return "not in base"
+    fit = _numbers(ref.name, match.refs, found)
+    return None if fit and ref.dtype in FLOATS else f"{ref.dtype}, equal in instruct and base"
+
+
+def check_left_over(inputs: Mapping[str, Checkpoint], found: Findings) -> None:
+    """Find tensors of the residuals, or of instruct and base, for which the target has no place."""
+    sources = {role: checkpoint for role, checkpoint in inputs.items() if role != "target"}
+    target = inputs["target"]
+    left = {name: None for checkpoint in sources.values() for name in checkpoint.tensors if name not in target.tensors}
+    number = shard_number(target.path)
+    alone = number is not None and number[1] > 1
+    others = 0
+    for name in left:
+        present = [role for role, checkpoint in sources.items() if name in checkpoint.tensors]
+        if found.skipped(name) is not None or found.codes(name):
+            continue
+        if alone:
+            others += 1
+        elif names.is_recomputed(sources[present[0]].tensors[name]):
+            found.buffers.append(name)
+        elif name in found.matcher.copies:
+            found.notes.append(
+                f"{brief(name)} is a second copy of {found.matcher.original(name)}, which is all that the target has"
+            )
+        elif not (names.is_head(name) and names.is_tied(target)):
+            found.absent(name, present, ["target"])
+        elif not all(map(names.is_tied, sources.values())):  # else it is a second copy of the embedding
+            found.absent(name, present, ["target, whose head is its embedding"], _TIED)
+    if alone and number is not None and others:
+        found.notes.append(
+            f"target is shard {number[0]} of {number[1]}: {others} tensors of the others stay as they are"
+        )
+    found.note_buffers("target")
+
+
+def check_tied_head(inputs: Mapping[str, Checkpoint], steps: Iterable[Step], found: Findings) -> None:
+    """Find a target that says its head is its embedding, stores both, and would get different updates for them."""
+    target, *sources = inputs.values()
+    embedding = names.embedding(target)
+    if names.says_tied(target) is not True or embedding is None:
+        return
+    table = {step.name: step for step in steps}
+    one = table[embedding.name]
+    for two in [step for step in table.values() if names.is_head(step.name) and step.name not in found.matcher.copies]:
+        changed = not (one.reason and two.reason)
+        if changed and (one.op != two.op or one.factors != two.factors or not all(map(names.is_tied, sources))):
+            found.problem(
+                f"config.json of the target ties {two.name} to {one.name}, and its files hold both, with other updates",
+                _TIED,
+            )
+
+
+def other_vocabulary(inputs: Mapping[str, Checkpoint], steps: Iterable[Step]) -> str | None:
+    """A tensor that was skipped because the target has another vocabulary than a model whose tokenizer it would get."""
+    for step in steps:
+        if step.reason and names.is_vocabulary(step.name) and step.shape:
+            for checkpoint in list(inputs.values())[1:]:
+                rows = names.rows(checkpoint, step.name)
+                if rows is not None and rows != step.shape[0]:
+                    return step.name
+    return None
+
+
+def _numbers(name: str, tensors: Mapping[str, TensorRef], found: Findings) -> bool:
+    """Whether tensors fit each other, element by element; what is not floating point is left to be compared."""
+    first, *others = tensors.items()
+    for role, ref in others:
+        if ref.shape != first[1].shape:
+            words = found.is_vocabulary(name, {first[0]: first[1], role: ref})
+            if words:
+                found.vocabulary[name] = None
+            found.about(
+                name,
+                f"has shape {brief(list(ref.shape))} in {role} ({ref.path}), "
+                f"{brief(list(first[1].shape))} in {first[0]} ({first[1].path})",
+                VOCABULARY if words else _SHAPES,
+            )
+            return False
+    dtypes = {role: ref.dtype for role, ref in tensors.items()}
+    if all(dtype in FLOATS for dtype in dtypes.values()):
+        return True
+    if len(set(dtypes.values())) > 1 or "instruct" not in tensors:
+        listed = ", ".join(f"{dtype} in {role}" for role, dtype in dtypes.items())
+        found.about(name, f"is {listed}", _INTEGERS)
+        return False
+    found.comparisons.append(Comparison(name, ("instruct", "base"), (tensors["instruct"], tensors["base"])))
+    return True
+
+
+def _step(
+    ref: TensorRef, match: Match, op: Op, dtype: str, factors: tuple[float, ...] = (), stream: int = 0, reason: str = ""
+) -> Step:
+    """The step that makes a run of an output of the layout of `ref` out of all that was matched."""
+    output, (own, *_) = Output(ref.name, dtype, ref.shape), match.refs.values()
+    return Step(output, op, operands(match.refs), factors, stream, reason, match.first, own.numel)
+
+
+def _keep(ref: TensorRef, match: Match, reason: str, found: Findings) -> Step:
+    """A copy of what the target has, in another dtype where one is asked for."""
+    own = match._replace(refs={"target": match.refs["target"]})
+    dtype = found.rules.dtype
+    if dtype is None or ref.dtype == dtype or ref.dtype not in FLOATS:
+        return _step(ref, own, "copy", ref.dtype, reason=reason)
+    part = found.modules.parts["target"].get(ref.name)
+    if part is not None:
+        code = found.inputs["target"].tensors[part.code]
+        found.about(
+            part.code, f"is {part.why}, and cannot become {dtype}", CODES, f" of target ({code.path})", " of target"
+        )
+    return _step(ref, own, "convert", dtype, stream=found.matcher.stream(ref.name), reason=reason)

@@ -1,0 +1,161 @@
+"""What planning finds out on its way through the tensors: problems, all of which are told at once, and notes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ires_kernels.checkpoints import names
+from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
+from ires_kernels.checkpoints.folders import listed
+from ires_kernels.checkpoints.header import CheckpointError, brief
+from ires_kernels.planning import absences
+from ires_kernels.planning.absences import Absence
+from ires_kernels.planning.matching import Matcher
+from ires_kernels.planning.quantized import Modules
+from ires_kernels.planning.rules import Rules
+from ires_kernels.planning.steps import Comparison
+
+VOCABULARY = (
+    "Where vocabularies differ, leave what has a row for each token as it is in the target, which then keeps its "
+    "tokenizer, with --skip {skip}, or resize the embeddings of one model to the other's first."
+)
+CODES = (
+    "Arithmetic on codes is meaningless: take weights that are not quantized, or leave such modules as they are with "
+    "--skip, which takes all that belongs to a module for one: codes, scales, zero points."
+)
+
+
+@dataclass
+class Problem:
+    """A reason to refuse a merge: what is the matter with a tensor, or with all of a kind."""
+
+    names: dict[str, None]
+    rest: str
+    advice: str
+    place: str = ""
+    """Where the first one is."""
+    folder: str = ""
+    """Where all are."""
+    tensors: tuple[str, ...] = ()
+    """All that a sentence without names is about."""
+
+    def __str__(self) -> str:
+        first = next(iter(self.names), None)
+        if first is None:
+            return self.rest
+        if len(self.names) == 1:
+            return f"{brief(first)}{self.place} {self.rest}"
+        verb, _, rest = names.pattern(self.rest).partition(" ")
+        verb = {"is": "are", "has": "have"}.get(verb, verb)
+        return f"{len(self.names)} tensors {names.pattern(first)}{self.folder} {verb} {rest}"
+
+
+@dataclass
+class Findings:
+    """What planning finds out on its way through the tensors."""
+
+    rules: Rules
+    matcher: Matcher
+    modules: Modules = field(init=False)
+    """The quantized ones."""
+    problems: dict[object, Problem] = field(default_factory=dict)
+    comparisons: list[Comparison] = field(default_factory=list)
+    not_stored: dict[str, tuple[str, TensorRef]] = field(default_factory=dict)
+    missing: list[Absence] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    buffers: list[str] = field(default_factory=list)
+    """What only sources have, and loaders compute again."""
+    vocabulary: dict[str, None] = field(default_factory=dict)
+    """Tensors with a row for each token, of which the models have other numbers."""
+
+    explains: bool = False
+    """Whether missing tensors are among the problems though they are allowed."""
+    _embeddings: dict[str, set[int]] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> Mapping[str, Checkpoint]:
+        """The models by role."""
+        return self.matcher.inputs
+
+    def __post_init__(self) -> None:
+        everything = {name: None for checkpoint in self.inputs.values() for name in checkpoint.tensors}
+        self._unmatched = self.rules.unmatched(everything)
+        self.modules = Modules(self.inputs, self.rules)
+
+    def check_patterns(self) -> None:
+        """Find patterns that match no tensor: typing errors."""
+        for option, pattern in self._unmatched:
+            self.problem(f"--{option} {pattern!r} matches no tensor", "`ires inspect --tensors` lists the names.")
+
+    def skipped(self, name: str) -> str | None:
+        """Why a tensor is left as it is: by a pattern found in its name, or in that of a part of its module."""
+        pattern = self.rules.skipped(name)
+        if pattern is not None:
+            return f"skipped by {pattern!r}"
+        pattern = self.modules.skipped(name)
+        return None if pattern is None else f"skipped by {pattern!r}, with its quantized module"
+
+    def is_vocabulary(self, name: str, tensors: Mapping[str, TensorRef]) -> bool:
+        """Whether tensors of one name differ as embeddings do: by the number of their rows alone."""
+        if names.is_vocabulary(name):
+            return True
+        if len({ref.shape[1:] for ref in tensors.values()}) > 1 or not all(ref.shape for ref in tensors.values()):
+            return False
+        return all(ref.shape[0] in self._rows(role) for role, ref in tensors.items())
+
+    def _rows(self, role: str) -> set[int]:
+        """The rows of the embeddings of a model."""
+        if role not in self._embeddings:
+            refs = self.inputs[role].tensors.values()
+            self._embeddings[role] = {r.shape[0] for r in refs if names.is_vocabulary(r.name) and r.shape}
+        return self._embeddings[role]
+
+    def problem(self, text: str, advice: str, tensors: Iterable[str] = ()) -> None:
+        """Something that forbids the merge, and the way out; of which tensors, where there are many."""
+        self.problems.setdefault(text, Problem({}, text, advice, tensors=tuple(tensors)))
+
+    def about(self, name: str, rest: str, advice: str, place: str = "", folder: str = "") -> None:
+        """Something that is wrong with a tensor, and perhaps with others of its kind."""
+        key = (names.pattern(name), names.pattern(rest), advice, folder)
+        self.problems.setdefault(key, Problem({}, rest, advice, place, folder)).names[name] = None
+
+    def codes(self, name: str) -> bool:
+        """Refuse a tensor that is a part of a quantized module; whether it is one."""
+        found = self.modules.shared(name)
+        if found is None:
+            return False
+        role, part = found
+        where = f" of {role} ({self.inputs[role].tensors[part.code].path})"
+        self.about(part.code, f"is {part.why}", CODES, where, f" of {role} ({self.inputs[role].path})")
+        return True
+
+    def absent(self, name: str, present: Iterable[str], absent: Iterable[str], advice: str = "") -> None:
+        """A tensor that some of the models lack: a problem unless missing tensors are allowed."""
+        self.missing.append(Absence(name, tuple(present), tuple(absent), advice))
+
+    def note_buffers(self, role: str) -> None:
+        """Say which buffers were left out."""
+        kinds = sorted({names.pattern(name) for name in self.buffers})
+        if kinds:
+            what = f"{len(self.buffers)} buffers that loaders compute again ({listed(kinds)})"
+            self.notes.append(f"{what} are not in {role} and left out")
+
+    def refuse(self, operation: str) -> None:
+        """Raise CheckpointError with the first ten problems, if there are any."""
+        if self.explains or not self.rules.allow_missing:
+            for text, advice, missing in absences.explain(self.inputs, self.missing):
+                self.problem(text, advice, missing)
+        if not self.problems:
+            return
+        problems = list(self.problems.values())
+        lines = [f"cannot {operation}:", *(f"  {problem}" for problem in problems[:10])]
+        lines += [f"  and {len(problems) - 10} more problems"] if len(problems) > 10 else []
+        everything = {name for checkpoint in self.inputs.values() for name in checkpoint.tensors}
+        rows = self.vocabulary
+        vocabulary = VOCABULARY.format(skip=absences.skip_pattern(rows, {*rows}, everything)) if rows else ""
+        ways = dict.fromkeys(vocabulary if p.advice is VOCABULARY else p.advice for p in problems)
+        error = CheckpointError(*lines, *ways)
+        error.problems = [{"problem": f"{p}", "tensors": [*p.names, *p.tensors]} for p in problems]
+        raise error

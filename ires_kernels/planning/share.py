@@ -1,0 +1,82 @@
+"""How much of a residual finds a place, where tensors are missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from ires_kernels.checkpoints.checkpoint import TensorRef
+from ires_kernels.dtypes import FLOATS
+from ires_kernels.planning.findings import Findings
+from ires_kernels.planning.steps import Op, Output, Step, operands
+
+
+class Share(NamedTuple):
+    """How much of the residual finds a place, where tensors are missing."""
+
+    tensors: int
+    all_tensors: int
+    elements: int
+    all_elements: int
+    left: tuple[Step, ...]
+    """What finds none: steps that make its update of itself, and so tell its norm."""
+    known: bool
+    """Whether all of that has an update; where base or instruct lacks a tensor there is none to take."""
+
+    @property
+    def left_over(self) -> float:
+        """The part of the elements that finds no place."""
+        return 1 - self.elements / self.all_elements if self.all_elements else 0.0
+
+    def text(self, norm: float | None = None) -> str:
+        """The warning; `norm` is the part of the update's norm that went in, None where that is not known."""
+        part = f"{_percent(self.elements, self.all_elements)} of its elements"
+        part += "" if norm is None else f" and {_percent(norm, 1)} of its norm"
+        return f"of the residual {self.tensors} of {self.all_tensors} tensors went in, {part}"
+
+
+def _percent(part: float, whole: float) -> str:
+    """A percentage that is 0 or 100 only if it is."""
+    text = f"{part / whole:.2%}" if whole else "100.00%"
+    if part < whole and text == "100.00%":
+        return "more than 99.99%"
+    return "less than 0.01%" if part > 0 and text == "0.00%" else text
+
+
+def share(steps: Iterable[Step], found: Findings) -> Share | None:
+    """How much of the residual, stored or taken on the way, finds a place; None where nothing is missing."""
+    if not found.missing:
+        return None
+    given = [role for role in found.inputs if role == "instruct" or role.startswith("residual")]
+    used = {(role, ref.name): ref for s in steps if not s.reason for role, ref in zip(s.roles, s.inputs, strict=True)}
+    inside = [ref for (role, _), ref in used.items() if role in given]
+    outside: list[TensorRef] = []
+    left = []
+    for absence in found.missing:
+        name = absence.name
+        refs = {r: ref for r in found.inputs if r in absence.present and (ref := found.inputs[r].tensors.get(name))}
+        lost = {r: ref for r, ref in refs.items() if r in given and (r, name) not in used and ref.dtype in FLOATS}
+        outside += lost.values()
+        if lost:
+            left += _update(name, lost | {r: ref for r, ref in refs.items() if r == "base"}, found)
+    elements = sum(ref.numel for ref in inside)
+    everything = elements + sum(ref.numel for ref in outside)
+    known = {step.name for step in left} == {ref.name for ref in outside}
+    return Share(len(inside), len(inside) + len(outside), elements, everything, tuple(left), known)
+
+
+def _update(name: str, refs: Mapping[str, TensorRef], found: Findings) -> list[Step]:
+    """The update that a tensor would make, on top of itself; nothing where there is no difference to take."""
+    if len({ref.shape for ref in refs.values()}) > 1 or not all(ref.dtype in FLOATS for ref in refs.values()):
+        return []
+    first, *_ = given = operands(refs)
+    factors = found.rules.factors(name)
+    if "instruct" in refs:
+        op: Op = "add_difference"
+        if "base" not in refs:
+            return []
+    else:
+        op = "add"
+        residuals = [role for role in found.inputs if role.startswith("residual")]
+        factors = tuple(factor for role, factor in zip(residuals, factors, strict=True) if role in refs)
+    return [Step(Output(name, "F32", first.refs[0].shape), op, (first, *given), factors)]
