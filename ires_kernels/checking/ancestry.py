@@ -29,7 +29,7 @@ from typing import Any
 
 from ires_kernels.checkpoints import names
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
-from ires_kernels.streaming.reader import Files
+from ires_kernels.checkpoints.sources import Files
 
 TENSORS, BLOCKS, BLOCK = 256, 4, 16  # sampled tensors at most; runs of elements in each; elements of a run
 THRESHOLD = 0.5

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ires_kernels.checkpoints.checkpoint import Checkpoint
+from ires_kernels.checkpoints.sources import Files
 from ires_kernels.dtypes import FLOATS, STORAGE
 from ires_kernels.planning.steps import Step
 from ires_kernels.streaming.cpu import TORCH_DTYPES
-from ires_kernels.streaming.reader import Files
 
 
 @dataclass(slots=True)

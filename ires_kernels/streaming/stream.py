@@ -32,13 +32,13 @@ from ires_kernels.backends.call import Tally
 from ires_kernels.backends.call import threads as kernel_threads
 from ires_kernels.checkpoints.checkpoint import FileId, TensorRef
 from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.checkpoints.sources import Files, LocalFile
 from ires_kernels.dtypes import FLOATS
 from ires_kernels.files import interrupts
 from ires_kernels.files.store import NO_THREAD
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Operand, Output, Step, by_output
 from ires_kernels.streaming.outcome import Outcome
-from ires_kernels.streaming.reader import Files, LocalFile
 from ires_kernels.streaming.tiles import (
     ComputeError,
     Portion,

@@ -18,9 +18,9 @@ from small_models import SHAPES, Tensors, normal, tensors, write_model
 
 import ires_kernels as ik
 from ires_kernels.checking import ancestry
+from ires_kernels.checkpoints import sources
 from ires_kernels.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
-from ires_kernels.streaming import reader
 
 
 def model(folder: Path, weights: Tensors, **options: Any) -> Checkpoint:
@@ -212,14 +212,14 @@ def test_little_is_read_and_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     folder.mkdir()
     save_file({f"layer.{i:03}": normal((16, 64), i) for i in range(1000)}, folder / "model.safetensors")
     read = 0
-    real = reader.read_into
+    real = sources.read_into
 
     def counted(fd: int, view: memoryview, offset: int, path: Path) -> None:
         nonlocal read
         read += len(view)
         real(fd, view, offset, path)
 
-    monkeypatch.setattr(reader, "read_into", counted)
+    monkeypatch.setattr(sources, "read_into", counted)
     sketch = ancestry.sketch(open_checkpoint(folder))
     assert len(sketch) == 256
     assert read == 256 * 64 * 2

@@ -19,10 +19,10 @@ from faults import Done, Warm, compiler
 from small_models import snapshot, triple
 
 import ires_kernels as ik
+from ires_kernels.checkpoints import sources
 from ires_kernels.cli import main
 from ires_kernels.files import store
 from ires_kernels.records.report import Report
-from ires_kernels.streaming import reader
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="faults.c needs a C compiler")
 
@@ -84,9 +84,9 @@ def test_a_reader_that_has_seen_enough_changes_no_exit_code(root: Path, monkeypa
 SLOW = """
     import os, sys, threading, time
     from ires_kernels import cli
-    from ires_kernels.streaming import reader
+    from ires_kernels.checkpoints import sources
 
-    read, calls = reader.read_into, iter(range(10**6))
+    read, calls = sources.read_into, iter(range(10**6))
 
     def slowly(*arguments):
         number = next(calls) if threading.current_thread().name.startswith("ires-") else 0  # of the engine
@@ -96,7 +96,7 @@ SLOW = """
             time.sleep(0.05)
         read(*arguments)
 
-    reader.read_into = slowly
+    sources.read_into = slowly
     sys.exit(cli.main())
 """
 
@@ -182,14 +182,14 @@ def test_an_interrupt_of_the_calling_thread_alone(root: Path, monkeypatch: pytes
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    read = reader.read_into
+    read = sources.read_into
 
     def read_and_press(*arguments: Any) -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         read(*arguments)
 
-    monkeypatch.setattr(reader, "read_into", read_and_press)
+    monkeypatch.setattr(sources, "read_into", read_and_press)
     with pytest.raises(KeyboardInterrupt):
         ik.apply(root / "target", (root / "instruct", root / "base"), out=root / "out")
     assert not (root / "out.partial").exists()

@@ -22,13 +22,13 @@ from small_models import SHAPES, read_model, snapshot, triple
 from updated import SIDE, Cut, apply, copy, cut_off, files_of, manifest, unfinished, visible
 
 import ires_kernels as ik
+from ires_kernels.checkpoints import sources
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files import hidden, journal, trust
 from ires_kernels.files.store import StoreError
 from ires_kernels.in_place import cuts
 from ires_kernels.in_place.cuts import Sizes
 from ires_kernels.records import operation
-from ires_kernels.streaming import reader
 
 
 def same_but_for_times(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -133,13 +133,13 @@ def test_an_interrupt_stops_where_the_run_can_go_on(
 ) -> None:
     base, instruct, target = models
     ik.apply(target, (instruct, base), out=tmp_path / "out", sync=False)
-    read = reader.read_into
+    read = sources.read_into
 
     def slowly(*arguments: Any) -> None:
         time.sleep(0.003)
         read(*arguments)
 
-    monkeypatch.setattr(reader, "read_into", slowly)
+    monkeypatch.setattr(sources, "read_into", slowly)
     ends = 0
 
     def interrupt(done: int, todo: int) -> None:
@@ -292,7 +292,7 @@ def test_without_undo_a_failure_before_the_first_write_is_none(
 ) -> None:
     base, instruct, target = models
 
-    read = reader.read_into
+    read = sources.read_into
 
     def broken(*arguments: Any) -> None:
         if threading.current_thread().name.startswith("ires-"):  # of the engine
@@ -300,7 +300,7 @@ def test_without_undo_a_failure_before_the_first_write_is_none(
         read(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reader, "read_into", broken)
+        patch.setattr(sources, "read_into", broken)
         with pytest.raises(OSError, match="Input/output error"):
             apply(target, (instruct, base), undo="none")
     ik.resume(target)
@@ -316,18 +316,19 @@ def test_signals_stop_in_order(tmp_path: Path, number: signal.Signals, how: str)
     where = ["--in-place"] if how == "in place" else ["-o", f"{tmp_path}/out", "--threads", "1"]
     program = f"""
         import os, sys, threading, time
-        from ires_kernels.streaming import reader, tiles
+        from ires_kernels.streaming import tiles
+        from ires_kernels.checkpoints import sources
         from ires_kernels.in_place import cuts
         from ires_kernels.cli import main
         tiles.tiles.set(tiles.Tiles(elements=32))
         cuts.SIZES = cuts.Sizes(window=256, unit=64, gap=16)
-        read = reader.read_into
+        read = sources.read_into
         def slowly(*arguments):
             if threading.current_thread().name.startswith("ires-"):  # of the engine
                 os.write(1, b"reading\\n")
                 time.sleep(0.01)
             read(*arguments)
-        reader.read_into = slowly
+        sources.read_into = slowly
         sys.exit(main({["apply", f"{target}", "--instruct", f"{instruct}", "--base", f"{base}", *where]!r}))
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]

@@ -26,6 +26,7 @@ from small_models import Tensors, normal, read_model, snapshot, tensors, triple,
 from torch import Tensor
 
 import ires_kernels as ik
+from ires_kernels.checkpoints import sources
 from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError, build_header
 from ires_kernels.files import store
@@ -33,7 +34,7 @@ from ires_kernels.files.store import MARKER, NewFolder, StoreError
 from ires_kernels.planning.rules import ArgumentError
 from ires_kernels.records import provenance
 from ires_kernels.records.report import Report
-from ires_kernels.streaming import cpu, reader
+from ires_kernels.streaming import cpu
 from ires_kernels.tensors import ops
 
 STORAGE = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -603,14 +604,14 @@ def test_a_backend_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def failing(monkeypatch: pytest.MonkeyPatch, at: int, action: Callable[[], object]) -> None:
     """Do something before the window with this number is read."""
-    read, calls = reader.read_into, iter(range(10**6))
+    read, calls = sources.read_into, iter(range(10**6))
 
     def read_into(*arguments: Any) -> None:
         if current_thread().name.startswith("ires-") and next(calls) == at:  # of the engine
             action()
         read(*arguments)
 
-    monkeypatch.setattr(reader, "read_into", read_into)
+    monkeypatch.setattr(sources, "read_into", read_into)
 
 
 def assert_nothing_is_left(root: Path) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 import ires_kernels as ik
 from ires_kernels.backends import native
+from ires_kernels.checkpoints import sources
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.cli import main
 from ires_kernels.in_place.cuts import SIZES
@@ -35,7 +36,7 @@ from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import ArgumentError
 from ires_kernels.planning.steps import Operand, Output, Step
 from ires_kernels.records.report import Report
-from ires_kernels.streaming import device, reader, statedict
+from ires_kernels.streaming import device, statedict
 from ires_kernels.streaming.ring import PIECE, PIECES, Ring
 from ires_kernels.streaming.tiles import TILES, ComputeError
 
@@ -308,14 +309,14 @@ def test_nothing_is_under_way_after_an_error(tmp_path: Path, monkeypatch: pytest
         ik.load(target, (instruct, base), threads=1, progress=interrupt)
     assert_all_waited_for()
 
-    reads, read = iter(range(100)), reader.read_into
+    reads, read = iter(range(100)), sources.read_into
 
     def broken(*arguments: Any) -> None:
         if current_thread().name.startswith("ires-") and next(reads) == 8:  # of the engine
             raise OSError(5, "Input/output error", "a disk")
         read(*arguments)
 
-    monkeypatch.setattr(reader, "read_into", broken)
+    monkeypatch.setattr(sources, "read_into", broken)
     with through(runtime), pytest.raises(OSError, match="Input/output"):
         ik.load(target, (instruct, base), threads=1)
     assert sum(what == "submit" for what, _ in runtime.log) == 2
@@ -557,8 +558,8 @@ def test_a_thread_pins_its_second_window_after_it_has_read_the_first(tmp_path: P
     runtime, order = StandIn(Late), []
     runtime.ring = Ring(lambda n: order.append("pin") or torch.zeros(n, dtype=torch.uint8), lambda _: None, piece=2048)
     with pytest.MonkeyPatch.context() as patch, tiles(copied=96), through(runtime):
-        read = reader.read_into
-        patch.setattr(reader, "read_into", lambda *arguments: (order.append("read"), read(*arguments)))
+        read = sources.read_into
+        patch.setattr(sources, "read_into", lambda *arguments: (order.append("read"), read(*arguments)))
         ik.load(paths[0], (paths[1], paths[2]), threads=1)
     assert order[:9] == ["pin", "read", "read", "read", "pin", "read", "read", "read", "read"]
 
@@ -579,14 +580,14 @@ def test_pieces_come_back_after_an_error(tmp_path: Path, monkeypatch: pytest.Mon
     base, instruct, target = triple(tmp_path)
     runtime = StandIn(Late)
 
-    read = reader.read_into
+    read = sources.read_into
 
     def broken(*arguments: Any) -> None:
         if current_thread().name.startswith("ires-"):  # of the engine
             raise OSError(5, "Input/output error", "a disk")
         read(*arguments)
 
-    monkeypatch.setattr(reader, "read_into", broken)
+    monkeypatch.setattr(sources, "read_into", broken)
     with through(runtime), pytest.raises(OSError, match="Input/output"):
         ik.load(target, (instruct, base), threads=4)
     assert len(runtime.ring.borrow(99)) == PIECES

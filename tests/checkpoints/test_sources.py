@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from ires_kernels.checkpoints import sources
 from ires_kernels.checkpoints.checkpoint import FileId
 from ires_kernels.checkpoints.header import CheckpointError
-from ires_kernels.streaming import reader
-from ires_kernels.streaming.reader import Files, LocalFile, Source
+from ires_kernels.checkpoints.sources import Files, LocalFile, Source
 
 
 def test_a_file_is_read_by_position(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_a_source_with_another_stamp_is_refused(tmp_path: Path) -> None:
 
 
 def test_sources_in_use_stay_open_and_others_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "MOST_OPEN", 2)
+    monkeypatch.setattr(sources, "MOST_OPEN", 2)
     paths = [tmp_path / name for name in "abc"]
     for path in paths:
         path.write_bytes(path.name.encode())

@@ -1,0 +1,94 @@
+"""Where bytes of checkpoints come from: files that are opened once, and known to be those that were validated."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from ires_kernels.checkpoints.checkpoint import FileId
+from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.files.opening import open_file
+from ires_kernels.files.store import read_into
+
+MOST_OPEN = 16
+"""Files that stay open until they are needed again, with those in use."""
+
+
+class Source(Protocol):
+    """Bytes that are read by position: those of a file, or of what else has a size and a state that can be told."""
+
+    @property
+    def path(self) -> Path:
+        """What it is called in errors."""
+
+    def stamp(self) -> FileId:
+        """What it is now; as long as this is what it was, so are its bytes."""
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill the view with the bytes from `offset` on. Raises OSError where there are fewer."""
+
+    def close(self) -> None: ...
+
+
+class LocalFile:
+    """A file that is open for reading."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.fd = open_file(path)
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+    def stamp(self) -> FileId:
+        return FileId.of(self.fd)
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        read_into(self.fd, view, offset, self.path)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class Files:
+    """Input files, open from their first use to their last; opening makes sure that they are still the same.
+
+    No more than MOST_OPEN stay open beyond those in use: a process may open some thousand files or fewer.
+    """
+
+    def __init__(self, file_ids: Mapping[Path, FileId], uses: Iterable[Path]) -> None:
+        self._file_ids = file_ids
+        self._uses = Counter(uses)
+        self._held: Counter[Path] = Counter()
+        self._open: dict[Path, LocalFile] = {}
+
+    def open(self, path: Path) -> LocalFile:
+        """A source to be used at once: the next call may close it."""
+        source = self._open.get(path)
+        if source is None:
+            if len(self._open) >= MOST_OPEN:
+                idle = next((other for other in self._open if not self._held[other]), None)
+                if idle is not None:
+                    self._open.pop(idle).close()
+            source = self._open[path] = LocalFile(path)
+            if not source.stamp().is_unwritten(self._file_ids[path]):
+                raise CheckpointError(f"{path}: changed after it was validated. Wait for its writer, then start again.")
+        return source
+
+    def hold(self, path: Path) -> LocalFile:
+        """A source that stays open until `release`."""
+        source = self.open(path)
+        self._held[path] += 1
+        return source
+
+    def release(self, path: Path) -> None:
+        """One of the uses is over."""
+        self._uses[path] -= 1
+        self._held[path] -= min(1, self._held[path])
+        if not self._uses[path] and path in self._open:  # of a tensor without elements nothing was read
+            self._open.pop(path).close()
+
+    def close(self) -> None:
+        while self._open:
+            self._open.popitem()[1].close()
