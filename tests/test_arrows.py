@@ -12,16 +12,17 @@ PACKAGE = Path(__file__).parent.parent / "ires_kernels"
 
 ARROWS: dict[str, set[str]] = {
     "dtypes": set(),
+    "formats": set(),
     "version": set(),
     # bytes, without numbers
     "files": set(),
-    "checkpoints": {"dtypes", "files"},
-    "planning": {"checkpoints", "dtypes", "files", "version"},
+    "checkpoints": {"dtypes", "files", "formats"},
+    "planning": {"checkpoints", "dtypes", "files", "formats", "version"},
     # numbers, without files
-    "backends": {"_native", "dtypes"},
+    "backends": {"_native", "dtypes", "formats"},
     "tensors": {"backends", "dtypes"},
     # merges
-    "streaming": {"backends", "checkpoints", "dtypes", "files", "planning", "tensors"},
+    "streaming": {"backends", "checkpoints", "dtypes", "files", "formats", "planning", "tensors"},
     "records": {"backends", "checkpoints", "files", "planning", "streaming"},
     "checking": {"checkpoints", "dtypes", "files", "planning", "records", "streaming"},
     "new_folder": {"checking", "checkpoints", "files", "planning", "records", "streaming"},
@@ -46,6 +47,7 @@ ARROWS: dict[str, set[str]] = {
 EXECUTORS = {"new_folder", "in_place"}
 NO_TORCH = {
     "dtypes",
+    "formats",
     "version",
     "files",
     "checkpoints",

@@ -6,17 +6,9 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ires_kernels import formats
 from ires_kernels.checkpoints.checkpoint import TensorRef
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """How numbers are made of codes."""
-
-    name: str
-    """The scheme, as "fp8-block"."""
-    settings: tuple[tuple[str, int | str], ...] = ()
-    """What the scheme leaves open, by name in their order: the sides of a block, bits, the size of a group."""
+from ires_kernels.formats import Format as Format
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +21,7 @@ class QuantizedRef:
     """Of the numbers; of a run (count,)."""
     format: Format
     parts: tuple[tuple[str, TensorRef], ...]
-    """What is stored of the whole tensor, by its part: "codes" first, then "scale", "zero_point" and so on."""
+    """What is stored of the whole tensor, by its part: "codes" first, then "scale" and what else `formats` names."""
     full: tuple[int, ...]
     """The shape of the whole tensor's numbers."""
     first: int = 0
@@ -57,6 +49,10 @@ class QuantizedRef:
         """Bytes that its share of what is stored takes, rounded up."""
         stored = sum(ref.nbytes for _, ref in self.parts)
         return -(-stored * self.numel // (math.prod(self.full) or 1))
+
+    def span(self, first: int, count: int) -> tuple[int, int]:
+        """Which bytes of the codes its elements from `first` on need: where they begin in that tensor, and how many."""
+        return formats.span(self.format, self.full, self.first + first, count)
 
     def run(self, first: int, count: int) -> QuantizedRef:
         """Its elements from the flat index `first` on, under a name that says which; itself where it is all of them.
