@@ -35,7 +35,7 @@ def status(device: str = "cpu") -> BackendStatus:
 
 
 @contextmanager
-def _subnormals_kept() -> Iterator[None]:
+def subnormals_kept() -> Iterator[None]:
     """Undo torch.set_flush_denormal(True), under which torch's own arithmetic is not IEEE's, for the time being."""
     flushing = not torch.full((), 2.0**-126).mul(0.5).item()
     if flushing:
@@ -47,7 +47,7 @@ def _subnormals_kept() -> Iterator[None]:
             torch.set_flush_denormal(True)
 
 
-@_subnormals_kept()
+@subnormals_kept()
 def run(call: Call) -> None:
     for out, operands, stream in zip(call.outs, call.inputs, call.streams, strict=True):
         compute, factors = _in_compute_type(call, out, operands)
@@ -162,7 +162,7 @@ def random_words(seed: int, stream: int, start: int, count: int) -> Tensor:
     return torch.stack((c0, c1, c2, c3), dim=1).view(-1)[skip : skip + count]
 
 
-@_subnormals_kept()
+@subnormals_kept()
 def count(call: Call) -> None:
     """Count into the tally of a call that a backend without counters has carried out, on any device."""
     assert call.tally is not None

@@ -1,0 +1,223 @@
+"""The numbers of quantized weights in plain torch: the definition of every format of `ires_kernels.formats`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ires_kernels.backends.reference import PIECE, subnormals_kept
+from ires_kernels.formats import Format, matrices, row_bytes, span
+
+Parts = Mapping[str, memoryview]
+
+_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+_E4M3 = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
+_SCALES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ALL = slice(None)
+_AWQ_NIBBLE = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
+"""In which nibble of its word each of eight columns lies."""
+_BNB_INT8 = torch.tensor(0.007874015718698502)
+"""1 / 127 as bitsandbytes multiplies by it."""
+
+
+def decode(format: Format, full: tuple[int, ...], first: int, count: int, parts: Parts, out: Tensor) -> None:
+    """The numbers of `count` elements from the flat index `first` on of a weight of the shape `full`, into float32.
+
+    parts["codes"] holds the bytes that `formats.span` names for this run, and no others; the other parts are whole.
+    """
+    base = span(format, full, first, count)[0]
+    stored = {part: _tensor(view) for part, view in parts.items()}
+    weight = _Weight(format, full, base, stored, _Grid.of(format, full))
+    number = _NUMBERS.get(format.name, _scaled)
+    with subnormals_kept():
+        for start in range(first, first + count, PIECE):
+            stop = min(start + PIECE, first + count)
+            out[start - first : stop - first] = number(weight, torch.arange(start, stop))
+
+
+class _Grid(NamedTuple):
+    """The blocks of one matrix, or of all of them as one."""
+
+    height: int
+    """Rows of a matrix."""
+    width: int
+    rows: int
+    """Sides of a block."""
+    columns: int
+
+    @classmethod
+    def of(cls, format: Format, full: tuple[int, ...]) -> _Grid:
+        many, height, width = matrices(full)
+        rows, columns = format.number("rows", 1), format.number("columns", 1)
+        return cls(many * height if rows >= many * height else height, width, rows, columns)
+
+    def block(self, row: Tensor, column: Tensor) -> Tensor:
+        """The flat index of the block in which an element lies, by its row among those of all matrices."""
+        down, across = -(-self.height // self.rows), -(-self.width // self.columns)
+        line = row // self.height * down + row % self.height // self.rows
+        return line * across + column // self.columns
+
+
+class _Weight(NamedTuple):
+    """What an element's number is made of."""
+
+    format: Format
+    full: tuple[int, ...]
+    base: int
+    """Where the bytes of the codes begin in their tensor."""
+    parts: Mapping[str, Tensor]
+    """The bytes of each."""
+    grid: _Grid
+
+    def place(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Row, counted through all matrices, and column of elements by their flat index."""
+        return index // self.grid.width, index % self.grid.width
+
+    def scale(self, block: Tensor) -> Tensor:
+        return self.floats("scale", block, self.format.word("scale"))
+
+    def floats(self, part: str, at: Tensor | slice = _ALL, dtype: str = "F32") -> Tensor:
+        """Elements of a part, in float32."""
+        return floats(self.parts[part], dtype, at)
+
+    def bits(self, position: Tensor) -> Tensor:
+        """The codes at these positions in bits, in a little-endian stream of codes that do not straddle bytes."""
+        width = self.format.bits
+        return self.parts["codes"][position // 8 - self.base].long() >> position % 8 & (1 << width) - 1
+
+
+def _scaled(weight: _Weight, index: Tensor) -> Tensor:
+    """A code times a scale, in formats whose rows follow each other."""
+    row, column = weight.place(index)
+    name = weight.format.name
+    code = weight.bits(row * row_bytes(weight.format, weight.full) * 8 + column * weight.format.bits)
+    block = weight.grid.block(row, column)
+    if name in ("pack-quantized", "int8-tensor", "int8-channel", "int8-block"):
+        return _integer(weight, code, row, column, block)
+    scale = weight.scale(block)
+    if name == "nvfp4":
+        shared = weight.floats("global")
+        all_rows = math.prod(weight.full[:-1])
+        shared = shared[row // (all_rows // len(shared))]
+        scale = scale / shared if weight.format.word("global") == "divide" else scale * shared
+    if name in ("nvfp4", "mxfp4"):
+        number = _E2M1[code] * scale
+        lift = weight.format.number("lift")
+        return number * 2.0**lift if lift else number
+    if name == "bnb-int8":
+        return _signed(code).float() * scale * _BNB_INT8
+    return _E4M3[code] * scale
+
+
+def _integer(weight: _Weight, code: Tensor, row: Tensor, column: Tensor, block: Tensor) -> Tensor:
+    middle = 1 << weight.format.bits - 1
+    value = code - middle if weight.format.name == "pack-quantized" else _signed(code)
+    order = weight.parts.get("g_idx")
+    if order is not None and (groups := order.view(torch.int32)).ge(0).any():
+        across = -(-weight.grid.width // weight.grid.columns)
+        block = row // weight.grid.rows * across + groups[column]
+    if "zero_point" in weight.parts:
+        value = value - _zero_point(weight, block)
+    return value.float() * weight.scale(block)
+
+
+def _zero_point(weight: _Weight, block: Tensor) -> Tensor:
+    stored = weight.parts["zero_point"]
+    if weight.format.word("zero_point") == "I8":
+        return _signed(stored.long()[block])
+    bits, grid = weight.format.bits, weight.grid
+    across = -(-grid.width // grid.columns)
+    row, column = block // across, block % across
+    each = 32 // bits
+    words = stored.view(torch.int32)
+    word = words[row // each * across + column].long()
+    return (word >> row % each * bits & (1 << bits) - 1) - (1 << bits - 1)
+
+
+def _transposed(weight: _Weight, index: Tensor) -> Tensor:
+    """MXFP4 in the matrix that is stored, (in, out), from which the numbers' (out, in) is read."""
+    height, width = matrices(weight.full)[1:]
+    row, column = weight.place(index)
+    line = row // height * width + column
+    position = line * height + row % height
+    block = line * -(-height // weight.grid.columns) + row % height // weight.grid.columns
+    return _E2M1[weight.bits(position * 4)] * weight.scale(block)
+
+
+def _gptq(weight: _Weight, index: Tensor) -> Tensor:
+    """Codes are a stream down each column of words, zero points one along each row of them."""
+    row, column = weight.place(index)
+    rows, width, bits = weight.grid.height, weight.grid.width, weight.format.bits
+    code = _stream(weight.parts["codes"], column * bits, bits, rows, row, width * bits // 32)
+    order = weight.parts.get("g_idx")
+    group = column // weight.grid.columns if order is None else order.view(torch.int32)[column].long()
+    zero = torch.tensor(1 << bits - 1)
+    zeros = weight.format.word("zeros")
+    if zeros != "middle":
+        words = rows * bits // 32
+        zero = _stream(weight.parts["zero_point"], row * bits, bits, 1, group * words, words)
+        zero = zero + 1 & (1 << bits) - 1 if zeros == "v1" else zero
+    return (code - zero).float() * weight.scale(group * rows + row)
+
+
+def _stream(stored: Tensor, bit: Tensor, bits: int, stride: int, start: Tensor, length: int) -> Tensor:
+    """Codes at these bits of streams of so many 32-bit words, each `stride` after the last; they may straddle two."""
+    words = stored.view(torch.int32)
+    word = bit // 32
+    low = words[start + word * stride].long() & 0xFFFFFFFF
+    high = words[start + (word + 1).clamp(max=length - 1) * stride].long()
+    return (high << 32 | low) >> bit % 32 & (1 << bits) - 1
+
+
+def _awq(weight: _Weight, index: Tensor) -> Tensor:
+    row, column = weight.place(index)
+    words, group = weight.grid.height // 8, column // weight.grid.columns
+    shift = _AWQ_NIBBLE[row % 8] * 4
+    code = weight.parts["codes"].view(torch.int32)[column * words + row // 8] >> shift & 15
+    zero = weight.parts["zero_point"].view(torch.int32)[group * words + row // 8] >> shift & 15
+    return (code - zero).float() * weight.scale(group * weight.grid.height + row)
+
+
+def _bnb_4bit(weight: _Weight, index: Tensor) -> Tensor:
+    codes = weight.parts["codes"][index // 2 - weight.base].long() >> (1 - index % 2) * 4 & 15
+    block = index // weight.grid.columns
+    if "nested_absmax" in weight.parts:
+        code, outer = weight.parts["absmax"][block].long(), block // weight.format.number("nested")
+        inner = weight.floats("nested_quant_map", code) * weight.floats("nested_absmax", outer)
+        absmax = inner + torch.tensor(float.fromhex(weight.format.word("offset")))
+    else:
+        absmax = weight.floats("absmax", block)
+    return weight.floats("quant_map", codes) * absmax
+
+
+_NUMBERS: dict[str, Callable[[_Weight, Tensor], Tensor]] = {
+    "mxfp4-transposed": _transposed,
+    "gptq": _gptq,
+    "awq": _awq,
+    "bnb-4bit": _bnb_4bit,
+}
+
+
+def _tensor(view: memoryview) -> Tensor:
+    """The bytes of a part; torch wants memory that it could write."""
+    return torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch.uint8)
+
+
+def floats(stored: Tensor, dtype: str, at: Tensor | slice = _ALL) -> Tensor:
+    """The elements of a dtype in the bytes `stored`, as float32, exactly; all of them, or those `at` some places."""
+    if dtype == "F8_E4M3":
+        return _E4M3[stored[at].long()]
+    if dtype == "F8_E8M0":
+        code = stored[at].to(torch.int32)
+        bits = (code << 23).masked_fill(code == 0, 1 << 22).masked_fill(code == 255, 0x7FC00000)
+        return bits.view(torch.float32)
+    return stored.view(_SCALES[dtype])[at].float()
+
+
+def _signed(code: Tensor) -> Tensor:
+    """A byte in two's complement."""
+    return (code ^ 128) - 128
