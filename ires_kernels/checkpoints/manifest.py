@@ -202,8 +202,10 @@ class Manifest:
     unsynced: str = ""
     """Where nothing was fsynced, the boot_id of the machine."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    sketch: dict[str, str] = field(default_factory=dict)
+    """Of a residual: what base has at the `places` of each of its tensors, as `evidence.Sample.to_text` gives it."""
     ancestry: object = None
-    """A sketch of base, of a residual: see ancestry.py."""
+    """Of a residual of version 0.1: what base has of some matrices, by name (`evidence.Sample.from_old_text`)."""
     tied: bool | None = None
     """Of a residual: whether the head is the embedding in both of its models."""
     not_stored: dict[str, NotStored] = field(default_factory=dict)
