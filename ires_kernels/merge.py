@@ -309,7 +309,7 @@ def load(
         threads=threads,
         progress=progress,
     )
-    guards.check_residuals(plan, outcome.inputs)
+    guards.check_residuals(plan, outcome.inputs, threads)
     guards.check_unchanged(plan, outcome.inputs, threads=threads)
     shared = statedict.shared_head(plan.inputs["target"])
     if shared is not None:

@@ -14,6 +14,7 @@ from ires_kernels.files.store import StoreError
 from ires_kernels.planning.absences import skip_pattern
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import Rules
+from ires_kernels.planning.steps import Operand
 from ires_kernels.streaming import stream
 from ires_kernels.streaming.outcome import Outcome
 from ires_kernels.streaming.reader import all_file_ids, differing
@@ -104,17 +105,7 @@ def read_residuals(plan: Plan, threads: int | None = None, current: Mapping[Path
 
     current  what the files were when they were opened, if the plan has another time for them
     """
-    refs = {
-        f"{role} {ref.name}": ref
-        for step in plan.steps
-        for role, ref in zip(step.roles, step.inputs, strict=True)
-        if role.startswith("residual") and not step.reason
-    }
-    found: dict[str, dict[str, str]] = {}
-    files = file_ids(plan) if current is None else current
-    for name, digest in stream.hashes(refs, files, threads=threads).items():
-        found.setdefault(name.partition(" ")[0], {})[refs[name].name] = digest
-    check_residuals(plan, found)
+    check_residuals(plan, {}, threads, current)
 
 
 def check_read(
@@ -132,21 +123,41 @@ def check_read(
     """
     outcome.update(left_out(plan, processors, threads, current))
     outcome.update(Outcome(inputs=dict(compared)))
-    check_residuals(plan, outcome.inputs)
+    check_residuals(plan, outcome.inputs, threads, current)
 
 
-def check_residuals(plan: Plan, hashes: Mapping[str, Mapping[str, str]]) -> None:
-    """Compare what was read of residuals, by role and name, with the hashes that `extract` recorded."""
+def check_residuals(
+    plan: Plan,
+    hashes: Mapping[str, Mapping[str, str]],
+    threads: int | None = None,
+    current: Mapping[Path, FileId] | None = None,
+) -> None:
+    """Compare the tensors of residuals that the plan reads with the hashes that `extract` recorded.
+
+    hashes   of what was read already, by role and name. Others are read here: of a tensor of which only runs were read
+    current  what the files were when they were opened, if the plan has another time for them
+    """
     for role, checkpoint in plan.inputs.items():
         if checkpoint.kind == "residual":
             recorded = checkpoint.manifest.tensors if checkpoint.manifest else {}
-            for name, found in hashes.get(role, {}).items():
+            known = hashes.get(role, {})
+            used = dict.fromkeys(name for operand in plan.reads(role).values() for name in operand.tensors)
+            recorded_only = recorded.keys() & checkpoint.tensors.keys() - known.keys()
+            unread = {name: checkpoint.tensors[name] for name in used if name in recorded_only}
+            hashed = stream.hashes(unread, current or checkpoint.file_ids, threads=threads)
+            for name, found in {**known, **hashed}.items():
                 wanted = recorded[name].xxh3_128 if name in recorded else found
                 if found != wanted:
                     raise CheckpointError(
                         f"{checkpoint.tensors[name].path}: tensor {name!r} is damaged: its xxh3_128 is {found}, "
                         f"residual.json says {wanted}. Extract or copy the residual again."
                     )
+
+
+def _readable(plan: Plan, role: str) -> dict[str, Operand]:
+    """All that may have been read of an input, by key: its tensors, and what the steps read."""
+    tensors = plan.inputs[role].tensors
+    return {**{name: Operand(role, (ref,)) for name, ref in tensors.items()}, **plan.reads(role)}
 
 
 def check_unchanged(
@@ -164,15 +175,16 @@ def check_unchanged(
     current  what they were when they were opened, if the plan has another time for them
     """
     for role, checkpoint in plan.inputs.items():
-        written, touched = ([], []) if role in but else checkpoint.changed(current)
+        written, others = ([], []) if role in but else checkpoint.changed(current)
+        touched = set(others)
         hashes = (read or {}).get(role, {})
-        known = {**checkpoint.tensors, **plan.reads(role)}
-        refs = {n: ref for n, ref in known.items() if ref.path in touched and n in hashes}
+        known = _readable(plan, role)
+        refs = {key: each for key, each in known.items() if key in hashes and not touched.isdisjoint(each.paths)}
         headers = {shard.path: shard.header for shard in checkpoint.shards}
-        written += [path for path in touched if read_header(path) != headers[path]]
+        written += [path for path in others if read_header(path) != headers[path]]
         if not written:
             found = stream.hashes(refs, current or checkpoint.file_ids, threads=threads)
-            written += [refs[name].path for name, digest in found.items() if digest != hashes[name]]
+            written += [refs[key].paths[0] for key, digest in found.items() if digest != hashes[key]]
         if written:
             raise CheckpointError(f"{written[0]}: changed while it was read. Wait for its writer, then start again.")
 
@@ -196,17 +208,18 @@ def check_begun(
     """
     changed = set(changed)
     refs = {
-        f"{role} {name}": ref
-        for role, checkpoint in plan.inputs.items()
-        for name, ref in {**checkpoint.tensors, **plan.reads(role)}.items()
-        if name in outcome.inputs.get(role, {}) and ref.path in changed
+        f"{role} {key}": each
+        for role in plan.inputs
+        for key, each in _readable(plan, role).items()
+        if key in outcome.inputs.get(role, {}) and not changed.isdisjoint(each.paths)
     }
     now = file_ids(plan) if current is None else current
     for name, digest in stream.hashes(refs, now, threads=threads).items():
-        role, _, tensor = name.partition(" ")
-        if digest != outcome.inputs[role][tensor]:
+        role, _, key = name.partition(" ")
+        if digest != outcome.inputs[role][key]:
+            path = next(path for path in refs[name].paths if path in changed)
             raise StoreError(
-                f"{refs[name].path}: is not the file of the {role} that this was begun with: its tensor {tensor!r} is "
+                f"{path}: is not the file of the {role} that this was begun with: its tensor {refs[name].text!r} is "
                 "another. Put that one back, then go on; or roll back."
             )
     for role, checkpoint in plan.inputs.items():

@@ -236,16 +236,16 @@ def _recompute(
     finally:
         comparer.close()
     report.mismatches += comparer.found.values()
-    report.bytes_read += sum(step.nbytes + sum(ref.nbytes for ref in step.inputs) for step in steps)
+    report.bytes_read += sum(step.nbytes + step.read_bytes for step in steps)
     unsettled = []
     for output, parts in by_output(steps).items():
         name, entry = output.name, recorded.get(output.name)
         read = provenance.read_by(parts, outcome.inputs)
         for role, digest in entry.inputs.items() if entry else ():
             if read.get(role, digest) != digest:
-                each = ((r, ref.name) for part in parts for r, ref in zip(part.roles, part.inputs, strict=True))
-                refs = list(dict.fromkeys(name for other, name in each if other == role))
-                report.problems.append(f"{listed(refs)} of {role} is not the one that was merged: it has another hash")
+                each = (operand for part in parts for operand in part.operands if operand.role == role)
+                texts = list(dict.fromkeys(operand.text for operand in each))
+                report.problems.append(f"{listed(texts)} of {role} is not the one that was merged: it has another hash")
         if name in comparer.other_nan:
             unsettled.append(out.tensors[name])
         elif name not in comparer.found and entry and entry.xxh3_128 not in (None, outcome.outputs[name]):

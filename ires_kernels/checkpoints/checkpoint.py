@@ -82,11 +82,20 @@ class TensorRef:
     path: Path
     offset: int
     nbytes: int
+    whole: str = ""
+    """Of a run of elements, the name of the tensor that has them."""
+    first: int = 0
+    """And the flat index of the first one there."""
 
     @property
     def numel(self) -> int:
         """Number of elements; 1 for a scalar."""
         return math.prod(self.shape)
+
+    @property
+    def tensor(self) -> str:
+        """The name of the tensor that it is, or that it is a run of."""
+        return self.whole or self.name
 
     def run(self, first: int, count: int) -> TensorRef:
         """Its elements from the flat index `first` on, under a name that says which; itself where it is all of them.
@@ -100,7 +109,9 @@ class TensorRef:
         if count == self.numel:
             return self
         place, size = self.offset + first * bits // 8, count * bits // 8
-        return TensorRef(f"{self.name}[{first}:{stop}]", self.dtype, (count,), self.path, place, size)
+        tensor, first = self.tensor, self.first + first
+        name = f"{tensor}[{first}:{first + count}]"
+        return TensorRef(name, self.dtype, (count,), self.path, place, size, tensor, first)
 
 
 @dataclass(frozen=True, eq=False)

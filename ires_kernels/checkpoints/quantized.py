@@ -28,6 +28,13 @@ class QuantizedRef:
     """Flat index of the first element, in the whole tensor."""
     dtype: str = "F32"
     """Of the numbers."""
+    whole: str = ""
+    """Of a run of elements, the name of the tensor that has them."""
+
+    @property
+    def tensor(self) -> str:
+        """The name of the tensor that it is, or that it is a run of."""
+        return self.whole or self.name
 
     @property
     def codes(self) -> TensorRef:
@@ -64,7 +71,8 @@ class QuantizedRef:
             raise ValueError(f"{self.name!r} has {self.numel} elements, and no run [{first}:{stop}]")
         if count == self.numel:
             return self
-        return replace(self, name=f"{self.name}[{first}:{stop}]", shape=(count,), first=self.first + first)
+        tensor, first = self.tensor, self.first + first
+        return replace(self, name=f"{tensor}[{first}:{first + count}]", shape=(count,), first=first, whole=tensor)
 
 
 Ref = TensorRef | QuantizedRef

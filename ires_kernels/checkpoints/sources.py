@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from ires_kernels.checkpoints.checkpoint import FileId
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files.opening import open_file
-from ires_kernels.files.store import read_into
+from ires_kernels.files.store import read_into, read_views
 
 MOST_OPEN = 16
 """Files that stay open until they are needed again, with those in use."""
@@ -30,6 +30,9 @@ class Source(Protocol):
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill the view with the bytes from `offset` on. Raises OSError where there are fewer."""
 
+    def read_views(self, views: Sequence[memoryview], offset: int) -> None:
+        """Fill the views, one after the other, as if they were one."""
+
     def close(self) -> None: ...
 
 
@@ -46,6 +49,9 @@ class LocalFile:
 
     def read_into(self, view: memoryview, offset: int) -> None:
         read_into(self.fd, view, offset, self.path)
+
+    def read_views(self, views: Sequence[memoryview], offset: int) -> None:
+        read_views(self.fd, views, offset, self.path)
 
     def close(self) -> None:
         os.close(self.fd)

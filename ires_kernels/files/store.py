@@ -20,7 +20,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -628,6 +628,18 @@ def read_into(fd: int, view: memoryview, offset: int, path: Path) -> None:
             if not count:
                 raise shrunk(path, offset + done)
             done += count
+
+
+def read_views(fd: int, views: Sequence[memoryview], offset: int, path: Path) -> None:
+    """`read_into` of several views, one after the other; no more of them than one call takes."""
+    with named(path):
+        done = os.preadv(fd, views, offset)
+    end = 0
+    for view in views if done < sum(map(len, views)) else ():
+        begin, end = end, end + len(view)
+        if done < end:
+            rest = max(0, done - begin)
+            read_into(fd, view[rest:], offset + begin + rest, path)
 
 
 def shrunk(path: Path, end: int) -> OSError:

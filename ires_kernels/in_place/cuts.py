@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from ires_kernels.checkpoints.checkpoint import FileId
+from ires_kernels.checkpoints.checkpoint import FileId, TensorRef
 from ires_kernels.checkpoints.header import CheckpointError, brief
 from ires_kernels.dtypes import FLOATS
 from ires_kernels.planning.plan import Plan
@@ -91,7 +91,7 @@ def changes(plan: Plan) -> tuple[Step, ...]:
             )
     merged = [step for step in plan.steps if not step.reason]
     _check_aliases(plan, merged)
-    refs = [step.inputs[0] for step in merged]
+    refs = [plan.inputs["target"].tensors[step.name] for step in merged]
     return tuple(
         replace(step, output=replace(step.output, file=ref.path.name, offset=ref.offset))
         for step, ref in zip(merged, refs, strict=True)
@@ -135,12 +135,14 @@ def _check_aliases(plan: Plan, merged: Iterable[Step]) -> None:
                     f"{own[files[shard.path]]} under another name. {_ALIAS}"
                 )
     for step in merged:
-        target = step.inputs[0]
-        for role, ref in zip(step.roles[1:], step.inputs[1:], strict=True):
-            same = (files[ref.path], ref.offset) == (files[target.path], target.offset)
-            if files[ref.path] in own and not same:
+        target = plan.inputs["target"].tensors[step.name]
+        for operand in step.operands:
+            same = [(files[ref.path], ref.offset) for ref in operand.refs if isinstance(ref, TensorRef)] == [
+                (files[target.path], target.offset)
+            ]
+            if not same and any(files[path] in own for path in operand.paths):
                 raise CheckpointError(
-                    f"cannot apply in place: {brief(step.name)} needs {brief(ref.name)} of {role}, "
+                    f"cannot apply in place: {brief(step.name)} needs {brief(operand.text)} of {operand.role}, "
                     f"which is the target and would be overwritten. {_ALIAS}"
                 )
 

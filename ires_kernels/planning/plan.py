@@ -34,6 +34,8 @@ from ires_kernels.version import VERSION as VERSION
 MANIFESTS = {"apply": "ires.json", "extract": "residual.json"}
 """Name of the manifest that an operation leaves in its output."""
 
+_LISTED = 16
+"""Runs of an operand that `Plan.to_dict` lists."""
 _LEFT_OVER = 0.1
 """Of the elements of a residual, what --allow-missing leaves out without being told so."""
 _ANY = (
@@ -89,7 +91,7 @@ class Plan:
     @property
     def bytes_read(self) -> int:
         """Bytes of tensors that the steps read; a tensor that two steps use counts twice."""
-        return sum(ref.nbytes for step in self._active() for ref in step.inputs)
+        return sum(step.read_bytes for step in self._active())
 
     @property
     def bytes_written(self) -> int:
@@ -114,26 +116,21 @@ class Plan:
             del rules["seed"]
         return _hash({"roles": sorted(self.inputs), "own": sorted(self.roles_of_target()), "rules": rules, "tag": tag})
 
-    def reads(self, role: str) -> dict[str, TensorRef]:
-        """The tensors of an input that the steps read, by name."""
-        return {
-            ref.name: ref
-            for step in self._active()
-            for other, ref in zip(step.roles, step.inputs, strict=True)
-            if other == role
-        }
+    def reads(self, role: str) -> dict[str, Operand]:
+        """What the steps read of an input, by key: that of a tensor is its name."""
+        each = (operand for step in self._active() for operand in step.operands)
+        return {operand.key: operand for operand in each if operand.role == role}
 
     def matched(self) -> list[tuple[str, str, str]]:
-        """What is not simply made of the tensors of its name: what, of which role, and the name there."""
-        return [
-            (step.label, role, ref.name)
-            for step in self.steps
-            for role, ref in zip(step.roles, step.inputs, strict=True)
-            if ref.name != step.name
-        ]
+        """What is not simply made of the tensors of its name: what, of which role, and in words what of it."""
+        return [(label, operand.role, operand.text) for label, operand in self.otherwise()]
+
+    def otherwise(self) -> Iterable[tuple[str, Operand]]:
+        """The operands that are not simply the tensors of the name of the step's output, and its label."""
+        return ((s.label, operand) for s in self.steps for operand in s.operands if operand.key != s.name)
 
     def _active(self) -> Iterable[Step]:
-        return (step for step in self.steps if not (self.in_place and step.reason))
+        return (step for step in self.steps if not (self.in_place and step.is_own))
 
     def to_dict(self) -> dict[str, Any]:
         """The plan in JSON types, with every tensor."""
@@ -329,7 +326,7 @@ def size(count: float) -> str:
 
 def _deed(step: Step) -> str:
     """What is done to a tensor, in words that group the like ones."""
-    dtypes = "/".join(dict.fromkeys(ref.dtype for ref in step.inputs))
+    dtypes = "/".join(dict.fromkeys(operand.dtype for operand in step.operands))
     factors = ", ".join(f"{factor:g}" for factor in step.factors)
     deed = {
         "copy": f"copied: {step.reason}",
@@ -342,9 +339,11 @@ def _deed(step: Step) -> str:
 
 
 def _read(operand: Operand) -> dict[str, Any]:
-    """What is read for an operand: a tensor or a run of one, or several and how numbers are made of them."""
-    found = [{"name": ref.name, "dtype": ref.dtype, "file": f"{ref.path}"} for ref in operand.refs]
-    return found[0] if operand.decode == "plain" else {"decode": operand.decode, "tensors": found}
+    """What is read for an operand: a tensor, or a run of one; or of how many runs it is made, and the first of them."""
+    if len(operand.refs) == 1:
+        return {"name": operand.text, "dtype": operand.dtype, "file": f"{operand.paths[0]}"}
+    runs = [{"name": ref.name, "file": f"{ref.path}"} for ref in operand.refs[:_LISTED]]
+    return {"name": operand.text, "dtype": operand.dtype, "runs": len(operand.refs), "first_runs": runs}
 
 
 def _lay_out(
@@ -397,7 +396,7 @@ def _operation_id(plan: Plan) -> str:
         # In place these are copied or left before anything begins, and are no part of what is gone on with.
         "side_files": [_made_of(side) for side in plan.side_files if not plan.in_place],
         "about": plan.about,
-        **({"matched": matched} if (matched := plan.matched()) else {}),
+        **({"matched": matched} if (matched := [(label, o.role, o.key) for label, o in plan.otherwise()]) else {}),
         "documents": [[n, xxhash.xxh3_128_hexdigest(content)] for n, content in plan.documents if not plan.in_place],
     }
     return _hash(table)

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, NamedTuple
 
+import xxhash
+
 from ires_kernels.checkpoints.checkpoint import TensorRef
+from ires_kernels.checkpoints.quantized import QuantizedRef, Ref
 from ires_kernels.dtypes import STORAGE
 
 Op = Literal["add", "add_difference", "subtract", "convert", "copy"]
-Decode = Literal["plain"]
+
+_NO_NAME = "\udfff"
+"""What the keys of operands begin with that are no whole tensors: a header holds no lone surrogate, so no name does."""
+_SHOWN = 3
+"""Tensors of an operand that are named to people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +38,70 @@ class Output:
         return math.prod(self.shape)
 
 
-class Operand(NamedTuple):
-    """One of the tensors that a step computes with."""
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """What a step computes with: tensors of one model, or runs of their elements, one after the other.
+
+    A whole tensor is the usual one. A part of a fused tensor is a run; a fused tensor of a model that has its parts is
+    several tensors; and rows in another order are as many runs. Raises ValueError for runs of several dtypes, or none.
+    """
 
     role: str
     """Whose it is."""
-    refs: tuple[TensorRef, ...]
-    """What is read for it: tensors, or runs of their elements. One as it is; or codes and what they are scaled by."""
-    decode: Decode = "plain"
-    """How the processor makes numbers of that."""
+    refs: tuple[Ref, ...]
+    """In the order of the elements."""
+    count: int = field(init=False, compare=False, repr=False)
+    """Number of elements."""
+    nbytes: int = field(init=False, compare=False, repr=False)
+    """What is read for them."""
+    paths: tuple[Path, ...] = field(init=False, compare=False, repr=False)
+    """The files that they are in."""
+    key: str = field(init=False, compare=False, repr=False)
+    """What the digest of its bytes is known by: the name of a whole tensor; else no tensor has such a name."""
+
+    def __post_init__(self) -> None:
+        if len({ref.dtype for ref in self.refs}) != 1:
+            listed = ", ".join(f"{ref.dtype} {ref.name!r}" for ref in self.refs[:10])
+            raise ValueError(f"the operand {self.role} is made of {listed or 'nothing'}, wanted runs of one dtype")
+        if len(self.refs) == 1 and not self.refs[0].whole:
+            key = self.refs[0].name
+        else:
+            runs = "\n".join([f"{ref.name}\t{ref.whole}" for ref in self.refs])
+            key = f"{_NO_NAME}{xxhash.xxh3_128_hexdigest(runs.encode())}"
+        object.__setattr__(self, "count", sum([ref.numel for ref in self.refs]))
+        object.__setattr__(self, "nbytes", sum([ref.nbytes for ref in self.refs]))
+        object.__setattr__(self, "paths", tuple(dict.fromkeys(path for ref in self.refs for path in _paths(ref))))
+        object.__setattr__(self, "key", key)
+
+    @property
+    def dtype(self) -> str:
+        """Of the numbers."""
+        return self.refs[0].dtype
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is a tensor as it stands."""
+        return not self.key.startswith(_NO_NAME)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of the tensors that it is made of."""
+        return tuple(dict.fromkeys([ref.tensor for ref in self.refs]))
+
+    @property
+    def text(self) -> str:
+        """What it is, for people: of many runs how many, and of which tensors."""
+        if len(self.refs) == 1:
+            return self.refs[0].name
+        tensors = self.tensors
+        more = f" and {len(tensors) - _SHOWN} more" if len(tensors) > _SHOWN else ""
+        listed = ", ".join(tensors[:_SHOWN]) + more
+        runs = sum([bool(ref.whole) for ref in self.refs])
+        return f"{len(self.refs)} runs of {listed}" if runs else listed
+
+
+def _paths(ref: Ref) -> tuple[Path, ...]:
+    return tuple(part.path for _, part in ref.parts) if isinstance(ref, QuantizedRef) else (ref.path,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +129,9 @@ class Step:
         if self.count < 0:
             object.__setattr__(self, "count", self.output.numel - self.first)
         for operand in self.operands:
-            if operand.decode == "plain" and [ref.numel for ref in operand.refs] != [self.count]:
-                sizes = ", ".join(f"{ref.numel} of {ref.name!r}" for ref in operand.refs) or "nothing"
-                raise ValueError(f"{self.label} takes {self.count} elements of {operand.role}, got {sizes}")
+            if operand.count != self.count:
+                got = f"{operand.count} of {operand.text!r}"
+                raise ValueError(f"{self.label} takes {self.count} elements of {operand.role}, got {got}")
 
     @property
     def is_whole(self) -> bool:
@@ -118,9 +181,22 @@ class Step:
         return tuple(operand.role for operand in self.operands for _ in operand.refs)
 
     @property
-    def inputs(self) -> tuple[TensorRef, ...]:
+    def inputs(self) -> tuple[Ref, ...]:
         """All that is read, in the order of the operands."""
         return tuple(ref for operand in self.operands for ref in operand.refs)
+
+    @property
+    def read_bytes(self) -> int:
+        """How many bytes it reads."""
+        return sum(operand.nbytes for operand in self.operands)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it leaves elements of the target as they are, in their place."""
+        if self.op != "copy" or self.operands[0].role != "target" or len(self.operands[0].refs) > 1:
+            return False
+        (ref,) = self.operands[0].refs
+        return (ref.tensor, ref.first) == (self.name, self.first)
 
 
 def by_output(steps: Iterable[Step]) -> dict[Output, list[Step]]:
@@ -147,6 +223,6 @@ class Comparison(NamedTuple):
     inputs: tuple[TensorRef, TensorRef]
 
 
-def operands(tensors: Mapping[str, TensorRef]) -> tuple[Operand, ...]:
+def operands(tensors: Mapping[str, Ref]) -> tuple[Operand, ...]:
     """What was matched, by role, as it is."""
     return tuple(Operand(role, (ref,)) for role, ref in tensors.items())

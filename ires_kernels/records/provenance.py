@@ -20,13 +20,13 @@ from typing import Any
 import xxhash
 
 from ires_kernels.checkpoints import names
-from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId, TensorRef
+from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId
 from ires_kernels.checkpoints.manifest import Stamp
 from ires_kernels.files import interrupts, trust
 from ires_kernels.files.samples import sample
 from ires_kernels.files.store import chunks
 from ires_kernels.planning.plan import VERSION, Plan
-from ires_kernels.planning.steps import Step, by_output
+from ires_kernels.planning.steps import Operand, Step, by_output
 from ires_kernels.records.report import Report
 from ires_kernels.streaming.outcome import Outcome
 
@@ -202,34 +202,40 @@ def layouts(checkpoint: Checkpoint) -> dict[str, str]:
     return {name: xxhash.xxh3_128_hexdigest(json.dumps(sorted(table)).encode()) for name, table in found.items()}
 
 
-def digest_of(refs: Iterable[TensorRef], hashes: Mapping[str, str]) -> str:
-    """The `digest` of some tensors of a checkpoint."""
-    return digest((ref.name, ref.dtype, ref.shape, hashes[ref.name]) for ref in refs)
+def digest_of(operands: Iterable[Operand], hashes: Mapping[str, str]) -> str:
+    """The `digest` of what was read of a checkpoint; whole tensors have the lines that they have in that of a model."""
+    return digest(
+        (each.text, each.dtype, each.refs[0].shape if each.is_whole else (each.count,), hashes[each.key])
+        for each in operands
+    )
 
 
 def read_by(parts: Iterable[Step], hashes: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Role → xxh3_128 of what the steps of one output read of it: the tensor's, or of several tensors their `digest`.
+    """Role → xxh3_128 of what the steps of one output read of it: of the bytes in the order in which they are read.
 
-    hashes  of all that was read, by role and name; a role of which not all was read is left out
+    Of several steps it is the `digest` of what each reads.
+
+    hashes  of all that was read, by role and key; a role of which not all was read is left out
     """
-    read: dict[str, list[TensorRef]] = {}
+    read: dict[str, list[Operand]] = {}
     for step in parts:
-        for role, ref in zip(step.roles, step.inputs, strict=True):
-            read.setdefault(role, []).append(ref)
+        for operand in step.operands:
+            read.setdefault(operand.role, []).append(operand)
     found = {}
-    for role, refs in read.items():
+    for role, operands in read.items():
         known = hashes.get(role, {})
-        if all(ref.name in known for ref in refs):
-            found[role] = known[refs[0].name] if len(refs) == 1 else digest_of(refs, known)
+        if all(operand.key in known for operand in operands):
+            found[role] = known[operands[0].key] if len(operands) == 1 else digest_of(operands, known)
     return found
 
 
 def _input(plan: Plan, role: str, hashes: Mapping[str, str], path: str, stamps: Mapping[str, Stamp]) -> dict[str, Any]:
     """Where an input was, its digest if all of its tensors were read, and in place that of what was."""
     tensors = plan.inputs[role].tensors
+    all_read = hashes.keys() >= tensors.keys()
     table: dict[str, Any] = {
         "path": f"{Path(path).absolute()}",
-        "digest": digest_of(tensors.values(), hashes) if hashes.keys() >= tensors.keys() else None,
+        "digest": digest((n, t.dtype, t.shape, hashes[n]) for n, t in tensors.items()) if all_read else None,
         "files": {name: asdict(stamp) for name, stamp in stamps.items()},
     }
     if plan.in_place and role not in plan.roles_of_target():

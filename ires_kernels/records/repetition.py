@@ -7,13 +7,13 @@ the ones: by all their times, place on the disk and a sample of their bytes, or 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from xxhash import xxh3_128_hexdigest
 
 from ires_kernels.checkpoints import manifest
-from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId, TensorRef
+from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.checkpoints.manifest import Asked, Input, Manifest, Numbers, Update
 from ires_kernels.files.samples import sample
@@ -97,7 +97,7 @@ def other_input(plan: Plan, table: Manifest, threads: int | None = None) -> tupl
                 recorded = table.tensors[output.name].inputs if output.name in table.tensors else {}
                 found = provenance.read_by(parts, hashes).get(role)
                 if found is not None and found != recorded.get(role):
-                    return role, _read_of(role, parts).path
+                    return role, _read_of(role, parts)
     for side in plan.side_files:
         known = table.files.get(side.name)
         found = provenance.hash_file(side.source) if side.content is None else xxh3_128_hexdigest(side.content)
@@ -106,9 +106,9 @@ def other_input(plan: Plan, table: Manifest, threads: int | None = None) -> tupl
     return None
 
 
-def _read_of(role: str, parts: Iterable[Step]) -> TensorRef:
-    """The first that is read of an input."""
-    return next(ref for step in parts for other, ref in zip(step.roles, step.inputs, strict=True) if other == role)
+def _read_of(role: str, parts: Iterable[Step]) -> Path:
+    """The first file that is read of an input."""
+    return next(operand.paths[0] for step in parts for operand in step.operands if operand.role == role)
 
 
 def is_as_written(plan: Plan, out: Path, table: Manifest) -> bool:
@@ -194,9 +194,9 @@ def _is_same(plan: Plan, role: str, entry: Update, threads: int | None) -> bool 
         return True
     if recorded.read is None:
         return None
-    refs: Mapping[str, TensorRef] = plan.reads(role)
-    hashes = stream.hashes(refs, checkpoint.file_ids, threads=threads)
-    return provenance.digest_of(refs.values(), hashes) == recorded.read
+    reads = plan.reads(role)
+    hashes = stream.hashes(reads, checkpoint.file_ids, threads=threads)
+    return provenance.digest_of(reads.values(), hashes) == recorded.read
 
 
 def manifests(target: Checkpoint) -> list[Manifest]:

@@ -53,9 +53,9 @@ class _CpuSlot:
             assert out is not None
             out.copy_(torch.frombuffer(self.buffers[0], dtype=torch.uint8, count=count))
             return
-        operands = [self._tensor(slot, ref.dtype, count) for slot, ref in enumerate(step.inputs)]
+        operands = [self._tensor(slot, operand.dtype, count) for slot, operand in enumerate(step.operands)]
         if step.op == "convert":
-            operands.append(self._cpu.zeros[step.inputs[0].dtype][:count])
+            operands.append(self._cpu.zeros[step.operands[0].dtype][:count])
         self._tally = Tally() if self._cpu.counted else None
         if out is None:
             out = self._tensor(-1, step.dtype, count)
@@ -96,5 +96,5 @@ def compute(step: Step, operands: Sequence[Tensor], out: Tensor, first: int, rul
 
 def zeros(steps: Iterable[Step], tile: int, device: torch.device) -> dict[str, Tensor]:
     """What is subtracted from the tensors that change their dtype, by dtype."""
-    dtypes = {step.inputs[0].dtype for step in steps if step.op == "convert"}
+    dtypes = {step.operands[0].dtype for step in steps if step.op == "convert"}
     return {dtype: torch.zeros(tile, dtype=TORCH_DTYPES[dtype], device=device) for dtype in dtypes}

@@ -222,7 +222,8 @@ class Gpu:
 
 def _raise(portions: Sequence[Portion], number: int, error: int, at: int) -> None:
     """Say which of the reads has failed, with `error`, or at the end of the file."""
-    step, path = [(portion.step, read.path) for portion in portions for read in portion.reads][number]
+    each = [(portion.step, read.path) for portion in portions for reads in portion.reads for read in reads]
+    step, path = each[number]
     raise ReadError(step, OSError(error, os.strerror(error), f"{path}") if error else shrunk(path, at))
 
 
@@ -274,20 +275,23 @@ class _GpuSlot:
             assert self._whole is not None
         host, view, there = memory.data_ptr(), memory.numpy().data, self._whole.data_ptr()
         reads, items, views, at = [], [], [], 0
-        for step, _, count, out, inputs in portions:
+        for step, _, count, out, operands in portions:
             pointers = [out.data_ptr()]
             seen = []
-            for fd, offset, nbytes, _ in inputs:
-                seen.append(view[at : at + nbytes])
+            for pieces in operands:
+                begin, goal = at, pointers[0] if step.op == "copy" else there + at
                 pointers.append(there + at)
-                reads.append((fd, offset, host + at, pointers[0] if step.op == "copy" else there + at, nbytes))
-                at += packed([nbytes])
+                for fd, offset, nbytes, _ in pieces:
+                    reads.append((fd, offset, host + at, goal + at - begin, nbytes))
+                    at += nbytes
+                seen.append(view[begin:at])
+                at = begin + packed([at - begin])
             views.append(seen)
             if step.op != "copy":
-                dtypes = [out.dtype, *(TORCH_DTYPES[ref.dtype] for ref in step.inputs)]
+                dtypes = [out.dtype, *(TORCH_DTYPES[operand.dtype] for operand in step.operands)]
                 if step.op == "convert":
                     dtypes.append(dtypes[1])
-                    pointers.append(self._gpu.zeros[step.inputs[0].dtype].data_ptr())
+                    pointers.append(self._gpu.zeros[step.operands[0].dtype].data_ptr())
                 items.append(native.item(count, step.stream, tuple(pointers), tuple(dtypes)))
         step, first, rules = portions[0].step, portions[0].first, self._gpu.rules
         op = step.op if step.op not in ("convert", "copy") else "subtract"
@@ -314,9 +318,9 @@ class _GpuSlot:
             return
         if not self._device:
             self._allocate()
-        operands = [self._copied_in(slot, ref.dtype, count) for slot, ref in enumerate(step.inputs)]
+        operands = [self._copied_in(slot, operand.dtype, count) for slot, operand in enumerate(step.operands)]
         if step.op == "convert":
-            operands.append(self._gpu.zeros[step.inputs[0].dtype][:count])
+            operands.append(self._gpu.zeros[step.operands[0].dtype][:count])
         nbytes = count * FLOATS[step.dtype]
         stored = self._device[-1][:nbytes].view(TORCH_DTYPES[step.dtype]) if out is None else out
         compute(step, operands, stored, first, self._gpu.rules, None)

@@ -15,7 +15,7 @@ class Outcome:
     """What a run learnt about the bytes that went by."""
 
     inputs: dict[str, dict[str, str]] = field(default_factory=dict)
-    """role → name of a tensor, or of a run of its elements → xxh3_128 of its bytes as hex."""
+    """role → name of a tensor, or `Operand.key` of what is none → xxh3_128 of its bytes as hex."""
     outputs: dict[str, str] = field(default_factory=dict)
     """tensor name → xxh3_128 as hex."""
     tallies: dict[str, Tally] = field(default_factory=dict)
@@ -35,9 +35,10 @@ class Outcome:
         """What is known of these steps, all of which have ended."""
         part = Outcome()
         for step in steps:
-            for role, ref in zip(step.roles, step.inputs, strict=True):
-                if ref.name in self.inputs.get(role, {}):
-                    part.inputs.setdefault(role, {})[ref.name] = self.inputs[role][ref.name]
+            for operand in step.operands:
+                known = self.inputs.get(operand.role, {})
+                if operand.key in known:
+                    part.inputs.setdefault(operand.role, {})[operand.key] = known[operand.key]
             part.outputs[step.name] = self.outputs[step.name]
             if step.label in self.tallies:
                 part.tallies[step.label] = self.tallies[step.label]

@@ -27,8 +27,8 @@ def allocate(steps: Sequence[Step], device: torch.device) -> dict[str, Tensor]:
     for step in steps:
         if step.dtype not in TORCH_DTYPES:
             raise CheckpointError(
-                f"tensor {step.name!r} of {step.inputs[0].path} is {step.dtype}, for which torch {torch.__version__} "
-                "has no dtype. Merge it into a folder with apply."
+                f"tensor {step.name!r} of {step.operands[0].paths[0]} is {step.dtype}, for which torch "
+                f"{torch.__version__} has no dtype. Merge it into a folder with apply."
             )
     tensors = {}
     with torch.inference_mode(False):  # worker threads, which are in no such mode, will write to them

@@ -32,19 +32,19 @@ from ires_kernels.backends.call import Tally
 from ires_kernels.backends.call import threads as kernel_threads
 from ires_kernels.checkpoints.checkpoint import FileId, TensorRef
 from ires_kernels.checkpoints.header import CheckpointError
-from ires_kernels.checkpoints.sources import Files, LocalFile
+from ires_kernels.checkpoints.sources import Files
 from ires_kernels.dtypes import FLOATS
 from ires_kernels.files import interrupts
 from ires_kernels.files.store import NO_THREAD
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Operand, Output, Step, by_output
 from ires_kernels.streaming.outcome import Outcome
+from ires_kernels.streaming.pieces import Reader, reader
 from ires_kernels.streaming.tiles import (
     ComputeError,
     Portion,
     Processor,
     Processors,
-    Read,
     ReadError,
     ReadOnly,
     Slot,
@@ -147,17 +147,18 @@ def fill(
 
 
 def hashes(
-    refs: Mapping[str, TensorRef],
+    refs: Mapping[str, TensorRef | Operand],
     file_ids: Mapping[Path, FileId],
     *,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, str]:
-    """xxh3_128 of the bytes of tensors, under the names that they are given here. Errors as of `run`."""
-    steps = [
-        Step(Output(name, ref.dtype, ref.shape, f"{ref.path}"), "copy", (Operand("input", (ref,)),))
-        for name, ref in refs.items()
-    ]
+    """xxh3_128 of the bytes of tensors and operands, under the names that they have here. Errors as of `run`."""
+    steps = []
+    for name, ref in refs.items():
+        operand = ref if isinstance(ref, Operand) else Operand("input", (ref,))
+        output = Output(name, operand.dtype, (operand.count,), f"{operand.paths[0]}")
+        steps.append(Step(output, "copy", (operand,)))
     return run(steps, file_ids, Rules(), _nothing, processors=ReadOnly, threads=threads, progress=progress).outputs
 
 
@@ -171,25 +172,24 @@ class _Part:
     def __init__(
         self,
         step: Step,
-        sources: Iterable[LocalFile],
+        readers: Sequence[Reader],
         processor: Processor,
         out: tuple[Tensor, Tensor] | None,
         hashed: Container[str] | None,
         tally: Tally,
     ) -> None:
         self.step = step
-        self.sources = tuple(sources)
+        self.readers = readers
         self.copied = step.op == "copy"
         self.length = _length(step)
         self.tile = processor.copy if self.copied else processor.tile
         self.tiles = -(-self.length // self.tile)
-        self.widths = [1] if self.copied else [FLOATS[ref.dtype] for ref in step.inputs]
         self.width = 1 if self.copied else FLOATS[step.dtype]
         self.out: Tensor | None = None
         if out is not None:
             elements, in_bytes = out
             self.out = in_bytes[step.start :] if self.copied else elements[step.first :]
-        self.wanted = [hashed is None or role in hashed for role in step.roles]
+        self.wanted = [hashed is None or operand.role in hashed for operand in step.operands]
         self.hashers: list[xxhash.xxh3_128 | None] = []  # of what is read, where it is not the result
         self.tally = tally
 
@@ -225,10 +225,7 @@ class _Tensor:
         part, first = self.at(index)
         assert part.out is not None
         step, count = part.step, min(part.tile, part.length - first)
-        reads = [
-            Read(source.fd, ref.offset + first * width, count * width, ref.path)
-            for source, ref, width in zip(part.sources, step.inputs, part.widths, strict=True)
-        ]
+        reads = [reads for reader in part.readers if (reads := reader.reads(first, count)) is not None]
         return Portion(step, step.first + first, count, part.out[first : first + count], reads)
 
 
@@ -241,8 +238,10 @@ class _Tile(NamedTuple):
     first: int
     """Where it begins in the part: bytes of a copy, else elements."""
     slot: Slot
-    views: list[memoryview]
-    """The bytes that were read and, if it is written, those of the result; to be hashed."""
+    seen: Sequence[Sequence[memoryview]]
+    """By operand, what was read of it; to be hashed."""
+    result: memoryview | None
+    """What is made of that, and hashed as well, if it is written."""
     read: int
     written: int
     """Bytes, those of results that stay in memory among them."""
@@ -290,8 +289,8 @@ class _Engine:
         self.told = told
         steps = asked.steps
         self.processor = how.processors(steps, asked.rules, how.counted)
-        self.files = Files(asked.file_ids, (ref.path for step in steps for ref in step.inputs))
-        self.todo = sum(step.nbytes + sum(ref.nbytes for ref in step.inputs) for step in steps)
+        self.files = Files(asked.file_ids, _uses(steps))
+        self.todo = sum(step.nbytes + step.read_bytes for step in steps)
         self.read: list[int] = []  # bytes by thread, so that counting needs no lock
         self.written: list[int] = []
         self.lock = threading.Lock()  # for the claims, and all that follows
@@ -373,17 +372,22 @@ class _Engine:
             parts = []
             for step in steps:
                 try:
-                    sources = [self.files.hold(ref.path) for ref in step.inputs]
-                except OSError as error:
+                    readers = [self._reader(step, operand) for operand in step.operands]
+                except (OSError, TypeError) as error:
                     raise _with_tensor(error, step) from error
                 tally = replace(done.tally) if done else Tally()
-                parts.append(_Part(step, sources, self.processor, out, self.how.hashed, tally))
+                parts.append(_Part(step, readers, self.processor, out, self.how.hashed, tally))
             tensor = _Tensor(output, parts, done.elements if done else 0)
             self.active[tensor] = None
             if tensor.tiles:
                 return tensor
             self._finish(tensor)
         return None
+
+    def _reader(self, step: Step, operand: Operand) -> Reader:
+        """Opens the files of an operand, for as long as its tensor is under way."""
+        sources = {path: self.files.hold(path) for path in operand.paths}
+        return reader(operand, sources, 1 if step.op == "copy" else FLOATS[operand.dtype])
 
     def _claim(self, mine: _Tensor | None) -> list[tuple[_Tensor, int]]:
         """The next tile of the tensor `mine`, else of a new one, else of the first that has one left.
@@ -482,7 +486,7 @@ class _Engine:
         for (tensor, index), portion, views in zip(claims, portions, slot.load(portions), strict=True):
             part, first = tensor.at(index)
             read, written = sum(map(len, views)), portion.size * part.width
-            begun.append(_Tile(tensor, index, part, first, slot, views, read, written))
+            begun.append(_Tile(tensor, index, part, first, slot, [[view] for view in views], None, read, written))
         return begun
 
     def _begin_tile(self, tensor: _Tensor, index: int, slot: Slot) -> _Tile:
@@ -490,21 +494,18 @@ class _Engine:
         part, first = tensor.at(index)
         step = part.step
         count = min(part.tile, part.length - first)
-        views = []
-        for buffer, source, ref, width in zip(slot.buffers, part.sources, step.inputs, part.widths, strict=False):
-            view = buffer[: count * width]
-            source.read_into(view, ref.offset + first * width)
-            views.append(view)
-        read, written = sum(map(len, views)), count * part.width
+        seen = [each.read_into(buffer, first, count) for each, buffer in zip(part.readers, slot.buffers, strict=False)]
+        read, written = sum(len(view) for views in seen for view in views), count * part.width
+        result = None
         if part.out is not None:
             slot.start(step, step.first + first, count, part.out[first : first + count])
         elif part.copied or first < tensor.done:
-            views.append(views[0])  # of a part that is done what the target held is gone: this is the result
+            result = seen[0][0]  # of a part that is done what the target held is gone: this is the result
             written = written if part.copied else 0
         else:
             slot.start(step, step.first + first, count, None)
-            views.append(slot.buffers[-1][: count * part.width])
-        return _Tile(tensor, index, part, first, slot, views, read, written)
+            result = slot.buffers[-1][: count * part.width]
+        return _Tile(tensor, index, part, first, slot, seen, result, read, written)
 
     def _end(self, tile: _Tile, worker: int) -> None:
         """Take a tile the rest of the way."""
@@ -512,8 +513,8 @@ class _Engine:
         tally = self._in_turn(tile, tile.slot.wait())
         if tally is None:
             return
-        if tensor.is_written and first >= tensor.done:
-            self.asked.write(part.step, part.step.start + first * part.width, tile.views[-1], tally)
+        if tile.result is not None and first >= tensor.done:
+            self.asked.write(part.step, part.step.start + first * part.width, tile.result, tally)
         self.read[worker] += tile.read
         self.written[worker] += tile.written
 
@@ -525,9 +526,12 @@ class _Engine:
                 if self.stopped:
                     return None
                 tensor.turned.wait()
-        for hasher, view in zip((*part.hashers, tensor.hasher), tile.views, strict=False):
+        for hasher, views in zip(part.hashers, tile.seen, strict=True):
             if hasher is not None:
-                hasher.update(view)
+                for view in views:
+                    hasher.update(view)
+        if tensor.hasher is not None and tile.result is not None:
+            tensor.hasher.update(tile.result)
         total = replace(part.tally)  # a new one, as the writers of earlier tiles look at theirs
         if counted is not None:
             total += counted
@@ -546,12 +550,13 @@ class _Engine:
             self.told.outcome.outputs[tensor.output.name] = tensor.hasher.hexdigest()
         for part in tensor.parts:
             step = part.step
-            for role, ref, wanted, hasher in zip(step.roles, step.inputs, part.wanted, part.hashers, strict=True):
+            for operand, wanted, hasher in zip(step.operands, part.wanted, part.hashers, strict=True):
                 if wanted:
                     known = hasher or tensor.hasher
                     assert known is not None
-                    self.told.outcome.inputs.setdefault(role, {})[ref.name] = known.hexdigest()
-                self.files.release(ref.path)
+                    self.told.outcome.inputs.setdefault(operand.role, {})[operand.key] = known.hexdigest()
+                for path in operand.paths:
+                    self.files.release(path)
             if self.how.counted and not part.copied:
                 self.told.outcome.tallies[step.label] = part.tally
         del self.active[tensor]
@@ -578,8 +583,13 @@ def _length(step: Step) -> int:
 
 
 def _packed(step: Step) -> int:
-    """Bytes that all inputs take in a tile."""
-    return packed(ref.nbytes for ref in step.inputs)
+    """Bytes that all operands take in a tile."""
+    return packed(operand.nbytes for operand in step.operands)
+
+
+def _uses(steps: Iterable[Step]) -> Iterator[Path]:
+    """The files of all operands, as often as they are opened for one."""
+    return (path for step in steps for operand in step.operands for path in operand.paths)
 
 
 def _with_tensor(error: BaseException, step: Step | None) -> BaseException:
@@ -592,6 +602,6 @@ def _with_tensor(error: BaseException, step: Step | None) -> BaseException:
         new: Exception = OSError(error.errno, f"{error.strerror} (tensor {step.name!r})", error.filename)
     else:
         kind = ComputeError if isinstance(error, RuntimeError) else RuntimeError
-        new = kind(f"tensor {step.name!r} of {step.inputs[0].path}: {error}")
+        new = kind(f"tensor {step.name!r} of {step.operands[0].paths[0]}: {error}")
     new.__cause__ = error
     return new

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from ires_kernels.backends.call import Tally
 from ires_kernels.dtypes import FLOATS
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Step
+from ires_kernels.streaming.pieces import Read
 
 if TYPE_CHECKING:
     import torch
@@ -55,15 +55,6 @@ class ReadError(Exception):
         self.reason = reason
 
 
-class Read(NamedTuple):
-    """Bytes of a file that is open."""
-
-    fd: int
-    offset: int
-    nbytes: int
-    path: Path
-
-
 class Portion(NamedTuple):
     """What a tile has of one step: `size` elements from flat index `first` on go into `out`; bytes of a copy."""
 
@@ -71,7 +62,8 @@ class Portion(NamedTuple):
     first: int
     size: int
     out: Tensor
-    reads: list[Read]
+    reads: list[list[Read]]
+    """By operand, what is read for it, one after the other."""
 
 
 Load = Callable[[Sequence[Portion]], list[list[memoryview]]]
@@ -86,7 +78,7 @@ class Slot(Protocol):
 
     @property
     def buffers(self) -> list[memoryview]:
-        """In host memory: one for each input and one, the last, for the result."""
+        """In host memory: one for each operand and one, the last, for the result."""
 
     def start(self, step: Step, first: int, count: int, out: Tensor | None) -> None:
         """Make `count` elements from flat index `first` on, out of the first bytes of the buffers.
@@ -181,14 +173,11 @@ def memory(nbytes: int) -> memoryview:
 
 
 def buffer_sizes(steps: Iterable[Step], tile: int) -> list[int]:
-    """Bytes that a tile needs for each input, and last for the result. Raises ComputeError for unknown operands."""
+    """Bytes that a tile needs for each operand, and last for the result."""
     inputs, result = [tiles.get().copied], 0
     for step in steps:
-        for operand in step.operands:
-            if operand.decode != "plain":  # what is read are the numbers; `compute` gets nothing else
-                raise ComputeError(f"tensor {step.name!r}: nothing here decodes {operand.decode!r} ({operand.role})")
         if step.op != "copy":
-            widths = [FLOATS[ref.dtype] * tile for ref in step.inputs]
+            widths = [FLOATS[operand.dtype] * tile for operand in step.operands]
             inputs = [max(pair) for pair in zip_longest(inputs, widths, fillvalue=0)]
             result = max(result, FLOATS[step.dtype] * tile)
     return [*inputs, result]

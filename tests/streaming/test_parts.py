@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import cast
 
 import pytest
 import safetensors.torch
@@ -15,11 +16,11 @@ import xxhash
 from selection import tiles
 
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, open_checkpoint
+from ires_kernels.checkpoints.quantized import Format, QuantizedRef, Ref
 from ires_kernels.planning.rules import Rules
-from ires_kernels.planning.steps import Decode, Op, Operand, Output, Step, by_output
+from ires_kernels.planning.steps import Op, Operand, Output, Step, by_output
 from ires_kernels.streaming import stream
 from ires_kernels.streaming.stream import Outcome
-from ires_kernels.streaming.tiles import ComputeError
 
 SHAPE = (31, 23)  # 713 elements
 CUTS = [0, 1, 130, 131, 400, 713]
@@ -45,7 +46,7 @@ def sources(tmp_path: Path) -> Checkpoint:
     return open_checkpoint(tmp_path / "model.safetensors")
 
 
-def piece(sources: Checkpoint, ref: TensorRef, number: int) -> TensorRef:
+def piece(sources: Checkpoint, ref: Ref, number: int) -> TensorRef:
     """Where the elements of a part are a second time."""
     behind = sum(3 + b - a for a, b in pairwise(CUTS[number + 1 :]))
     return sources.tensors[f"{ref.name} in pieces"].run(behind + 3, CUTS[number + 1] - CUTS[number])
@@ -124,10 +125,10 @@ def test_hashes_are_of_the_runs_that_were_read(sources: Checkpoint) -> None:
     _, learnt = carried_out(parts, sources, 2)
     whole = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)).half().view(-1)
     assert learnt.inputs["role 1"] == {
-        part.inputs[1].name: xxhash.xxh3_128_hexdigest(whole[part.first : part.first + part.count].numpy())
+        part.operands[1].key: xxhash.xxh3_128_hexdigest(whole[part.first : part.first + part.count].numpy())
         for part in parts
     }
-    assert "1 in pieces[3:316]" in learnt.inputs["role 1"]
+    assert "1 in pieces[3:316]" not in learnt.inputs["role 1"], "which may be the name of a tensor"
 
 
 def test_steps_of_an_output_make_all_of_it_in_order(sources: Checkpoint) -> None:
@@ -145,21 +146,98 @@ def test_steps_of_an_output_make_all_of_it_in_order(sources: Checkpoint) -> None
 def test_runs_of_a_tensor() -> None:
     ref = TensorRef("t", "F4", (4, 3), Path("f"), 100, 6)
     assert ref.run(0, 12) is ref
-    assert ref.run(2, 6) == TensorRef("t[2:8]", "F4", (6,), Path("f"), 101, 3)
+    assert ref.run(2, 6) == TensorRef("t[2:8]", "F4", (6,), Path("f"), 101, 3, "t", 2)
+    assert ref.run(2, 6).run(2, 2) == TensorRef("t[4:6]", "F4", (2,), Path("f"), 102, 1, "t", 4)
+    assert (ref.tensor, ref.run(2, 6).tensor) == ("t", "t")
     for first, count in ((1, 2), (0, 1), (0, 13), (-2, 2), (4, 0)):
         with pytest.raises(ValueError, match=r"'t' has 12 F4 elements, and no run"):
             ref.run(first, count)
 
 
-def test_operands_that_nobody_decodes_are_refused(sources: Checkpoint) -> None:
-    """Codes and scales are one operand, of two tensors; kernels see numbers alone."""
-    step = whole_step(sources, "subtract", 2, "BF16")
-    plain, other = step.operands
-    codes = Operand(other.role, (*other.refs, sources.tensors["2"]), cast(Decode, "scaled"))
-    scaled = replace(step, operands=(plain, codes))
-    assert scaled.inputs == (*step.inputs, sources.tensors["2"])
-    assert scaled.roles == ("role 0", "role 1", "role 1")
-    with pytest.raises(ComputeError, match=r"tensor 'out': nothing here decodes 'scaled' \(role 1\)"):
+OUT_OF_ORDER = [(400, 713), (0, 1), (131, 400), (1, 131)]
+"""Runs of a tensor, of which none follows the one before it."""
+
+
+def shuffled(path: Path, op: Op, count: int, *, split: bool) -> tuple[Step, Step, Checkpoint]:
+    """A step whose operands lie in runs that are out of order, in one file or two, and the same with whole tensors."""
+    pieces, wholes = [], []
+    model: dict[str, dict[str, torch.Tensor]] = {"a": {}, "b": {}}
+    for i, dtype in enumerate((torch.bfloat16, torch.float16, torch.float32)[:count]):
+        whole = torch.randn(713, generator=torch.Generator().manual_seed(i)).to(dtype)
+        model["a"][f"{i}"] = whole
+        model["a"][f"{i} there"] = torch.cat([whole[a:b] for a, b in OUT_OF_ORDER])
+        model["b"][f"{i} there too"] = model["a"][f"{i} there"].clone()
+    for name, tensors in model.items():
+        safetensors.torch.save_file(tensors, path / f"model-0000{1 + (name == 'b')}-of-00002.safetensors")
+    weight_map = {name: f"model-0000{1 + ('too' in name)}-of-00002.safetensors" for t in model.values() for name in t}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    sources = open_checkpoint(path)
+    for i in range(count):
+        wholes.append(Operand(f"role {i}", (sources.tensors[f"{i}"],)))
+        places = list(accumulate((b - a for a, b in OUT_OF_ORDER), initial=0))
+        order = sorted(range(len(OUT_OF_ORDER)), key=OUT_OF_ORDER.__getitem__)
+        names = [f"{i} there", f"{i} there too" if split else f"{i} there"]
+        refs = [sources.tensors[names[n % 2]].run(places[n], places[n + 1] - places[n]) for n in order]
+        pieces.append(Operand(f"role {i}", tuple(refs)))
+    factors = (0.7,) * (1 if op == "add_difference" else count - 1 if op == "add" else 0)
+    output = Output("out", {"copy": "BF16", "convert": "F8_E4M3"}.get(op, "F16"), SHAPE, "file", 8)
+    return Step(output, op, tuple(pieces), factors, 77), Step(output, op, tuple(wholes), factors, 77), sources
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(("op", "count"), [(op, count) for op, count, _ in CASES], ids=[op for op, *_ in CASES])
+def test_operands_in_runs_give_the_bytes_of_whole_ones(tmp_path: Path, op: Op, count: int, split: bool) -> None:
+    """To a file and in memory, with tiles that begin anywhere in a run; and hashed as one."""
+    runs, whole, sources = shuffled(tmp_path, op, count, split=split)
+    wanted, known = carried_out([whole], sources, 2)
+    found, learnt = carried_out([runs], sources, 2)
+    assert found == wanted
+    assert learnt.outputs == known.outputs
+    assert learnt.tallies == known.tallies
+    assert (learnt.bytes_read, learnt.bytes_written) == (known.bytes_read, known.bytes_written)
+    for i in range(count):
+        (digest,) = known.inputs[f"role {i}"].values()
+        assert learnt.inputs[f"role {i}"] == {runs.operands[i].key: digest}
+    assert stream.hashes({"x": runs.operands[0]}, sources.file_ids) == {"x": known.inputs["role 0"]["0"]}
+    place = {"out": torch.empty(SHAPE, dtype={"copy": torch.bfloat16}.get(op, torch.float16))}
+    if op != "convert":
+        stream.fill(place, [runs], sources.file_ids, STOCHASTIC, hashed=())
+        assert place["out"].view(torch.uint8).numpy().tobytes() == found
+
+
+def test_what_an_operand_is(sources: Checkpoint) -> None:
+    ref = sources.tensors["0"]
+    whole, run = Operand("r", (ref,)), Operand("r", (ref.run(0, 23),))
+    rows = Operand("r", tuple(ref.run(23 * row, 23) for row in reversed(range(31))))
+    two = Operand("r", (ref, sources.tensors["0 in pieces"]))
+    assert (whole.key, whole.text, whole.is_whole) == ("0", "0", True)
+    assert (run.text, rows.text, two.text) == ("0[0:23]", "31 runs of 0", "0, 0 in pieces")
+    assert [rows.count, rows.nbytes, rows.paths, rows.dtype] == [713, 1426, (ref.path,), "BF16"]
+    assert len({whole.key, run.key, rows.key, two.key}) == 4
+    named_so = Operand("r", (replace(ref, name="0[0:23]", shape=(23,)),))
+    assert named_so.key == named_so.text == run.text != run.key
+    with pytest.raises(UnicodeEncodeError):  # so it is in no header
+        run.key.encode()
+    with pytest.raises(ValueError, match="the operand r is made of BF16 '0', F16 '1', wanted runs of one dtype"):
+        Operand("r", (ref, sources.tensors["1"]))
+    with pytest.raises(ValueError, match="made of nothing"):
+        Operand("r", ())
+
+
+def test_numbers_that_nobody_decodes_are_refused(sources: Checkpoint) -> None:
+    step = whole_step(sources, "subtract", 2, "F32")
+    codes = QuantizedRef("1", SHAPE, Format("scaled"), (("codes", sources.tensors["1"]),), SHAPE)
+    scaled = replace(step, operands=(step.operands[0], Operand("role 1", (codes,))))
+    with pytest.raises(RuntimeError, match=r"tensor 'out' of .*: nothing here decodes '1' \(role 1\)"):
         carried_out([scaled], sources, 1)
-    with pytest.raises(ValueError, match=r"takes 713 elements of role 1, got 713 of '1', 713 of '2'"):
-        replace(step, operands=(plain, codes._replace(decode="plain")))
+
+
+def test_a_file_that_ends_in_the_middle_of_runs(tmp_path: Path) -> None:
+    runs, _, sources = shuffled(tmp_path, "subtract", 2, split=False)
+    path = runs.operands[1].paths[0]
+    last = max(ref.offset + ref.nbytes for op in runs.operands for ref in op.refs if isinstance(ref, TensorRef))
+    preadv = os.preadv
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "preadv", lambda fd, views, offset: min(preadv(fd, views, offset), max(0, last - 7 - offset)))
+        with pytest.raises(OSError, match=rf"the file ends at byte {last - 7}: it shrank .*{path.name}"):
+            carried_out([runs], sources, 1)
