@@ -70,6 +70,9 @@ WIDTHS = {
 ACROSS = {"mxfp4-transposed", "gptq", "awq"}
 """Formats in which a run of numbers lies all over its matrix, so that whole matrices are read."""
 
+ENCODED = {"fp8-tensor", "fp8-channel", "fp8-block", "mxfp8", "int8-tensor", "int8-channel", "int8-block"}
+"""Formats in which new numbers can be stored: with the scale that is there where that serves, and no zero points."""
+
 
 @dataclass(frozen=True, slots=True)
 class Format:
@@ -92,6 +95,11 @@ class Format:
     def bits(self) -> int:
         """The width of a code."""
         return WIDTHS[self.name] or self.number("bits")
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether new numbers can be stored in it."""
+        return self.name in ENCODED and not self.word("zero_point")
 
     def __str__(self) -> str:
         """The name and what matters of the settings, for people: ``fp8-block 128 × 128``."""

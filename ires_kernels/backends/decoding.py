@@ -31,7 +31,7 @@ def decode(format: Format, full: tuple[int, ...], first: int, count: int, parts:
     """
     base = span(format, full, first, count)[0]
     stored = {part: _tensor(view) for part, view in parts.items()}
-    weight = _Weight(format, full, base, stored, _Grid.of(format, full))
+    weight = _Weight(format, full, base, stored, Grid.of(format, full))
     number = _NUMBERS.get(format.name, _scaled)
     with subnormals_kept():
         for start in range(first, first + count, PIECE):
@@ -39,7 +39,7 @@ def decode(format: Format, full: tuple[int, ...], first: int, count: int, parts:
             out[start - first : stop - first] = number(weight, torch.arange(start, stop))
 
 
-class _Grid(NamedTuple):
+class Grid(NamedTuple):
     """The blocks of one matrix, or of all of them as one."""
 
     height: int
@@ -50,7 +50,7 @@ class _Grid(NamedTuple):
     columns: int
 
     @classmethod
-    def of(cls, format: Format, full: tuple[int, ...]) -> _Grid:
+    def of(cls, format: Format, full: tuple[int, ...]) -> Grid:
         many, height, width = matrices(full)
         rows, columns = format.number("rows", 1), format.number("columns", 1)
         return cls(many * height if rows >= many * height else height, width, rows, columns)
@@ -71,7 +71,7 @@ class _Weight(NamedTuple):
     """Where the bytes of the codes begin in their tensor."""
     parts: Mapping[str, Tensor]
     """The bytes of each."""
-    grid: _Grid
+    grid: Grid
 
     def place(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Row, counted through all matrices, and column of elements by their flat index."""

@@ -1,0 +1,104 @@
+"""New codes of quantized weights in plain torch: the definition, for the formats that `Format.is_encoded`.
+
+A code is that of RN(value / scale), one rounding to float32, rounded to what codes are: to nearest, ties to even, or by
+32 random bits. The scales are those that are there as long as they serve: a block whose largest |value| / scale still
+rounds to the largest code, being within half a step of it, keeps its own. Another one gets a new scale, the largest
+|value| over `_RANGE`, in the dtype of scales, and to the next power of two above it where those of the weight are such
+numbers. No number that a rule of quantizers gives to a block of zeros is needed: zeros never need a new scale.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ires_kernels.backends.decoding import Grid, floats
+from ires_kernels.backends.reference import random_words, round_to, subnormals_kept
+from ires_kernels.formats import Format, matrices
+
+_LARGEST = {"F8_E4M3": 448.0, "I8": 127.0}
+_RANGE = {"F8_E4M3": 448.0, "I8": 127.5}
+"""What the largest of a block is divided by; of integers half a step more, as compressed-tensors has it."""
+_LIMIT = {"F8_E4M3": 464.0, "I8": 127.5}
+"""The largest |value| / scale that serves."""
+_SCALES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CAST = torch.float8_e4m3fn
+
+
+def block_count(format: Format, full: tuple[int, ...]) -> int:
+    """How many blocks of a weight have a scale each."""
+    many, height, width = matrices(full)
+    grid = Grid.of(format, full)
+    return many * height // grid.height * -(-grid.height // grid.rows) * -(-width // grid.columns) if width else 0
+
+
+def measure(format: Format, full: tuple[int, ...], first: int, values: Tensor, largest: Tensor) -> None:
+    """Take the elements from the flat index `first` on into account in `largest`, the largest |value| of each block.
+
+    Of finite values: no scale makes room for others.
+    """
+    magnitude = values.abs()
+    magnitude = torch.where(magnitude.isfinite(), magnitude, 0.0)
+    largest.scatter_reduce_(0, _blocks(format, full, first, len(values)), magnitude, "amax")
+
+
+@subnormals_kept()
+def new_scales(format: Format, largest: Tensor, scales: memoryview) -> tuple[memoryview, Tensor | None]:
+    """The bytes of all scales: those that serve as they are, and others where blocks have larger values than before.
+
+    Also returns which are new, None where none is.
+    """
+    stored = torch.frombuffer(bytearray(scales), dtype=torch.uint8)
+    dtype, codes = format.word("scale"), _codes(format)
+    before = floats(stored, dtype)
+    renewed = largest / before.abs() > _LIMIT[codes]
+    if not renewed.any():
+        return scales, None
+    wanted = largest[renewed] / torch.tensor(_RANGE[codes])
+    mantissa, _ = torch.frexp(before)
+    if dtype == "F8_E8M0" or bool((mantissa == 0.5).all()):
+        mantissa, exponent = torch.frexp(wanted)
+        exponent = (exponent - (mantissa == 0.5).int()).clamp(-127, 127)
+        wanted = torch.ldexp(torch.ones(()), exponent)
+    if dtype == "F8_E8M0":
+        stored[renewed] = (exponent + 127).to(torch.uint8)
+    else:
+        typed = stored.view(_SCALES[dtype])
+        typed[renewed] = round_to(wanted, typed.dtype)
+    return memoryview(stored.numpy()), renewed
+
+
+@subnormals_kept()
+def encode(
+    format: Format,
+    full: tuple[int, ...],
+    first: int,
+    values: Tensor,
+    scales: memoryview,
+    out: Tensor,
+    random: tuple[int, int] | None = None,
+) -> None:
+    """The codes of values, the elements from the flat index `first` on of a weight of the shape `full`, as bytes.
+
+    What no code is large enough for gets the largest one. `random` is the seed and stream of a stochastic rounding.
+    """
+    stored = torch.frombuffer(bytearray(scales), dtype=torch.uint8)
+    scale = floats(stored, format.word("scale"), _blocks(format, full, first, len(values)))
+    words = None if random is None else random_words(*random, first, len(values))
+    codes, largest = _codes(format), _LARGEST[_codes(format)]
+    if codes == "F8_E4M3":
+        out.copy_(round_to((values / scale).clamp(-largest, largest), _CAST, words).view(torch.uint8))
+    else:
+        exact = (values / scale).double().clamp(-largest - 1, largest)
+        whole = exact.round() if words is None else (exact + words.double() / 2.0**32).floor()
+        out.copy_(whole.clamp(-largest - 1, largest).nan_to_num().to(torch.int8).view(torch.uint8))
+
+
+def _codes(format: Format) -> str:
+    return "I8" if format.name.startswith("int8") else "F8_E4M3"
+
+
+def _blocks(format: Format, full: tuple[int, ...], first: int, count: int) -> Tensor:
+    """The flat index of the block of each element."""
+    index, width = torch.arange(first, first + count), matrices(full)[2]
+    return Grid.of(format, full).block(index // width, index % width)

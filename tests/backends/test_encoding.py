@@ -1,0 +1,145 @@
+"""Codes that a merge makes: the very ones that were there for numbers that did not change, the nearest for others."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ires_kernels.backends import decoding, encoding
+from ires_kernels.formats import Format
+
+F8, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
+
+
+def form(name: str, rows: int, columns: int, scale: str) -> Format:
+    return Format(name, (("rows", rows), ("columns", columns), ("scale", scale)))
+
+
+def raw(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(torch.uint8).reshape(-1).numpy())
+
+
+def decoded(format: Format, full: tuple[int, ...], codes: Tensor, scale: memoryview) -> Tensor:
+    out = torch.empty(math.prod(full))
+    decoding.decode(format, full, 0, len(out), {"codes": raw(codes), "scale": scale}, out)
+    return out
+
+
+def encoded(format: Format, full: tuple[int, ...], values: Tensor, scale: memoryview, **options: object) -> Tensor:
+    out = torch.empty(len(values), dtype=torch.uint8)
+    for first in range(0, len(values), 1000):
+        piece = slice(first, first + 1000)
+        encoding.encode(format, full, first, values[piece], scale, out[piece], **options)  # type: ignore[arg-type]
+    return out
+
+
+SHAPES = {
+    "fp8-block": ((3, 130, 200), 64, 128),
+    "fp8-channel": ((40, 100), 1, 100),
+    "fp8-tensor": ((40, 100), 40, 100),
+    "mxfp8": ((40, 96), 1, 32),
+    "int8-channel": ((40, 100), 1, 100),
+    "int8-tensor": ((2, 40, 100), 80, 100),
+}
+
+
+@pytest.mark.parametrize("scale", ["F32", "BF16", "F16", "F8_E8M0"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_unchanged_numbers_get_their_codes_back(name: str, scale: str) -> None:
+    full, rows, columns = SHAPES[name]
+    format = form(name, rows, columns, scale)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (math.prod(full),), generator=generator).to(torch.uint8)
+    if name.startswith("int8"):
+        codes = torch.where(codes == 128, 0, codes)
+    else:
+        codes = torch.where(codes & 127 == 127, 0, codes)
+    count = encoding.block_count(format, full)
+    if scale == "F8_E8M0":
+        scales = raw(torch.randint(100, 130, (count,), generator=generator).to(torch.uint8))
+    else:
+        dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[scale]
+        scales = raw((torch.rand(count, generator=generator) + 0.01).to(dtype))
+    values = decoded(format, full, codes, scales)
+    largest = torch.zeros(count)
+    for first in range(0, len(values), 999):
+        encoding.measure(format, full, first, values[first : first + 999], largest)
+    kept, renewed = encoding.new_scales(format, largest, scales)
+    assert renewed is None
+    assert bytes(kept) == bytes(scales)
+    assert torch.equal(encoded(format, full, values, scales), codes)
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, "F32"), (torch.bfloat16, "BF16")])
+def test_only_a_block_that_has_grown_out_of_its_scale_gets_a_new_one(dtype: torch.dtype, scale: str) -> None:
+    format, full = form("fp8-block", 4, 8, scale), (8, 16)
+    values = torch.ones(full)
+    values[0, 0] = 464 * 0.5
+    values[0, 8] = 465 * 0.5
+    values[4, 0] = -1000
+    scales = raw(torch.tensor([0.5, 0.5, 0.75, 0.75], dtype=dtype))
+    largest = torch.zeros(4)
+    encoding.measure(format, full, 0, values.reshape(-1), largest)
+    assert largest.tolist() == [232, 232.5, 1000, 1]
+    new, renewed = encoding.new_scales(format, largest, scales)
+    assert renewed is not None
+    assert renewed.tolist() == [False, True, True, False]
+    found = torch.frombuffer(bytearray(new), dtype=dtype)
+    wanted = torch.tensor([0.5, 232.5 / 448, 1000 / 448, 0.75]).to(dtype)
+    assert torch.equal(found, wanted)
+    codes = encoded(format, full, values.reshape(-1), new)
+    back = decoded(format, full, codes, new).reshape(full)
+    assert back[0, 0] == 224
+    assert back[4, 0] == -448 * found[2].float()
+    assert torch.equal(codes.view(F8).float().reshape(full)[1, 8:], (torch.ones(8) / found[1].float()).to(F8).float())
+
+
+@pytest.mark.parametrize("scale", ["F32", "F8_E8M0"])
+def test_scales_that_are_powers_of_two_stay_such_numbers(scale: str) -> None:
+    format, full = form("mxfp8", 1, 32, scale), (2, 64)
+    codes = torch.tensor([127, 120, 126, 127], dtype=torch.uint8)
+    scales = raw(codes if scale == "F8_E8M0" else torch.tensor([1.0, 2.0**-7, 0.5, 1.0]))
+    values = torch.zeros(4, 32)
+    values[0, 0], values[1, 1], values[2, 2] = 448 * 4, 449 * 2.0**-6, 224
+    largest = torch.zeros(4)
+    encoding.measure(format, full, 0, values.reshape(-1), largest)
+    new, renewed = encoding.new_scales(format, largest, scales)
+    assert renewed is not None
+    assert renewed.tolist() == [True, True, False, False]
+    stored = torch.frombuffer(bytearray(new), dtype=torch.uint8 if scale == "F8_E8M0" else torch.float32)
+    assert stored.tolist() == ([129, 122, 126, 127] if scale == "F8_E8M0" else [4, 2.0**-5, 0.5, 1])
+
+
+def test_integers_are_rounded_to_even_and_end_at_127() -> None:
+    format, full = form("int8-channel", 1, 6, "F32"), (1, 6)
+    values = torch.tensor([0.5, 1.5, -2.5, 1000.0, -1000.0, math.nan])
+    codes = encoded(format, full, values, raw(torch.tensor([1.0])))
+    assert codes.view(torch.int8).tolist() == [0, 2, -2, 127, -128, 0]
+
+
+@pytest.mark.parametrize("name", ["fp8-block", "int8-channel"])
+def test_random_rounding_is_right_on_the_average_and_keeps_codes(name: str) -> None:
+    full = (64, 256)
+    format = form(name, 1, 256, "F32")
+    scales = raw(torch.full((64,), 0.5))
+    values = torch.full((64 * 256,), 8.1 * 0.5)  # between 8 and 9, of either kind of codes
+    codes = encoded(format, full, values, scales, random=(3, 5))
+    assert torch.equal(codes, encoded(format, full, values, scales, random=(3, 5)))
+    found = decoded(format, full, codes, scales) / 0.5
+    assert set(found.tolist()) == {8, 9}
+    assert found.mean().item() == pytest.approx(8.1, abs=0.02)
+    exact = torch.full((64 * 256,), 4.0)
+    assert set(encoded(format, full, exact, scales, random=(3, 5)).tolist()) == {0x50 if name == "fp8-block" else 8}
+
+
+def test_what_is_no_number_and_what_is_too_large_changes_no_scale() -> None:
+    format, full = form("fp8-tensor", 1, 4, "F32"), (1, 4)
+    values = torch.tensor([math.inf, -math.inf, math.nan, 1.0])
+    largest = torch.zeros(1)
+    encoding.measure(format, full, 0, values, largest)
+    assert largest.item() == 1
+    codes = encoded(format, full, values, raw(torch.tensor([1.0])))
+    assert codes.tolist() == [0x7E, 0xFE, 0x7F, 0x38]
