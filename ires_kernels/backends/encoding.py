@@ -65,7 +65,7 @@ def new_scales(format: Format, largest: Tensor, scales: memoryview) -> tuple[mem
     else:
         typed = stored.view(_SCALES[dtype])
         typed[renewed] = round_to(wanted, typed.dtype)
-    return memoryview(stored.numpy()), renewed
+    return stored.numpy().data, renewed
 
 
 @subnormals_kept()
