@@ -59,7 +59,7 @@ def new_scales(format: Format, largest: Tensor, scales: memoryview) -> tuple[mem
     if dtype == "F8_E8M0" or bool((mantissa == 0.5).all()):
         mantissa, exponent = torch.frexp(wanted)
         exponent = (exponent - (mantissa == 0.5).int()).clamp(-127, 127)
-        wanted = torch.ldexp(torch.ones(()), exponent)
+        wanted = torch.exp2(exponent.double()).float()
     if dtype == "F8_E8M0":
         stored[renewed] = (exponent + 127).to(torch.uint8)
     else:
