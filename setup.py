@@ -133,7 +133,7 @@ def extension():
             raise
         print("ires_kernels: pybind11 is missing, installing without native kernels", file=sys.stderr)
         return []
-    headers = ["arith", "call", "cpu", "cuda", "kernel", "schedule", "tile"]
+    headers = ["arith", "call", "coded", "cpu", "cuda", "decode", "kernel", "lanes", "schedule", "tile"]
     return [
         Extension(
             "ires_kernels._native",

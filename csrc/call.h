@@ -8,6 +8,7 @@
 #endif
 
 #include "arith.h"
+#include "coded.h"
 
 namespace ires {
 
@@ -29,6 +30,12 @@ IRES_HD int item_size(DType t) {
     }
 }
 
+// An operand that is decoded as it is used: numbers of `coded` from `first` on. Without `coded` it is not one.
+struct Decoded {
+    const Coded* coded = nullptr;
+    int64_t first = 0;
+};
+
 // One output tensor of a call. Strides are in elements, operand-major (the output first), and empty where all operands
 // are contiguous.
 struct Item {
@@ -39,6 +46,8 @@ struct Item {
     std::vector<const void*> in;
     std::vector<DType> in_types;
     std::vector<int64_t> sizes, strides;
+    // Empty, or for each input what it is decoded from, on a CPU; then `in` has no pointer for it, and all is contiguous.
+    std::vector<Decoded> decoded;
 };
 
 // Merges dimensions that are contiguous in every operand; an item that is contiguous altogether loses its strides.

@@ -15,6 +15,10 @@ namespace {
 constexpr int64_t kChunk = int64_t(1) << 17;           // elements
 constexpr int64_t kBytesPerThread = int64_t(1) << 21;  // below this a thread costs more than it brings
 constexpr int64_t kGather = 1024;                      // elements copied together where strides are not 1
+constexpr int64_t kDecoded = 2048;                     // numbers decoded together: with two such operands, in the L1 cache
+
+void* at(void* p, DType type, int64_t elements) { return static_cast<char*>(p) + elements * item_size(type); }
+const void* at(const void* p, DType type, int64_t elements) { return static_cast<const char*>(p) + elements * item_size(type); }
 
 #if defined(__x86_64__)
 bool v3_here() {
@@ -81,6 +85,24 @@ void run_strided(const Loops& loops, const Operation& op, const Item& item, uint
     }
 }
 
+// Elements [first, first + n) of an item with operands that are decoded: these go by small pieces.
+void run_decoded(const Loops& loops, const Operation& op, const Item& item, uint64_t offset, int64_t first, int64_t n,
+                 Tally* tally) {
+    const size_t inputs = size_t(op.inputs);
+    std::vector<float> numbers(inputs * kDecoded);
+    std::vector<const void*> in(inputs);
+    for (int64_t done = 0; done < n; done += kDecoded) {
+        const int64_t i = first + done, m = std::min(kDecoded, n - done);
+        for (size_t k = 0; k < inputs; ++k) {
+            const Decoded& from = item.decoded[k];
+            if (from.coded) loops.decode(*from.coded, from.first + i, m, &numbers[k * kDecoded]);
+            in[k] = from.coded ? &numbers[k * kDecoded] : at(item.in[k], item.in_types[k], i);
+        }
+        void* out = at(item.out, item.out_type, i);
+        loops.run(op, {m, offset + uint64_t(i), item.stream, item.out_type, item.in_types.data(), out, in.data()}, tally);
+    }
+}
+
 struct Isa {
     const char* name;
     const Loops* loops;
@@ -125,11 +147,11 @@ void on_threads(int threads, const std::function<void(int)>& work) {
 
 // Calls part(item, first, n, thread) for every chunk of every item.
 template <class Part>
-void for_chunks(const std::vector<Item>& items, int threads, const Part& part) {
+void for_chunks(const std::vector<Item>& items, int threads, const Part& part, int64_t chunk = kChunk) {
     std::vector<int64_t> ends;  // running count of chunks
     int64_t chunks = 0, bytes = 0;
     for (const Item& item : items) {
-        chunks += (item.n + kChunk - 1) / kChunk;
+        chunks += (item.n + chunk - 1) / chunk;
         bytes += item.n * item_size(item.out_type);
         for (DType type : item.in_types) bytes += item.n * item_size(type);
         ends.push_back(chunks);
@@ -139,14 +161,11 @@ void for_chunks(const std::vector<Item>& items, int threads, const Part& part) {
     on_threads(threads, [&](int id) {
         for (int64_t c; (c = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
             const size_t i = size_t(std::upper_bound(ends.begin(), ends.end(), c) - ends.begin());
-            const int64_t first = (c - (i ? ends[i - 1] : 0)) * kChunk;
-            part(items[i], first, std::min(kChunk, items[i].n - first), id);
+            const int64_t first = (c - (i ? ends[i - 1] : 0)) * chunk;
+            part(items[i], first, std::min(chunk, items[i].n - first), id);
         }
     });
 }
-
-void* at(void* p, DType type, int64_t elements) { return static_cast<char*>(p) + elements * item_size(type); }
-const void* at(const void* p, DType type, int64_t elements) { return static_cast<const char*>(p) + elements * item_size(type); }
 
 }  // namespace
 
@@ -164,6 +183,7 @@ void run(const Operation& op, std::vector<Item>& items, uint64_t offset, int thr
     for_chunks(items, threads, [&](const Item& item, int64_t first, int64_t n, int thread) {
         Tally* mine = tally ? &tallies[size_t(thread)] : nullptr;
         if (!item.sizes.empty()) return run_strided(loops, op, item, offset, first, n, mine);
+        if (!item.decoded.empty()) return run_decoded(loops, op, item, offset, first, n, mine);
         std::vector<const void*> in;
         for (size_t k = 0; k < item.in.size(); ++k) in.push_back(at(item.in[k], item.in_types[k], first));
         void* out = at(item.out, item.out_type, first);
@@ -171,6 +191,18 @@ void run(const Operation& op, std::vector<Item>& items, uint64_t offset, int thr
         loops.run(op, run, mine);
     });
     for (const Tally& t : tallies) *tally += t;
+}
+
+void decode(const Coded& coded, int64_t first, int64_t n, float* out, int threads, const std::string& isa) {
+    const Loops& loops = find_loops(isa);
+    Item item{};
+    item.n = n;
+    item.out_type = DType::f32;
+    // Transposed: whole bands of lines, counted from `first`.
+    const int64_t chunk = coded.transposed ? std::max<int64_t>(kChunk / (32 * coded.rows), 1) * 32 * coded.rows : kChunk;
+    for_chunks({item}, threads, [&](const Item&, int64_t from, int64_t count, int) {
+        loops.decode(coded, first + from, count, out + from);
+    }, chunk);
 }
 
 void run_memory(const Item& item, int threads, const std::string& isa) {

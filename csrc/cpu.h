@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "call.h"
+#include "coded.h"
 
 namespace ires {
 
@@ -43,6 +44,8 @@ struct Loops {
     // Touches the same bytes as `run` would, with no arithmetic worth the name: the ceiling the benchmarks divide by.
     // False: no such loop for these element sizes.
     bool (*memory)(const Run&, int inputs);
+    // Numbers [first, first + n) of a quantized tensor, on the calling thread.
+    void (*decode)(const Coded&, int64_t first, int64_t n, float* out);
 };
 
 #if defined(__x86_64__)
@@ -58,6 +61,8 @@ std::vector<std::string> isas();
 
 // `offset` is the flat index of each item's first element. Throws std::invalid_argument for an unknown `isa`.
 void run(const Operation& op, std::vector<Item>& items, uint64_t offset, int threads, const std::string& isa, Tally* tally);
+// The numbers [first, first + n) of a quantized tensor. Throws as `run` does.
+void decode(const Coded& coded, int64_t first, int64_t n, float* out, int threads, const std::string& isa);
 void run_memory(const Item& item, int threads, const std::string& isa);
 
 }  // namespace ires

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <deque>
 
 #include "cpu.h"
 #include "cuda.h"
@@ -21,8 +22,93 @@ ires::DType dtype(const py::handle& h) {
     return static_cast<ires::DType>(code);
 }
 
-// (n, stream, (pointer, ...), (dtype, ...), sizes, strides): the output first; strides by operand, or both empty.
-ires::Item item(const py::tuple& t) {
+// What is not there is None. Buffers are checked for the bytes that any number of the tensor may need.
+struct Bytes {
+    const char* p = nullptr;
+    int64_t n = 0;
+};
+
+Bytes bytes(const py::handle& h) {
+    if (h.is_none()) return {};
+    Py_buffer view;
+    if (PyObject_GetBuffer(h.ptr(), &view, PyBUF_SIMPLE) != 0) throw py::error_already_set();
+    const Bytes found{static_cast<const char*>(view.buf), int64_t(view.len)};
+    PyBuffer_Release(&view);  // the caller's reference keeps it
+    return found;
+}
+
+template <class E> E choice(const py::handle& h, E last) {
+    const int code = h.cast<int>();
+    if (code < 0 || code > int(last)) throw py::value_error("unknown code " + std::to_string(code));
+    return static_cast<E>(code);
+}
+
+void need(int64_t wanted, const Bytes& got, const char* what) {
+    if (got.n < wanted)
+        throw py::value_error(std::string(what) + " has " + std::to_string(got.n) + " bytes, wanted " + std::to_string(wanted));
+}
+
+// (code type, high nibble first, transposed, table of 16 or (), (matrices, rows, columns, bytes of a row),
+//  (block rows, block columns), scale type, zero type, second scale), see coded.h; then the parts.
+ires::Coded coded(const py::tuple& t, const py::tuple& parts) {
+    using namespace ires;
+    Coded c{};
+    c.type = choice(t[0], CodeType::nibbles);
+    c.high_first = t[1].cast<bool>();
+    c.transposed = t[2].cast<bool>();
+    const auto table = t[3].cast<std::vector<float>>();
+    const auto shape = t[4].cast<std::vector<int64_t>>(), block = t[5].cast<std::vector<int64_t>>();
+    c.scale_type = choice(t[6], ScaleType::e8m0);
+    c.zero_type = choice(t[7], ZeroType::bytes_less_128);
+    c.second = choice(t[8], Second::over);
+    if (shape.size() != 4 || block.size() != 2 || (table.size() != 16 && !table.empty()) ||
+        (c.type == CodeType::nibbles && table.empty()))
+        throw py::value_error("a layout that is none");
+    std::copy(table.begin(), table.end(), c.table);
+    c.matrices = shape[0], c.rows = shape[1], c.columns = shape[2], c.row_bytes = shape[3];
+    c.block_rows = block[0], c.block_columns = block[1];
+    if (c.matrices < 1 || c.rows < 1 || c.columns < 1 || c.block_rows < 1 || c.block_columns < 1 ||
+        c.row_bytes < (c.columns * code_bits(c.type) + 7) / 8)
+        throw py::value_error("sizes that are none");
+    if (c.zero_type != ZeroType::none && c.type <= CodeType::e5m2) throw py::value_error("floats have no zero");
+    const Bytes codes = bytes(parts[0]), scale = bytes(parts[2]), zero = bytes(parts[3]), over = bytes(parts[4]), group = bytes(parts[5]);
+    c.skipped = parts[1].cast<int64_t>();
+    const int64_t columns = grid_columns(c), rows = grid_rows(c), cells = c.matrices * rows * columns;
+    need(cells * scale_bytes(c.scale_type), scale, "scale");
+    if (c.zero_type == ZeroType::i8) need(cells, zero, "zero point");
+    if (c.zero_type == ZeroType::nibbles_less_8) need((c.matrices * rows + 7) / 8 * columns * 4, zero, "zero point");
+    if (c.zero_type == ZeroType::bytes_less_128) need((c.matrices * rows + 3) / 4 * columns * 4, zero, "zero point");
+    c.seconds = over.n / 4;
+    if (c.second != Second::none && c.seconds != 1) need(c.matrices * 4, over, "second scale");
+    if (group.p) {
+        need(c.columns * 4, group, "group index");
+        int32_t largest = -1;
+        for (int64_t i = 0; i < c.columns; ++i) largest = std::max(largest, read_at<int32_t>(group.p, i));
+        if (largest >= columns) throw py::value_error("group index " + std::to_string(largest) + " of " + std::to_string(columns));
+    }
+    c.codes = codes.p, c.scale = scale.p, c.zero = zero.p, c.over = over.p, c.group = group.p;
+    return c;
+}
+
+// The bytes of codes [first, first + n) must be there.
+void need_codes(const ires::Coded& c, int64_t first, int64_t n, const Bytes& codes) {
+    if (first < 0 || n < 1 || first + n > c.matrices * c.rows * c.columns) throw py::value_error("numbers that the tensor has not");
+    const int bits = code_bits(c.type);
+    const int64_t last = first + n - 1, whole = c.matrices * c.rows * c.row_bytes;
+    const int64_t from = c.transposed ? first / (c.rows * c.columns) * c.rows * c.row_bytes
+                                      : first / c.columns * c.row_bytes + first % c.columns * bits / 8;
+    const int64_t to = c.transposed ? (last / (c.rows * c.columns) + 1) * c.rows * c.row_bytes
+                                    : last / c.columns * c.row_bytes + last % c.columns * bits / 8 + 1;
+    if (c.skipped < 0 || c.skipped > from || whole < to) throw py::value_error("codes that begin behind the first number");
+    need(to - c.skipped, codes, "codes");
+}
+
+// What items of a call are decoded from; these point to it.
+using Codeds = std::deque<ires::Coded>;
+
+// (n, stream, (pointer, ...), (dtype, ...), sizes, strides): the output first; strides by operand, or both empty. Maybe
+// also, for each input, None or (layout, parts, first): what it is decoded from.
+ires::Item item(const py::tuple& t, Codeds* codeds = nullptr) {
     ires::Item out;
     out.n = t[0].cast<int64_t>();
     out.stream = t[1].cast<uint64_t>();
@@ -37,6 +123,20 @@ ires::Item item(const py::tuple& t) {
     out.sizes = t[4].cast<std::vector<int64_t>>();
     out.strides = t[5].cast<std::vector<int64_t>>();
     if (out.strides.size() != out.sizes.size() * pointers.size()) throw py::value_error("one stride per size and operand");
+    if (t.size() == 6) return out;
+    if (!codeds || !out.sizes.empty()) throw py::value_error("decoded operands are for contiguous tensors on the CPU");
+    const py::tuple decoded = t[6];
+    if (decoded.size() != out.in.size()) throw py::value_error("one of each input");
+    for (size_t k = 0; k < decoded.size(); ++k) {
+        out.decoded.emplace_back();
+        if (decoded[k].is_none()) continue;
+        const py::tuple from = decoded[k];
+        const int64_t first = from[2].cast<int64_t>();
+        codeds->push_back(coded(from[0], from[1]));
+        need_codes(codeds->back(), first, out.n, bytes(from[1].cast<py::tuple>()[0]));
+        if (out.in_types[k] != ires::DType::f32) throw py::value_error("decoded numbers are f32");
+        out.decoded[k] = {&codeds->back(), first};
+    }
     return out;
 }
 
@@ -55,11 +155,11 @@ ires::Operation operation(int code, const std::vector<double>& factors, bool sto
     return op;
 }
 
-std::vector<ires::Item> items(const py::list& list, const ires::Operation& op) {
+std::vector<ires::Item> items(const py::list& list, const ires::Operation& op, Codeds* codeds = nullptr) {
     std::vector<ires::Item> out;
     out.reserve(list.size());
     for (const py::handle& h : list) {
-        out.push_back(item(h.cast<py::tuple>()));
+        out.push_back(item(h.cast<py::tuple>(), codeds));
         if (int(out.back().in.size()) != op.inputs) throw py::value_error("wrong number of operands");
     }
     return out;
@@ -68,7 +168,8 @@ std::vector<ires::Item> items(const py::list& list, const ires::Operation& op) {
 py::object run(int code, const py::list& list, const std::vector<double>& factors, bool stochastic, uint64_t seed,
                uint64_t offset, int threads, const std::string& isa, bool want_tally) {
     const ires::Operation op = operation(code, factors, stochastic, seed);
-    std::vector<ires::Item> all = items(list, op);
+    Codeds codeds;
+    std::vector<ires::Item> all = items(list, op, &codeds);
     ires::Tally tally;
     {
         const py::gil_scoped_release release;
@@ -147,6 +248,14 @@ py::object load_tile(const py::list& list, int code, const py::list& computed, c
     return py::make_tuple(unread.read, unread.error, unread.at);
 }
 
+void decode(const py::tuple& layout, const py::tuple& parts, int64_t first, int64_t n, uintptr_t out, int threads,
+            const std::string& isa) {
+    const ires::Coded c = coded(layout, parts);
+    need_codes(c, first, n, bytes(parts[0]));
+    const py::gil_scoped_release release;
+    ires::decode(c, first, n, reinterpret_cast<float*>(out), threads, isa);
+}
+
 void memory_loop(const py::tuple& t, int threads, const std::string& isa) {
     const ires::Item one = item(t);
     const py::gil_scoped_release release;
@@ -161,6 +270,8 @@ PYBIND11_MODULE(_native, m) {
           py::arg("offset"), py::arg("threads"), py::arg("isa"), py::arg("tally"));
     m.def("load_tile", &load_tile, py::arg("reads"), py::arg("op"), py::arg("items"), py::arg("factors"),
           py::arg("stochastic"), py::arg("seed"), py::arg("offset"), py::arg("device"), py::arg("stream"));
+    m.def("decode", &decode, py::arg("layout"), py::arg("parts"), py::arg("first"), py::arg("n"), py::arg("out"),
+          py::arg("threads"), py::arg("isa"));
     m.def("memory_loop", &memory_loop, py::arg("item"), py::arg("threads"), py::arg("isa"));
     m.def("isas", &ires::isas);
 #if defined(IRES_CUDA)

@@ -1,4 +1,6 @@
-"""The numbers of quantized weights in plain torch: the definition of every format of `ires_kernels.formats`."""
+"""The numbers of quantized weights: by the C++ loops where these know a format of `ires_kernels.formats`, and in plain
+torch, which is the definition of every one of them.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ires_kernels.backends import native
+from ires_kernels.backends.choice import choose
 from ires_kernels.backends.reference import PIECE, subnormals_kept
 from ires_kernels.formats import Format, matrices, row_bytes, span
 
@@ -29,6 +33,12 @@ def decode(format: Format, full: tuple[int, ...], first: int, count: int, parts:
 
     parts["codes"] holds the bytes that `formats.span` names for this run, and no others; the other parts are whole.
     """
+    if choose(out.device) is not native or not native.decode(format, full, first, count, parts, out):
+        define(format, full, first, count, parts, out)
+
+
+def define(format: Format, full: tuple[int, ...], first: int, count: int, parts: Parts, out: Tensor) -> None:
+    """`decode` in plain torch."""
     base = span(format, full, first, count)[0]
     stored = {part: _tensor(view) for part, view in parts.items()}
     weight = _Weight(format, full, base, stored, Grid.of(format, full))
@@ -105,9 +115,7 @@ def _scaled(weight: _Weight, index: Tensor) -> Tensor:
         shared = shared[row // (all_rows // len(shared))]
         scale = scale / shared if weight.format.word("global") == "divide" else scale * shared
     if name in ("nvfp4", "mxfp4"):
-        number = _E2M1[code] * scale
-        lift = weight.format.number("lift")
-        return number * 2.0**lift if lift else number
+        return _E2M1[code] * 2.0 ** weight.format.number("lift") * scale  # the first product is exact
     if name == "bnb-int8":
         return _signed(code).float() * scale * _BNB_INT8
     return _E4M3[code] * scale

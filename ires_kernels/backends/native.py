@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from ires_kernels.backends import reference
+from ires_kernels.backends import coded, reference
 from ires_kernels.backends.call import Call, Tally
 from ires_kernels.backends.choice import BackendStatus, thread_count
 from ires_kernels.dtypes import NUMBERS
+from ires_kernels.formats import Format
 
 try:
     from ires_kernels import _native
@@ -134,3 +136,15 @@ def run(call: Call) -> None:
     sums = _native.run(*what, thread_count(), os.environ.get("IRES_ISA", ""), call.tally is not None)
     if call.tally is not None:
         call.tally.__iadd__(Tally(sum(out.numel() for out in call.outs), *sums))
+
+
+def decode(
+    format: Format, full: tuple[int, ...], first: int, count: int, parts: Mapping[str, memoryview], out: Tensor
+) -> bool:
+    """`decoding.decode` into contiguous memory, without Python's lock; False where the loops do not know the format."""
+    layout = coded.layout(format, full)
+    if layout is None or not coded.fits(layout, parts):
+        return False
+    stored = coded.stored(format, full, first, count, parts)
+    _native.decode(layout, stored, first, count, out.data_ptr(), thread_count(), os.environ.get("IRES_ISA", ""))
+    return True
