@@ -12,8 +12,8 @@ import math
 import os
 import re
 import stat
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -135,12 +135,17 @@ class Checkpoint:
     """residual.json of a residual, ires.json of a merged model, NAME.ires.json of a file that was updated in place."""
     follow_links: bool = False
     """Whether files of the folder may be links out of it."""
-    quantization: str = ""
-    """Which settings say that the weights are quantized; "" where none do."""
+    blocks: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    """What the settings of the model say of quantized weights, by where they say so."""
     beside: tuple[str, ...] = ()
     """Other .safetensors files of the folder, which are not read."""
     elsewhere: frozenset[str] = frozenset()
     """Of one shard given alone, the names of the tensors in the others, as far as the index beside it knows."""
+
+    @property
+    def quantization(self) -> str:
+        """Which settings say that the weights are quantized; "" where none do."""
+        return next(iter(self.blocks), "")
 
     @property
     def file_ids(self) -> dict[Path, FileId]:
@@ -398,17 +403,19 @@ def _with_settings(checkpoint: Checkpoint) -> Checkpoint:
             check_link(folder / name, folder)
         return _read_config(folder / name)
 
-    config = checkpoint.config if folder == checkpoint.path else read("config.json")
-    where = _quantization_block(config or {}, "")
-    says = f"{where} in config.json" if where else ""
-    for name, keys in _QUANTIZATION.items() if not says else ():
+    config = (checkpoint.config if folder == checkpoint.path else read("config.json")) or {}
+    blocks = {f"{place} in config.json": block for place, block in _quantization_blocks(config, "")}
+    for name, keys in _QUANTIZATION.items():
         table = read(name) or {}
-        key = next((key for key in keys if table.get(key)), "")
-        says = says or (f"{key} in {name}" if key else name if table and not keys else "")
+        found = {f"{key} in {name}": table[key] for key in keys if table.get(key)}
+        blocks |= found or ({name: table} if table and not keys else {})
+    said = {place: block if isinstance(block, dict) else {"quant_method": block} for place, block in blocks.items()}
+    if config.get("expert_dtype"):
+        said = {place: {"expert_dtype": config["expert_dtype"], **block} for place, block in said.items()}
     own = {shard.path.name for shard in checkpoint.shards}
     others = sorted(path.name for path in folder.glob("[!.]*.safetensors") if path.name not in own)
     beside = tuple(others if folder == checkpoint.path else ())
-    return replace(checkpoint, quantization=says, beside=beside, elsewhere=_in_other_shards(checkpoint))
+    return replace(checkpoint, blocks=said, beside=beside, elsewhere=_in_other_shards(checkpoint))
 
 
 _QUANTIZATION: dict[str, tuple[str, ...]] = {
@@ -419,15 +426,13 @@ _QUANTIZATION: dict[str, tuple[str, ...]] = {
 """Settings of Mistral's own format, ModelOpt and GPTQ, and what in them says that the weights are quantized."""
 
 
-def _quantization_block(config: dict[str, Any], place: str) -> str:
-    """The place of a quantization block in a config, or in that of a part of a multimodal model."""
+def _quantization_blocks(config: dict[str, Any], place: str) -> Iterator[tuple[str, Any]]:
+    """The quantization blocks of a config, or of those of the parts of a multimodal model, by their places."""
     for key, value in config.items():
         if key in ("quantization_config", "compression_config") and value:
-            return f"{place}{key}"
-        found = _quantization_block(value, f"{place}{key}.") if isinstance(value, dict) else ""
-        if found:
-            return found
-    return ""
+            yield f"{place}{key}", value
+        elif isinstance(value, dict):
+            yield from _quantization_blocks(value, f"{place}{key}.")
 
 
 def _is_adapter(checkpoint: Checkpoint) -> bool:
