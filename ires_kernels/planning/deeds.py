@@ -8,6 +8,7 @@ from ires_kernels.checkpoints import names
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, is_factor, shard_number
 from ires_kernels.checkpoints.folders import MERGE_ADAPTER, listed
 from ires_kernels.checkpoints.header import brief
+from ires_kernels.checkpoints.quantized import Ref
 from ires_kernels.dtypes import FLOATS
 from ires_kernels.planning.findings import CODES, VOCABULARY, Findings
 from ires_kernels.planning.matching import Match
@@ -17,6 +18,7 @@ ALPHA_0 = "alpha is 0"
 ONLY_TARGET = "only in the target"
 
 _SHAPES = "Operands are not broadcast: take models of one architecture, or leave such tensors as they are with --skip."
+_MIXED = "Save that model again with one dtype for all of these, or leave such tensors as they are with --skip."
 _INTEGERS = "What is not floating point is copied where instruct and base agree; leave the rest as it is with --skip."
 _EMPTY = (
     "A model looks like this when it is saved under ZeRO-3 without gathering its parameters: save it again with them "
@@ -69,9 +71,9 @@ def apply_steps(ref: TensorRef, found: Findings) -> list[Step]:
     if (skipped is None) != (found.skipped(original) is None) or rules.factors(name) != rules.factors(original):
         found.problem(f"{brief(name)} is a second copy of {brief(original)} in the target, with other rules", _SECOND)
     if skipped is not None:
-        return [_keep(ref, Match(0, {"target": ref}, ()), skipped, found)]
+        return [_keep(ref, Match(0, {"target": (ref,)}, ()), skipped, found)]
     if found.codes(name):
-        return [_keep(ref, Match(0, {"target": ref}, ()), "not mergeable", found)]
+        return [_keep(ref, Match(0, {"target": (ref,)}, ()), "not mergeable", found)]
     return [_apply_step(ref, match, found) for match in found.matcher.of("target", ref)]
 
 
@@ -183,9 +185,15 @@ def other_vocabulary(inputs: Mapping[str, Checkpoint], steps: Iterable[Step]) ->
     return None
 
 
-def _numbers(name: str, tensors: Mapping[str, TensorRef], found: Findings) -> bool:
+def _numbers(name: str, matched: Mapping[str, tuple[Ref, ...]], found: Findings) -> bool:
     """Whether tensors fit each other, element by element; what is not floating point is left to be compared."""
-    first, *others = tensors.items()
+    several = next(((role, refs) for role, refs in matched.items() if len({ref.dtype for ref in refs}) > 1), None)
+    if several is not None:
+        dtypes = dict.fromkeys(ref.dtype for ref in several[1])
+        found.about(name, f"is made of {' and '.join(dtypes)} in {several[0]}", _MIXED)
+        return False
+    tensors = {role: refs[0] for role, refs in matched.items()}
+    first, *others = ((role, refs[0]) for role, refs in matched.items() if len(refs) == 1)
     for role, ref in others:
         if ref.shape != first[1].shape:
             words = found.is_vocabulary(name, {first[0]: first[1], role: ref})
@@ -201,11 +209,12 @@ def _numbers(name: str, tensors: Mapping[str, TensorRef], found: Findings) -> bo
     dtypes = {role: ref.dtype for role, ref in tensors.items()}
     if all(dtype in FLOATS for dtype in dtypes.values()):
         return True
-    if len(set(dtypes.values())) > 1 or "instruct" not in tensors:
+    pair = [ref for role in ("instruct", "base") for ref in matched.get(role, ()) if isinstance(ref, TensorRef)]
+    if len(set(dtypes.values())) > 1 or len(pair) != 2:
         listed = ", ".join(f"{dtype} in {role}" for role, dtype in dtypes.items())
         found.about(name, f"is {listed}", _INTEGERS)
         return False
-    found.comparisons.append(Comparison(name, ("instruct", "base"), (tensors["instruct"], tensors["base"])))
+    found.comparisons.append(Comparison(name, ("instruct", "base"), (pair[0], pair[1])))
     return True
 
 
@@ -213,8 +222,8 @@ def _step(
     ref: TensorRef, match: Match, op: Op, dtype: str, factors: tuple[float, ...] = (), stream: int = 0, reason: str = ""
 ) -> Step:
     """The step that makes a run of an output of the layout of `ref` out of all that was matched."""
-    output, (own, *_) = Output(ref.name, dtype, ref.shape), match.refs.values()
-    return Step(output, op, operands(match.refs), factors, stream, reason, match.first, own.numel)
+    output, given = Output(ref.name, dtype, ref.shape), operands(match.refs)
+    return Step(output, op, given, factors, stream, reason, match.first, given[0].count)
 
 
 def _keep(ref: TensorRef, match: Match, reason: str, found: Findings) -> Step:

@@ -9,6 +9,7 @@ from ires_kernels.checkpoints import names
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
 from ires_kernels.checkpoints.folders import listed
 from ires_kernels.checkpoints.header import CheckpointError, brief
+from ires_kernels.checkpoints.quantized import Ref
 from ires_kernels.planning import absences
 from ires_kernels.planning.absences import Absence
 from ires_kernels.planning.matching import Matcher
@@ -97,7 +98,7 @@ class Findings:
         pattern = self.modules.skipped(name)
         return None if pattern is None else f"skipped by {pattern!r}, with its quantized module"
 
-    def is_vocabulary(self, name: str, tensors: Mapping[str, TensorRef]) -> bool:
+    def is_vocabulary(self, name: str, tensors: Mapping[str, Ref]) -> bool:
         """Whether tensors of one name differ as embeddings do: by the number of their rows alone."""
         if names.is_vocabulary(name):
             return True

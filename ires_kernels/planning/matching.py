@@ -1,7 +1,8 @@
 """Which tensors of the models belong to a tensor of the output: the one place that says so.
 
-By name. A second copy of an embedding has what the embedding has, where a model holds no tensor of its name; and the
-head of a model without one is its embedding. A plan keeps what was matched in the operands of its steps.
+What `alignment` has found decides, and else the name. A second copy of an embedding has what the embedding has, where a
+model holds no tensor of its name; and the head of a model without one is its embedding. A plan keeps what was matched in
+the operands of its steps.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import xxhash
 
 from ires_kernels.checkpoints import names
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
+from ires_kernels.checkpoints.quantized import Ref
+from ires_kernels.planning.layout import Layout, read
 
 
 class Match(NamedTuple):
@@ -21,8 +24,9 @@ class Match(NamedTuple):
 
     first: int
     """Flat index."""
-    refs: dict[str, TensorRef]
-    """By role, that of the tensor first: tensors, or runs of their elements. As they are named, not yet as they fit."""
+    refs: dict[str, tuple[Ref, ...]]
+    """By role, that of the tensor first: tensors, or runs of their elements, that follow each other. What is matched by
+    its name alone is as it is, and not yet as it fits."""
     absent: tuple[str, ...]
     """The roles that have nothing."""
 
@@ -34,28 +38,46 @@ class Matcher:
         """`copies`: second copies of an embedding, and the embedding's name, known by their bytes."""
         self.inputs = inputs
         self.copies = copies
+        self.layouts: Mapping[str, Layout] = {}
+        """By role, what belongs to tensors that have other names there, or other parts."""
 
     def original(self, name: str) -> str:
         """The tensor that has the same bytes, where this one is a second copy; else itself."""
         return self.copies.get(name, name)
 
-    def find(self, role: str, name: str) -> TensorRef | None:
-        """The tensor of a model that belongs to the one of this name."""
-        checkpoint = self.inputs[role]
-        return names.lookup(checkpoint, name) or names.lookup(checkpoint, self.original(name))
+    def find(self, role: str, ref: Ref, name: str | None = None) -> tuple[Ref, ...]:
+        """What of a model belongs to a tensor, or to the one of another `name` of which it is a copy."""
+        checkpoint, name = self.inputs[role], ref.name if name is None else name
+        runs = self.layouts[role].runs.get(name) if role in self.layouts else None
+        if runs is not None:
+            return read(runs, ref.shape, checkpoint.tensors) if runs else ()
+        own = checkpoint.tensors.get(name)
+        if own is not None:
+            return (own,)
+        original = self.original(name)
+        if original != name:
+            return self.find(role, ref, original)
+        other = names.lookup(checkpoint, name)
+        return () if other is None else (other,)
 
-    def of(self, role: str, ref: TensorRef) -> tuple[Match, ...]:
+    def of(self, role: str, ref: Ref) -> tuple[Match, ...]:
         """What belongs to `ref`, which is the tensor that gives the output its layout, and whose role this is."""
-        found = {other: self.find(other, ref.name) for other in self.inputs if other != role}
-        refs = {other: known for other, known in found.items() if known is not None}
-        return (Match(0, {role: ref, **refs}, tuple(other for other in found if other not in refs)),)
+        found = {other: self.find(other, ref) for other in self.inputs if other != role}
+        refs = {other: known for other, known in found.items() if known}
+        return (Match(0, {role: (ref,), **refs}, tuple(other for other in found if other not in refs)),)
+
+    def unused(self, role: str, layout: str) -> list[str]:
+        """The tensors of a model that belong to none of that which gives the layout."""
+        runs, mine = self.layouts[role].runs if role in self.layouts else {}, self.inputs[layout].tensors
+        used = {run.name for its in runs.values() for run in its}
+        return [n for n in self.inputs[role].tensors if n not in used and (n not in mine or n in runs)]
 
     def heads(self, role: str, other: str) -> dict[str, list[TensorRef]]:
         """The embedding of a model under the names of heads that only another has, by its own name."""
         mine, theirs = self.inputs[role], self.inputs[other]
         if names.is_tied(theirs):
             return {}
-        heads = [name for name in theirs.tensors if names.is_head(name) and name not in mine.tensors]
+        heads = [name for name in self.unused(other, role) if names.is_head(name) and name not in mine.tensors]
         return {ref.name: [replace(ref, name=head)] for head in heads if (ref := names.lookup(mine, head))}
 
     def stream(self, name: str) -> int:

@@ -48,8 +48,9 @@ def share(steps: Iterable[Step], found: Findings) -> Share | None:
     if not found.missing:
         return None
     given = [role for role in found.inputs if role == "instruct" or role.startswith("residual")]
-    used = {(role, ref.name): ref for s in steps if not s.reason for role, ref in zip(s.roles, s.inputs, strict=True)}
-    inside = [ref for (role, _), ref in used.items() if role in given]
+    each = [operand for step in steps if not step.reason for operand in step.operands]
+    used = {(operand.role, name) for operand in each for name in operand.tensors}
+    inside = [found.inputs[role].tensors[name] for role, name in used if role in given]
     outside: list[TensorRef] = []
     left = []
     for absence in found.missing:
@@ -69,7 +70,7 @@ def _update(name: str, refs: Mapping[str, TensorRef], found: Findings) -> list[S
     """The update that a tensor would make, on top of itself; nothing where there is no difference to take."""
     if len({ref.shape for ref in refs.values()}) > 1 or not all(ref.dtype in FLOATS for ref in refs.values()):
         return []
-    first, *_ = given = operands(refs)
+    first, *_ = given = operands({role: (ref,) for role, ref in refs.items()})
     factors = found.rules.factors(name)
     if "instruct" in refs:
         op: Op = "add_difference"

@@ -223,6 +223,6 @@ class Comparison(NamedTuple):
     inputs: tuple[TensorRef, TensorRef]
 
 
-def operands(tensors: Mapping[str, Ref]) -> tuple[Operand, ...]:
+def operands(tensors: Mapping[str, tuple[Ref, ...]]) -> tuple[Operand, ...]:
     """What was matched, by role, as it is."""
-    return tuple(Operand(role, (ref,)) for role, ref in tensors.items())
+    return tuple(Operand(role, refs) for role, refs in tensors.items())

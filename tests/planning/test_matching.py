@@ -13,6 +13,7 @@ import ires_kernels as ik
 from ires_kernels.checkpoints.checkpoint import TensorRef
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.planning.inputs import open_inputs
+from ires_kernels.planning.layout import cut
 from ires_kernels.planning.matching import Match, Matcher
 from ires_kernels.planning.plan import Plan, plan_apply
 from ires_kernels.planning.rules import Rules
@@ -37,15 +38,19 @@ def test_a_head_belongs_to_an_embedding_where_there_is_no_other(tmp_path: Path) 
     assert matcher.of("target", refs["target"][HEAD]) == (
         Match(
             0,
-            {"target": refs["target"][HEAD], "instruct": refs["instruct"][EMBED], "base": refs["base"][EMBED]},
+            {
+                "target": (refs["target"][HEAD],),
+                "instruct": (refs["instruct"][EMBED],),
+                "base": (refs["base"][EMBED],),
+            },
             (),
         ),
     )
-    assert matcher.find("instruct", "other.weight") is None
+    other = TensorRef("other.weight", "BF16", (8,), Path("f"), 0, 16)
+    assert matcher.find("instruct", other) == ()
     copied = Matcher(inputs, {"other.weight": EMBED})
-    assert copied.find("instruct", "other.weight") is refs["instruct"][EMBED]
-    other = TensorRef("other", "BF16", (8,), Path("f"), 0, 16)
-    assert matcher.of("target", other) == (Match(0, {"target": other}, ("instruct", "base")),)
+    assert copied.find("instruct", other) == (refs["instruct"][EMBED],)
+    assert matcher.of("target", other) == (Match(0, {"target": (other,)}, ("instruct", "base")),)
 
 
 def test_the_plan_keeps_what_was_matched(tmp_path: Path) -> None:
@@ -67,7 +72,9 @@ def in_two(matcher: Matcher, role: str, ref: TensorRef, whole: Any = Matcher.of)
         return (match,)
     row, rest = ref.numel // ref.shape[0], ref.numel - ref.numel // ref.shape[0]
     runs = ((0, row), (row, rest))
-    return tuple(Match(first, {r: each.run(first, n) for r, each in match.refs.items()}, ()) for first, n in runs)
+    return tuple(
+        Match(first, {r: cut(refs, first, count) for r, refs in match.refs.items()}, ()) for first, count in runs
+    )
 
 
 @pytest.mark.parametrize(
