@@ -11,24 +11,24 @@ from ires_kernels.checkpoints.quantized import Ref
 
 
 class Run(NamedTuple):
-    """Elements of a source tensor: `times` times `count` of them, each `stride` behind the one before."""
+    """Elements of a source tensor: `times` times `size` of them, each `stride` behind the one before."""
 
     name: str
     """Of the source tensor."""
     first: int
     """Flat index."""
-    count: int
+    size: int
     times: int = 1
     stride: int = 0
 
     @property
     def numel(self) -> int:
         """Number of elements."""
-        return self.count * self.times
+        return self.size * self.times
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         """First element and number of elements of what is contiguous."""
-        return ((self.first + i * self.stride, self.count) for i in range(self.times))
+        return ((self.first + i * self.stride, self.size) for i in range(self.times))
 
     def meets(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:
         """What it has of the source's elements [first, first + count): where there, how many, and where in the run."""
@@ -37,14 +37,14 @@ class Run(NamedTuple):
             repeats: Sequence[int] = (0,)
         else:
             repeats = range(
-                max(0, -((self.first + self.count - 1 - first) // self.stride)),
+                max(0, -((self.first + self.size - 1 - first) // self.stride)),
                 min(self.times, -((self.first - stop) // self.stride)),
             )
         for i in repeats:
             place = self.first + i * self.stride
-            low, high = max(first, place), min(stop, place + self.count)
+            low, high = max(first, place), min(stop, place + self.size)
             if low < high:
-                yield low, high - low, i * self.count + low - place
+                yield low, high - low, i * self.size + low - place
 
 
 Runs = tuple[Run, ...]
@@ -59,14 +59,14 @@ def compressed(pieces: Iterable[tuple[str, int, int]]) -> Runs:
         else:
             joined.append((name, first, count))
     runs: list[Run] = []
-    for name, first, count in joined:
+    for name, first, size in joined:
         last = runs[-1] if runs else None
-        if last is not None and (last.name, last.count) == (name, count):
+        if last is not None and (last.name, last.size) == (name, size):
             stride = first - last.first - (last.times - 1) * last.stride
-            if stride >= count and (last.times == 1 or stride == last.stride):
+            if stride >= size and (last.times == 1 or stride == last.stride):
                 runs[-1] = last._replace(times=last.times + 1, stride=stride)
                 continue
-        runs.append(Run(name, first, count))
+        runs.append(Run(name, first, size))
     return tuple(runs)
 
 
@@ -129,8 +129,8 @@ def lines(layouts: Mapping[str, Layout]) -> list[str]:
 def read(runs: Runs, shape: tuple[int, ...], tensors: Mapping[str, Ref]) -> tuple[Ref, ...]:
     """What is read for a tensor of this shape: its runs, each as a tensor of its own."""
     if len(runs) == 1 and runs[0].times == 1:
-        name, first, count, _, _ = runs[0]
-        ref = tensors[name].run(first, count)
+        name, first, size, _, _ = runs[0]
+        ref = tensors[name].run(first, size)
         return (ref if ref.shape == shape else replace(ref, shape=shape),)
     return tuple(tensors[run.name].run(*piece) for run in runs for piece in run.pieces())
 

@@ -1,8 +1,8 @@
 """Which tensors of the models belong to a tensor of the output: the one place that says so.
 
-What `alignment` has found decides, and else the name. A second copy of an embedding has what the embedding has, where a
-model holds no tensor of its name; and the head of a model without one is its embedding. A plan keeps what was matched in
-the operands of its steps.
+What is given as its layout decides, and else the name. A second copy of an embedding has what the embedding has, where
+a model holds no tensor of its name; and the head of a model without one is its embedding. A plan keeps what was matched
+in the operands of its steps.
 """
 
 from __future__ import annotations
