@@ -40,7 +40,7 @@ def decode(format: Format, full: tuple[int, ...], first: int, count: int, parts:
 def define(format: Format, full: tuple[int, ...], first: int, count: int, parts: Parts, out: Tensor) -> None:
     """`decode` in plain torch."""
     base = span(format, full, first, count)[0]
-    stored = {part: _tensor(view) for part, view in parts.items()}
+    stored = {part: as_bytes(view) for part, view in parts.items()}
     weight = _Weight(format, full, base, stored, Grid.of(format, full))
     number = _NUMBERS.get(format.name, _scaled)
     with subnormals_kept():
@@ -160,19 +160,19 @@ def _gptq(weight: _Weight, index: Tensor) -> Tensor:
     """Codes are a stream down each column of words, zero points one along each row of them."""
     row, column = weight.place(index)
     rows, width, bits = weight.grid.height, weight.grid.width, weight.format.bits
-    code = _stream(weight.parts["codes"], column * bits, bits, rows, row, width * bits // 32)
+    code = stream(weight.parts["codes"], column * bits, bits, rows, row, width * bits // 32)
     order = weight.parts.get("g_idx")
     group = column // weight.grid.columns if order is None else order.view(torch.int32)[column].long()
     zero = torch.tensor(1 << bits - 1)
     zeros = weight.format.word("zeros")
     if zeros != "middle":
         words = rows * bits // 32
-        zero = _stream(weight.parts["zero_point"], row * bits, bits, 1, group * words, words)
+        zero = stream(weight.parts["zero_point"], row * bits, bits, 1, group * words, words)
         zero = zero + 1 & (1 << bits) - 1 if zeros == "v1" else zero
     return (code - zero).float() * weight.scale(group * rows + row)
 
 
-def _stream(stored: Tensor, bit: Tensor, bits: int, stride: int, start: Tensor, length: int) -> Tensor:
+def stream(stored: Tensor, bit: Tensor, bits: int, stride: int, start: Tensor, length: int) -> Tensor:
     """Codes at these bits of streams of so many 32-bit words, each `stride` after the last; they may straddle two."""
     words = stored.view(torch.int32)
     word = bit // 32
@@ -210,7 +210,7 @@ _NUMBERS: dict[str, Callable[[_Weight, Tensor], Tensor]] = {
 }
 
 
-def _tensor(view: memoryview) -> Tensor:
+def as_bytes(view: memoryview) -> Tensor:
     """The bytes of a part; torch wants memory that it could write."""
     return torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch.uint8)
 
