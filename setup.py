@@ -133,7 +133,20 @@ def extension():
             raise
         print("ires_kernels: pybind11 is missing, installing without native kernels", file=sys.stderr)
         return []
-    headers = ["arith", "call", "coded", "cpu", "cuda", "decode", "kernel", "lanes", "schedule", "tile"]
+    headers = [
+        "arith",
+        "call",
+        "coded",
+        "cpu",
+        "cuda",
+        "decode",
+        "encode",
+        "kernel",
+        "lanes",
+        "schedule",
+        "tile",
+        "words",
+    ]
     return [
         Extension(
             "ires_kernels._native",

@@ -205,6 +205,21 @@ void decode(const Coded& coded, int64_t first, int64_t n, float* out, int thread
     }, chunk);
 }
 
+void encode(const Coded& coded, int64_t first, int64_t n, const float* values, const Draw* draw, uint8_t* out, int threads,
+            const std::string& isa) {
+    const Loops& loops = find_loops(isa);
+    Item item{};
+    item.n = n;
+    item.out_type = DType::f32;
+    for_chunks({item}, threads, [&](const Item&, int64_t from, int64_t count, int) {
+        loops.encode(coded, first + from, count, values + from, draw, out + from);
+    });
+}
+
+void measure(const Coded& coded, int64_t first, int64_t n, const float* values, float* largest, const std::string& isa) {
+    find_loops(isa).measure(coded, first, n, values, largest);
+}
+
 void run_memory(const Item& item, int threads, const std::string& isa) {
     const Loops& loops = find_loops(isa);
     std::atomic<bool> known{true};

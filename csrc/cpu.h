@@ -37,6 +37,9 @@ struct Run {
     const void* const* in;
 };
 
+// Where the random words of stochastic rounding come from.
+struct Draw { uint64_t seed, stream; };
+
 struct Loops {
     // Computes one run on the calling thread. `tally` may be null; if it is not, `out` must not alias an input. A scaling
     // has no update that could be lost, so it has no tally.
@@ -46,6 +49,10 @@ struct Loops {
     bool (*memory)(const Run&, int inputs);
     // Numbers [first, first + n) of a quantized tensor, on the calling thread.
     void (*decode)(const Coded&, int64_t first, int64_t n, float* out);
+    // The codes of values [first, first + n), of 8 bits and without zeros, by the scales of `coded`; to nearest without
+    // `draw`. And their share in the largest finite magnitude of each block.
+    void (*encode)(const Coded&, int64_t first, int64_t n, const float* values, const Draw* draw, uint8_t* out);
+    void (*measure)(const Coded&, int64_t first, int64_t n, const float* values, float* largest);
 };
 
 #if defined(__x86_64__)
@@ -63,6 +70,9 @@ std::vector<std::string> isas();
 void run(const Operation& op, std::vector<Item>& items, uint64_t offset, int threads, const std::string& isa, Tally* tally);
 // The numbers [first, first + n) of a quantized tensor. Throws as `run` does.
 void decode(const Coded& coded, int64_t first, int64_t n, float* out, int threads, const std::string& isa);
+void encode(const Coded& coded, int64_t first, int64_t n, const float* values, const Draw* draw, uint8_t* out, int threads,
+            const std::string& isa);
+void measure(const Coded& coded, int64_t first, int64_t n, const float* values, float* largest, const std::string& isa);
 void run_memory(const Item& item, int threads, const std::string& isa);
 
 }  // namespace ires

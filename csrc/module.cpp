@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstring>
 #include <deque>
+#include <optional>
+#include <utility>
 
 #include "cpu.h"
 #include "cuda.h"
@@ -49,8 +51,8 @@ void need(int64_t wanted, const Bytes& got, const char* what) {
 }
 
 // (code type, high nibble first, transposed, table of 16 or (), (matrices, rows, columns, bytes of a row),
-//  (block rows, block columns), scale type, zero type, second scale), see coded.h; then the parts.
-ires::Coded coded(const py::tuple& t, const py::tuple& parts) {
+//  (block rows, block columns), scale type, zero type, second scale), see coded.h.
+ires::Coded coded(const py::tuple& t) {
     using namespace ires;
     Coded c{};
     c.type = choice(t[0], CodeType::nibbles);
@@ -71,6 +73,13 @@ ires::Coded coded(const py::tuple& t, const py::tuple& parts) {
         c.row_bytes < (c.columns * code_bits(c.type) + 7) / 8)
         throw py::value_error("sizes that are none");
     if (c.zero_type != ZeroType::none && c.type <= CodeType::e5m2) throw py::value_error("floats have no zero");
+    return c;
+}
+
+// (codes, bytes of codes in front of these, scale, zero point, second scale, group index).
+ires::Coded coded(const py::tuple& layout, const py::tuple& parts) {
+    using namespace ires;
+    Coded c = coded(layout);
     const Bytes codes = bytes(parts[0]), scale = bytes(parts[2]), zero = bytes(parts[3]), over = bytes(parts[4]), group = bytes(parts[5]);
     c.skipped = parts[1].cast<int64_t>();
     const int64_t columns = grid_columns(c), rows = grid_rows(c), cells = c.matrices * rows * columns;
@@ -90,9 +99,13 @@ ires::Coded coded(const py::tuple& t, const py::tuple& parts) {
     return c;
 }
 
+void need_numbers(const ires::Coded& c, int64_t first, int64_t n) {
+    if (first < 0 || n < 1 || first + n > c.matrices * c.rows * c.columns) throw py::value_error("numbers that the tensor has not");
+}
+
 // The bytes of codes [first, first + n) must be there.
 void need_codes(const ires::Coded& c, int64_t first, int64_t n, const Bytes& codes) {
-    if (first < 0 || n < 1 || first + n > c.matrices * c.rows * c.columns) throw py::value_error("numbers that the tensor has not");
+    need_numbers(c, first, n);
     const int bits = code_bits(c.type);
     const int64_t last = first + n - 1, whole = c.matrices * c.rows * c.row_bytes;
     const int64_t from = c.transposed ? first / (c.rows * c.columns) * c.rows * c.row_bytes
@@ -256,6 +269,28 @@ void decode(const py::tuple& layout, const py::tuple& parts, int64_t first, int6
     ires::decode(c, first, n, reinterpret_cast<float*>(out), threads, isa);
 }
 
+// Values and codes of n numbers from `first` on, as pointers.
+void encode(const py::tuple& layout, const py::handle& scales, int64_t first, int64_t n, uintptr_t values, uintptr_t out,
+            const std::optional<std::pair<uint64_t, uint64_t>>& draw, int threads, const std::string& isa) {
+    const ires::Coded c = coded(layout, py::make_tuple(py::none(), 0, scales, py::none(), py::none(), py::none()));
+    if ((c.type != ires::CodeType::e4m3 && c.type != ires::CodeType::i8) || c.zero_type != ires::ZeroType::none)
+        throw py::value_error("a layout that is not encoded");
+    need_numbers(c, first, n);
+    const ires::Draw words{draw ? draw->first : 0, draw ? draw->second : 0};
+    const py::gil_scoped_release release;
+    ires::encode(c, first, n, reinterpret_cast<const float*>(values), draw ? &words : nullptr,
+                 reinterpret_cast<uint8_t*>(out), threads, isa);
+}
+
+void measure(const py::tuple& layout, int64_t first, int64_t n, uintptr_t values, uintptr_t largest, int64_t cells,
+             const std::string& isa) {
+    const ires::Coded c = coded(layout);
+    need_numbers(c, first, n);
+    if (cells != c.matrices * grid_rows(c) * grid_columns(c)) throw py::value_error("one number for each block is wanted");
+    const py::gil_scoped_release release;
+    ires::measure(c, first, n, reinterpret_cast<const float*>(values), reinterpret_cast<float*>(largest), isa);
+}
+
 void memory_loop(const py::tuple& t, int threads, const std::string& isa) {
     const ires::Item one = item(t);
     const py::gil_scoped_release release;
@@ -272,6 +307,10 @@ PYBIND11_MODULE(_native, m) {
           py::arg("stochastic"), py::arg("seed"), py::arg("offset"), py::arg("device"), py::arg("stream"));
     m.def("decode", &decode, py::arg("layout"), py::arg("parts"), py::arg("first"), py::arg("n"), py::arg("out"),
           py::arg("threads"), py::arg("isa"));
+    m.def("encode", &encode, py::arg("layout"), py::arg("scales"), py::arg("first"), py::arg("n"), py::arg("values"),
+          py::arg("out"), py::arg("draw"), py::arg("threads"), py::arg("isa"));
+    m.def("measure", &measure, py::arg("layout"), py::arg("first"), py::arg("n"), py::arg("values"), py::arg("largest"),
+          py::arg("cells"), py::arg("isa"));
     m.def("memory_loop", &memory_loop, py::arg("item"), py::arg("threads"), py::arg("isa"));
     m.def("isas", &ires::isas);
 #if defined(IRES_CUDA)

@@ -39,6 +39,20 @@ def decode(
     threads: int,
     isa: str,
 ) -> None: ...
+def encode(
+    layout: tuple[object, ...],
+    scales: memoryview,
+    first: int,
+    n: int,
+    values: int,
+    out: int,
+    draw: tuple[int, int] | None,
+    threads: int,
+    isa: str,
+) -> None: ...
+def measure(
+    layout: tuple[object, ...], first: int, n: int, values: int, largest: int, cells: int, isa: str
+) -> None: ...
 def memory_loop(item: tuple[object, ...], threads: int, isa: str) -> None: ...
 def isas() -> list[str]: ...
 def cuda_driver() -> int: ...

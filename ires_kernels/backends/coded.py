@@ -73,6 +73,11 @@ def layout(format: Format, full: tuple[int, ...]) -> Layout | None:
     )
 
 
+def encoded(format: Format, full: tuple[int, ...]) -> Layout | None:
+    """The layout of weights of this shape whose codes the loops make, or None."""
+    return layout(format, full) if format.is_encoded else None
+
+
 def stored(
     format: Format, full: tuple[int, ...], first: int, count: int, parts: Mapping[str, memoryview]
 ) -> tuple[object, ...]:

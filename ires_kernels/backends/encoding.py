@@ -1,4 +1,5 @@
-"""New codes of quantized weights in plain torch: the definition, for the formats that `Format.is_encoded`.
+"""New codes of quantized weights, for the formats that `Format.is_encoded`: in plain torch, which is the definition, or
+by the C++ loops.
 
 A code is that of RN(value / scale), one rounding to float32, rounded to what codes are: to nearest, ties to even, or by
 32 random bits. The scales are those that are there as long as they serve: a block whose largest |value| / scale still
@@ -12,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ires_kernels.backends import native
+from ires_kernels.backends.choice import choose
 from ires_kernels.backends.decoding import Grid, floats
 from ires_kernels.backends.reference import random_words, round_to, subnormals_kept
 from ires_kernels.formats import Format, matrices
@@ -37,6 +40,8 @@ def measure(format: Format, full: tuple[int, ...], first: int, values: Tensor, l
 
     Of finite values: no scale makes room for others.
     """
+    if choose(values.device) is native and native.measure(format, full, first, values, largest):
+        return
     magnitude = values.abs()
     magnitude = torch.where(magnitude.isfinite(), magnitude, 0.0)
     largest.scatter_reduce_(0, _blocks(format, full, first, len(values)), magnitude, "amax")
@@ -82,6 +87,8 @@ def encode(
 
     What no code is large enough for gets the largest one. `random` is the seed and stream of a stochastic rounding.
     """
+    if choose(values.device) is native and native.encode(format, full, first, values, scales, out, random):
+        return
     stored = torch.frombuffer(bytearray(scales), dtype=torch.uint8)
     scale = floats(stored, format.word("scale"), _blocks(format, full, first, len(values)))
     words = None if random is None else random_words(*random, first, len(values))

@@ -148,3 +148,31 @@ def decode(
     stored = coded.stored(format, full, first, count, parts)
     _native.decode(layout, stored, first, count, out.data_ptr(), thread_count(), os.environ.get("IRES_ISA", ""))
     return True
+
+
+def measure(format: Format, full: tuple[int, ...], first: int, values: Tensor, largest: Tensor) -> bool:
+    """`encoding.measure` of contiguous values; False where the loops do not encode the format."""
+    layout = coded.encoded(format, full)
+    if layout is None:
+        return False
+    isa = os.environ.get("IRES_ISA", "")
+    _native.measure(layout, first, len(values), values.data_ptr(), largest.data_ptr(), len(largest), isa)
+    return True
+
+
+def encode(
+    format: Format,
+    full: tuple[int, ...],
+    first: int,
+    values: Tensor,
+    scales: memoryview,
+    out: Tensor,
+    random: tuple[int, int] | None,
+) -> bool:
+    """`encoding.encode` of contiguous values into contiguous bytes; False where the loops do not encode the format."""
+    layout = coded.encoded(format, full)
+    if layout is None:
+        return False
+    pointers, isa = (values.data_ptr(), out.data_ptr()), os.environ.get("IRES_ISA", "")
+    _native.encode(layout, scales, first, len(values), *pointers, random, thread_count(), isa)
+    return True

@@ -11,6 +11,8 @@ from torch import Tensor
 from ires_kernels.backends import decoding, encoding
 from ires_kernels.formats import Format
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 F8, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 
 
@@ -143,3 +145,47 @@ def test_what_is_no_number_and_what_is_too_large_changes_no_scale() -> None:
     assert largest.item() == 1
     codes = encoded(format, full, values, raw(torch.tensor([1.0])))
     assert codes.tolist() == [0x7E, 0xFE, 0x7F, 0x38]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_backends_make_the_same_codes_and_measure_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ordinary values, of any bits, and of what lies at the ends; runs begin and end anywhere."""
+    full, rows, columns = SHAPES[name]
+    format, count = form(name, rows, columns, "F32"), math.prod(full)
+    generator = torch.Generator().manual_seed(1)
+    ordinary = torch.randn(count, generator=generator) * 200
+    any_bits = torch.randint(-(2**31), 2**31, (count,), generator=generator).to(torch.int32).view(torch.float32)
+    values = torch.where(torch.rand(count, generator=generator) < 0.9, ordinary, any_bits)
+    ends = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 448, 464, 465, -128, 127.5, 126.5, -0.5, 2.0**-10])
+    values[: 4 * len(ends)] = ends.repeat(4)
+    blocks = encoding.block_count(format, full)
+    scales = torch.rand(blocks, generator=generator) + 0.5
+    scales[:3] = torch.tensor([1.0, 2.0**-127, 0.0])[: min(3, blocks)]
+
+    def made() -> list[Tensor]:
+        largest, results = torch.zeros(blocks), []
+        for first, size in ((0, count), (1, count - 1), (77, 13), (count // 2 + 1, 1031)):
+            piece = values[first : first + size]
+            encoding.measure(format, full, first, piece, largest)
+            for random in (None, (7, 2**63)):
+                out = torch.empty(len(piece), dtype=torch.uint8)
+                encoding.encode(format, full, first, piece, raw(scales), out, random)
+                nan = out & 127 == 127 if not name.startswith("int8") else torch.zeros_like(out, dtype=torch.bool)
+                results.append(torch.where(nan, 127, out))
+        return [largest, *results]
+
+    got = made()
+    monkeypatch.setenv("IRES_BACKEND", "reference")
+    for each, wanted in zip(got, made(), strict=True):
+        assert torch.equal(each, wanted)
+
+
+def test_scales_and_blocks_that_are_not_there_are_not_read(backend: str) -> None:
+    if not backend.startswith("native"):
+        return
+    format, full = form("fp8-block", 4, 8, "F32"), (8, 16)
+    values, out = torch.ones(128), torch.empty(128, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="scale has 12 bytes, wanted 16"):
+        encoding.encode(format, full, 0, values, raw(torch.ones(3)), out)
+    with pytest.raises(ValueError, match="one number for each block"):
+        encoding.measure(format, full, 0, values, torch.zeros(3))
