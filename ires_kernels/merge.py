@@ -21,8 +21,10 @@ from ires_kernels.in_place.rollback import roll_back_kept, roll_back_update
 from ires_kernels.in_place.run import carry_on_as_asked, resume_update, update_model
 from ires_kernels.memory import writing
 from ires_kernels.new_folder.run import write_folder
+from ires_kernels.planning import ancestry
+from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.inputs import StrPath, check_flags, check_path, open_inputs, roles_of_apply
-from ires_kernels.planning.plan import Plan, plan_apply, plan_extract
+from ires_kernels.planning.plan import Plan, plan_apply, plan_extract, related
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.records import state
 from ires_kernels.records.operation import UNDO, same_plan
@@ -292,10 +294,12 @@ def load(
 
     inputs = open_inputs(paths, follow_links=follow_links)
     plan = plan_apply(inputs, rules, second_copies(inputs))
+    with Looks(inputs) as looks:
+        kin = ancestry.compare(inputs, plan.steps, looks)
     place = devices.resolve(device)
     options = Options.of(place, threads, progress)
     left_out = [plan.share.text()] if plan.share else []
-    for text in (*configs.differences(plan.inputs), *guards.strangers(plan.inputs, plan.rules), *left_out):
+    for text in (*configs.differences(plan.inputs), *ancestry.warnings(kin, inputs), *left_out):
         warnings.warn(plain(text), stacklevel=2)
     guards.compare(plan)
     tensors = statedict.allocate(plan.steps, place)
@@ -341,6 +345,8 @@ def _rules_of_apply(
 
 
 def _warned(plan: Plan) -> Plan:
-    """The plan, and what is to be said of inputs that look as if they were no relatives, or have a stranger's state."""
+    """The plan, and what is to be said of inputs by their values, and where one has a stranger's state."""
+    with Looks(plan.inputs) as looks:
+        plan = related(plan, looks)
     theirs = [text for checkpoint in plan.inputs.values() for text in hidden.foreign(checkpoint.path).values()]
-    return replace(plan, warnings=(*plan.warnings, *guards.strangers(plan.inputs, plan.rules), *theirs))
+    return replace(plan, warnings=(*plan.warnings, *theirs))

@@ -33,8 +33,6 @@ from train import STAGES, make, new_progress
 from world import World
 
 import ires_kernels as ik
-from ires_kernels.checking import ancestry
-from ires_kernels.checkpoints.checkpoint import open_checkpoint
 
 ALPHAS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25)
 STORED_DTYPES = ("f32", "bf16", "f16")
@@ -167,9 +165,8 @@ class Run:
 
 
 def kinship(model: Path, base: Path) -> Row:
-    """By the sample that `ires_kernels.checking.ancestry` takes, and by all weights of the matrices at once."""
-    found = ancestry.compare(open_checkpoint(model), ancestry.sketch(open_checkpoint(base)))
-    assert found is not None
+    """By the sample that a merge takes (`planning/ancestry.py`), and by all weights of the matrices at once."""
+    (found,) = ik.extract(base, model, model.with_name("none"), dry_run=True).ancestry
     ours, theirs = tensors_of(model), tensors_of(base)
     names = [name for name, t in theirs.items() if t.dim() > 1]
     a, b = (torch.cat([tensors[name].flatten().double() for name in names]) for tensors in (ours, theirs))

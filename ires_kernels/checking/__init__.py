@@ -1,1 +1,1 @@
-"""What must be true before a merge, meanwhile and after it: guards, ancestry, verification."""
+"""What must be true before a merge, meanwhile and after it: guards, verification."""

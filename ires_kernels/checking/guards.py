@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
-from ires_kernels.checking import ancestry
-from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId
+from ires_kernels.checkpoints.checkpoint import FileId
 from ires_kernels.checkpoints.header import CheckpointError, read_header
-from ires_kernels.checkpoints.names import pattern
 from ires_kernels.files.samples import sample
 from ires_kernels.files.store import StoreError
-from ires_kernels.planning.absences import skip_pattern
 from ires_kernels.planning.plan import Plan
-from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Operand
 from ires_kernels.streaming import stream
 from ires_kernels.streaming.outcome import Outcome
@@ -39,43 +35,6 @@ def compare(plan: Plan, current: Mapping[Path, FileId] | None = None) -> dict[st
         lines += [f"  and {len(different) - 10} more"] if len(different) > 10 else []
         raise CheckpointError(*lines, "Such values have no difference to add: leave them out with --skip.")
     return digests
-
-
-def strangers(inputs: Mapping[str, Checkpoint], rules: Rules) -> tuple[str, ...]:
-    """Warnings of a target or an instruct model that looks as if it did not descend from the base, or not in part."""
-    models = [role for role in ("instruct", "target") if role in inputs]
-    if "base" in inputs:
-        looks = (0, ancestry.ROWS)
-        sketches: dict[str, dict[int, object]] = {"base": {n: ancestry.sketch(inputs["base"], n) for n in looks}}
-    else:
-        residuals = {role: checkpoint for role, checkpoint in inputs.items() if role != "target"}
-        sketches = {f"the base of {r}": {0: c.manifest.ancestry if c.manifest else None} for r, c in residuals.items()}
-    warnings = []
-    for base, of_base in sketches.items():
-        for model in models:
-            compared = (ancestry.compare(inputs[model], each, rows) for rows, each in of_base.items())
-            found = [each for each in compared if each is not None]
-            if found and not found[0].related:
-                warnings.append(found[0].warning(model, base))
-            else:
-                odd = {kind: cosine for each in found for kind, cosine in each.odd.items()}
-                warnings += _odd(model, base, odd, inputs[model], rules) if odd else []
-    return tuple(warnings)
-
-
-def _odd(model: str, base: str, cosines: Mapping[str, float], checkpoint: Checkpoint, rules: Rules) -> Iterable[str]:
-    """A warning of the kinds of tensors that have nothing in common in two related models, unless they are skipped."""
-    kinds = {name: pattern(name) for name in checkpoint.tensors if not rules.skipped(name)}
-    odd = {name for name, kind in kinds.items() if kind in cosines}
-    if odd:
-        shown = dict.fromkeys(kinds[name] for name in sorted(odd))
-        listed = [f"{kind} (cosine {cosines[kind]:.2f})" for kind in shown]
-        more = f" and {len(listed) - 3} more kinds" if len(listed) > 3 else ""
-        yield (
-            f"{model} and {base} are related, but for {', '.join(listed[:3])}{more}: these were trained anew, or one "
-            "of the models has their rows in another order, and then what is added means nothing. Take models "
-            f"that were saved alike, or leave such tensors as they are with --skip {skip_pattern(odd, odd, {*kinds})}"
-        )
 
 
 def left_out(

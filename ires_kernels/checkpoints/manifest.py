@@ -205,7 +205,8 @@ class Manifest:
     sketch: dict[str, str] = field(default_factory=dict)
     """Of a residual: what base has at the `places` of each of its tensors, as `evidence.Sample.to_text` gives it."""
     ancestry: object = None
-    """Of a residual of version 0.1: what base has of some matrices, by name (`evidence.Sample.from_old_text`)."""
+    """What the models had in common, as `ancestry.Ancestry.to_dict` gives it. Of a residual that has no sketch: what
+    base has of some matrices, by name (`evidence.Sample.from_old_text`)."""
     tied: bool | None = None
     """Of a residual: whether the head is the embedding in both of its models."""
     not_stored: dict[str, NotStored] = field(default_factory=dict)

@@ -12,6 +12,7 @@ from ires_kernels.files.inplace import Workplace
 from ires_kernels.files.ownership import StoreError
 from ires_kernels.in_place import begun, cuts
 from ires_kernels.in_place.cuts import Sizes, Window
+from ires_kernels.planning.ancestry import Ancestry
 from ires_kernels.planning.inputs import open_inputs
 from ires_kernels.planning.plan import VERSION, Plan, plan_apply
 from ires_kernels.planning.rules import Rules
@@ -63,6 +64,7 @@ def hide_and_plan(place: Workplace, operation: Operation) -> Update:
         if operation.paths[role] == target:  # where its side files still are
             before[role] = replace(before[role], path=place.target)
     plan = replace(plan_apply(before, Rules.from_dict(operation.rules), operation.copies), in_place=True)
+    plan = replace(plan, ancestry=tuple(map(Ancestry.from_dict, operation.ancestry)))
     same_plan(operation, plan)
     steps = cuts.changes(plan)
     windows = cuts.windows(steps, Sizes(**operation.sizes))

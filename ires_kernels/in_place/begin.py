@@ -92,6 +92,7 @@ def begin(
             copies=dict(copies),
             installed=installed,
             dropped=dropped,
+            ancestry=[found.to_dict() for found in plan.ancestry],
             history=[update.table for update in ready.history],
         )
         content = operation.to_bytes()

@@ -20,12 +20,14 @@ from pathlib import Path
 
 import xxhash
 
-from ires_kernels.checking import ancestry, guards
+from ires_kernels.checking import guards
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files import interrupts
 from ires_kernels.files.samples import sample
 from ires_kernels.files.store import NewFolder, Part, StoreError, check_destination, partial_path
 from ires_kernels.new_folder import before
+from ires_kernels.planning import ancestry
+from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.plan import MANIFESTS, Plan
 from ires_kernels.planning.steps import Step
 from ires_kernels.records import provenance, sides
@@ -157,11 +159,17 @@ def finish(begun: Begun, outcome: Outcome, options: Options) -> None:
         outputs={name: sample(path, plan.id) for name, path in weights.items()},
         sha256=sums,
         unsynced="" if operation.sync else operation.boot,
-        sketch=ancestry.sketch(plan.inputs["base"]) if plan.operation == "extract" else None,
+        sketch=_sketch(plan) if plan.operation == "extract" else None,
     )
     folder.add(MANIFESTS[plan.operation], [manifest])
     guards.check_unchanged(plan, outcome.inputs, threads=options.threads)
     folder.commit()
+
+
+def _sketch(plan: Plan) -> dict[str, str]:
+    """What base has at a few places of each tensor of the residual."""
+    with Looks(plan.inputs) as looks:
+        return ancestry.sketch(plan.steps, looks)
 
 
 def _identity(operation: Operation) -> str:

@@ -22,8 +22,10 @@ from ires_kernels.checkpoints.header import build_header, tensor_bytes
 from ires_kernels.checkpoints.sidefiles import SideFile
 from ires_kernels.dtypes import STORAGE
 from ires_kernels.files.plain import table
-from ires_kernels.planning import deeds
+from ires_kernels.planning import ancestry, deeds
 from ires_kernels.planning.absences import Absence, grouped
+from ires_kernels.planning.ancestry import Ancestry
+from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.findings import Findings
 from ires_kernels.planning.matching import Matcher
 from ires_kernels.planning.rules import Rules
@@ -80,6 +82,8 @@ class Plan:
     """What residual.json says of the two models, in JSON types."""
     share: Share | None = None
     """How much of the residual finds a place, where tensors are missing."""
+    ancestry: tuple[Ancestry, ...] = ()
+    """What the models have in common, by samples of their values: see `related`."""
     in_place: bool = False
     """Whether the target's own files are changed, where they differ, and nothing else is written."""
     id: str = field(init=False)
@@ -166,6 +170,7 @@ class Plan:
             "side_files": {side.name: side.role for side in self.side_files},
             "side_files_why": {side.name: side.why for side in self.side_files if side.why},
             "not_copied": list(self.not_copied),
+            "ancestry": [found.to_dict() for found in self.ancestry],
             "warnings": [*self.warnings, *([self.share.text()] if self.share else [])],
             "notes": list(self.notes),
         }
@@ -193,6 +198,7 @@ class Plan:
             manifest = f"{self.inputs['target'].path.name}.{manifest}"
         rows.append(("new files", ", ".join([*(name for name, _ in self.documents), manifest])))
         rows += [("not copied", ", ".join(self.not_copied))] if self.not_copied else []
+        rows += [("ancestry", f"{found}") for found in self.ancestry if found.related]
         rows += [("warning", line) for line in self.warnings]
         rows += [("warning", self.share.text())] if self.share else []
         rows += [("note", line) for line in self.notes]
@@ -296,6 +302,15 @@ def plan_extract(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping
         tuple(found.notes),
         sidefiles.record(base, instruct), share,
     )  # fmt: skip
+
+
+def related(plan: Plan, looks: Looks) -> Plan:
+    """The plan, and what the values of its models say: how much they have in common, with warnings where it is little.
+
+    Raises CheckpointError for a file that changed, and OSError.
+    """
+    found = ancestry.compare(plan.inputs, plan.steps, looks)
+    return replace(plan, ancestry=found, warnings=(*plan.warnings, *ancestry.warnings(found, plan.inputs)))
 
 
 def _share(planned: Iterable[Step], found: Findings) -> Share | None:

@@ -69,6 +69,8 @@ class Operation:
     """Second copies of the target's embedding, which can no longer be told from its bytes."""
     installed: dict[str, dict[str, str]] = field(default_factory=dict)
     """Side files that come from other models: their origin and xxh3_128, by name."""
+    ancestry: list[dict[str, Any]] = field(default_factory=list)
+    """What the models had in common before the target changed."""
     dropped: list[str] = field(default_factory=list)
     """Files of the target that are no longer true beside the new ones."""
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -156,6 +158,12 @@ def _is_window(value: object) -> bool:
     )
 
 
+def _is_ancestry(value: object) -> bool:
+    kinds = {"model": str, "base": str, "cosine": float, "distance": float, "matrices": int, "tensors": int}
+    kinds |= {"relation": str, "equal": bool, "odd": dict}
+    return isinstance(value, dict) and {key: type(each) for key, each in value.items()} == kinds
+
+
 def _is_flag(value: object) -> bool:
     return type(value) is bool
 
@@ -176,6 +184,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "copies": lambda value: _is_table(value, _is_text),
     "installed": lambda value: _is_table(value, lambda entry: _is_table(entry, _is_text)) and all(map(is_inner, value)),
     "dropped": lambda value: _is_list(value, is_inner),
+    "ancestry": lambda value: _is_list(value, _is_ancestry),
     "history": lambda value: _is_list(value, lambda entry: isinstance(entry, dict)),
 }
 """What is right for each key of a record. Files are named within their folder: an update touches nothing elsewhere."""

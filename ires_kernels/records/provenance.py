@@ -47,7 +47,7 @@ def build(
     in_place: Mapping[str, Any] | None = None,
     previous: Mapping[str, str | None] | None = None,
     unsynced: str = "",
-    sketch: object = None,
+    sketch: Mapping[str, str] | None = None,
 ) -> bytes:
     """The manifest as JSON text.
 
@@ -59,7 +59,7 @@ def build(
     in_place  what is special about an update in place: the hash of a tensor that was not read is then the `previous`
               one, or null, and that of what the target held is not known
     unsynced  where nothing was fsynced, the boot_id of the machine
-    sketch    of a residual, `ancestry.sketch` of its base
+    sketch    of a residual, `ancestry.sketch`
     """
     known = {**(previous or {}), **outcome.outputs} if in_place else outcome.outputs
     outputs_made = by_output(plan.steps)
@@ -86,6 +86,7 @@ def build(
             for role, checkpoint in plan.inputs.items()
         },
         "rules": plan.rules.to_dict(),
+        "ancestry": [found.to_dict() for found in plan.ancestry],
         "report": report.numbers(),
         "files": dict(others),
         **({"samples": dict(outputs)} if outputs else {}),
@@ -96,7 +97,7 @@ def build(
         "tensors": entries,
     }
     if plan.operation == "extract":
-        table["ancestry"] = sketch
+        table["sketch"] = dict(sketch or {})
         table |= plan.about
         table["tied"] = all(map(names.is_tied, plan.inputs.values()))
         table["not_stored"] = {

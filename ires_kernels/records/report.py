@@ -14,6 +14,7 @@ from ires_kernels.checkpoints import sidefiles
 from ires_kernels.checkpoints.manifest import Numbers, Strength
 from ires_kernels.files.plain import table
 from ires_kernels.planning.absences import Absence, grouped
+from ires_kernels.planning.ancestry import Ancestry
 from ires_kernels.planning.plan import Plan, size
 from ires_kernels.streaming.outcome import Outcome
 
@@ -46,6 +47,8 @@ class Report:
     side_files: dict[str, str]
     """Name and the model each comes from."""
     not_copied: tuple[str, ...]
+    ancestry: tuple[Ancestry, ...] = field(default=())
+    """What the models have in common, by samples of their values."""
     warnings: tuple[str, ...] = field(default=())
     notes: tuple[str, ...] = field(default=())
     """What to know about the files."""
@@ -95,6 +98,7 @@ class Report:
             plan.missing,
             {file.name: file.role for file in plan.side_files if not (plan.in_place and file.role == "target")},
             () if plan.in_place else plan.not_copied,
+            plan.ancestry,
             (*plan.warnings, *_zero(plan, total), *_odd_values(plan, outcome), *_share(plan, outcome)),
             plan.notes,
             why={side.name: side.why for side in plan.side_files if side.why},
@@ -145,6 +149,7 @@ class Report:
             "side_files": self.side_files,
             "side_files_why": {name: why for name, why in self.why.items() if name in self.side_files},
             "not_copied": list(self.not_copied),
+            "ancestry": [found.to_dict() for found in self.ancestry],
             "warnings": list(self.warnings),
             "notes": list(self.notes),
         }
@@ -182,6 +187,7 @@ class Report:
         rows += [("missing", line) for line in grouped(self.missing)]
         rows += sidefiles.rows((name, role, self.why.get(name, "")) for name, role in self.side_files.items())
         rows += [("not copied", ", ".join(self.not_copied))] if self.not_copied else []
+        rows += [("ancestry", f"{found}") for found in self.ancestry if found.related]
         rows += [("warning", line) for line in self.warnings]
         rows += [("note", line) for line in self.notes]
         return rows

@@ -740,7 +740,7 @@ def test_a_target_of_another_family_is_warned_of(tmp_path: Path) -> None:
             ik.load(stranger, residual)
         ik.load(target, residual)
     table = json.loads((tmp_path / "r" / "residual.json").read_text())
-    del table["ancestry"]
+    del table["sketch"]
     (tmp_path / "r" / "residual.json").write_text(json.dumps(table))
     assert merge(stranger, tmp_path / "r", out=tmp_path / "out").warnings == ()
     report = ik.apply(stranger, (instruct, base), in_place=True)
