@@ -22,6 +22,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 import ires_kernels as ik
+from ires_kernels.checkpoints import hub
 from ires_kernels.checkpoints.folders import MERGE_ADAPTER
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files import interrupts, trust
@@ -385,12 +386,14 @@ def _apply(arguments: argparse.Namespace) -> int:
         arguments.parser.error("give one or more residuals, or --instruct and --base")
     if not arguments.in_place and (arguments.undo or arguments.tag):
         arguments.parser.error("--keep-undo, --no-undo and --tag go with --in-place")
+    if arguments.in_place:
+        hub.check_local(arguments.target)
     common = 1.0 if arguments.alpha is None else arguments.alpha
     alpha: float | list[float] = common
-    residuals: tuple[str, ...] | list[str]
+    residuals: tuple[hub.StrPath, ...] | list[str]
     if pair:
-        residuals = (arguments.instruct, arguments.base)
-        for role, path in (("instruct", arguments.instruct), ("base", arguments.base)):
+        residuals = (hub.local(arguments.instruct), hub.local(arguments.base))
+        for role, path in zip(("instruct", "base"), residuals, strict=True):
             kind = kind_of(path, follow_links=arguments.follow_links)
             check_adapter(kind, path, role)
             if kind != "model":  # or two residuals would pass

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ires_kernels.checking import guards
 from ires_kernels.checking.verification import verify
-from ires_kernels.checkpoints import configs
+from ires_kernels.checkpoints import configs, hub
 from ires_kernels.checkpoints.checkpoint import is_shard
 from ires_kernels.checkpoints.header import CheckpointError, brief
 from ires_kernels.files import hidden, interrupts
@@ -94,7 +94,7 @@ def extract(
     check_path(out, "out")
     check_flags(sync=sync, sha256=sha256, dry_run=dry_run, follow_links=follow_links, lock=lock)
     rules = Rules.of(0, skip=skip, dtype=dtype, allow_missing=allow_missing, rounding=rounding, seed=seed)
-    inputs = open_inputs({"base": base, "instruct": instruct}, follow_links=follow_links)
+    inputs = open_inputs({"base": hub.local(base), "instruct": hub.local(instruct)}, follow_links=follow_links)
     options = Options.of(device, threads, progress, lock, idle=dry_run)
     plan = _warned(plan_extract(inputs, rules, second_copies(inputs)))
     return write_folder(plan, Path(out), options, sync=sync, sha256=sha256, dry_run=dry_run)
@@ -163,6 +163,9 @@ def apply(
         raise ArgumentError(f"undo is {undo!r}, wanted one of {', '.join(UNDO)}.")
     if out is not None and (undo != "ring" or tag):
         raise ArgumentError("undo and tag go with in_place=True: a new folder needs neither. Leave them out.")
+    if in_place:
+        hub.check_local(target)
+    target, residual = hub.local(target), hub.locals_of(residual)
     paths = roles_of_apply(target, residual, follow_links=follow_links)
     rules = _rules_of_apply(paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed)
     options = Options.of(device, threads, progress, lock, idle=dry_run)
@@ -216,7 +219,8 @@ def resume(
     found = state.find(path)
     if found.what == "new folder":
         operation = found.operation
-        inputs = open_inputs(operation.paths, follow_links=operation.follow_links)
+        paths = {role: hub.local(path) for role, path in operation.paths.items()}
+        inputs = open_inputs(paths, follow_links=operation.follow_links)
         plan_again = plan_extract if operation.kind == "extract" else plan_apply
         plan = _warned(plan_again(inputs, Rules.from_dict(operation.rules), second_copies(inputs)))
         same_plan(operation, plan)
@@ -287,6 +291,7 @@ def load(
     no room for the result. Nothing is counted: of NaN, overflow and lost updates `apply` alone tells.
     """
     check_flags(follow_links=follow_links)
+    target, residual = hub.local(target), hub.locals_of(residual)
     paths = roles_of_apply(target, residual, follow_links=follow_links)
     rules = _rules_of_apply(paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed)
     from ires_kernels.streaming import device as devices

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from ires_kernels.checkpoints import manifest
+from ires_kernels.checkpoints import hub, manifest
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, open_checkpoint
 from ires_kernels.checkpoints.folders import listed
 from ires_kernels.checkpoints.header import CheckpointError
@@ -106,7 +106,7 @@ def verify(
     """
     started = time.perf_counter()
     processors = processors_on(device, idle=hashes_only)
-    checkpoint = open_checkpoint(out, follow_links=follow_links)
+    checkpoint = open_checkpoint(hub.local(out), follow_links=follow_links)
     table = checkpoint.manifest
     if table is None or not (checkpoint.path.is_dir() or table.in_place):
         raise CheckpointError(f"{checkpoint.path}: has no ires.json or residual.json; wanted the output of a merge.")
@@ -169,7 +169,7 @@ def _opened(paths: Mapping[str, StrPath], given: Mapping[str, StrPath], follow_l
     inputs: dict[str, Checkpoint] = {}
     for role, path in paths.items():
         try:
-            inputs |= open_inputs({role: path}, follow_links=follow_links)
+            inputs |= open_inputs({role: hub.local(path)}, follow_links=follow_links)
         except CheckpointError as error:
             if role in given:
                 raise

@@ -35,7 +35,6 @@ _FACTOR = re.compile(
     r"(^|[._])(lora_(A|B|embedding_A|embedding_B|magnitude_vector|down|up|mid)|ia3_l|vera_lambda_[bd]|randlora_lambda"
     r"|hada_[wt]\d(_[ab])?|lokr_[wt]\d(_[ab])?|oft_[rR]|boft_[Rs]|prompt_embeddings)(\.|$)"
 )
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class FileId(NamedTuple):
@@ -481,9 +480,4 @@ def _unreachable(path: Path, error: Exception) -> str:
         return f"cannot read: {getattr(error, 'strerror', error)}. Check the path and its permissions."
     if path.is_symlink():
         return "is a link to something that is gone. Copy or download it again."
-    if _HUB_NAME.fullmatch(f"{path}") and not path.parent.exists():
-        return (
-            "no such file or folder. If it is a model on the Hugging Face Hub, download it first: "
-            f"`hf download {path} --local-dir {path.name}`, then give that folder."
-        )
     return "no such file or folder. Check the path."

@@ -19,7 +19,7 @@ from typing import Any
 
 import xxhash
 
-from ires_kernels.checkpoints import names
+from ires_kernels.checkpoints import hub, names
 from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId
 from ires_kernels.checkpoints.manifest import Stamp
 from ires_kernels.files import interrupts, trust
@@ -239,6 +239,9 @@ def _input(plan: Plan, role: str, hashes: Mapping[str, str], path: str, stamps: 
         "digest": digest((n, t.dtype, t.shape, hashes[n]) for n, t in tensors.items()) if all_read else None,
         "files": {name: asdict(stamp) for name, stamp in stamps.items()},
     }
+    repo = hub.repo_of(plan.inputs[role].path)
+    if repo is not None:
+        table["hub"] = repo._asdict()
     if plan.in_place and role not in plan.roles_of_target():
         table["read"] = digest_of(plan.reads(role).values(), hashes)
     return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from ires_kernels.checkpoints import names
+from ires_kernels.checkpoints import hub, names
 from ires_kernels.checkpoints.checkpoint import is_factor, is_shard, open_checkpoint, shard_number
 from ires_kernels.files.hidden import foreign
 from ires_kernels.planning import quantized
@@ -24,7 +24,7 @@ def inspect(path: StrPath, *, follow_links: bool = False) -> dict[str, Any]:
     follow_links  accept files of the folder that are links out of it
     Raises CheckpointError for what cannot be used, and says why.
     """
-    checkpoint = open_checkpoint(path, follow_links=follow_links)
+    checkpoint = open_checkpoint(hub.local(path), follow_links=follow_links)
     refs = checkpoint.tensors.values()
     elements: Counter[str] = Counter()
     for ref in refs:
@@ -32,6 +32,7 @@ def inspect(path: StrPath, *, follow_links: bool = False) -> dict[str, Any]:
     manifest = checkpoint.manifest.table if checkpoint.manifest else {}
     return {
         "path": f"{checkpoint.path}",
+        "hub": f"{hub.repo_of(checkpoint.path) or ''}" or None,
         "kind": checkpoint.kind,
         "tensors": len(refs),
         "parameters": sum(elements.values()),

@@ -1,0 +1,203 @@
+"""Models on the Hugging Face Hub: `org/name`, `org/name@revision` or `hf://org/name@revision` in place of a path.
+
+The library of the Hub does the work: its cache, its tokens, its offline mode. Only what a merge needs is downloaded:
+the safetensors files that the index names, and the small files beside them. A revision is resolved to its commit first,
+so all files are of one commit, whatever is pushed meanwhile, and the path of the snapshot in the cache tells which.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from fnmatch import translate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.files.opening import MAX_INDEX, read_bytes
+
+StrPath = str | os.PathLike[str]
+
+_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@\s:][^@\s]*))?")
+_SCHEME = "hf://"
+_SNAPSHOT = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)/snapshots/(?P<commit>[0-9a-f]{40})")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_INDEX = "model.safetensors.index.json"
+# Weights in formats that are not read, and what comes along with models and is none of their files.
+_OTHER = re.compile(
+    "|".join(
+        map(
+            translate,
+            ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot",
+             "*.tflite", "*.pkl", "*.npz", "*.zip", "*.tar*", "*.safetensors", "*.png", "*.jpg", "*.jpeg", "*.gif",
+             "*.mp4", "*.wav", "*.pdf", ".gitattributes"),
+        )
+    ),
+    re.IGNORECASE,
+)  # fmt: skip
+_INSTALL = (
+    "Check the path; or install the library of the Hub (`pip install 'ires_kernels[hub]'`) to have a model downloaded."
+)
+
+
+class Repo(NamedTuple):
+    """A model on the Hub, at a commit."""
+
+    id: str
+    """org/name."""
+    commit: str
+    """40 hex digits."""
+
+    def __str__(self) -> str:
+        return f"{self.id}@{self.commit}"
+
+
+def repo_of(path: StrPath) -> Repo | None:
+    """The model whose snapshot in the Hub's cache a folder is, or a file in it is of; None for any other."""
+    found = _SNAPSHOT.search(os.path.realpath(path)) or _SNAPSHOT.search(os.path.abspath(path))
+    return Repo(f"{found['org']}/{found['name']}", found["commit"]) if found else None
+
+
+def is_remote(path: object) -> bool:
+    """Whether a path names a model on the Hub: it says so, or looks like a name there and leads nowhere here."""
+    text = f"{path}"
+    if text.startswith(_SCHEME):
+        return True
+    return bool(_ID.fullmatch(text)) and not os.path.lexists(text) and not os.path.isdir(text.partition("/")[0])
+
+
+def check_local(path: StrPath) -> None:
+    """Refuse a model on the Hub as one to be changed."""
+    if isinstance(path, (str, os.PathLike)) and is_remote(path):
+        raise CheckpointError(f"{path}: is on the Hub, whose cache is never written. Write a new folder with -o OUT.")
+
+
+def local(path: StrPath) -> StrPath:
+    """The folder of a model: of one on the Hub its snapshot in the cache, downloaded where it is not there yet.
+
+    The path of a snapshot that is no longer in the cache, as a manifest may have it, is such a model at its commit.
+    Raises CheckpointError with the Hub's reason and the way out.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        return path
+    if is_remote(path):
+        return _snapshot(f"{path}")
+    gone = None if os.path.lexists(path) else repo_of(path)
+    return path if gone is None else _snapshot(f"{gone}")
+
+
+def locals_of(paths: StrPath | Sequence[StrPath]) -> StrPath | Sequence[StrPath]:
+    """`local` of a path, or of each of a list or a tuple of them; what is neither stays what it is."""
+    if isinstance(paths, (str, os.PathLike)):
+        return local(paths)
+    if isinstance(paths, (list, tuple)):
+        return type(paths)(map(local, paths))
+    return paths
+
+
+def needed(names: Iterable[str], weights: Iterable[str] | None) -> list[str]:
+    """Which files of a model a merge needs: `weights`, or where there is no index the only ones, and the small ones.
+
+    names  of all files of the repository
+    """
+    names = list(names)
+    if weights is None:
+        found = [name for name in names if re.fullmatch(r"[^/]+\.safetensors", name)]
+        one = [name for name in found if name in ("model.safetensors", "residual.safetensors")]
+        weights = one or found
+    return sorted({*weights, *(name for name in names if not _OTHER.fullmatch(name))} & {*names})
+
+
+def _snapshot(text: str) -> Path:
+    match = _ID.fullmatch(text.removeprefix(_SCHEME))
+    if match is None:
+        wanted = f"{_SCHEME}org/name or {_SCHEME}org/name@revision"
+        raise CheckpointError(f"{text}: is no name of a model on the Hub, wanted {wanted}.")
+    here = "" if text.startswith(_SCHEME) else "no such file or folder, and on the Hub: "
+    try:
+        import huggingface_hub as library
+        from huggingface_hub import constants
+    except ImportError:
+        nobody = here or "is on the Hub: "
+        raise CheckpointError(f"{text}: {nobody}nothing here can ask it (huggingface_hub). {_INSTALL}") from None
+    repo, revision = match["id"], match["revision"]
+    try:
+        if constants.HF_HUB_OFFLINE or _is_whole(library, repo, revision):
+            return Path(library.snapshot_download(repo, revision=revision, local_files_only=True))
+        return _download(library, repo, revision)
+    except CheckpointError:
+        raise
+    except Exception as error:  # of the library, or of what it asks with, which is another one in each of its versions
+        raise CheckpointError(f"{text}: {here}{_reason(error)} {_way_out(error, repo)}") from None
+
+
+def _is_whole(library: Any, repo: str, revision: str | None) -> bool:
+    """Whether the cache has all that is needed of a commit, so that nobody has to be asked."""
+    if revision is None or not _COMMIT.fullmatch(revision):
+        return False
+    try:
+        folder = Path(library.snapshot_download(repo, revision=revision, local_files_only=True))
+    except (OSError, ValueError):
+        return False
+    weights = _named_by(folder / _INDEX)
+    if weights is None:
+        weights = [path.name for path in folder.glob("*.safetensors")]
+    return bool(weights) and all((folder / name).is_file() for name in [*weights, "config.json"])
+
+
+def _download(library: Any, repo: str, revision: str | None) -> Path:
+    info = library.HfApi().model_info(repo, revision=revision)
+    commit = info.sha
+    names = [entry.rfilename for entry in info.siblings or ()]
+    weights = None
+    if _INDEX in names:
+        weights = _named_by(Path(library.hf_hub_download(repo, _INDEX, revision=commit)))
+    files = needed(names, weights)
+    if not any(name.endswith(".safetensors") for name in files):
+        raise CheckpointError(
+            f"{_SCHEME}{repo}@{commit}: has no .safetensors files ({', '.join(names[:10]) or 'no files at all'}). "
+            "Take a model that is published as safetensors, or convert it: AutoModelForCausalLM.from_pretrained("
+            f"{repo!r}, dtype='auto').save_pretrained(NEW)."
+        )
+    patterns = [re.sub(r"([*?\[])", r"[\1]", name) for name in files]
+    return Path(library.snapshot_download(repo, revision=commit, allow_patterns=patterns))
+
+
+def _named_by(index: Path) -> Sequence[str] | None:
+    """The files that an index names; None where there is none that can be read."""
+    try:
+        table = json.loads(read_bytes(index, MAX_INDEX))
+        return sorted({name for name in table["weight_map"].values() if isinstance(name, str)})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def _reason(error: Exception) -> str:
+    """What the Hub said, in a line."""
+    said = getattr(error, "server_message", None) or f"{error}"
+    lines = [line.strip() for line in said.splitlines() if line.strip() and not line.startswith("(Request ID")]
+    text = " ".join(lines[:3]) or type(error).__name__
+    return text if text.endswith((".", "!")) else f"{text}."
+
+
+def _way_out(error: Exception, repo: str) -> str:
+    from huggingface_hub import constants, errors
+
+    page = f"{constants.ENDPOINT}/{repo}"
+    if isinstance(error, errors.GatedRepoError):
+        return f"Ask for access on {page}, then log in with `hf auth login` or set HF_TOKEN."
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"The revisions are listed on {page}/commits/main; leave @revision out for the newest."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            "If it is a path, nothing is there: check it. If it is a private model, log in with `hf auth login` or set "
+            "HF_TOKEN."
+        )
+    if constants.HF_HUB_OFFLINE:
+        return f"HF_HUB_OFFLINE is set: download it where there is a network (`hf download {repo}`)."
+    return (
+        "Try again later; or give a commit that is in the cache (org/name@COMMIT), or HF_HUB_OFFLINE=1 for what was "
+        "downloaded last."
+    )
