@@ -148,21 +148,24 @@ def _is_whole(library: Any, repo: str, revision: str | None) -> bool:
 
 
 def _download(library: Any, repo: str, revision: str | None) -> Path:
-    info = library.HfApi().model_info(repo, revision=revision)
-    commit = info.sha
-    names = [entry.rfilename for entry in info.siblings or ()]
-    weights = None
-    if _INDEX in names:
-        weights = _named_by(Path(library.hf_hub_download(repo, _INDEX, revision=commit)))
-    files = needed(names, weights)
-    if not any(name.endswith(".safetensors") for name in files):
-        raise CheckpointError(
-            f"{_SCHEME}{repo}@{commit}: has no .safetensors files ({', '.join(names[:10]) or 'no files at all'}). "
-            "Take a model that is published as safetensors, or convert it: AutoModelForCausalLM.from_pretrained("
-            f"{repo!r}, dtype='auto').save_pretrained(NEW)."
-        )
-    patterns = [re.sub(r"([*?\[])", r"[\1]", name) for name in files]
-    return Path(library.snapshot_download(repo, revision=commit, allow_patterns=patterns))
+    while True:
+        info = library.HfApi().model_info(repo, revision=revision)
+        names = [entry.rfilename for entry in info.siblings or ()]
+        weights = None
+        if _INDEX in names:
+            weights = _named_by(Path(library.hf_hub_download(repo, _INDEX, revision=info.sha)))
+        files = needed(names, weights)
+        if not any(name.endswith(".safetensors") for name in files):
+            raise CheckpointError(
+                f"{_SCHEME}{repo}@{info.sha}: has no .safetensors files ({', '.join(names[:10]) or 'no files at all'}). "
+                "Take a model that is published as safetensors, or convert it: AutoModelForCausalLM.from_pretrained("
+                f"{repo!r}, dtype='auto').save_pretrained(NEW)."
+            )
+        # By its name, so that the cache knows offline what it was; which may be another commit by now.
+        patterns = [re.sub(r"([*?\[])", r"[\1]", name) for name in files]
+        folder = Path(library.snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        if folder.name == info.sha:
+            return folder
 
 
 def _named_by(index: Path) -> Sequence[str] | None:
