@@ -15,6 +15,7 @@ from fnmatch import translate
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ires_kernels.checkpoints.folders import listed
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files.opening import MAX_INDEX, read_bytes
 
@@ -23,7 +24,6 @@ StrPath = str | os.PathLike[str]
 _ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@\s:][^@\s]*))?")
 _SCHEME = "hf://"
 _SNAPSHOT = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)/snapshots/(?P<commit>[0-9a-f]{40})")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _INDEX = "model.safetensors.index.json"
 # Weights in formats that are not read, and what comes along with models and is none of their files.
 _OTHER = re.compile(
@@ -124,8 +124,9 @@ def _snapshot(text: str) -> Path:
         raise CheckpointError(f"{text}: {nobody}nothing here can ask it (huggingface_hub). {_INSTALL}") from None
     repo, revision = match["id"], match["revision"]
     try:
-        if constants.HF_HUB_OFFLINE or _is_whole(library, repo, revision):
-            return Path(library.snapshot_download(repo, revision=revision, local_files_only=True))
+        cached = _cached(library, repo, revision)
+        if cached is not None and (constants.HF_HUB_OFFLINE or _is_whole(cached, revision)):
+            return cached
         return _download(library, repo, revision)
     except CheckpointError:
         raise
@@ -133,18 +134,23 @@ def _snapshot(text: str) -> Path:
         raise CheckpointError(f"{text}: {here}{_reason(error)} {_way_out(error, repo)}") from None
 
 
-def _is_whole(library: Any, repo: str, revision: str | None) -> bool:
-    """Whether the cache has all that is needed of a commit, so that nobody has to be asked."""
-    if revision is None or not _COMMIT.fullmatch(revision):
-        return False
-    try:
-        folder = Path(library.snapshot_download(repo, revision=revision, local_files_only=True))
-    except (OSError, ValueError):
+def _cached(library: Any, repo: str, revision: str | None) -> Path | None:
+    """The snapshot in the cache, all of it or not; None where nothing of it is there."""
+    for name in ("config.json", "residual.json"):
+        path = library.try_to_load_from_cache(repo, name, revision=revision)
+        if isinstance(path, str):
+            return Path(path).parent
+    return None
+
+
+def _is_whole(folder: Path, revision: str | None) -> bool:
+    """Whether a snapshot has all weights of a commit, and that is what was asked for: then nobody has to be asked."""
+    if folder.name != revision:
         return False
     weights = _named_by(folder / _INDEX)
     if weights is None:
         weights = [path.name for path in folder.glob("*.safetensors")]
-    return bool(weights) and all((folder / name).is_file() for name in [*weights, "config.json"])
+    return bool(weights) and all((folder / name).is_file() for name in weights)
 
 
 def _download(library: Any, repo: str, revision: str | None) -> Path:
@@ -157,7 +163,7 @@ def _download(library: Any, repo: str, revision: str | None) -> Path:
         files = needed(names, weights)
         if not any(name.endswith(".safetensors") for name in files):
             raise CheckpointError(
-                f"{_SCHEME}{repo}@{info.sha}: has no .safetensors files ({', '.join(names[:10]) or 'no files at all'}). "
+                f"{_SCHEME}{repo}@{info.sha}: has no .safetensors files ({listed(names) or 'no files'}). "
                 "Take a model that is published as safetensors, or convert it: AutoModelForCausalLM.from_pretrained("
                 f"{repo!r}, dtype='auto').save_pretrained(NEW)."
             )
