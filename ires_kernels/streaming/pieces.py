@@ -6,8 +6,8 @@ A reader belongs to an operand of a step under way; the threads that work on its
 from __future__ import annotations
 
 import os
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -73,59 +73,58 @@ class _One:
         return [Read(source.fd, self._offset + first * width, count * width, source.path)]
 
 
-class _Piece(NamedTuple):
-    """Bytes of a file that belong to a place in a tile."""
-
-    source: int
-    offset: int
-    at: int
-    nbytes: int
-
-
 class _Many:
     """Elements in runs that lie anywhere. Those of a tile that follow each other in a file are read with one call.
 
-    The rows of a permuted matrix are such runs: of 8 kB each, 128 in a tile of the CPU.
+    The rows of a permuted matrix are such runs: of 8 kB each, 128 in a tile of the CPU. With them an operand is read at
+    three quarters of the speed of one run, from the page cache; with a call for each row at a third.
     """
 
     def __init__(self, refs: Iterable[TensorRef], sources: Mapping[Path, LocalFile], width: int) -> None:
         refs = [ref for ref in refs if ref.nbytes]
         numbers = {path: number for number, path in enumerate(sources)}
         self._sources = list(sources.values())
-        self._places = [(numbers[ref.path], ref.offset) for ref in refs]
-        self._ends = list(accumulate(ref.nbytes for ref in refs))
+        self._ends = list(accumulate([ref.nbytes for ref in refs]))
+        # Which source, from where on there, from where on in the operand, and how many bytes.
+        self._runs = [
+            (numbers[ref.path], ref.offset, end - ref.nbytes, ref.nbytes)
+            for ref, end in zip(refs, self._ends, strict=True)
+        ]
         self._width = width
 
     def read_into(self, buffer: memoryview, first: int, count: int) -> Sequence[memoryview]:
-        view = buffer[: count * self._width]
-        pieces = sorted(self._pieces(first, count))
-        begin = 0
-        for i, (source, offset, _, nbytes) in enumerate(pieces, 1):
-            if i == len(pieces) or i - begin == _MOST_VIEWS or pieces[i][:2] != (source, offset + nbytes):
-                views = [view[at : at + size] for _, _, at, size in pieces[begin:i]]
-                self._sources[source].read_views(views, pieces[begin].offset)
-                begin = i
-        return (view,)
+        start, whole = first * self._width, buffer[: count * self._width]
+        runs = sorted(self._cut(first, count))
+        views: list[memoryview] = []
+        at = here = end = -1
+        for source, offset, begin, nbytes in runs:
+            if offset != end or source != here or len(views) == _MOST_VIEWS:
+                if views:
+                    self._sources[here].read_views(views, at)
+                views, at, here, end = [], offset, source, offset
+            views.append(whole[begin - start : begin - start + nbytes])
+            end += nbytes
+        if views:
+            self._sources[here].read_views(views, at)
+        return (whole,)
 
     def reads(self, first: int, count: int) -> list[Read]:
-        sources = self._sources
         return [
-            Read(sources[number].fd, offset, nbytes, sources[number].path)
-            for number, offset, _, nbytes in self._pieces(first, count)
+            Read(self._sources[number].fd, offset, nbytes, self._sources[number].path)
+            for number, offset, _, nbytes in self._cut(first, count)
         ]
 
-    def _pieces(self, first: int, count: int) -> Iterator[_Piece]:
-        """What makes up some elements, in their order."""
+    def _cut(self, first: int, count: int) -> list[tuple[int, int, int, int]]:
+        """The runs that make up some elements, in their order, the first and the last of them cut to these."""
         start, stop = first * self._width, (first + count) * self._width
-        at = start
-        number = bisect_right(self._ends, start)
-        while at < stop:
-            source, offset = self._places[number]
-            begin = self._ends[number - 1] if number else 0
-            end = min(self._ends[number], stop)
-            yield _Piece(source, offset + at - begin, at - start, end - at)
-            at = end
-            number += 1
+        if start == stop:
+            return []
+        runs = self._runs[bisect_right(self._ends, start) : bisect_left(self._ends, stop) + 1]
+        source, offset, begin, nbytes = runs[0]
+        runs[0] = source, offset + start - begin, start, begin + nbytes - start
+        source, offset, begin, nbytes = runs[-1]
+        runs[-1] = source, offset, begin, stop - begin
+        return runs
 
 
 _MOST_VIEWS = min(os.sysconf("SC_IOV_MAX"), 1024)
