@@ -632,8 +632,11 @@ def read_into(fd: int, view: memoryview, offset: int, path: Path) -> None:
 
 def read_views(fd: int, views: Sequence[memoryview], offset: int, path: Path) -> None:
     """`read_into` of several views, one after the other; no more of them than one call takes."""
-    with named(path):
+    try:  # it may be one of some hundred calls for a tile, and `with` costs as much as a call that reads a row
         done = os.preadv(fd, views, offset)
+    except OSError:
+        with named(path):
+            raise
     end = 0
     for view in views if done < sum(map(len, views)) else ():
         begin, end = end, end + len(view)

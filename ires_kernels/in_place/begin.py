@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -13,7 +14,7 @@ from ires_kernels.checkpoints.manifest import Update
 from ires_kernels.files import movable, moving, store
 from ires_kernels.files.inplace import Workplace
 from ires_kernels.in_place import begun, cuts
-from ires_kernels.in_place.cuts import Sizes
+from ires_kernels.in_place.cuts import Sizes, Window
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.steps import Step
 from ires_kernels.records import repetition, sides
@@ -86,7 +87,7 @@ def begin(
             recipe=ready.recipe,
             names=names,
             hidden=os.stat(place.work).st_ino,
-            log_size=_room(ready.steps) + _OF_WINDOW * len(windows),
+            log_size=_room(ready.steps) + _room_of_windows(ready.steps, windows),
             sizes=asdict(sizes),
             windows=[[window.file, window.start, window.stop] for window in windows],
             copies=dict(copies),
@@ -119,6 +120,13 @@ def _in_place(plan: Plan) -> Plan:
 
 def _room(steps: Sequence[Step]) -> int:
     return _ROOM + sum(_OF_TENSOR + 4 * len(step.name) for step in steps)
+
+
+def _room_of_windows(steps: Sequence[Step], windows: Sequence[Window]) -> int:
+    """For what is known at the end of each window of a tensor that goes on: what each of its steps has counted."""
+    parts = Counter(step.output for step in steps)
+    lasts = [window.segments[-1].step for window in windows]
+    return sum(_OF_WINDOW * parts[step.output] + 4 * len(step.name) * (parts[step.output] - 1) for step in lasts)
 
 
 def _stage(place: Workplace, plan: Plan) -> tuple[dict[str, dict[str, str]], list[str]]:

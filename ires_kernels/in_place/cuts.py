@@ -3,6 +3,9 @@
 Pure, like plan.py: the same Plan gives the same windows, so an interrupted update is taken up where it was. A window is
 what is saved, computed, written and made durable at a time (journal.py). It begins and ends where the processors'
 tiles do, so none of these has a part in two of it.
+
+Of a tensor that changes in part, the rest is read for its hash, and neither saved nor written. It belongs to a window
+all the same, which is complete when all of it has gone by: then all is known of the tensors that end there.
 """
 
 from __future__ import annotations
@@ -13,8 +16,8 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ires_kernels.checkpoints.checkpoint import FileId, TensorRef
-from ires_kernels.checkpoints.header import CheckpointError, brief
-from ires_kernels.dtypes import FLOATS
+from ires_kernels.checkpoints.header import CheckpointError, brief, tensor_bytes
+from ires_kernels.dtypes import STORAGE
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.steps import Step
 
@@ -26,7 +29,7 @@ class Sizes:
     window: int = 64 << 20
     """Most bytes of a window."""
     unit: int = 1 << 21
-    """Elements of a tensor, from its first one on, that stay together; a multiple of every processor's tile."""
+    """Elements that a step makes, from its first one on, that stay together; a multiple of every processor's tile."""
     gap: int = 1 << 20
     """Most bytes that a window has between tensors that change: they are saved for nothing."""
 
@@ -34,30 +37,28 @@ class Sizes:
 SIZES = Sizes()
 """Where nothing else is asked for."""
 _DTYPE = "Leave --dtype out, or write a new folder with -o OUT."
-_PARTS = "Write a new folder with -o OUT."
+_SHAPE = "Write a new folder with -o OUT."
 _ALIAS = "Give a copy of that model, or write a new folder with -o OUT."
 
 
 class Segment(NamedTuple):
-    """Elements [first, first + length) of the tensor that `step` makes."""
+    """Bytes [start, stop) of a tensor, of those that `step` makes."""
 
     step: Step
-    first: int
-    length: int
-
-    @property
-    def stop(self) -> int:
-        """Byte after the last one, in the tensor."""
-        return (self.first + self.length) * FLOATS[self.step.dtype]
+    start: int
+    stop: int
 
     @property
     def is_last(self) -> bool:
         """Whether the tensor ends here."""
-        return self.stop == self.step.nbytes
+        return self.stop == tensor_bytes(self.step.dtype, self.step.shape)
 
 
 class Window(NamedTuple):
-    """Bytes [start, stop) of the target's file `file`, and what changes there."""
+    """Bytes [start, stop) of the target's file `file`, and what changes there.
+
+    Among the segments are those of steps that leave what there is, and these may lie before or behind it.
+    """
 
     file: str
     start: int
@@ -66,22 +67,26 @@ class Window(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """How many bytes change."""
-        return sum(segment.length * FLOATS[segment.step.dtype] for segment in self.segments)
+        """How many bytes go by until it is complete."""
+        return sum(segment.stop - segment.start for segment in self.segments)
 
 
 def changes(plan: Plan) -> tuple[Step, ...]:
-    """The steps whose results differ from the target, with file and offset of the tensor in the target itself.
+    """The steps of the tensors that change, with file and offset of the tensor in the target itself.
 
     Raises CheckpointError for what cannot be done in place.
     """
+    tensors = plan.inputs["target"].tensors
     for step in plan.steps:
-        if not step.is_whole:  # a window of the journal begins and ends where all parts of all tensors do
-            raise CheckpointError(f"cannot apply in place: {brief(step.name)} is made of parts. {_PARTS}")
-        if step.dtype != step.inputs[0].dtype:
+        if step.dtype != tensors[step.name].dtype:
             raise CheckpointError(
-                f"cannot apply in place: {brief(step.name)} is {step.inputs[0].dtype} in {step.inputs[0].path} "
+                f"cannot apply in place: {brief(step.name)} is {tensors[step.name].dtype} in {tensors[step.name].path} "
                 f"and would become {step.dtype}, which takes other bytes. {_DTYPE}"
+            )
+        if step.shape != tensors[step.name].shape:
+            raise CheckpointError(
+                f"cannot apply in place: {brief(step.name)} is {list(tensors[step.name].shape)} in "
+                f"{tensors[step.name].path} and would become {list(step.shape)}, which takes other bytes. {_SHAPE}"
             )
     for name, content in plan.documents:
         if name == "config.json" and json.loads(content) != plan.inputs["target"].config:
@@ -89,12 +94,13 @@ def changes(plan: Plan) -> tuple[Step, ...]:
                 f"cannot apply in place: {name} of the target says another dtype than {plan.rules.dtype}, though its "
                 f"weights are that. {_DTYPE}"
             )
-    merged = [step for step in plan.steps if not step.reason]
-    _check_aliases(plan, merged)
-    refs = [plan.inputs["target"].tensors[step.name] for step in merged]
+    changed = {step.name for step in plan.steps if not step.is_own}
+    steps = [step for step in plan.steps if step.name in changed]
+    _check_aliases(plan, steps)
+    refs = [tensors[step.name] for step in steps]
     return tuple(
         replace(step, output=replace(step.output, file=ref.path.name, offset=ref.offset))
-        for step, ref in zip(merged, refs, strict=True)
+        for step, ref in zip(steps, refs, strict=True)
     )
 
 
@@ -102,26 +108,32 @@ def windows(steps: Iterable[Step], sizes: Sizes = SIZES) -> tuple[Window, ...]:
     """Cut what `changes` gave into windows, in the order of the steps."""
     extents: list[tuple[str, int, int]] = []
     groups: list[list[Segment]] = []
+    before: list[Segment] = []  # what a tensor keeps before the first of it that changes
     for step in steps:
-        width = FLOATS[step.dtype]
-        for first in range(0, step.nbytes // width, sizes.unit):
-            segment = Segment(step, first, min(sizes.unit, step.nbytes // width - first))
-            start, stop = step.offset + first * width, step.offset + segment.stop
-            file, begin, end = extents[-1] if extents else ("", 0, 0)
-            if file == step.file and 0 <= start - end <= sizes.gap and stop - begin <= sizes.window:
-                extents[-1] = file, begin, stop
-                last = groups[-1][-1]
-                if last.step is step:
-                    groups[-1][-1] = last._replace(length=last.length + segment.length)
+        if step.is_own:
+            kept = Segment(step, step.start, step.start + step.nbytes)
+            begun = groups and groups[-1][-1].step.output == step.output
+            (groups[-1] if begun else before).append(kept)
+            continue
+        unit, end = sizes.unit * STORAGE[step.dtype].bits // 8, step.start + step.nbytes
+        for at in range(step.start, end, unit):
+            segment = Segment(step, at, min(at + unit, end))
+            start, stop = step.offset + at, step.offset + segment.stop
+            file, first, last = extents[-1] if extents else ("", 0, 0)
+            if file == step.file and 0 <= start - last <= sizes.gap and stop - first <= sizes.window:
+                extents[-1] = file, first, stop
+                if groups[-1][-1].step is step:
+                    groups[-1][-1] = groups[-1][-1]._replace(stop=segment.stop)
                 else:
-                    groups[-1].append(segment)
+                    groups[-1] += [*before, segment]
             else:
                 extents.append((step.file, start, stop))
-                groups.append([segment])
+                groups.append([*before, segment])
+            before = []
     return tuple(Window(*extent, tuple(group)) for extent, group in zip(extents, groups, strict=True))
 
 
-def _check_aliases(plan: Plan, merged: Iterable[Step]) -> None:
+def _check_aliases(plan: Plan, steps: Iterable[Step]) -> None:
     """An input may be the target itself, whose elements are read before they are written, and no other way round."""
     ids = (each for checkpoint in plan.inputs.values() for each in checkpoint.file_ids.items())
     files = {path: _file(file_id) for path, file_id in ids}
@@ -134,13 +146,12 @@ def _check_aliases(plan: Plan, merged: Iterable[Step]) -> None:
                     f"cannot apply in place: {shard.path} of {role} is the target's own file "
                     f"{own[files[shard.path]]} under another name. {_ALIAS}"
                 )
-    for step in merged:
+    for step in steps:
         target = plan.inputs["target"].tensors[step.name]
+        place = [(files[target.path], target.offset + step.start)]
         for operand in step.operands:
-            same = [(files[ref.path], ref.offset) for ref in operand.refs if isinstance(ref, TensorRef)] == [
-                (files[target.path], target.offset)
-            ]
-            if not same and any(files[path] in own for path in operand.paths):
+            read = [(files[ref.path], ref.offset) for ref in operand.refs if isinstance(ref, TensorRef)]
+            if read != place and any(files[path] in own for path in operand.paths):
                 raise CheckpointError(
                     f"cannot apply in place: {brief(step.name)} needs {brief(operand.text)} of {operand.role}, "
                     f"which is the target and would be overwritten. {_ALIAS}"

@@ -7,15 +7,16 @@ import threading
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import chain
+from operator import itemgetter
 
 from ires_kernels.backends.call import Tally
 from ires_kernels.checking import guards
-from ires_kernels.dtypes import FLOATS
 from ires_kernels.files.journal import Journal
 from ires_kernels.in_place import begun
 from ires_kernels.in_place.again import Update
 from ires_kernels.in_place.cuts import Window
-from ires_kernels.planning.steps import Step
+from ires_kernels.planning.steps import Step, by_output
 from ires_kernels.streaming import stream
 from ires_kernels.streaming.options import Options
 from ires_kernels.streaming.outcome import Outcome
@@ -33,13 +34,16 @@ def work(update: Update, options: Options) -> Outcome:
             table = json.loads(record)
             outcome.update(Outcome.from_dict(table["outcome"]))
             part = table["part"]
-            done = {part["name"]: Done(part["elements"], Tally(**part["tally"]))} if part else {}
+            done = {}
+            if part:
+                tallies = {label: Tally(**numbers) for label, numbers in part["tallies"].items()}
+                done = {part["name"]: Done(part["stop"], tallies)}
         own = plan.roles_of_target()
         guards.check_begun(
             plan, operation.samples, outcome, update.changed, update.files, but=own, threads=options.threads
         )
         files = update.own_files
-        writer = _Writer(windows, journal, outcome)
+        writer = _Writer(update.steps, windows, journal, outcome)
         journal.start()
         stream.run(
             [step for step in update.steps if step.name not in outcome.outputs],
@@ -50,7 +54,7 @@ def work(update: Update, options: Options) -> Outcome:
             processors=options.processors,
             threads=options.threads,
             progress=options.progress,
-            stops={(window.segments[0].step.name, window.segments[0].first) for window in windows},
+            stops={(window.segments[0].step.name, window.segments[0].start) for window in windows},
             done=done,
             outcome=outcome,
             failed=journal.stop,
@@ -63,23 +67,25 @@ def work(update: Update, options: Options) -> Outcome:
 class _Writer:
     """Writes results over the target, and tells the journal of windows that are complete; called by several threads."""
 
-    def __init__(self, windows: Sequence[Window], journal: Journal, outcome: Outcome) -> None:
+    def __init__(self, steps: Sequence[Step], windows: Sequence[Window], journal: Journal, outcome: Outcome) -> None:
+        self._parts = by_output(steps)
         self._windows = windows
         self._journal = journal
         self._outcome = outcome
         self._left = [window.nbytes for window in windows]
-        self._tallies: dict[int, Tally] = {}  # at the end of a window, of the tensor that goes on in the next one
+        self._tallies: dict[int, Tally] = {}  # at the end of a window, of the step that made its last bytes
         self._lock = threading.Lock()
-        self._numbers: dict[str, list[int]] = {}
+        self._places: dict[str, list[tuple[int, int]]] = {}  # where a tensor's segments begin, and in which windows
         for number, window in enumerate(windows):
-            self._numbers.setdefault(window.file, []).append(number)
-        self._starts = {file: [windows[n].start for n in numbers] for file, numbers in self._numbers.items()}
+            for segment in window.segments:
+                self._places.setdefault(segment.step.name, []).append((segment.start, number))
 
     def write(self, step: Step, start: int, data: memoryview, tally: Tally) -> None:
-        offset = step.offset + start
-        number = self._numbers[step.file][bisect_right(self._starts[step.file], offset) - 1]
-        self._journal.wait(number)
-        self._journal.write(step.file, data, offset)
+        places = self._places[step.name]
+        _, number = places[bisect_right(places, start, key=itemgetter(0)) - 1]
+        if not step.is_own:
+            self._journal.wait(number)
+            self._journal.write(step.file, data, step.offset + start)
         last = self._windows[number].segments[-1]
         with self._lock:
             if step is last.step and start + len(data) == last.stop:
@@ -96,7 +102,12 @@ class _Writer:
         tally = self._tallies.pop(number)
         part = None
         if not last.is_last:
-            elements = last.stop // FLOATS[last.step.dtype]
-            part = {"name": last.step.name, "elements": elements, "tally": asdict(tally)}
-        ended = self._outcome.of(segment.step for segment in window.segments if segment.is_last)
-        return json.dumps({"outcome": ended.to_dict(), "part": part}).encode()
+            known = self._outcome.tallies
+            before = [step for step in self._parts[last.step.output] if step.first < last.step.first]
+            tallies = {step.label: known[step.label] for step in before if step.label in known}
+            tallies |= {} if last.step.op == "copy" else {last.step.label: tally}
+            numbers = {label: asdict(each) for label, each in tallies.items()}
+            part = {"name": last.step.name, "stop": last.stop, "tallies": numbers}
+        ended = [self._parts[segment.step.output] for segment in window.segments if segment.is_last]
+        outcome = self._outcome.of(chain.from_iterable(ended))
+        return json.dumps({"outcome": outcome.to_dict(), "part": part}).encode()

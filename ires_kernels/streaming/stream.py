@@ -43,13 +43,13 @@ from ires_kernels.streaming.pieces import Reader, reader
 from ires_kernels.streaming.tiles import (
     ComputeError,
     Portion,
-    Processor,
     Processors,
     ReadError,
     ReadOnly,
     Slot,
     on_cpu,
     packed,
+    tiles,
 )
 
 if TYPE_CHECKING:
@@ -70,8 +70,10 @@ Progress = Callable[[int, int], None]
 class Done(NamedTuple):
     """The beginning of a tensor that an earlier run has written over its target: it is hashed, and left as it is."""
 
-    elements: int
-    tally: Tally
+    stop: int
+    """The byte of the tensor that follows it."""
+    tallies: Mapping[str, Tally]
+    """What was counted up to there, by the labels of the steps."""
 
 
 def default_threads() -> int:
@@ -99,9 +101,9 @@ def run(
 
     hashed   the roles whose inputs are hashed; None: all of them. Results always are
     counted  whether the outcome has tallies
-    stops    (tensor name, element) where an interrupt may end the run. With them the tiles are claimed strictly in
+    stops    (tensor name, byte in it) where an interrupt may end the run. With them the tiles are claimed strictly in
              the order of the steps, and all tiles before the stop are written
-    done     what is written already of tensors whose first input is overwritten by their result, by name
+    done     what is written already, by the tensor's name: "add" and "add_difference" overwrite their first operand
     outcome  to be completed and returned; None: a new one
     failed   called when something goes wrong, for a `write` that waits
 
@@ -173,17 +175,19 @@ class _Part:
         self,
         step: Step,
         readers: Sequence[Reader],
-        processor: Processor,
+        sizes: tuple[int, int],
         out: tuple[Tensor, Tensor] | None,
         hashed: Container[str] | None,
         tally: Tally,
+        stays: bool,
     ) -> None:
         self.step = step
         self.readers = readers
         self.copied = step.op == "copy"
         self.length = _length(step)
-        self.tile = processor.copy if self.copied else processor.tile
+        self.tile = sizes[self.copied]
         self.tiles = -(-self.length // self.tile)
+        self.overwrites = step.op in ("add", "add_difference")
         self.width = 1 if self.copied else FLOATS[step.dtype]
         self.out: Tensor | None = None
         if out is not None:
@@ -192,6 +196,7 @@ class _Part:
         self.wanted = [hashed is None or operand.role in hashed for operand in step.operands]
         self.hashers: list[xxhash.xxh3_128 | None] = []  # of what is read, where it is not the result
         self.tally = tally
+        self.stays = stays
 
 
 class _Tensor:
@@ -200,7 +205,7 @@ class _Tensor:
     def __init__(self, output: Output, parts: Sequence[_Part], done: int) -> None:
         self.output = output
         self.parts = parts
-        self.done = done
+        self.done = done  # its first bytes, which an earlier run has written
         self.tiles = sum(part.tiles for part in parts)
         # The bytes of a whole copy are hashed once, as those of the result.
         self.is_copy = len(parts) == 1 and parts[0].copied
@@ -219,6 +224,11 @@ class _Tensor:
         number = bisect_right(self._ends, index)
         part = self.parts[number]
         return part, (index - self._ends[number] + part.tiles) * part.tile
+
+    def place(self, index: int) -> int:
+        """The byte of the output where a tile begins."""
+        part, first = self.at(index)
+        return part.step.start + first * part.width
 
     def portion(self, index: int) -> Portion:
         """A tile of a tensor that stays in memory."""
@@ -241,7 +251,9 @@ class _Tile(NamedTuple):
     seen: Sequence[Sequence[memoryview]]
     """By operand, what was read of it; to be hashed."""
     result: memoryview | None
-    """What is made of that, and hashed as well, if it is written."""
+    """What is made of that, and hashed as well, unless it stays in memory."""
+    at: int
+    """The byte of the output where it begins."""
     read: int
     written: int
     """Bytes, those of results that stay in memory among them."""
@@ -289,8 +301,11 @@ class _Engine:
         self.told = told
         steps = asked.steps
         self.processor = how.processors(steps, asked.rules, how.counted)
+        # With stops, windows begin and end where tiles do: those of copies have one size on all processors.
+        copied = self.processor.copy if asked.stops is None else tiles.get().copied
+        self.sizes = self.processor.tile, copied
         self.files = Files(asked.file_ids, _uses(steps))
-        self.todo = sum(step.nbytes + step.read_bytes for step in steps)
+        self.todo = sum((0 if self._stays(step) else step.nbytes) + step.read_bytes for step in steps)
         self.read: list[int] = []  # bytes by thread, so that counting needs no lock
         self.written: list[int] = []
         self.lock = threading.Lock()  # for the claims, and all that follows
@@ -375,14 +390,18 @@ class _Engine:
                     readers = [self._reader(step, operand) for operand in step.operands]
                 except (OSError, TypeError) as error:
                     raise _with_tensor(error, step) from error
-                tally = replace(done.tally) if done else Tally()
-                parts.append(_Part(step, readers, self.processor, out, self.how.hashed, tally))
-            tensor = _Tensor(output, parts, done.elements if done else 0)
+                tally = replace(done.tallies.get(step.label, Tally())) if done else Tally()
+                parts.append(_Part(step, readers, self.sizes, out, self.how.hashed, tally, self._stays(step)))
+            tensor = _Tensor(output, parts, done.stop if done else 0)
             self.active[tensor] = None
             if tensor.tiles:
                 return tensor
             self._finish(tensor)
         return None
+
+    def _stays(self, step: Step) -> bool:
+        """Whether it writes over the target what that has, which is not written then."""
+        return self.asked.stops is not None and step.is_own
 
     def _reader(self, step: Step, operand: Operand) -> Reader:
         """Opens the files of an operand, for as long as its tensor is under way."""
@@ -404,7 +423,7 @@ class _Engine:
             if mine is None:
                 return []
             if self.ending and self.asked.stops is not None:
-                self.ended = (mine.output.name, mine.at(mine.claimed)[1]) in self.asked.stops
+                self.ended = (mine.output.name, mine.place(mine.claimed)) in self.asked.stops
                 if self.ended:
                     return []
             mine.claimed += 1
@@ -486,7 +505,8 @@ class _Engine:
         for (tensor, index), portion, views in zip(claims, portions, slot.load(portions), strict=True):
             part, first = tensor.at(index)
             read, written = sum(map(len, views)), portion.size * part.width
-            begun.append(_Tile(tensor, index, part, first, slot, [[view] for view in views], None, read, written))
+            seen, at = [[view] for view in views], tensor.place(index)
+            begun.append(_Tile(tensor, index, part, first, slot, seen, None, at, read, written))
         return begun
 
     def _begin_tile(self, tensor: _Tensor, index: int, slot: Slot) -> _Tile:
@@ -496,25 +516,26 @@ class _Engine:
         count = min(part.tile, part.length - first)
         seen = [each.read_into(buffer, first, count) for each, buffer in zip(part.readers, slot.buffers, strict=False)]
         read, written = sum(len(view) for views in seen for view in views), count * part.width
+        at = tensor.place(index)
+        written = 0 if part.stays or at < tensor.done else written
         result = None
         if part.out is not None:
             slot.start(step, step.first + first, count, part.out[first : first + count])
-        elif part.copied or first < tensor.done:
-            result = seen[0][0]  # of a part that is done what the target held is gone: this is the result
-            written = written if part.copied else 0
+        elif part.copied or (at < tensor.done and part.overwrites):
+            result = seen[0][0]  # where it is written already, what the target held is gone: this is the result
         else:
             slot.start(step, step.first + first, count, None)
             result = slot.buffers[-1][: count * part.width]
-        return _Tile(tensor, index, part, first, slot, seen, result, read, written)
+        return _Tile(tensor, index, part, first, slot, seen, result, at, read, written)
 
     def _end(self, tile: _Tile, worker: int) -> None:
         """Take a tile the rest of the way."""
-        tensor, part, first = tile.tensor, tile.part, tile.first
-        tally = self._in_turn(tile, tile.slot.wait())
+        counted = tile.slot.wait()
+        tally = self._in_turn(tile, counted if tile.at >= tile.tensor.done else None)
         if tally is None:
             return
-        if tile.result is not None and first >= tensor.done:
-            self.asked.write(part.step, part.step.start + first * part.width, tile.result, tally)
+        if tile.result is not None and tile.at >= tile.tensor.done:
+            self.asked.write(tile.part.step, tile.at, tile.result, tally)
         self.read[worker] += tile.read
         self.written[worker] += tile.written
 
@@ -536,6 +557,8 @@ class _Engine:
         if counted is not None:
             total += counted
         part.tally = total
+        if self.how.counted and not part.copied and tile.first + part.tile >= part.length:
+            self.told.outcome.tallies[part.step.label] = total
         with tensor.turned:
             tensor.turn += 1
             tensor.turned.notify_all()
@@ -557,7 +580,7 @@ class _Engine:
                     self.told.outcome.inputs.setdefault(operand.role, {})[operand.key] = known.hexdigest()
                 for path in operand.paths:
                     self.files.release(path)
-            if self.how.counted and not part.copied:
+            if self.how.counted and not part.copied and not part.tiles:
                 self.told.outcome.tallies[step.label] = part.tally
         del self.active[tensor]
 

@@ -19,57 +19,77 @@ from ires_kernels.dtypes import FLOATS
 from ires_kernels.in_place import cuts
 from ires_kernels.in_place.cuts import SIZES, Sizes
 from ires_kernels.planning.plan import Plan
-from ires_kernels.planning.steps import Operand, Output, Step
+from ires_kernels.planning.steps import Op, Operand, Output, Step
 from ires_kernels.streaming import tiles
 
 
 def test_a_unit_is_whole_windows_of_every_processor() -> None:
     assert SIZES.unit % tiles.TILES.elements == 0
     assert SIZES.unit % tiles.TILES.on_gpu == 0
+    assert SIZES.unit // 2 % tiles.TILES.copied == 0, "of four bits an element"
     assert SIZES.unit * max(FLOATS.values()) <= SIZES.window
 
 
 @st.composite
 def layouts(draw: st.DrawFn) -> list[Step]:
-    """Tensors of one or two files, with gaps between them, as `changes` gives them."""
+    """Tensors of one or two files, with gaps between them, as `changes` gives them: whole ones, and some in parts."""
     steps: list[Step] = []
     for file in draw(st.lists(st.sampled_from("ab"), max_size=2, unique=True)):
         offset = draw(st.integers(8, 99))
-        for _ in range(draw(st.integers(1, 6))):
+        for number in range(draw(st.integers(1, 6))):
             dtype = draw(st.sampled_from(sorted(FLOATS)))
             elements = draw(st.one_of(st.integers(0, 40), st.integers(0, 400)))
             nbytes = elements * FLOATS[dtype]
-            ref = TensorRef(f"t{len(steps)}", dtype, (elements,), Path(file), offset, nbytes)
+            ref = TensorRef(f"t{file}{number}", dtype, (elements,), Path(file), offset, nbytes)
             output = Output(ref.name, dtype, ref.shape, file, offset)
-            steps.append(Step(output, "add", (Operand("target", (ref,)),), (1.0,)))
+            places = draw(st.sets(st.integers(1, elements - 1), max_size=4)) if elements > 1 else set()
+            parts = []
+            for first, stop in itertools.pairwise([0, *sorted(places), elements]):
+                own = Operand("target", (ref.run(first, stop - first) if stop > first else ref,))
+                deed = draw(st.sampled_from(["add", "copy", "kept"])) if places else "add"
+                operand = Operand("instruct", own.refs) if deed == "copy" else own
+                op: Op = "add" if deed == "add" else "copy"
+                factors = (1.0,) if deed == "add" else ()
+                parts.append(Step(output, op, (operand,), factors, first=first, count=stop - first))
+            steps += parts if not all(part.is_own for part in parts) else []
             offset += nbytes + draw(st.sampled_from([0, 0, 3, 60]))
     return steps
+
+
+def places(steps: list[Step]) -> list[tuple[str, int]]:
+    return [(step.name, byte) for step in steps for byte in range(step.start, step.start + step.nbytes)]
 
 
 @given(layouts())
 def test_windows_cover_what_changes_once_and_in_order(steps: list[Step]) -> None:
     cut = cuts.windows(steps, Sizes(window=16 * 8, unit=16, gap=10))
-    seen = []
+    seen: list[tuple[Step, int, int]] = []
     for window in cut:
         assert 0 < window.stop - window.start <= 128
-        first, last = window.segments[0], window.segments[-1]
-        assert window.start == first.step.offset + first.first * FLOATS[first.step.dtype]
-        assert window.stop == last.step.offset + last.stop
-        changed = 0
-        for segment in window.segments:
-            assert segment.step.file == window.file
-            assert segment.first % 16 == 0, "where a processor's tile begins"
-            assert segment.is_last or (segment.first + segment.length) % 16 == 0
-            seen += [(segment.step.name, element) for element in range(segment.first, segment.first + segment.length)]
-            changed += segment.length * FLOATS[segment.step.dtype]
-        assert window.nbytes == changed
-    assert seen == [(step.name, element) for step in steps for element in range(step.shape[0])]
+        changed = [segment for segment in window.segments if not segment.step.is_own]
+        assert window.start == changed[0].step.offset + changed[0].start
+        assert window.stop == changed[-1].step.offset + changed[-1].stop
+        for step, start, stop in window.segments:
+            assert step.file == window.file
+            if step.is_own:
+                assert (start, stop) == (step.start, step.start + step.nbytes)
+                continue
+            unit = 16 * FLOATS[step.dtype]
+            assert (start - step.start) % unit == 0, "where a processor's tile begins"
+            assert stop == step.start + step.nbytes or (stop - step.start) % unit == 0
+            assert window.start <= step.offset + start < step.offset + stop <= window.stop
+        seen += window.segments
+        assert window.nbytes == sum(stop - start for _, start, stop in window.segments)
+        last = window.segments[-1]
+        assert last.is_last == (last.stop == last.step.output.numel * FLOATS[last.step.dtype])
+        if last.step.is_own:
+            assert last.step in steps
+    assert [(step.name, byte) for step, start, stop in seen for byte in range(start, stop)] == places(steps)
     for one, two in itertools.pairwise(cut):
         if one.file == two.file:
             assert one.stop <= two.start
-            fits = two.segments[0].step.offset + min(
-                two.segments[0].first + 16, two.segments[0].step.shape[0]
-            ) * FLOATS[two.segments[0].step.dtype]  # fmt: skip
+            step, start, stop = next(segment for segment in two.segments if not segment.step.is_own)
+            fits = step.offset + min(start + 16 * FLOATS[step.dtype], stop)
             assert two.start - one.stop > 10 or fits - one.start > 128, "they could have been one"
 
 
