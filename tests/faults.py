@@ -80,6 +80,8 @@ class Run(NamedTuple):
     """RLIMIT_FSIZE, in bytes."""
     small: bool = False
     """Whether tensors are cut into hundreds of windows, so that a tiny model takes as many as a large one."""
+    parts: bool = False
+    """Whether matrices are made of parts, as in made_of_parts.py, and cut into dozens of windows."""
     user: int | None = None
     """Whose process it is, with this one as the only process or thread that the user may have."""
     out: str | None = None
@@ -191,8 +193,11 @@ def serve(folder: str) -> None:
 
 def start(folder: Path, cwd: str, run: Run) -> int:
     """Fork for a command; returns the process."""
+    import made_of_parts
+
     from ires_kernels import cli
     from ires_kernels.in_place import cuts
+    from ires_kernels.planning import deeds
     from ires_kernels.streaming import tiles
 
     folder.mkdir(exist_ok=True)
@@ -204,6 +209,10 @@ def start(folder: Path, cwd: str, run: Run) -> int:
         if run.small:
             tiles.tiles.set(tiles.Tiles(elements=32))
             cuts.SIZES = cuts.Sizes(window=1024, unit=64, gap=16)
+        if run.parts:
+            tiles.tiles.set(tiles.Tiles(elements=512, copied=512))
+            cuts.SIZES = cuts.Sizes(window=2048, unit=512, gap=16)
+            deeds.apply_steps = made_of_parts.steps_of_parts
         prepare(f"{folder}", cwd, run)
         sys.argv = ["ires", *run.argv]
         code = cli.main()

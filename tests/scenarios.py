@@ -47,6 +47,8 @@ class Scenario(NamedTuple):
     before: tuple[tuple[tuple[str, ...], Fault | None], ...] = ()
     """Commands that lead to where the command starts, and what interrupts them."""
     writes_target: bool = False
+    parts: bool = False
+    """Whether tensors change in part, and in dozens of windows."""
 
 
 def same(name: str, command: tuple[str, ...], *, writes_target: bool = False) -> Scenario:
@@ -71,6 +73,7 @@ SCENARIOS = [
     same("in place", _IN_PLACE, writes_target=True),
     same("in place, undo kept", _UNDO, writes_target=True),
     same("in place, two threads, no fsync", (*_IN_PLACE[:-1], "2", "--no-sync"), writes_target=True),
+    same("in place, in parts", _UNDO, writes_target=True)._replace(parts=True),
     Scenario("in place, resumed", _IN_PLACE, RESUME, _IN_PLACE, writes_target=True),
     Scenario("in place, rolled back", _UNDO, ROLLBACK, None, writes_target=True),
     Scenario("resume", RESUME, RESUME, _IN_PLACE, ((_IN_PLACE, _HALF_WAY),), writes_target=True),
@@ -181,7 +184,7 @@ class World:
 
     def run(self, command: Sequence[str], fault: Fault | None = None, **options: Any) -> Done:
         """The command in the world's folder, with the options of Warm.run."""
-        return self.warm.run(command, self.folder, fault, small=self.small, **options)
+        return self.warm.run(command, self.folder, fault, small=self.small, parts=self.scenario.parts, **options)
 
     def found(self) -> dict[str, Contents]:
         """The contents of every folder in which there is anything."""
