@@ -72,7 +72,8 @@ def _search(checkpoint: Checkpoint) -> Quantized:
             try:
                 found.weights[codes.name] = _weight(codes)
             except Undecided as why:
-                found.refused[codes.name] = f"{why}"
+                found.refused[codes.name] = said.refused or f"{why}"
+                found.weights.pop(codes.name, None)  # of another tensor by the same name
             belong = [ref.name, *(part.name for _, part in codes.parts), *codes.others]
             found.parts.update(dict.fromkeys(belong, codes.name))
     return found

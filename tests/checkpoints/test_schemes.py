@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +185,170 @@ def test_a_format_is_told_by_what_is_stored(tmp_path: Path, which: str, shards: 
     assert got.refused == {}
     assert {name: (str(ref.format), ref.shape) for name, ref in got.weights.items()} == {name: (form, full)}
     assert got.parts == dict.fromkeys((each for each in shapes if not each.endswith("_bias")), name)
+
+
+def refusal(tmp_path: Path, shapes: Shapes, config: dict[str, Any] | None = None) -> str:
+    got = found(tmp_path, shapes, config)
+    assert got.weights == {}
+    (reason,) = got.refused.values()
+    return reason
+
+
+W: Shapes = {f"{X}.weight": (F8, (576, 256))}
+SCALED: Shapes = {**W, f"{X}.weight_scale_inv": (F32, (5, 2))}
+PACKED: Shapes = {f"{X}.weight_packed": (I32, (48, 12)), f"{X}.weight_scale": (BF16, (48, 3))}
+GPTQ_TENSORS = FORMATS["GPTQ"][0]
+AWQ_TENSORS = FORMATS["AWQ"][0]
+INT8 = groups("int-quantized", num_bits=8, type="int", strategy="channel")
+BNB: Shapes = {f"{X}.weight": (U8, (48, 1)), f"{X}.weight.absmax": (F32, (2,)), f"{X}.weight.quant_map": (F32, (16,))}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "config", "why"),
+    [
+        (W, FP8, f"{X}.weight has F8_E4M3 codes, and there is no scale of them in any file"),
+        ({**W, f"{X}.weight_scale_inv": (F32, (5, 3))}, FP8,
+         f"{X}.weight_scale_inv has the shape [5, 3] for the weight [576, 256], and by quantization_config in "
+         "config.json blocks of 128 × 128 share a scale"),
+        ({**W, f"{X}.weight_scale_inv": (F32, (9, 4))}, FP8,
+         f"{X}.weight_scale_inv has the shape [9, 4] for the weight [576, 256], and by quantization_config in "
+         "config.json blocks of 128 × 128 share a scale"),
+        ({**W, f"{X}.weight_scale_inv": (F32, (1,))}, FP8,
+         f"{X}.weight_scale_inv has the shape [1] for the weight [576, 256], and by quantization_config in "
+         "config.json blocks of 128 × 128 share a scale"),
+        ({f"{X}.weight": (F8, (192, 256)), f"{X}.weight_scale_inv": (F32, (2, 2))}, None,
+         f"{X}.weight_scale_inv has 2 blocks for 192 rows or columns, and no settings say their sides: wanted "
+         "weight_block_size in the quantization_config of config.json"),
+        ({**W, f"{X}.weight_scale_inv": (F32, (5, 2, 2))}, None,
+         f"{X}.weight_scale_inv has the shape [5, 2, 2] for the weight [576, 256]"),
+        ({**W, f"{X}.weight_scale_inv": (I32, (5, 2))}, FP8,
+         f"{X}.weight_scale_inv is I32 [5, 2], wanted F32 or F16 or BF16 or F8_E8M0 or U8"),
+        ({**SCALED, f"{X}.weight_scale": (F32, (5, 2))}, FP8,
+         f"{X}.weight has the scales {X}.weight_scale_inv and {X}.weight_scale, wanted one"),
+        ({f"{X}.weight": (torch.float8_e5m2, (4, 4)), f"{X}.weight_scale": (F32, ())}, None,
+         f"{X}.weight has F8_E5M2 codes with a scale of F32, {X}.weight_scale: not decoded"),
+        (SCALED, INT8, "its tensors have the format fp8-block 128 × 128, and quantization_config in config.json says "
+                       "int8 of 8 bits in blocks of 1 × all"),
+        (SCALED, {**FP8, "compression_config": INT8["quantization_config"]}, ""),
+        (SCALED, block("hqq"), "quantization_config in config.json has the quant_method 'hqq', which is not decoded"),
+        (SCALED, {"text_config": block("auto-round")},
+         "text_config.quantization_config in config.json has the quant_method 'auto-round', which is not decoded"),
+        (SCALED, block("fp8", fmt="e5m2"),
+         "quantization_config in config.json has the fmt 'e5m2', which is not decoded"),
+        (SCALED, groups("marlin-24"),
+         "quantization_config in config.json has the format 'marlin-24', which is not decoded"),
+        (SCALED, block("compressed-tensors", sparsity_config={"format": "sparse-24-bitmask"}),
+         "quantization_config in config.json has the format 'sparse-24-bitmask', which is not decoded"),
+        (SCALED, block("compressed-tensors", transform_config={"config_groups": {"R1": {}}}),
+         "quantization_config in config.json has a transform_config: the weights are rotated, and are not those of a "
+         "model that is not"),
+        ({**SCALED, f"{X}.pre_quant_scale": (BF16, (256,))}, FP8,
+         f"{X}.pre_quant_scale changes the weight besides its scale: not decoded"),
+        (PACKED, None, f"there is no {X}.weight_shape in any file, which tells the columns of the weight"),
+        ({f"{X}.weight_packed": (I32, (48, 12))}, None,
+         f"{X}.weight_packed has I32 codes, and there is no {X}.weight_scale in any file"),
+        ({**PACKED, f"{X}.weight": (BF16, (48, 96))},
+         groups("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32),
+         f"both {X}.weight and {X}.weight_packed are in the model, wanted one of them"),
+        ({**PACKED, f"{X}.weight_zero_point": (I32, (48, 3))},
+         groups("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32),
+         f"{X}.weight_zero_point is I32 [48, 3], wanted I8 or I32 [6, 3]"),
+        (PACKED, groups("pack-quantized", num_bits=4, type="int", strategy="group", group_size=64),
+         f"there is no {X}.weight_shape in any file, which tells the columns of the weight"),
+        ({f"{X}.weight_packed": (U8, (48, 48)), f"{X}.weight_scale": (F8, (48, 6))}, None,
+         f"{X}.weight_packed has a scale of F8_E4M3 for each block, and 0 for all of it, wanted one: "
+         f"{X}.weight_scale_2 or {X}.weight_global_scale"),
+        ({f"{X}.weight_packed": (U8, (48, 48)), f"{X}.weight_scale": (F32, (48, 3))}, None,
+         f"{X}.weight_packed has U8 codes with a scale of F32, {X}.weight_scale: not decoded"),
+        ({f"{E}.down_proj": (U8, (3, 48, 96)), f"{E}.down_proj_weight_scale": (F8, (3, 6, 96)),
+          f"{E}.down_proj_weight_scale_2": (F32, ())}, None,
+         f"{E}.down_proj_weight_scale has the shape [3, 6, 96] for codes of the shape [3, 48, 96], wanted "
+         "[3, 48, 192/16], which is that of a weight packed along its rows: not decoded"),
+        ({f"{E}.down_proj_blocks": (U8, (3, 80, 2, 16)), f"{E}.down_proj_scales": (U8, (3, 80, 3))}, block("mxfp4"),
+         f"{E}.down_proj_scales is U8 [3, 80, 3], wanted F8_E8M0 or U8 [3, 80, 2]"),
+        (GPTQ_TENSORS, None,
+         f"{X}.qweight has GPTQ codes, and there is no quantization_config in a config.json: wanted one that says 2, 3, 4 "
+         "or 8 bits"),
+        (GPTQ_TENSORS, block("gptq", bits=4, group_size=64),
+         f"{X}.scales has 3 groups for 96 columns, and by quantization_config in config.json groups have 64"),
+        (GPTQ_TENSORS, block("gptq", bits=4, group_size=32, checkpoint_format="marlin"),
+         "quantization_config in config.json has the checkpoint_format 'marlin', which is not decoded"),
+        ({name: each for name, each in GPTQ_TENSORS.items() if "qzeros" not in name}, GPTQ,
+         f"{X}.qweight has I32 codes, and there is no {X}.qzeros in any file"),
+        (AWQ_TENSORS, block("awq", bits=4, version="gemv"),
+         "quantization_config in config.json has the AWQ version 'gemv', of which only gemm is decoded"),
+        (BNB, None, f"{X}.weight has U8 codes, and there is no {X}.weight.quant_state.bitsandbytes__nf4 in any file"),
+        ({**BNB, f"{X}.weight.quant_state.bitsandbytes__nf4": (U8, (9,))}, None,
+         f"{X}.weight.quant_state.bitsandbytes__nf4 is not a JSON object"),
+    ],
+)  # fmt: skip
+def test_what_is_not_whole_or_not_decoded_is_refused_by_name(
+    tmp_path: Path, shapes: Shapes, config: dict[str, Any] | None, why: str
+) -> None:
+    if not why:
+        assert found(tmp_path, shapes, config).refused == {}
+    else:
+        assert refusal(tmp_path, shapes, config) == why
+
+
+def test_of_a_shard_alone_the_scale_is_elsewhere(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", bytes_of(SCALED), config=FP8, shards=2)
+    got = quantized(open_checkpoint(folder / "model-00001-of-00002.safetensors"))
+    why = f"{X}.weight_scale_inv, which belongs to it, is in another shard. Give the model's folder"
+    assert got.refused == {f"{X}.weight": why}
+
+
+def test_float8_without_a_scale_is_a_number_where_no_settings_say_otherwise(tmp_path: Path) -> None:
+    got = found(tmp_path, {**W, "model.layers.0.scale": (F32, ()), "model.position": (U8, (4,))})
+    assert (got.weights, got.refused, got.parts) == ({}, {}, {})
+
+
+def test_settings_of_other_files_count(tmp_path: Path) -> None:
+    table = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}
+    files = {"hf_quant_config.json": json.dumps(table)}
+    got = found(tmp_path, SCALED, files=files)
+    said = "quantization in hf_quant_config.json says nvfp4"
+    assert got.refused == {f"{X}.weight": f"its tensors have the format fp8-block 128 × 128, and {said}"}
+
+
+def test_one_of_several_formats_is_enough(tmp_path: Path) -> None:
+    weights = [{"num_bits": 8, "type": "float", "strategy": "channel"},
+               {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}]  # fmt: skip
+    several = {f"group_{i}": {"weights": each} for i, each in enumerate(weights)}
+    config = block("compressed-tensors", format="mixed-precision", config_groups=several)
+    channel: Shapes = {"a.weight": (F8, (48, 96)), "a.weight_scale": (BF16, (48, 1))}
+    got = found(tmp_path, {**channel, **PACKED}, config)
+    assert {name: str(ref.format) for name, ref in got.weights.items()} == {
+        "a.weight": "fp8-channel", f"{X}.weight": "pack-quantized 4 bits in groups of 32"
+    }  # fmt: skip
+
+
+def test_old_exponents_of_compressed_tensors_are_lifted(tmp_path: Path) -> None:
+    shapes, config, name, _, _ = FORMATS["compressed-tensors mxfp4"]
+    assert config is not None
+    config["quantization_config"] |= {"version": "0.13.0"}
+    assert found(tmp_path, shapes, config).weights[name].format.number("lift") == 2
+
+
+def test_settings_of_any_shape_end_in_no_other_way(tmp_path: Path) -> None:
+    """What is in config.json comes from others: nothing in it ends the search but a reason."""
+    odd: list[Any] = [None, 1, -1, "x", "0x0", [], [0, 0], [128, "a"], {}, {"a": 1}, True, 1.5, [[1]], {"b": {"c": []}}]
+    keys = ("weight_block_size", "config_groups", "format", "fmt", "version", "bits", "group_size", "quant_algo",
+            "sparsity_config", "transform_config", "checkpoint_format", "quantized_layers", "expert_dtype")  # fmt: skip
+    methods = ("fp8", "compressed-tensors", "modelopt", "gptq", "awq", "bitsandbytes", "", None, 3, [1], {"a": 1})
+    draw = random.Random(0)
+    shapes = {**SCALED, **{f"p.{name}": each for name, each in PACKED.items()}}
+    shapes |= {f"m.{name}": each for name, each in GPTQ_TENSORS.items()}
+    folder = write_model(tmp_path / "model", bytes_of(shapes), config={})
+    for _ in range(400):
+        settings = {key: draw.choice(odd) for key in draw.sample(keys, 5)}
+        inner = {
+            key: draw.choice([*odd, "group", "int", "float"]) for key in ("num_bits", "type", "strategy", "group_size")
+        }
+        if draw.random() < 0.5:
+            settings["config_groups"] = {"g": draw.choice([{"weights": inner}, {"weights": 1}, 1, {"format": 2}])}
+        if draw.random() < 0.9:
+            settings["quant_method"] = draw.choice(methods)
+        (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
+        got = quantized(open_checkpoint(folder))
+        assert len(got.weights) + len(got.refused) == 3
