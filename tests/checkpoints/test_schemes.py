@@ -267,8 +267,8 @@ BNB: Shapes = {f"{X}.weight": (U8, (48, 1)), f"{X}.weight.absmax": (F32, (2,)), 
         ({f"{E}.down_proj_blocks": (U8, (3, 80, 2, 16)), f"{E}.down_proj_scales": (U8, (3, 80, 3))}, block("mxfp4"),
          f"{E}.down_proj_scales is U8 [3, 80, 3], wanted F8_E8M0 or U8 [3, 80, 2]"),
         (GPTQ_TENSORS, None,
-         f"{X}.qweight has GPTQ codes, and there is no quantization_config in a config.json: wanted one that says 2, 3, 4 "
-         "or 8 bits"),
+         f"{X}.qweight has GPTQ codes, and there is no quantization_config in a config.json: wanted one that says "
+         "2, 3, 4 or 8 bits"),
         (GPTQ_TENSORS, block("gptq", bits=4, group_size=64),
          f"{X}.scales has 3 groups for 96 columns, and by quantization_config in config.json groups have 64"),
         (GPTQ_TENSORS, block("gptq", bits=4, group_size=32, checkpoint_format="marlin"),
