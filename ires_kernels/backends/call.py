@@ -36,6 +36,7 @@ class Tally:
     overflow: int = 0  # operands finite, result beyond what rounding to nearest keeps finite in the stored type
     dot: float = 0.0  # sum of (stored - target) * D over the elements where all of it is finite
     norm2: float = 0.0  # sum of D * D over the same elements
+    noise: float = 0.0  # of results that are stored as codes with scales: sum of (stored - result)^2
 
     def __iadd__(self, other: Tally) -> Tally:
         for name in self.__slots__:

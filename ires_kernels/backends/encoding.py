@@ -101,6 +101,11 @@ def encode(
         out.copy_(whole.clamp(-largest - 1, largest).nan_to_num().to(torch.int8).view(torch.uint8))
 
 
+def of_elements(format: Format, full: tuple[int, ...], first: int, count: int, by_block: Tensor) -> Tensor:
+    """What is known of blocks, for each of so many elements from the flat index `first` on."""
+    return by_block[_blocks(format, full, first, count)]
+
+
 def _codes(format: Format) -> str:
     return "I8" if format.name.startswith("int8") else "F8_E4M3"
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
+from ires_kernels.checkpoints.quantized import Ref
 from ires_kernels.dtypes import FLOATS
 
 _T = TypeVar("_T")
@@ -38,7 +39,7 @@ def is_vocabulary(name: str) -> bool:
     return _HEAD.search(name) is not None or _EMBEDDING.search(name) is not None
 
 
-def is_recomputed(ref: TensorRef) -> bool:
+def is_recomputed(ref: Ref) -> bool:
     """Whether this is a buffer that loaders compute again or pass over: frequencies, positions, causal masks.
 
     A name alone is not enough: GPT-2 has its causal mask as ``attn.bias``, where other models have a trained bias.

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from ires_kernels.checkpoints import names
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, is_factor, shard_number
 from ires_kernels.checkpoints.folders import MERGE_ADAPTER, listed
 from ires_kernels.checkpoints.header import brief
-from ires_kernels.checkpoints.quantized import Ref
+from ires_kernels.checkpoints.quantized import QuantizedRef, Ref
 from ires_kernels.dtypes import FLOATS
 from ires_kernels.planning.findings import CODES, VOCABULARY, Findings
 from ires_kernels.planning.matching import Match
-from ires_kernels.planning.steps import Comparison, Op, Output, Step, operands
+from ires_kernels.planning.steps import Comparison, Encoding, Op, Output, Step, operands
 
 ALPHA_0 = "alpha is 0"
 ONLY_TARGET = "only in the target"
+_BESIDE = "kept with the codes"
 
 _SHAPES = "Operands are not broadcast: take models of one architecture, or leave such tensors as they are with --skip."
 _MIXED = "Save that model again with one dtype for all of these, or leave such tensors as they are with --skip."
@@ -27,6 +29,10 @@ _EMPTY = (
 _FACTORS = (
     f"Sums of its factors are not sums of its updates. {MERGE_ADAPTER} "
     "To merge the weights below it alone, leave its factors as they are with --skip."
+)
+_DTYPE = (
+    "Nothing here makes new codes of that kind: write plain weights instead with --dtype bf16 (f16, f32), or leave "
+    "such modules as they are with --skip."
 )
 _SECOND = "Give both the same --skip and --alpha-for: models that load one tensor for the two would load either."
 _TIED = (
@@ -62,7 +68,7 @@ def _few(found: list[str]) -> str:
     return f"{len(found)} tensors such as {brief(found[0])}" if len(found) > 1 else brief(found[0])
 
 
-def apply_steps(ref: TensorRef, found: Findings) -> list[Step]:
+def apply_steps(ref: Ref, found: Findings) -> list[Step]:
     """What becomes of the target's tensor `ref`."""
     rules, name = found.rules, ref.name
     # A second copy of the embedding gets what the embedding gets, or the two would part.
@@ -74,10 +80,25 @@ def apply_steps(ref: TensorRef, found: Findings) -> list[Step]:
         return [_keep(ref, Match(0, {"target": (ref,)}, ()), skipped, found)]
     if found.codes(name):
         return [_keep(ref, Match(0, {"target": (ref,)}, ()), "not mergeable", found)]
-    return [_apply_step(ref, match, found) for match in found.matcher.of("target", ref)]
+    steps = [_apply_step(ref, match, found) for match in found.matcher.of("target", ref)]
+    if len(steps) > 1 and isinstance(ref, QuantizedRef) and found.rules.dtype is None:
+        found.about(name, "is quantized in the target, and only a part of it would change", _DTYPE)
+    return steps
 
 
-def _apply_step(ref: TensorRef, match: Match, found: Findings) -> Step:
+def companion_steps(ref: TensorRef, made: Iterable[Step], found: Findings) -> list[Step]:
+    """What becomes of the target's `ref`, a scale or the like of a weight of which `made` are the steps."""
+    if found.rules.dtype is not None:
+        return []  # of plain numbers it says nothing
+    for step in made:
+        if step.output.encoding is not None and ref in step.output.encoding.scales:
+            encoding = step.output.encoding._replace(part="scale")
+            return [replace(step, output=Output(ref.name, ref.dtype, ref.shape, encoding=encoding), first=0, count=-1)]
+    own = Match(0, {"target": (ref,)}, ())
+    return [_step(ref, own, "copy", ref.dtype, reason=next((s.reason for s in made if s.reason), _BESIDE))]
+
+
+def _apply_step(ref: Ref, match: Match, found: Findings) -> Step:
     """What becomes of a run of the elements of `ref`."""
     rules, name, absent = found.rules, ref.name, match.absent
     if len(match.refs) == 1:
@@ -99,10 +120,21 @@ def _apply_step(ref: TensorRef, match: Match, found: Findings) -> Step:
         return _keep(ref, match, ALPHA_0, found)
     op: Op = "add_difference" if "instruct" in found.inputs else "add"
     stream = found.matcher.stream(found.matcher.original(name))
-    return _step(ref, match, op, rules.dtype or ref.dtype, factors, stream)
+    step = _step(ref, match, op, rules.dtype or ref.dtype, factors, stream)
+    return step if rules.dtype or not isinstance(ref, QuantizedRef) else _encoded(step, ref, found)
 
 
-def extract_steps(ref: TensorRef, found: Findings) -> list[Step]:
+def _encoded(step: Step, weight: QuantizedRef, found: Findings) -> Step:
+    """The step with its result in the format of the target's weight."""
+    if not weight.format.is_encoded:
+        found.about(
+            weight.name, f"is {weight.format} in the target", _DTYPE, f" of target ({weight.path})", " of target"
+        )
+    codes = weight.codes
+    return replace(step, output=Output(codes.name, codes.dtype, codes.shape, encoding=Encoding(weight, "codes")))
+
+
+def extract_steps(ref: Ref, found: Findings) -> list[Step]:
     """The difference for the instruct model's tensor `ref`; nothing when it is not stored."""
     reason = found.skipped(ref.name) or ("not mergeable" if found.codes(ref.name) else None)
     if reason is None:
@@ -115,7 +147,7 @@ def extract_steps(ref: TensorRef, found: Findings) -> list[Step]:
     return []
 
 
-def _lack(ref: TensorRef, match: Match, found: Findings) -> str | None:
+def _lack(ref: Ref, match: Match, found: Findings) -> str | None:
     """Why there is no difference of a run of the elements of `ref`; None where there is one."""
     if match.absent and names.is_recomputed(ref):
         return "a buffer that loaders compute again, not in base"
@@ -219,18 +251,20 @@ def _numbers(name: str, matched: Mapping[str, tuple[Ref, ...]], found: Findings)
 
 
 def _step(
-    ref: TensorRef, match: Match, op: Op, dtype: str, factors: tuple[float, ...] = (), stream: int = 0, reason: str = ""
+    ref: Ref, match: Match, op: Op, dtype: str, factors: tuple[float, ...] = (), stream: int = 0, reason: str = ""
 ) -> Step:
     """The step that makes a run of an output of the layout of `ref` out of all that was matched."""
     output, given = Output(ref.name, dtype, ref.shape), operands(match.refs)
     return Step(output, op, given, factors, stream, reason, match.first, given[0].count)
 
 
-def _keep(ref: TensorRef, match: Match, reason: str, found: Findings) -> Step:
+def _keep(ref: Ref, match: Match, reason: str, found: Findings) -> Step:
     """A copy of what the target has, in another dtype where one is asked for."""
     own = match._replace(refs={"target": match.refs["target"]})
     dtype = found.rules.dtype
-    if dtype is None or ref.dtype == dtype or ref.dtype not in FLOATS:
+    if dtype is None and isinstance(ref, QuantizedRef):
+        return _keep(ref.codes, Match(0, {"target": (ref.codes,)}, ()), reason, found)
+    if dtype is None or ref.dtype not in FLOATS or (ref.dtype == dtype and isinstance(ref, TensorRef)):
         return _step(ref, own, "copy", ref.dtype, reason=reason)
     part = found.modules.parts["target"].get(ref.name)
     if part is not None:

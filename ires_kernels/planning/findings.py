@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ires_kernels.checkpoints import names
-from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
+from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.folders import listed
 from ires_kernels.checkpoints.header import CheckpointError, brief
 from ires_kernels.checkpoints.quantized import Ref
 from ires_kernels.planning import absences
 from ires_kernels.planning.absences import Absence
 from ires_kernels.planning.matching import Matcher
+from ires_kernels.planning.numbers import Numbers
 from ires_kernels.planning.quantized import Modules
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Comparison
@@ -58,11 +59,13 @@ class Findings:
 
     rules: Rules
     matcher: Matcher
+    numbers: Mapping[str, Numbers]
+    """What the models stand for, by role."""
     modules: Modules = field(init=False)
-    """The quantized ones."""
+    """The quantized ones that nothing here decodes."""
     problems: dict[object, Problem] = field(default_factory=dict)
     comparisons: list[Comparison] = field(default_factory=list)
-    not_stored: dict[str, tuple[str, TensorRef]] = field(default_factory=dict)
+    not_stored: dict[str, tuple[str, Ref]] = field(default_factory=dict)
     missing: list[Absence] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -74,6 +77,8 @@ class Findings:
     explains: bool = False
     """Whether missing tensors are among the problems though they are allowed."""
     _embeddings: dict[str, set[int]] = field(default_factory=dict)
+    _skipped: dict[str, str] = field(default_factory=dict)
+    """Weights of which a stored part is skipped, and the pattern."""
 
     @property
     def inputs(self) -> Mapping[str, Checkpoint]:
@@ -82,8 +87,13 @@ class Findings:
 
     def __post_init__(self) -> None:
         everything = {name: None for checkpoint in self.inputs.values() for name in checkpoint.tensors}
-        self._unmatched = self.rules.unmatched(everything)
-        self.modules = Modules(self.inputs, self.rules)
+        parts = {name: weight for each in self.numbers.values() for name, weight in each.stored()}
+        self._unmatched = self.rules.unmatched(everything | dict.fromkeys(parts))
+        self.modules = Modules(self.inputs, {role: each.codes for role, each in self.numbers.items()}, self.rules)
+        for name, weight in parts.items():
+            pattern = self.rules.skipped(name)
+            if pattern is not None:
+                self._skipped.setdefault(weight, pattern)
 
     def check_patterns(self) -> None:
         """Find patterns that match no tensor: typing errors."""
@@ -95,7 +105,7 @@ class Findings:
         pattern = self.rules.skipped(name)
         if pattern is not None:
             return f"skipped by {pattern!r}"
-        pattern = self.modules.skipped(name)
+        pattern = self._skipped.get(name) or self.modules.skipped(name)
         return None if pattern is None else f"skipped by {pattern!r}, with its quantized module"
 
     def is_vocabulary(self, name: str, tensors: Mapping[str, Ref]) -> bool:

@@ -16,9 +16,10 @@ from typing import Any, Literal, NamedTuple
 
 import xxhash
 
-from ires_kernels.checkpoints import configs, names, sidefiles
-from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
+from ires_kernels.checkpoints import configs, names, settings, sidefiles
+from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.header import build_header, tensor_bytes
+from ires_kernels.checkpoints.quantized import Ref
 from ires_kernels.checkpoints.sidefiles import SideFile
 from ires_kernels.dtypes import STORAGE
 from ires_kernels.files.plain import table
@@ -28,6 +29,7 @@ from ires_kernels.planning.ancestry import Ancestry
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.findings import Findings
 from ires_kernels.planning.matching import Matcher
+from ires_kernels.planning.numbers import numbers
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.share import Share, share
 from ires_kernels.planning.steps import Comparison, Operand, Step, by_output
@@ -70,7 +72,7 @@ class Plan:
     """Names and contents of the index and, where the dtype changes, config.json."""
     side_files: tuple[SideFile, ...]
     comparisons: tuple[Comparison, ...]
-    not_stored: dict[str, tuple[str, TensorRef]]
+    not_stored: dict[str, tuple[str, Ref]]
     """The tensors of the instruct model that its residual does not hold, and why."""
     missing: tuple[Absence, ...]
     """What allow_missing let pass."""
@@ -216,26 +218,28 @@ def plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[s
     `inputs` holds target first, then instruct and base, or residuals. Raises CheckpointError with up to ten problems.
     """
     target = inputs["target"]
-    found = Findings(rules, Matcher(inputs, copies or {}))
+    found = _findings(inputs, rules, copies)
+    models = found.inputs
     deeds.check_models(found)
     found.refuse("apply")
-    layout = []
-    for shard in target.shards:
-        group = [step for name in shard.header.tensors for step in deeds.apply_steps(target.tensors[name], found)]
-        layout.append((shard.path.name, {"format": "pt"} | shard.header.metadata, group))
+    steps = _apply_steps(target, found)
+    layout = [
+        (shard.path.name, {"format": "pt"} | shard.header.metadata, [s for n in shard.header.tensors for s in steps[n]])
+        for shard in target.shards
+    ]
     everything = [step for _, _, group in layout for step in group]
-    deeds.check_left_over(inputs, found)
-    deeds.check_tied_head(inputs, everything, found)
+    deeds.check_left_over(models, found)
+    deeds.check_tied_head(models, everything, found)
     found.check_patterns()
     share = _share(everything, found)
     if (not found.missing or rules.allow_missing) and all(
         step.reason not in ("", deeds.ALPHA_0) for step in everything
     ):
-        firsts = [f"{role} has {next(iter(inputs[role].tensors), '')!r} …" for role in list(inputs)[:2]]
+        firsts = [f"{role} has {next(iter(models[role].tensors), '')!r} …" for role in list(inputs)[:2]]
         found.problem(f"no tensor would be merged: the {', '.join(firsts)}", _NOTHING)
     found.refuse("apply")
 
-    foreign = deeds.other_vocabulary(inputs, everything)
+    foreign = deeds.other_vocabulary(models, everything)
     if foreign is not None:
         found.warnings.append(f"{foreign} has other rows in the target, which keeps its tokenizer and chat template")
     found.warnings += _turned_round(inputs)
@@ -245,9 +249,10 @@ def plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[s
     side_files = sides.files
     files, placed = _lay_out(layout)
     documents = [] if target.index_name is None else [(target.index_name, _index(placed, target.index_metadata))]
-    if target.config is not None and rules.dtype is not None:
-        documents.append(("config.json", _json(_with_dtype(target.config, STORAGE[rules.dtype].torch))))
-        side_files = [file for file in side_files if file.name != "config.json"]
+    if rules.dtype is not None:
+        changed = settings.of_plain(target, side_files, STORAGE[rules.dtype].torch)
+        documents += [(name, _json(table)) for name, table in changed.items() if table is not None]
+        side_files = [file for file in side_files if file.name not in changed]
     return Plan(
         "apply", dict(inputs), rules, files, placed, tuple(documents), tuple(side_files), tuple(found.comparisons), {},
         tuple(found.missing), tuple(sides.left), tuple(found.warnings),
@@ -262,15 +267,16 @@ def plan_extract(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping
 
     `inputs` holds base and instruct. Raises CheckpointError with up to ten problems.
     """
-    base, instruct = inputs["base"], inputs["instruct"]
-    found = Findings(rules, Matcher(inputs, copies or {}))
+    found = _findings(inputs, rules, copies)
+    base, instruct = found.inputs["base"], found.inputs["instruct"]
     deeds.check_models(found)
     found.refuse("extract")
     # A head that only base has becomes a difference to instruct's embedding, and is stored next to that one.
     heads = found.matcher.heads("instruct", "base")
     groups = []
     for shard in instruct.shards:
-        refs = [ref for name in shard.header.tensors for ref in (instruct.tensors[name], *heads.get(name, []))]
+        own = [found.numbers["instruct"].tensor(name) for name in shard.header.tensors]
+        refs = [ref for first in own if first is not None for ref in (first, *heads.get(first.name, []))]
         group = [step for ref in refs for step in deeds.extract_steps(ref, found)]
         groups += [group] if group else []
     for name in base.tensors:
@@ -311,6 +317,21 @@ def related(plan: Plan, looks: Looks) -> Plan:
     """
     found = ancestry.compare(plan.inputs, plan.steps, looks)
     return replace(plan, ancestry=found, warnings=(*plan.warnings, *ancestry.warnings(found, plan.inputs)))
+
+
+def _findings(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[str, str] | None) -> Findings:
+    seen = {role: numbers(checkpoint) for role, checkpoint in inputs.items()}
+    return Findings(rules, Matcher({role: each.model for role, each in seen.items()}, copies or {}), seen)
+
+
+def _apply_steps(target: Checkpoint, found: Findings) -> dict[str, list[Step]]:
+    """What becomes of each tensor that the target's files hold, by its name there."""
+    own = found.numbers["target"]
+    steps = {name: deeds.apply_steps(ref, found) for name in target.tensors if (ref := own.tensor(name)) is not None}
+    for name, weight in own.companions.items():
+        made = steps[weight.codes.name] if weight else []
+        steps[name] = deeds.companion_steps(target.tensors[name], made, found)
+    return steps
 
 
 def _share(planned: Iterable[Step], found: Findings) -> Share | None:
@@ -383,16 +404,6 @@ def _index(placed: Iterable[Step], metadata: dict[str, Any]) -> bytes:
     weight_map = {step.name: step.file for step in placed}
     total = sum(step.nbytes for step in placed)
     return _json({"metadata": metadata | {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-
-
-def _with_dtype(config: Any, dtype: str | None) -> Any:
-    """config.json with the dtype replaced wherever it is given, as it is for every part of a multimodal model."""
-    if not isinstance(config, dict):
-        return config
-    return {
-        key: dtype if key in ("dtype", "torch_dtype") and isinstance(value, str) else _with_dtype(value, dtype)
-        for key, value in config.items()
-    }
 
 
 def _json(table: dict[str, Any]) -> bytes:

@@ -125,8 +125,9 @@ def _codes(checkpoint: Checkpoint, ref: TensorRef, place: str, scales: dict[tupl
 class Modules:
     """The modules that are quantized in one of the models of a merge, and so are one thing in all of them."""
 
-    def __init__(self, inputs: Mapping[str, Checkpoint], rules: Rules) -> None:
-        self.parts = {role: parts(checkpoint) for role, checkpoint in inputs.items()}
+    def __init__(self, inputs: Mapping[str, Checkpoint], codes: Mapping[str, Mapping[str, Part]], rules: Rules) -> None:
+        """`codes`: the `parts` of the models that count, by role."""
+        self.parts = codes
         self._target = next(iter(inputs)) if "target" in inputs else None
         self._first: dict[str, tuple[str, Part]] = {}
         for role, found in self.parts.items():

@@ -22,6 +22,19 @@ _SHOWN = 3
 """Tensors of an operand that are named to people."""
 
 
+class Encoding(NamedTuple):
+    """How the numbers of a weight become what is stored of it."""
+
+    weight: QuantizedRef
+    """The target's, in whose format the new numbers are stored, with its scales where they still serve."""
+    part: Literal["codes", "scale"]
+
+    @property
+    def scales(self) -> tuple[TensorRef, ...]:
+        """What is made anew where the new numbers are too large for what is there."""
+        return tuple(ref for part, ref in self.weight.parts if part == "scale")
+
+
 @dataclass(frozen=True, slots=True)
 class Output:
     """A tensor that is made, and its place: from the byte `offset` of the file `file` on."""
@@ -31,6 +44,8 @@ class Output:
     shape: tuple[int, ...]
     file: str = ""
     offset: int = 0
+    encoding: Encoding | None = None
+    """Of a part of a quantized weight that gets new numbers."""
 
     @property
     def numel(self) -> int:
@@ -63,7 +78,7 @@ class Operand:
         if len({ref.dtype for ref in self.refs}) != 1:
             listed = ", ".join(f"{ref.dtype} {ref.name!r}" for ref in self.refs[:10])
             raise ValueError(f"the operand {self.role} is made of {listed or 'nothing'}, wanted runs of one dtype")
-        if len(self.refs) == 1 and not self.refs[0].whole:
+        if len(self.refs) == 1 and isinstance(self.refs[0], TensorRef) and not self.refs[0].whole:
             key = self.refs[0].name
         else:
             runs = "\n".join([f"{ref.name}\t{ref.whole}" for ref in self.refs])
@@ -72,6 +87,11 @@ class Operand:
         object.__setattr__(self, "nbytes", sum([ref.nbytes for ref in self.refs]))
         object.__setattr__(self, "paths", tuple(dict.fromkeys(path for ref in self.refs for path in _paths(ref))))
         object.__setattr__(self, "key", key)
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether its numbers are made of codes, all of them or some."""
+        return any(isinstance(ref, QuantizedRef) for ref in self.refs)
 
     @property
     def dtype(self) -> str:
@@ -129,9 +149,19 @@ class Step:
         if self.count < 0:
             object.__setattr__(self, "count", self.output.numel - self.first)
         for operand in self.operands:
-            if operand.count != self.count:
+            if operand.count != self.taken:
                 got = f"{operand.count} of {operand.text!r}"
-                raise ValueError(f"{self.label} takes {self.count} elements of {operand.role}, got {got}")
+                raise ValueError(f"{self.label} takes {self.taken} elements of {operand.role}, got {got}")
+
+    @property
+    def taken(self) -> int:
+        """How many elements of each operand it takes: as many as it makes, but for scales, which follow from all."""
+        return self.output.encoding.weight.numel if self.output.encoding and self.is_scale else self.count
+
+    @property
+    def is_scale(self) -> bool:
+        """Whether it makes the scales of a weight, whose codes another step makes."""
+        return self.output.encoding is not None and self.output.encoding.part == "scale"
 
     @property
     def is_whole(self) -> bool:

@@ -89,7 +89,7 @@ class Report:
             seconds,
             outcome.bytes_read,
             outcome.bytes_written,
-            sum(not step.reason for step in plan.steps),
+            sum(not step.reason and not step.is_scale for step in plan.steps),
             total,
             total.overflow + converted.overflow,
             tuple(strengths),

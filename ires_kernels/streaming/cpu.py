@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ires_kernels.backends import encoding
 from ires_kernels.backends.call import Tally
 from ires_kernels.dtypes import STORAGE
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Step
+from ires_kernels.streaming import encoded
+from ires_kernels.streaming.encoded import Coding
 from ires_kernels.streaming.tiles import Slot, buffer_sizes, cut, memory, tiles
 from ires_kernels.tensors import ops
 
@@ -47,19 +51,45 @@ class _CpuSlot:
         self._cpu = cpu
         self._tensors: dict[tuple[int, str], Tensor] = {}
         self._tally: Tally | None = None
+        self._result: Tensor | None = None
 
-    def start(self, step: Step, first: int, count: int, out: Tensor | None) -> None:
+    def start(self, step: Step, first: int, count: int, out: Tensor | None, coding: Coding | None = None) -> None:
         if step.op == "copy":
             assert out is not None
             out.copy_(torch.frombuffer(self.buffers[0], dtype=torch.uint8, count=count))
             return
         operands = [self._tensor(slot, operand.dtype, count) for slot, operand in enumerate(step.operands)]
+        if coding is not None:
+            self._store(step, operands, first, coding, out)
+            return
         if step.op == "convert":
             operands.append(self._cpu.zeros[step.operands[0].dtype][:count])
         self._tally = Tally() if self._cpu.counted else None
         if out is None:
             out = self._tensor(-1, step.dtype, count)
         compute(step, operands, out, first, self._cpu.rules, self._tally)
+
+    def measure(self, step: Step, first: int, count: int, largest: Tensor) -> None:
+        assert step.output.encoding is not None
+        weight = step.output.encoding.weight
+        operands = [self._tensor(slot, operand.dtype, count) for slot, operand in enumerate(step.operands)]
+        encoding.measure(weight.format, weight.full, first, self._values(step, operands, first), largest)
+
+    def _store(self, step: Step, operands: Sequence[Tensor], first: int, coding: Coding, out: Tensor | None) -> None:
+        values = self._values(step, operands, first)
+        codes = torch.frombuffer(self.buffers[-1], dtype=torch.uint8, count=len(values))
+        self._tally = Tally() if self._cpu.counted else None
+        encoded.store(step, operands, values, first, coding, codes, self._cpu.rules, self._tally)
+        if out is not None:
+            out.copy_(codes.view(out.dtype))
+
+    def _values(self, step: Step, operands: Sequence[Tensor], first: int) -> Tensor:
+        """The result of a step in float32, to be encoded."""
+        if self._result is None:
+            self._result = torch.empty(self._cpu.tile)
+        values = self._result[: len(operands[0])]
+        compute(step, operands, values, first, replace(self._cpu.rules, rounding="nearest"), None)
+        return values
 
     def _tensor(self, slot: int, dtype: str, count: int) -> Tensor:
         """The first elements of a buffer as a tensor."""

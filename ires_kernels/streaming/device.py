@@ -37,8 +37,19 @@ from ires_kernels.files.store import shrunk
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.steps import Step
 from ires_kernels.streaming.cpu import TORCH_DTYPES, Cpu, compute, zeros
+from ires_kernels.streaming.encoded import Coding
 from ires_kernels.streaming.ring import Piece, Ring
-from ires_kernels.streaming.tiles import Portion, Processors, ReadError, Slot, buffer_sizes, cut, packed, tiles
+from ires_kernels.streaming.tiles import (
+    Portion,
+    Processor,
+    Processors,
+    ReadError,
+    Slot,
+    buffer_sizes,
+    cut,
+    packed,
+    tiles,
+)
 
 SLOTS = 2
 """Tiles that a thread has under way: one is read or written while the other is on the device."""
@@ -195,7 +206,14 @@ _LEAVE_OUT = "Leave it out to compute on the CPU."
 
 def processors(device: torch.device) -> Processors:
     """What computes tiles on a device that `resolve` gave."""
-    return Cpu if device.type == "cpu" else partial(Gpu, Cuda(device))
+    return Cpu if device.type == "cpu" else partial(_on_gpu, Cuda(device))
+
+
+def _on_gpu(runtime: Runtime, steps: Sequence[Step], rules: Rules, counted: bool) -> Processor:
+    """What computes the steps of a run: where some of them make codes the CPU, and else the GPU."""
+    if any(step.output.encoding for step in steps):
+        return Cpu(steps, rules, counted)
+    return Gpu(runtime, steps, rules, counted)
 
 
 class Gpu:
@@ -305,7 +323,11 @@ class _GpuSlot:
             _raise(portions, *unread)
         return views
 
-    def start(self, step: Step, first: int, count: int, out: Tensor | None) -> None:
+    def measure(self, step: Step, *_: object) -> None:
+        raise AssertionError(f"codes of {step.name} are to be made on the CPU")
+
+    def start(self, step: Step, first: int, count: int, out: Tensor | None, coding: Coding | None = None) -> None:
+        assert coding is None
         self._counted = count if self._gpu.counted and step.op != "copy" else 0
         if self._counted and self._numbers is None:
             self._numbers = self._gpu.runtime.pinned(8 * counting.NUMBERS).view(torch.float64)

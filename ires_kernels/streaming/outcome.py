@@ -20,6 +20,8 @@ class Outcome:
     """tensor name → xxh3_128 as hex."""
     tallies: dict[str, Tally] = field(default_factory=dict)
     """label of a step → what was counted; where only the dtype changed NaN, inf and overflow mean something."""
+    scales: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """label of a step that makes codes → how many scales they have, and how many of those are new"""
     bytes_read: int = 0
     bytes_written: int = 0
     """By this run alone; no part of what is recorded."""
@@ -30,6 +32,7 @@ class Outcome:
             self.inputs.setdefault(role, {}).update(hashes)
         self.outputs.update(other.outputs)
         self.tallies.update(other.tallies)
+        self.scales.update(other.scales)
 
     def of(self, steps: Iterable[Step]) -> Outcome:
         """What is known of these steps, all of which have ended."""
@@ -42,14 +45,17 @@ class Outcome:
             part.outputs[step.name] = self.outputs[step.name]
             if step.label in self.tallies:
                 part.tallies[step.label] = self.tallies[step.label]
+            if step.label in self.scales:
+                part.scales[step.label] = self.scales[step.label]
         return part
 
     def to_dict(self) -> dict[str, Any]:
         tallies = {name: asdict(tally) for name, tally in self.tallies.items()}
-        return {"inputs": self.inputs, "outputs": self.outputs, "tallies": tallies}
+        return {"inputs": self.inputs, "outputs": self.outputs, "tallies": tallies, "scales": self.scales}
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Outcome:
         """What `to_dict` gave, through JSON as well."""
         tallies = {name: Tally(**numbers) for name, numbers in table["tallies"].items()}
-        return cls(table["inputs"], table["outputs"], tallies)
+        scales = {name: (blocks, new) for name, (blocks, new) in table.get("scales", {}).items()}
+        return cls(table["inputs"], table["outputs"], tallies, scales)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from ires_kernels.checkpoints.checkpoint import TensorRef
+from ires_kernels.checkpoints.quantized import QuantizedRef
 from ires_kernels.checkpoints.sources import LocalFile
 from ires_kernels.planning.steps import Operand
 
@@ -43,16 +44,24 @@ class Reader(Protocol):
 
 
 def reader(operand: Operand, sources: Mapping[Path, LocalFile], width: int) -> Reader:
-    """The reader of an operand whose elements take `width` bytes, out of its files, which are open.
-
-    Raises TypeError for an operand that nothing here makes numbers of.
-    """
+    """The reader of an operand whose elements take `width` bytes, out of its files, which are open."""
     refs = [ref for ref in operand.refs if isinstance(ref, TensorRef)]
-    if len(refs) < len(operand.refs):
-        raise TypeError(f"nothing here decodes {operand.text!r} ({operand.role})")
+    if operand.is_decoded:
+        return _decoded(operand, sources)
     if len(refs) == 1:
         return _One(sources[refs[0].path], refs[0].offset, width)
     return _Many(refs, sources, width)
+
+
+def _decoded(operand: Operand, sources: Mapping[Path, LocalFile]) -> Reader:
+    """The reader of weights of which some are quantized. What makes numbers of them is loaded here, with torch."""
+    from ires_kernels.streaming.decoded import Decoded, Several
+
+    each = [
+        Decoded(ref, sources) if isinstance(ref, QuantizedRef) else _One(sources[ref.path], ref.offset, 4)
+        for ref in operand.refs
+    ]
+    return each[0] if len(each) == 1 else Several(each, [ref.numel for ref in operand.refs])
 
 
 class _One:

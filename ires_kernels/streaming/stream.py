@@ -32,6 +32,7 @@ from ires_kernels.backends.call import Tally
 from ires_kernels.backends.call import threads as kernel_threads
 from ires_kernels.checkpoints.checkpoint import FileId, TensorRef
 from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.checkpoints.quantized import QuantizedRef
 from ires_kernels.checkpoints.sources import Files
 from ires_kernels.dtypes import FLOATS
 from ires_kernels.files import interrupts
@@ -54,6 +55,8 @@ from ires_kernels.streaming.tiles import (
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ires_kernels.streaming.encoded import Coder
 
 _MOST_THREADS = 1024  # whatever was asked for
 _MAX_THREADS = 8
@@ -158,10 +161,19 @@ def hashes(
     """xxh3_128 of the bytes of tensors and operands, under the names that they have here. Errors as of `run`."""
     steps = []
     for name, ref in refs.items():
-        operand = ref if isinstance(ref, Operand) else Operand("input", (ref,))
+        operand = _as_stored(ref if isinstance(ref, Operand) else Operand("input", (ref,)))
         output = Output(name, operand.dtype, (operand.count,), f"{operand.paths[0]}")
         steps.append(Step(output, "copy", (operand,)))
     return run(steps, file_ids, Rules(), _nothing, processors=ReadOnly, threads=threads, progress=progress).outputs
+
+
+def _as_stored(operand: Operand) -> Operand:
+    """The bytes that the digest of an operand is of, as an operand that is nothing but bytes."""
+    if not operand.is_decoded:
+        return operand
+    from ires_kernels.streaming.decoded import stored
+
+    return Operand(operand.role, tuple(each for ref in operand.refs for each in stored(ref)))
 
 
 def _nothing(*_: object) -> None:
@@ -180,20 +192,23 @@ class _Part:
         hashed: Container[str] | None,
         tally: Tally,
         stays: bool,
+        coder: Coder | None,
     ) -> None:
         self.step = step
         self.readers = readers
-        self.copied = step.op == "copy"
+        self.coder = coder
+        self.copied = step.op == "copy" or step.is_scale
         self.length = _length(step)
-        self.tile = sizes[self.copied]
+        self.tile = max(1, self.length) if step.is_scale else sizes[self.copied]
         self.tiles = -(-self.length // self.tile)
         self.overwrites = step.op in ("add", "add_difference")
-        self.width = 1 if self.copied else FLOATS[step.dtype]
+        self.width = 1 if self.copied or coder else FLOATS[step.dtype]
         self.out: Tensor | None = None
         if out is not None:
             elements, in_bytes = out
             self.out = in_bytes[step.start :] if self.copied else elements[step.first :]
-        self.wanted = [hashed is None or operand.role in hashed for operand in step.operands]
+        # What scales are made of is read for the codes as well.
+        self.wanted = [not step.is_scale and (hashed is None or o.role in hashed) for o in step.operands]
         self.hashers: list[xxhash.xxh3_128 | None] = []  # of what is read, where it is not the result
         self.tally = tally
         self.stays = stays
@@ -314,6 +329,8 @@ class _Engine:
             queue = self.waiting.setdefault(output.file, deque())
             # Without bytes nobody writes its last ones: it is over before the file can be.
             queue.append((output, parts)) if output.numel else queue.appendleft((output, parts))
+        self.coders: dict[QuantizedRef, Coder] = {}
+        self.uncoded = Counter(step.output.encoding.weight for step in steps if step.output.encoding)
         self.active: dict[_Tensor, None] = {}
         self.stopped = False
         self.ending = self.ended = False  # an interrupt waits for the next of `stops`; has come to it
@@ -391,7 +408,8 @@ class _Engine:
                 except (OSError, TypeError) as error:
                     raise _with_tensor(error, step) from error
                 tally = replace(done.tallies.get(step.label, Tally())) if done else Tally()
-                parts.append(_Part(step, readers, self.sizes, out, self.how.hashed, tally, self._stays(step)))
+                more = self.how.hashed, tally, self._stays(step), self._coder(step)
+                parts.append(_Part(step, readers, self.sizes, out, *more))
             tensor = _Tensor(output, parts, done.stop if done else 0)
             self.active[tensor] = None
             if tensor.tiles:
@@ -407,6 +425,15 @@ class _Engine:
         """Opens the files of an operand, for as long as its tensor is under way."""
         sources = {path: self.files.hold(path) for path in operand.paths}
         return reader(operand, sources, 1 if step.op == "copy" else FLOATS[operand.dtype])
+
+    def _coder(self, step: Step) -> Coder | None:
+        """What knows the scales of the weight that a step encodes; one for all steps that need them."""
+        if step.output.encoding is None:
+            return None
+        from ires_kernels.streaming.encoded import Coder
+
+        weight = step.output.encoding.weight
+        return self.coders.setdefault(weight, Coder(weight))
 
     def _claim(self, mine: _Tensor | None) -> list[tuple[_Tensor, int]]:
         """The next tile of the tensor `mine`, else of a new one, else of the first that has one left.
@@ -432,14 +459,14 @@ class _Engine:
     def _joining(self, small: _Tensor) -> Iterator[_Tensor]:
         """Start the tensors that follow for as long as they go into a tile with `small`; called under the lock."""
         room, (part, *_) = self.processor.room, small.parts
-        if not room or small.tiles > 1 or small.is_written:
+        if not room or small.tiles > 1 or small.is_written or _is_decoded(part.step):
             return
         room -= _packed(part.step)
         while self.waiting:
             _, (step, *more) = self.waiting[self._next_file()][0]
             room -= _packed(step)
             alike = (step.op, step.factors) == (part.step.op, part.step.factors)
-            if more or not alike or room < 0 or not 0 < _length(step) <= part.tile:
+            if more or not alike or room < 0 or not 0 < _length(step) <= part.tile or _is_decoded(step):
                 return
             tensor = self._start()
             assert tensor is not None
@@ -498,7 +525,7 @@ class _Engine:
 
     def _begin(self, claims: Sequence[tuple[_Tensor, int]], slot: Slot) -> list[_Tile]:
         """Read the claimed tiles and start to compute them, as one load where the slot can."""
-        if slot.load is None or claims[0][0].is_written:
+        if slot.load is None or claims[0][0].is_written or _is_decoded(claims[0][0].parts[0].step):
             return [self._begin_tile(*claim, slot) for claim in claims]
         portions = [tensor.portion(index) for tensor, index in claims]
         begun = []
@@ -514,19 +541,40 @@ class _Engine:
         part, first = tensor.at(index)
         step = part.step
         count = min(part.tile, part.length - first)
+        coding = None
+        if part.coder is not None:
+            scales = part.coder.scales(step, part.readers, slot, self.sizes[False], lambda: self.stopped)
+            if step.is_scale:
+                return self._scales_tile(tensor, index, slot, scales.stored)
         seen = [each.read_into(buffer, first, count) for each, buffer in zip(part.readers, slot.buffers, strict=False)]
         read, written = sum(len(view) for views in seen for view in views), count * part.width
         at = tensor.place(index)
         written = 0 if part.stays or at < tensor.done else written
         result = None
+        if part.coder is not None:
+            from ires_kernels.streaming.encoded import Coding
+
+            coding = Coding(scales, seen[0][-1])
         if part.out is not None:
-            slot.start(step, step.first + first, count, part.out[first : first + count])
+            slot.start(step, step.first + first, count, part.out[first : first + count], coding)
         elif part.copied or (at < tensor.done and part.overwrites):
             result = seen[0][0]  # where it is written already, what the target held is gone: this is the result
         else:
-            slot.start(step, step.first + first, count, None)
+            slot.start(step, step.first + first, count, None, coding)
             result = slot.buffers[-1][: count * part.width]
         return _Tile(tensor, index, part, first, slot, seen, result, at, read, written)
+
+    def _scales_tile(self, tensor: _Tensor, index: int, slot: Slot, stored: memoryview) -> _Tile:
+        """All scales of a weight, which are there."""
+        part, first = tensor.at(index)
+        if part.out is not None:
+            import torch
+
+            part.out.copy_(torch.frombuffer(bytearray(stored), dtype=torch.uint8))
+        result = None if part.out is not None else stored
+        return _Tile(
+            tensor, index, part, first, slot, [() for _ in part.readers], result, tensor.place(index), 0, len(stored)
+        )
 
     def _end(self, tile: _Tile, worker: int) -> None:
         """Take a tile the rest of the way."""
@@ -582,6 +630,14 @@ class _Engine:
                     self.files.release(path)
             if self.how.counted and not part.copied and not part.tiles:
                 self.told.outcome.tallies[step.label] = part.tally
+            if part.coder is not None and part.coder.found is not None and not step.is_scale:
+                _, renewed, blocks = part.coder.found
+                self.told.outcome.scales[step.label] = (blocks, 0 if renewed is None else int(renewed.sum()))
+            if step.output.encoding is not None:
+                weight = step.output.encoding.weight
+                self.uncoded[weight] -= 1
+                if not self.uncoded[weight]:
+                    self.coders.pop(weight, None)
         del self.active[tensor]
 
     def _stop(self, error: BaseException) -> None:
@@ -600,9 +656,14 @@ class _Engine:
                 tensor.turned.notify_all()
 
 
+def _is_decoded(step: Step) -> bool:
+    """Whether an operand is made of codes, which the processor does not read itself."""
+    return any(operand.is_decoded for operand in step.operands)
+
+
 def _length(step: Step) -> int:
-    """Of a copy the bytes, of all else the elements."""
-    return step.nbytes if step.op == "copy" else step.count
+    """Of a copy and of scales the bytes, of all else the elements."""
+    return step.nbytes if step.op == "copy" or step.is_scale else step.count
 
 
 def _packed(step: Step) -> int:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ires_kernels.streaming.encoded import Coding
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -80,12 +82,15 @@ class Slot(Protocol):
     def buffers(self) -> list[memoryview]:
         """In host memory: one for each operand and one, the last, for the result."""
 
-    def start(self, step: Step, first: int, count: int, out: Tensor | None) -> None:
+    def start(self, step: Step, first: int, count: int, out: Tensor | None, coding: Coding | None = None) -> None:
         """Make `count` elements from flat index `first` on, out of the first bytes of the buffers.
 
         The result goes into `out`, a piece of a tensor where the processor computes, or else into the last buffer.
-        With `out` the step may be a copy; it and `count` are in bytes then.
+        With `out` the step may be a copy; it and `count` are in bytes then. With `coding` the result is codes.
         """
+
+    def measure(self, step: Step, first: int, count: int, largest: Tensor) -> None:
+        """Take the same elements into account in the largest of each block that is to be encoded, and make nothing."""
 
     @property
     def load(self) -> Load | None:
@@ -163,6 +168,8 @@ class _ReadOnlySlot:
     def start(self, step: Step, *_: object) -> None:
         raise AssertionError(f"{step.op} of {step.name} is to be computed, by what only reads")
 
+    measure = start
+
     def wait(self) -> None:
         """Nothing was started."""
 
@@ -179,7 +186,7 @@ def buffer_sizes(steps: Iterable[Step], tile: int) -> list[int]:
         if step.op != "copy":
             widths = [FLOATS[operand.dtype] * tile for operand in step.operands]
             inputs = [max(pair) for pair in zip_longest(inputs, widths, fillvalue=0)]
-            result = max(result, FLOATS[step.dtype] * tile)
+            result = max(result, (1 if step.output.encoding else FLOATS[step.dtype]) * tile)
     return [*inputs, result]
 
 

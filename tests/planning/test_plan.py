@@ -290,7 +290,8 @@ F8 = torch.float8_e4m3fn
 def test_codes_of_quantized_weights_are_refused(
     tmp_path: Path, changes: dict[str, torch.dtype], config: dict[str, Any], why: str
 ) -> None:
-    codes = {name: torch.zeros(4, 4).to(dtype) for name, dtype in changes.items()}
+    """Where they cannot be decoded: here all scales have a shape that fits nothing."""
+    codes = {name: torch.zeros(4, 3 if "scale" in name else 4).to(dtype) for name, dtype in changes.items()}
     for name in ("base", "instruct", "target"):
         write_model(tmp_path / name, {**tensors(1), **codes}, config=config)
     paths = [tmp_path / name for name in ("base", "instruct", "target")]
@@ -302,18 +303,23 @@ def test_codes_of_quantized_weights_are_refused(
         plan_extract(open_inputs({"base": paths[0], "instruct": paths[1]}), Rules.of(0))
 
 
-def test_a_quantized_target_is_refused_too_and_float8_without_scales_is_numbers(tmp_path: Path) -> None:
+def test_a_target_of_codes_is_told_from_one_of_float8_numbers(tmp_path: Path) -> None:
     plain = {"a.weight": torch.zeros(4, 4)}
     for name in ("base", "instruct"):
         write_model(tmp_path / name, {**tensors(1), **plain})
     codes = {"a.weight": torch.zeros(4, 4).to(F8), "a.weight_scale": torch.ones(1)}
     quantized = write_model(tmp_path / "quantized", {**tensors(1), **codes})
-    assert f"'a.weight' of target ({quantized}/model.safetensors) is F8_E4M3 codes" in refusal(
-        tmp_path / "base", tmp_path / "instruct", quantized
+    plan = one_pass(tmp_path / "base", tmp_path / "instruct", quantized)
+    assert (step(plan, "a.weight").op, step(plan, "a.weight").dtype) == ("add_difference", "F8_E4M3")
+    assert {each.name for each in plan.steps if each.output.encoding} == {"a.weight", "a.weight_scale"}
+    plan = one_pass(tmp_path / "base", tmp_path / "instruct", quantized, skip=r"^a\.", dtype="f32")
+    assert (step(plan, "a.weight").op, step(plan, "a.weight").dtype) == ("convert", "F32")
+    assert "a.weight_scale" not in {each.name for each in plan.steps}
+    bad = write_model(tmp_path / "bad", {**tensors(1), **codes, "a.weight_scale": torch.ones(3)})
+    assert f"'a.weight' of target ({bad}/model.safetensors) is F8_E4M3 codes" in refusal(
+        tmp_path / "base", tmp_path / "instruct", bad
     )
-    assert "and cannot become F32" in refusal(
-        tmp_path / "base", tmp_path / "instruct", quantized, skip=r"^a\.", dtype="f32"
-    )
+    assert "and cannot become F32" in refusal(tmp_path / "base", tmp_path / "instruct", bad, skip=r"^a\.", dtype="f32")
     numbers = write_model(tmp_path / "numbers", {**tensors(1), "a.weight": torch.zeros(4, 4).to(F8)})
     plan = one_pass(tmp_path / "base", tmp_path / "instruct", numbers)
     assert (step(plan, "a.weight").op, step(plan, "a.weight").dtype) == ("add_difference", "F8_E4M3")

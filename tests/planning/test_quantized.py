@@ -67,14 +67,16 @@ FORMATS: dict[str, dict[str, torch.dtype]] = {
 
 
 def codes(dtypes: dict[str, torch.dtype], seed: int) -> Tensors:
-    """Bytes of codes, and floats for scales; other ones for every seed."""
+    """Bytes of codes, and floats for scales, of shapes that fit no codes; other ones for every seed."""
     made = {}
     for i, (name, dtype) in enumerate(dtypes.items()):
         generator = torch.Generator().manual_seed(100 * seed + i)
         if dtype in (BF16, F16, F32):
-            made[name] = torch.rand(4, 4, generator=generator).to(dtype) + 0.5
+            shape = (4, 4) if name.endswith((".weight", ".bias")) else (3, 4)
+            made[name] = torch.rand(shape, generator=generator).to(dtype) + 0.5
         else:
-            raw = torch.randint(1, 100, (4, 4 * dtype.itemsize), generator=generator).to(U8)
+            rows = 3 if name.endswith("scale") else 4
+            raw = torch.randint(1, 100, (rows, 4 * dtype.itemsize), generator=generator).to(U8)
             made[name] = raw.view(dtype)
     return made
 

@@ -16,7 +16,7 @@ import xxhash
 from selection import tiles
 
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, open_checkpoint
-from ires_kernels.checkpoints.quantized import Format, QuantizedRef, Ref
+from ires_kernels.checkpoints.quantized import Ref
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Op, Operand, Output, Step, by_output
 from ires_kernels.streaming import stream
@@ -222,14 +222,6 @@ def test_what_an_operand_is(sources: Checkpoint) -> None:
         Operand("r", (ref, sources.tensors["1"]))
     with pytest.raises(ValueError, match="made of nothing"):
         Operand("r", ())
-
-
-def test_numbers_that_nobody_decodes_are_refused(sources: Checkpoint) -> None:
-    step = whole_step(sources, "subtract", 2, "F32")
-    codes = QuantizedRef("1", SHAPE, Format("scaled"), (("codes", sources.tensors["1"]),), SHAPE)
-    scaled = replace(step, operands=(step.operands[0], Operand("role 1", (codes,))))
-    with pytest.raises(RuntimeError, match=r"tensor 'out' of .*: nothing here decodes '1' \(role 1\)"):
-        carried_out([scaled], sources, 1)
 
 
 def test_a_file_that_ends_in_the_middle_of_runs(tmp_path: Path) -> None:

@@ -1,0 +1,131 @@
+"""Readers of quantized weights: codes and what belongs to them become float32 numbers in the memory of a tile."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from ires_kernels.backends.decoding import decode
+from ires_kernels.checkpoints.checkpoint import TensorRef
+from ires_kernels.checkpoints.quantized import QuantizedRef, Ref
+from ires_kernels.checkpoints.sources import LocalFile
+from ires_kernels.formats import ACROSS, matrices
+
+
+class Numbers(Protocol):
+    """What puts numbers into the memory of a tile, and returns what its digest is of."""
+
+    def read_into(self, buffer: memoryview, first: int, count: int) -> Sequence[memoryview]: ...
+
+
+class Decoded:
+    """The numbers of one weight, or of a run of its elements.
+
+    Scales and the like are small, and read once; so is a matrix whose codes lie all over it. The digest is of these
+    parts, whole and in their order, and behind them of the codes, from the first byte that holds one to the last.
+    """
+
+    def __init__(self, ref: QuantizedRef, sources: Mapping[Path, LocalFile]) -> None:
+        self.ref = ref
+        self._codes = sources[ref.path]
+        self._sources = sources
+        self._lock = threading.Lock()
+        self._parts: dict[str, memoryview] = {}
+        self._matrix: tuple[int, memoryview] = (-1, memoryview(b""))
+        _, height, width = matrices(ref.full)
+        self._across = height * width if ref.format.name in ACROSS else 0
+
+    def read_into(self, buffer: memoryview, first: int, count: int) -> Sequence[memoryview]:
+        out = torch.frombuffer(buffer, dtype=torch.float32, count=count)
+        seen = self._seen(first)
+        if self._across:
+            return [*seen, *self._read_matrices(out, first, count)]
+        begin, size = self.ref.span(first, count)
+        # Two runs may share a byte; and what fills up a row of codes is a part of no run.
+        done = sum(self.ref.span(first - 1, 1)) if first else begin
+        low = min(begin, done)
+        read = self._read(low, begin + size - low)
+        self._decode(first, count, read[begin - low :], out)
+        return [*seen, read[done - low :]]
+
+    def part(self, name: str) -> memoryview:
+        """All bytes of a part other than the codes."""
+        with self._lock:
+            if name not in self._parts:
+                ref = dict(self.ref.parts)[name]
+                view = memoryview(bytearray(ref.nbytes))
+                self._sources[ref.path].read_into(view, ref.offset)
+                self._parts[name] = view
+            return self._parts[name]
+
+    def _seen(self, first: int) -> list[memoryview]:
+        parts = [self.part(name) for name, _ in self.ref.parts[1:]]
+        return parts if first == 0 else []
+
+    def _decode(self, first: int, count: int, codes: memoryview, out: torch.Tensor) -> None:
+        parts = {"codes": codes, **{name: self.part(name) for name, _ in self.ref.parts[1:]}}
+        decode(self.ref.format, self.ref.full, self.ref.first + first, count, parts, out)
+
+    def _read(self, begin: int, size: int) -> memoryview:
+        view = memoryview(bytearray(size))
+        self._codes.read_into(view, self.ref.codes.offset + begin)
+        return view
+
+    def _read_matrices(self, out: torch.Tensor, first: int, count: int) -> list[memoryview]:
+        """Of each matrix the elements that are wanted; with its first one of them goes what is hashed of it."""
+        seen, at = [], first
+        while at < first + count:
+            number = (self.ref.first + at) // self._across
+            end = min(first + count, (number + 1) * self._across - self.ref.first)
+            with self._lock:
+                if self._matrix[0] != number:
+                    self._matrix = number, self._read(*self.ref.span(at, 1))
+                codes = self._matrix[1]
+            self._decode(at, end - at, codes, out[at - first : end - first])
+            if at == 0 or (self.ref.first + at) % self._across == 0:
+                seen.append(codes)
+            at = end
+        return seen
+
+    def reads(self, first: int, count: int) -> None:
+        """Reading is not all that it takes."""
+
+
+class Several:
+    """Weights that follow each other, quantized or not, as one operand."""
+
+    def __init__(self, readers: Sequence[Numbers], counts: Sequence[int]) -> None:
+        self._readers = readers
+        self._ends = list(accumulate(counts))
+
+    def read_into(self, buffer: memoryview, first: int, count: int) -> Sequence[memoryview]:
+        seen: list[memoryview] = []
+        at = first
+        while at < first + count:
+            number = bisect_right(self._ends, at)
+            begin = self._ends[number - 1] if number else 0
+            end = min(self._ends[number], first + count)
+            seen += self._readers[number].read_into(buffer[4 * (at - first) :], at - begin, end - at)
+            at = end
+        return seen
+
+    def reads(self, first: int, count: int) -> None:
+        """Reading is not all that it takes."""
+
+
+def stored(ref: Ref) -> list[TensorRef]:
+    """The bytes that the digest of a weight, or of a run of it, is of: whole parts, then codes."""
+    if isinstance(ref, TensorRef):
+        return [_bytes(ref, 0, ref.nbytes)]
+    parts = [_bytes(part, 0, part.nbytes) for _, part in ref.parts[1:]]
+    return [*parts, _bytes(ref.codes, *ref.span(0, ref.numel))]
+
+
+def _bytes(ref: TensorRef, begin: int, size: int) -> TensorRef:
+    return TensorRef(ref.name, "U8", (size,), ref.path, ref.offset + begin, size, ref.tensor, begin)

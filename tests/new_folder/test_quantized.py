@@ -1,0 +1,200 @@
+"""Merges in which models are quantized: decoded on any side, and stored in the format of the target or as floats."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from quantized_models import DECODED, ENCODED, FORMATS, numbers
+from small_models import Tensors, normal, read_model, same, snapshot, write_model
+
+import ires_kernels as ik
+from ires_kernels.checkpoints.header import CheckpointError
+
+SHAPES = {
+    "model.embed_tokens.weight": (40, 64),
+    "model.layers.0.mlp.up_proj.weight": (72, 64),
+    "model.layers.0.mlp.down_proj.weight": (64, 96),
+    "model.layers.0.norm.weight": (64,),
+    "lm_head.weight": (40, 64),
+}
+QUANTIZED = [name for name in SHAPES if "proj" in name]
+
+
+def models(root: Path, *formats: str | None, shards: int = 1, scale: float = 1e-3) -> list[Path]:
+    """Folders target, instruct and base, each in a format or in bfloat16; the last two are near each other."""
+    base = {name: normal(shape, i, torch.float32) for i, (name, shape) in enumerate(SHAPES.items())}
+    paths = []
+    for seed, role in enumerate(("target", "instruct", "base")):
+        format = formats[seed] if seed < len(formats) else None
+        paths.append(write(root / role, near(base, seed, scale), format, shards=shards))
+    return paths
+
+
+def near(base: Tensors, seed: int, scale: float) -> Tensors:
+    noise = {name: normal(t.shape, 100 * seed + i, torch.float32, scale) for i, (name, t) in enumerate(base.items())}
+    return {name: (t + noise[name]).bfloat16() for name, t in base.items()}
+
+
+def write(folder: Path, tensors: Tensors, format: str | None, **options: Any) -> Path:
+    config: dict[str, Any] = {"model_type": "llama", "torch_dtype": "bfloat16"}
+    stored = dict(tensors)
+    if format is not None:
+        make, settings = FORMATS[format]
+        stored = {}
+        for name, tensor in tensors.items():
+            stored |= make(name, tensor) if name in QUANTIZED else {name: tensor}
+        config["quantization_config"] = settings
+    return write_model(folder, stored, config=config, **options)
+
+
+def merged(target: Tensors, instruct: Tensors, base: Tensors, dtype: torch.dtype, alpha: float = 1.0) -> Tensors:
+    """In float32, each operation rounded once, and the result as well."""
+    return {n: (t.float() + alpha * (instruct[n].float() - base[n].float())).to(dtype) for n, t in target.items()}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("sides", [(0, 1, 0), (0, 1, 1), (1, 1, 1), (0, 0, 1)])
+def test_what_is_quantized_is_decoded_on_every_side(tmp_path: Path, format: str, sides: tuple[int, ...]) -> None:
+    paths = models(tmp_path, *(format if side else None for side in sides))
+    dtype = "bf16" if sides[0] else None
+    report = ik.apply(paths[0], (paths[1], paths[2]), out=tmp_path / "out", dtype=dtype, alpha=0.5, sync=False)
+    found, wanted = read_model(tmp_path / "out"), merged(*map(numbers, paths), torch.bfloat16, 0.5)  # type: ignore[call-arg]
+    assert found.keys() == SHAPES.keys()
+    assert all(same(found[name], wanted[name]) for name in wanted)
+    assert report.tensors == len(SHAPES)  # type: ignore[union-attr]
+    assert "quantization" not in (tmp_path / "out" / "config.json").read_text()
+    assert ik.verify(tmp_path / "out")
+    loaded = ik.load(paths[0], (paths[1], paths[2]), dtype=dtype, alpha=0.5)
+    assert all(same(loaded[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_residual_of_quantized_models_is_one_of_numbers(tmp_path: Path, format: str) -> None:
+    target, instruct, base = models(tmp_path, None, format, format)
+    ik.extract(base, instruct, tmp_path / "residual", sync=False)
+    found, one, two = read_model(tmp_path / "residual"), numbers(instruct), numbers(base)
+    assert found.keys() == SHAPES.keys()
+    assert all(same(found[name], one[name].float() - two[name].float()) for name in SHAPES)
+    ik.apply(target, tmp_path / "residual", out=tmp_path / "one", sync=False)
+    ik.apply(target, (instruct, base), out=tmp_path / "two", sync=False)
+    one, two = read_model(tmp_path / "one"), read_model(tmp_path / "two")
+    assert all(same(one[name], two[name]) for name in SHAPES)
+
+
+@pytest.mark.parametrize("format", ENCODED)
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_residual_of_zero_leaves_every_byte_of_a_quantized_target(tmp_path: Path, format: str, rounding: str) -> None:
+    target, instruct, _ = models(tmp_path, format)
+    report = ik.apply(target, (instruct, instruct), out=tmp_path / "out", sync=False, rounding=rounding)
+    before, after = read_model(target), read_model(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(same(before[n], after[n]) for n in before if n not in SHAPES or "proj" in n)
+    assert json.loads((target / "config.json").read_text()) == json.loads((tmp_path / "out/config.json").read_text())
+    assert report.counts.updates == 0  # type: ignore[union-attr]
+    assert ik.verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("format", ENCODED)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_quantized_target_keeps_its_format(tmp_path: Path, format: str, shards: int) -> None:
+    """Each number is within half a step of its code of what the merge gives."""
+    paths = models(tmp_path, format, format, shards=shards, scale=4e-3)
+    report = ik.apply(paths[0], (paths[1], paths[2]), out=tmp_path / "out", sync=False)
+    before, after = read_model(paths[0]), read_model(tmp_path / "out")
+    assert {n: (t.dtype, t.shape) for n, t in before.items()} == {n: (t.dtype, t.shape) for n, t in after.items()}
+    wanted, found = merged(*map(numbers, paths), torch.float32), numbers(tmp_path / "out")  # type: ignore[call-arg]
+    largest = {n: wanted[n].abs().amax() for n in QUANTIZED}
+    for name in QUANTIZED:
+        step = largest[name] / 127 if format == "int8-channel" else wanted[name].abs() / 16 + largest[name] / 2**8
+        assert ((found[name] - wanted[name]).abs() <= step).all()
+        assert not torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8))
+    for name in SHAPES.keys() - QUANTIZED:
+        assert same(found[name], wanted[name].bfloat16())
+    assert ik.verify(tmp_path / "out")
+    assert report.tensors == len(SHAPES)  # type: ignore[union-attr]
+    loaded = ik.load(paths[0], (paths[1], paths[2]))
+    assert all(same(loaded[name], after[name]) for name in after)
+
+
+def test_only_blocks_that_have_grown_get_new_scales(tmp_path: Path) -> None:
+    """A hundredfold weight in one block: that block has a new scale, and all others the bytes that they had."""
+    target, instruct, base = models(tmp_path, "fp8-block")
+    name = QUANTIZED[0]
+    changed = read_model(base)
+    changed[name][20, 20] = 3.0
+    instruct = write(tmp_path / "other", changed, None)
+    ik.apply(target, (instruct, base), out=tmp_path / "out", sync=False)
+    before, after = read_model(target), read_model(tmp_path / "out")
+    scale = f"{name}_scale_inv"
+    assert torch.equal(before[scale] != after[scale], torch.arange(20).reshape(5, 4) == 5)
+    same_codes = before[name].view(torch.uint8) == after[name].view(torch.uint8)
+    outside = torch.ones(72, 64, dtype=torch.bool)
+    outside[16:32, 16:32] = False
+    assert same_codes[outside].all()
+    wanted = numbers(target)[name][20, 20] + (changed[name][20, 20].float() - read_model(base)[name][20, 20].float())
+    assert after[scale][1, 1] == wanted / 448
+    assert after[name].float()[20, 20] == 448
+    assert all(same(before[n], after[n]) for n in before if n not in (name, scale) and "proj" in n)
+
+
+def test_stochastic_rounding_reaches_codes(tmp_path: Path) -> None:
+    paths = models(tmp_path, "fp8-block", None, None, scale=1e-4)
+    ways = {}
+    for rounding, seed in (("nearest", 0), ("stochastic", 1), ("stochastic", 2)):
+        out = tmp_path / f"{rounding}{seed}"
+        report = ik.apply(paths[0], (paths[1], paths[2]), out=out, sync=False, rounding=rounding, seed=seed)
+        ways[rounding, seed] = read_model(out), report
+        assert ik.verify(out)
+    codes = [each[QUANTIZED[0]].view(torch.uint8) for each, _ in ways.values()]
+    assert not any(torch.equal(codes[i], codes[i - 1]) for i in range(3))
+
+
+@pytest.mark.parametrize("format", DECODED)
+def test_what_cannot_be_encoded_asks_for_a_dtype(tmp_path: Path, format: str) -> None:
+    paths = models(tmp_path, format)
+    with pytest.raises(CheckpointError, match="--dtype bf16") as caught:
+        ik.apply(paths[0], (paths[1], paths[2]), out=tmp_path / "out", sync=False)
+    assert f"is {format}" in f"{caught.value}"
+    assert not (tmp_path / "out").exists()
+    ik.apply(paths[0], (paths[1], paths[2]), out=tmp_path / "out", sync=False, skip="proj")
+    before, after = read_model(paths[0]), read_model(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(same(before[n], after[n]) for n in before if "proj" in n)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_skipping_any_part_of_a_weight_keeps_all_of_it(tmp_path: Path, format: str) -> None:
+    paths = models(tmp_path, format)
+    before = read_model(paths[0])
+    for number, part in enumerate(name for name in before if name.startswith("model.layers.0.mlp.up")):
+        out = tmp_path / f"out{number}"
+        skip = [f"^{part.replace('.', '[.]')}$", "down_proj"]
+        report = ik.apply(paths[0], (paths[1], paths[2]), out=out, sync=False, skip=skip)
+        after = read_model(out)
+        assert after.keys() == before.keys()
+        changed = {name for name in before if not same(before[name], after[name])}
+        assert changed == SHAPES.keys() - QUANTIZED
+        assert report.copied.keys() == before.keys() - changed  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("sides", [(0, 1, 0), (0, 1, 1)])
+def test_sources_of_an_update_in_place_may_be_quantized(tmp_path: Path, sides: tuple[int, ...]) -> None:
+    paths = models(tmp_path, *("fp8-block" if side else None for side in sides))
+    wanted = merged(*map(numbers, paths), torch.bfloat16)  # type: ignore[call-arg]
+    ik.apply(paths[0], (paths[1], paths[2]), in_place=True, sync=False)
+    found = read_model(paths[0])
+    assert all(same(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_quantized_target_is_not_updated_in_place(tmp_path: Path) -> None:
+    paths = models(tmp_path, "fp8-block")
+    before = snapshot(tmp_path)
+    with pytest.raises(CheckpointError, match="-o OUT"):
+        ik.apply(paths[0], (paths[1], paths[2]), in_place=True, sync=False)
+    assert snapshot(tmp_path) == before
+    ik.apply(paths[0], (paths[1], paths[2]), in_place=True, sync=False, skip="proj")
