@@ -621,13 +621,16 @@ def write_all(fd: int, data: bytes | memoryview, offset: int, path: Path) -> Non
 
 def read_into(fd: int, view: memoryview, offset: int, path: Path) -> None:
     """Fill `view` from the file. Raises OSError with `path` in it, also where the file ends too early."""
-    with named(path):
+    try:  # and `named` only after an error: entering it takes as long as reading a few bytes, as samples are
         done = os.preadv(fd, [view], offset)
         while done < len(view):
             count = os.preadv(fd, [view[done:]], offset + done)
             if not count:
                 raise shrunk(path, offset + done)
             done += count
+    except OSError:
+        with named(path):
+            raise
 
 
 def read_views(fd: int, views: Sequence[memoryview], offset: int, path: Path) -> None:

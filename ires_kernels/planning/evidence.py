@@ -109,7 +109,7 @@ class Sample(NamedTuple):
     """Of all runs, little-endian as it is stored."""
 
     @property
-    def values(self) -> list[float]:
+    def values(self) -> Sequence[float]:
         """The numbers, all exactly."""
         return _NUMBERS[self.dtype](self.data)
 
@@ -149,7 +149,8 @@ def through(sample: Sample, pieces: Iterable[tuple[int, int, int]]) -> tuple[lis
 
     pieces  of the sampled tensor, as (first element, how many, where the first is in the target), not overlapping
     """
-    values, numbers, runs = sample.values, [], []
+    values, runs = sample.values, []
+    numbers: list[float] = []
     for first, count, place in pieces:
         passed = 0
         for start, length in sample.runs:
@@ -199,7 +200,7 @@ def agrees(source: Sequence[float], target: Sequence[float]) -> bool | None:
 
 def likeness(source: Sequence[float], target: Sequence[float]) -> Likeness:
     """Compare values of a source with those that a target has of the same elements. Pure Python: some 30 us."""
-    s, t = list(source), list(target)
+    s, t = tuple(source), tuple(target)
     count = len(s)
     if len(t) != count:
         raise ValueError(f"{count} values of the source, {len(t)} of the target")
@@ -244,6 +245,7 @@ class Looks:
         self.bytes_read = 0
         self._decode = decode
         self._known: dict[tuple[str, str, tuple[Run, ...]], Sample | None] = {}
+        self._compared: dict[tuple[str, str, str, str], Likeness | None] = {}
         self._files = Files({path: of for model in inputs.values() for path, of in model.file_ids.items()}, ())
 
     def of(self, role: str, ref: Ref) -> Sample | None:
@@ -270,9 +272,12 @@ class Looks:
 
         None where nothing is known of one of them, or they are not of one size.
         """
-        sample = self.of(role, ref) if ref.numel == target.numel else None
-        found = None if sample is None else self.at(other, target, sample.runs)
-        return None if sample is None or found is None else likeness(sample.values, found.values)
+        key = role, ref.name, other, target.name
+        if key not in self._compared:
+            sample = self.of(role, ref) if ref.numel == target.numel else None
+            found = None if sample is None else self.at(other, target, sample.runs)
+            self._compared[key] = None if sample is None or found is None else likeness(sample.values, found.values)
+        return self._compared[key]
 
     def close(self) -> None:
         """Close the files; another look opens them again."""
@@ -295,14 +300,18 @@ class Looks:
                 numbers.byteswap()
             return Sample(runs, "F32", numbers.tobytes())
         width = FLOATS[ref.dtype]
-        order = sorted(runs)
-        begin, end = order[0][0], max(first + count for first, count in order)
-        if (end - begin) * width <= _NEAR:  # one read takes no longer than several
+        begin, end = min(runs)[0], max([first + count for first, count in runs])
+        if (end - begin) * width <= _NEAR:
             near = self._bytes(ref, begin * width, (end - begin) * width)
-            data = [near[(first - begin) * width :][: count * width] for first, count in runs]
-        else:
-            data = [self._bytes(ref, first * width, count * width) for first, count in runs]
-        return Sample(runs, ref.dtype, b"".join(data))
+            parts = [near[(first - begin) * width :][: count * width] for first, count in runs]
+            return Sample(runs, ref.dtype, b"".join(parts))
+        data = memoryview(bytearray(sum([count for _, count in runs]) * width))
+        source, done = self._files.open(ref.path), 0
+        for first, count in runs:
+            source.read_into(data[done : done + count * width], ref.offset + first * width)
+            done += count * width
+        self.bytes_read += done
+        return Sample(runs, ref.dtype, bytes(data))
 
     def _bytes(self, ref: TensorRef, offset: int, size: int) -> bytes:
         data = bytearray(size)
@@ -312,22 +321,22 @@ class Looks:
 
 
 _NEAR = 1 << 13
-"""Bytes that are read at once, where all places of a tensor lie within."""
+"""Bytes that are read at once, where all places of a tensor lie within: it takes no longer than to read them apart."""
 
 
-def _unpacked(code: str) -> Callable[[bytes], list[float]]:
+def _unpacked(code: str) -> Callable[[bytes], Sequence[float]]:
     width = struct.calcsize(f"<{code}")
-    return lambda data: list(struct.unpack(f"<{len(data) // width}{code}", data))
+    return lambda data: struct.unpack(f"<{len(data) // width}{code}", data)
 
 
-def _bfloat16(data: bytes) -> list[float]:
+def _bfloat16(data: bytes) -> Sequence[float]:
     """A bfloat16 is the upper half of a float32."""
     wide = bytearray(2 * len(data))
     wide[2::4], wide[3::4] = data[::2], data[1::2]
-    return list(struct.unpack(f"<{len(data) // 2}f", wide))
+    return struct.unpack(f"<{len(data) // 2}f", wide)
 
 
-def _bytewise(name: str) -> Callable[[bytes], list[float]]:
+def _bytewise(name: str) -> Callable[[bytes], Sequence[float]]:
     """A reader of a dtype of one byte, by a table of all codes."""
     number = NUMBERS[name]
     table = []
@@ -339,10 +348,10 @@ def _bytewise(name: str) -> Callable[[bytes], list[float]]:
         if bits > number.largest:
             value = math.inf if bits == number.infinity else math.nan
         table.append(math.copysign(value, -1 if code & 0x80 else 1))
-    return lambda data: [table[code] for code in data]
+    return lambda data: tuple([table[code] for code in data])
 
 
-_NUMBERS = {
+_NUMBERS: dict[str, Callable[[bytes], Sequence[float]]] = {
     "F64": _unpacked("d"),
     "F32": _unpacked("f"),
     "F16": _unpacked("e"),
