@@ -514,13 +514,30 @@ def _inspect(arguments: argparse.Namespace) -> int:
         rows.append(("adapter", f"{names}. {MERGE_ADAPTER}"))
     if table["quantized"]:
         rows.append(("quantized", f"{len(table['quantized'])} tensors: {next(iter(table['quantized'].values()))}"))
+    rows += [("format", f"{form}: {count} weight{'s' * (count > 1)}") for form, count in table["formats"].items()]
+    if table["not_decoded"]:
+        name, why = next(iter(table["not_decoded"].items()))
+        rows.append(
+            (
+                "not decoded",
+                f"{len(table['not_decoded'])} weight{'s' * (len(table['not_decoded']) > 1)}, such as {name}: {why}",
+            )
+        )
     made_by = table["made_by"]
     rows += [("made by", f"ires {made_by['operation']}, {made_by.get('id')}")] if "operation" in made_by else []
     rows += [(f"from {role}", f"{entry.get('path')}") for role, entry in made_by.get("inputs", {}).items()]
     rows += [("note", text) for text in table["notes"]]
-    lines = [f"{t['dtype']:<8} {t['shape']!s:<20} {t['name']}  {t['file']}" for t in tensors if arguments.tensors]
+    lines = [_tensor(each) for each in tensors if arguments.tensors]
     _say("\n".join([columns(rows), *map(plain, lines)]))
     return 0
+
+
+def _tensor(entry: dict[str, Any]) -> str:
+    """A stored tensor in a line, and where it is a part of a quantized weight, of which."""
+    stored = f"{entry['dtype']:<8} {entry['shape']!s:<20} {entry['name']}  {entry['file']}"
+    if "format" in entry:
+        return f"{stored}  {entry['format']} codes of {entry['weight']} {entry['numbers']}"
+    return f"{stored}  of {entry['weight']}" if "weight" in entry else stored
 
 
 def _print_result(arguments: argparse.Namespace, result: Any) -> int:
