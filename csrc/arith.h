@@ -360,7 +360,7 @@ IRES_HD Words philox(uint64_t seed, uint64_t stream, uint64_t block) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The operations. `update` is D of the report: what the operation adds to its first operand. Adding several residuals
-// is AddOne applied to each in turn.
+// is AddOne applied to each in turn, several differences AddDifference.
 struct Subtract {  // a - b
     static constexpr OpCode kCode = OpCode::subtract;
     static constexpr int kInputs = 2;

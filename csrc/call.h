@@ -15,8 +15,8 @@ namespace ires {
 // What is done: the same for every tensor of a call.
 struct Operation {
     OpCode code;
-    int inputs;             // subtract 2, add 1 + residuals, scale 1, add_difference 3
-    const double* factors;  // already rounded to C; add: one per residual, scale and add_difference: one, subtract: none
+    int inputs;             // subtract 2, add 1 + residuals, scale 1, add_difference 1 + 2 pairs
+    const double* factors;  // add: one per residual, add_difference: one per pair, scale: one, subtract: none
     bool stochastic;
     uint64_t seed;
 };

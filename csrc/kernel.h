@@ -314,7 +314,7 @@ template <class C, int V> struct Value {
             } else if (code == OpCode::add) {
                 const C in[] = {v[j], x[j]};
                 v[j] = compute<AddOne>(factor, in);
-            } else if (k == 2) {
+            } else if (k % 2 == 0) {
                 minuend[j] = x[j];
             } else {
                 const C in[] = {v[j], minuend[j], x[j]};

@@ -300,7 +300,7 @@ template <class C> struct Blocks {
 
 // v: the C value before the store; update: D of the report (only where a tally wants it).
 template <class C>
-void compute_block(const Operation& op, const Run& run, int64_t i, int64_t n, C* v, C* update, C* scratch) {
+void compute_block(const Operation& op, const Run& run, int64_t i, int64_t n, C* v, C* update, C* scratch, C* minuend) {
     const auto get = [&](int k, C* to) {
         const DType type = run.in_types[k];
         Blocks<C>::widen[int(type)](static_cast<const char*>(run.in[k]) + i * item_size(type), to, n);
@@ -316,16 +316,18 @@ void compute_block(const Operation& op, const Run& run, int64_t i, int64_t n, C*
             get(1, scratch);
             for (int64_t j = 0; j < n; ++j) v[j] = update[j] = sub(v[j], scratch[j]);
             return;
-        case OpCode::add_difference: {
-            const C alpha = C(op.factors[0]);
-            get(1, update);
-            get(2, scratch);
-            for (int64_t j = 0; j < n; ++j) {
-                update[j] = mul(alpha, sub(update[j], scratch[j]));
-                v[j] = add(v[j], update[j]);
+        case OpCode::add_difference:
+            for (int k = 1; k < op.inputs; k += 2) {
+                const C alpha = C(op.factors[k / 2]);
+                get(k, minuend);
+                get(k + 1, scratch);
+                for (int64_t j = 0; j < n; ++j) {
+                    const C one = mul(alpha, sub(minuend[j], scratch[j]));
+                    update[j] = k == 1 ? one : add(update[j], one);
+                    v[j] = add(v[j], one);
+                }
             }
             return;
-        }
         case OpCode::add:
             for (int k = 1; k < op.inputs; ++k) {
                 const C alpha = C(op.factors[k - 1]);
@@ -364,7 +366,7 @@ template <class C> bool overflows(C v, DType out) {
 
 // Counts one element at a time, in f64: for blocks that hold NaN, inf, an overflow, or squares that underflow.
 template <class C> void tally_block(const Operation& op, const Run& run, int64_t i, int64_t n, Tally* tally) {
-    alignas(64) C v[kBlock], update[kBlock], scratch[kBlock], target[kBlock], out[kBlock];
+    alignas(64) C v[kBlock], update[kBlock], scratch[kBlock], minuend[kBlock], target[kBlock], out[kBlock];
     bool nan_in[kBlock] = {}, inf_in[kBlock] = {};
     for (int k = 0; k < op.inputs; ++k) {
         const DType type = run.in_types[k];
@@ -375,7 +377,7 @@ template <class C> void tally_block(const Operation& op, const Run& run, int64_t
             if (k == 0) target[j] = op.code == OpCode::subtract ? C(0) : scratch[j];
         }
     }
-    compute_block<C>(op, run, i, n, v, update, scratch);
+    compute_block<C>(op, run, i, n, v, update, scratch, minuend);
     Blocks<C>::widen[int(run.out_type)](static_cast<const char*>(run.out) + i * item_size(run.out_type), out, n);
     for (int64_t j = 0; j < n; ++j) {
         tally->nan_in += nan_in[j];
@@ -430,12 +432,12 @@ void tally_slowly(const Operation& op, const Run& run, Tally* tally) {
 }
 
 template <class C> void run_blocks(const Operation& op, const Run& run, Tally* tally) {
-    alignas(64) C v[kBlock], update[kBlock], scratch[kBlock];
+    alignas(64) C v[kBlock], update[kBlock], scratch[kBlock], minuend[kBlock];
     BlockOfWords words;
     const bool narrows = item_size(run.out_type) < int(sizeof(C));
     for (int64_t i = 0; i < run.n; i += kBlock) {
         const int64_t n = std::min(kBlock, run.n - i);
-        compute_block<C>(op, run, i, n, v, update, scratch);
+        compute_block<C>(op, run, i, n, v, update, scratch, minuend);
         void* out = static_cast<char*>(run.out) + i * item_size(run.out_type);
         if (op.stochastic && narrows) {
             const uint32_t* w = words.in_order(op.seed, run.stream, run.index + uint64_t(i), n);

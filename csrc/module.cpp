@@ -160,11 +160,11 @@ ires::Operation operation(int code, const std::vector<double>& factors, bool sto
         case ires::OpCode::subtract: op.inputs = 2; break;
         case ires::OpCode::add: op.inputs = 1 + int(factors.size()); break;
         case ires::OpCode::scale: op.inputs = 1; break;
-        case ires::OpCode::add_difference: op.inputs = 3; break;
+        case ires::OpCode::add_difference: op.inputs = 1 + 2 * int(factors.size()); break;
         default: throw py::value_error("unknown operation code " + std::to_string(code));
     }
-    const size_t wanted = op.code == ires::OpCode::subtract ? 0 : op.code == ires::OpCode::add ? factors.size() : 1;
-    if (factors.size() != wanted) throw py::value_error("wrong number of factors");
+    const bool none = op.code == ires::OpCode::subtract, one = op.code == ires::OpCode::scale;
+    if (none ? !factors.empty() : factors.empty() || (one && factors.size() != 1)) throw py::value_error("wrong number of factors");
     return op;
 }
 

@@ -101,7 +101,8 @@ inline std::vector<uint64_t> common_words(const Operation& op, const Item& item)
     for (int k = 0; k <= op.inputs; ++k) {
         double factor = 0;
         if (op.code == OpCode::add && k >= 2) factor = op.factors[k - 2];
-        if (op.code == OpCode::scale || op.code == OpCode::add_difference) factor = op.factors[0];
+        if (op.code == OpCode::add_difference && k >= 2) factor = op.factors[k / 2 - 1];
+        if (op.code == OpCode::scale) factor = op.factors[0];
         words.push_back(wide ? bit_cast<uint64_t>(factor) : bit_cast<uint32_t>(float(factor)));
     }
     for (int k = 0; k <= op.inputs; ++k) words.push_back(uint64_t(operand_type(item, size_t(k))));

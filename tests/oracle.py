@@ -92,7 +92,7 @@ def compute(op: str, inputs: list[Tensor], factors: tuple[float, ...], out: torc
     if op == "scale":
         return f[0] * x[0]
     if op == "add_difference":
-        return x[0] + f[0] * (x[1] - x[2])
+        x = [x[0], *(a - b for a, b in zip(x[1::2], x[2::2], strict=True))]
     total = x[0]
     for factor, residual in zip(f, x[1:], strict=True):
         total = total + factor * residual

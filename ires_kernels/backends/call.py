@@ -18,8 +18,8 @@ threads: ContextVar[int | None] = ContextVar("threads", default=None)
 class Tally:
     """Counts of what one or more calls did to the numbers; calls add to it, and ``+=`` joins two.
 
-    D is the scaled update of an element in the compute type: ``alpha * (x - y)`` for add_difference,
-    ``a1*r1 + a2*r2 + …`` for add, ``a - b`` for subtract, whose target counts as 0.
+    D is the scaled update of an element in the compute type: ``a1*r1 + a2*r2 + …`` for add, the same with
+    ``x - y`` of each pair for add_difference, ``a - b`` for subtract, whose target counts as 0.
 
     >>> tally = ik.Tally()
     >>> _ = ik.add(torch.ones(1000).bfloat16(), torch.full((1000,), 0.001), tally=tally)
@@ -51,14 +51,15 @@ class Tally:
 class Call(NamedTuple):
     """One launch: the same operation on every item of a list. Items may differ in shape, strides and dtypes.
 
-    `inputs[i]` is (a, b) for subtract, (t, r1, …, rk) for add, (t,) for scale and (t, x, y) for add_difference.
+    `inputs[i]` is (a, b) for subtract, (t, r1, …, rk) for add, (t,) for scale and (t, x1, y1, …, xk, yk) for
+    add_difference.
     `outs[i]` may be exactly one of the tensors in `inputs[i]`; otherwise it shares no memory with any operand.
     """
 
     op: str
     outs: list[Tensor]
     inputs: list[tuple[Tensor, ...]]
-    factors: tuple[float, ...]  # add: one per residual; scale: (s,); add_difference: (alpha,); subtract: ()
+    factors: tuple[float, ...]  # add: one per residual; add_difference: one per pair; scale: (s,); subtract: ()
     stochastic: bool
     seed: int
     streams: list[int]  # one per item

@@ -58,10 +58,10 @@ def _update_and_result(op: str, values: Sequence[Tensor], factors: Sequence[Tens
     if op == "subtract":
         difference = values[0] - values[1]
         return difference, difference
+    residuals = values[1:]
     if op == "add_difference":
-        update = factors[0] * (values[1] - values[2])
-        return update, values[0] + update
-    scaled = [factor * residual for factor, residual in zip(factors, values[1:], strict=True)]
+        residuals = [x - y for x, y in zip(values[1::2], values[2::2], strict=True)]
+    scaled = [factor * residual for factor, residual in zip(factors, residuals, strict=True)]
     update, result = scaled[0], values[0] + scaled[0]
     for each in scaled[1:]:
         update = update + each

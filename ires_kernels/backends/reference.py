@@ -80,32 +80,21 @@ def _pieces(tensors: list[Tensor], start: int) -> Iterator[tuple[int, list[Tenso
         yield from _pieces([t[half:] for t in tensors], start + first[:half].numel())
 
 
-def _update(op: str, values: list[Tensor], factors: list[Tensor]) -> Tensor:
-    """What is added to the target."""
-    if op == "subtract":
-        a, b = values
-        return a - b
+def _scaled(op: str, values: list[Tensor], factors: list[Tensor]) -> list[Tensor]:
+    """The residuals, or the differences of pairs, times their factors."""
+    residuals = values[1:]
     if op == "add_difference":
-        _, x, y = values
-        return factors[0] * (x - y)
-    update = factors[0] * values[1]
-    for factor, residual in zip(factors[1:], values[2:], strict=True):
-        update = update + factor * residual
-    return update
+        residuals = [x - y for x, y in zip(values[1::2], values[2::2], strict=True)]
+    return [factor * residual for factor, residual in zip(factors, residuals, strict=True)]
 
 
 def _result(op: str, values: list[Tensor], factors: list[Tensor]) -> Tensor:
     """The value before it is stored. `+` and `*` stay apart: torch's own ``alpha=`` may fuse them."""
     if op == "scale":
         return factors[0] * values[0]
-    if op == "add":
-        total = values[0]
-        for factor, residual in zip(factors, values[1:], strict=True):
-            total = total + factor * residual
-        return total
-    if op == "add_difference":
-        return values[0] + _update(op, values, factors)
-    return _update(op, values, factors)
+    if op == "subtract":
+        return values[0] - values[1]
+    return sum(_scaled(op, values, factors), start=values[0])
 
 
 def round_to(value: Tensor, dtype: torch.dtype, words: Tensor | None = None) -> Tensor:

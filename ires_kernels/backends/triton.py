@@ -2,8 +2,8 @@
 
 A kernel is compiled when a mix of dtypes first comes up, in about a second, and kept in Triton's cache on disk; sizes,
 strides, factors, seeds and streams are arguments and compile nothing. The kernels run on the caller's current stream,
-wait for nothing and allocate nothing, except the tables of lists, and that more than four residuals take a scratch
-tensor in the compute type.
+wait for nothing and allocate nothing, except the tables of lists, and that more than four residuals, or two pairs, take
+a scratch tensor in the compute type.
 
 Tensors of a list that have one mix of dtypes take a launch for every 256 of them, and a table of their pointers: it is
 written in pinned memory and copied to the device on the stream, both from torch's pools. A launch a tensor, at some 90
@@ -188,11 +188,12 @@ def _item(call: Call, target: _Target, out: Tensor, operands: tuple[Tensor, ...]
     last = options | {"RANDOM": call.stochastic and out.dtype != compute}
     random = (call.offset, stream, call.seed)
     scratch = None
+    used = kernels.SLOTS // 2 if call.op == "add_difference" else kernels.SLOTS - 1  # factors of a launch
     while len(operands) > kernels.SLOTS:  # a sum in C is stored in C as it is
         if scratch is None:
             scratch = torch.empty_like(out, dtype=compute)
-        _launch(scratch, operands[: kernels.SLOTS], factors[: kernels.SLOTS - 1], random, options, target.warps)
-        operands, factors = (scratch, *operands[kernels.SLOTS :]), factors[kernels.SLOTS - 1 :]
+        _launch(scratch, operands[: kernels.SLOTS], factors[:used], random, options, target.warps)
+        operands, factors = (scratch, *operands[kernels.SLOTS :]), factors[used:]
     _launch(out, operands, factors, random, last, target.warps)
 
 

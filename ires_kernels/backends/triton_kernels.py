@@ -269,6 +269,9 @@ def element(
     elif OP == "add_difference":
         x = widen(tl.load(x1, mask=mask), DOUBLE, CASTS)
         y = y + factor(f0, DOUBLE) * (x - widen(tl.load(x2, mask=mask), DOUBLE, CASTS))
+        if OPERANDS > 3:
+            x = widen(tl.load(x3, mask=mask), DOUBLE, CASTS)
+            y = y + factor(f1, DOUBLE) * (x - widen(tl.load(x4, mask=mask), DOUBLE, CASTS))
     else:
         y = y + factor(f0, DOUBLE) * widen(tl.load(x1, mask=mask), DOUBLE, CASTS)
         if OPERANDS > 2:

@@ -38,14 +38,18 @@ class Names(NamedTuple):
     op: str
     args: tuple[str, ...]  # the last one stands for all further columns
     listed: bool  # the first argument is a sequence of tensors
-    many: bool = False  # the last argument is a sequence for every target
+    many: bool = False  # the last argument is a sequence for every target; of pairs, the last two are
+    pairs: bool = False  # the last two arguments take turns
 
     def at(self, item: int, column: int) -> str:
         """`add_: residual[3][0]`; column -1 is the tensor given as out=."""
         last = len(self.args) - 1
         arg = "out" if column < 0 else self.args[min(column, last)]
         place = f"[{item}]" if self.listed else ""
-        if self.many and column >= last:
+        if self.pairs and column > 0:
+            arg = self.args[2 - column % 2]
+            place += f"[{(column - 1) // 2}]" if self.many else ""
+        elif self.many and column >= last:
             place += f"[{column - last}]"
         return f"{self.op}: {arg}{place}"
 
@@ -77,12 +81,12 @@ def factor(value: Any, where: str) -> float:
     return float(value)
 
 
-def factors(value: Any, count: int, where: str) -> tuple[float, ...]:
-    """One factor for each of `count` residuals, from one number for all or a sequence."""
+def factors(value: Any, count: int, where: str, what: str = "residuals") -> tuple[float, ...]:
+    """One factor for each of `count` residuals or pairs, from one number for all or a sequence."""
     if not _is_sequence(value):
         return (factor(value, where),) * count
     if len(value) != count:
-        raise ValueError(f"{where} has {len(value)} numbers for {count} residuals")
+        raise ValueError(f"{where} has {len(value)} numbers for {count} {what}")
     return tuple(factor(x, f"{where}[{i}]") for i, x in enumerate(value))
 
 
@@ -162,6 +166,33 @@ def residual_rows(op: str, t: Any, residual: Any) -> tuple[Names, list[tuple[Ten
         if not entry:
             raise ValueError(f"{names.at(i, 1).removesuffix('[0]')} is empty, wanted at least one tensor")
     return names, _table(names, [(target, *entry) for target, entry in zip(targets, lists, strict=True)])
+
+
+def pair_rows(op: str, t: Any, x: Any, y: Any) -> tuple[Names, list[tuple[Tensor, ...]]]:
+    """Line up targets with one pair each, or with several: (t, x1, y1, …, xk, yk). One y may serve all pairs."""
+    listed = is_listed(t, f"{op}: t")
+    names = Names(op, ("t", "x", "y"), listed, pairs=True)
+    columns = _columns(names, (t, x, y)) if listed else [[t], [x], [y]]
+    if not any(_is_sequence(entry) for entry in columns[1]):
+        return names, _table(names, list(zip(*columns, strict=True)))
+    names = names._replace(many=True)
+    table = []
+    for i, (target, xs, ys) in enumerate(zip(*columns, strict=True)):
+        where = [names.at(i, column).removesuffix("[0]") for column in (1, 2)]
+        if not _is_sequence(xs):
+            raise TypeError(f"{where[0]} is {_kind(xs)}, others are lists of tensors")
+        if not xs:
+            raise ValueError(f"{where[0]} is empty, wanted at least one tensor")
+        ys = ys if _is_sequence(ys) else [ys] * len(xs)
+        if len(ys) != len(xs):
+            raise ValueError(f"{where[1]} has {len(ys)} tensors, x has {len(xs)}; wanted one for each, or one for all")
+        if len(xs) != len(columns[1][0]):
+            raise ValueError(
+                f"{where[0]} has {len(xs)} tensors, x[0] has {len(columns[1][0])}; "
+                "wanted the same number for every target"
+            )
+        table.append((target, *(each for pair in zip(xs, ys, strict=True) for each in pair)))
+    return names, _table(names, table)
 
 
 def outputs(names: Names, out: Any, dtype: torch.dtype | None, count: int) -> list[Tensor]:

@@ -4,8 +4,10 @@
     torch.ops.ires_kernels.add(t[], residual[], alpha[], …)                   add.out, add_
     torch.ops.ires_kernels.scale(t[], s, …)                                   scale.out, scale_
     torch.ops.ires_kernels.add_difference(t[], x[], y[], alpha, …)            add_difference.out, add_difference_
+    torch.ops.ires_kernels.add_differences(t[], x[], y[], alpha[], …)         add_differences.out, add_differences_
 
-Tensors come as lists. `residual` holds len(alpha) tensors for the first target, then those for the second, and so on.
+Tensors come as lists. `residual` holds len(alpha) tensors for the first target, then those for the second, and so on;
+x and y of add_differences, which is add_difference of several pairs, likewise.
 Integers are 64 bits with a sign, as torch has them: `seed`, `stream` and `offset` stand for themselves modulo 2^64.
 `stream` holds one for every target, or nothing for 0, 1, 2, …
 
@@ -25,8 +27,20 @@ from ires_kernels.backends.call import Tally
 from ires_kernels.tensors import checks, launch
 from ires_kernels.tensors.checks import Names, Rounding
 
-_TENSORS = {"subtract": ("a", "b"), "add": ("t", "residual"), "scale": ("t",), "add_difference": ("t", "x", "y")}
-_FACTORS = {"subtract": "", "add": ", float[] alpha", "scale": ", float s", "add_difference": ", float alpha"}
+_TENSORS = {
+    "subtract": ("a", "b"),
+    "add": ("t", "residual"),
+    "scale": ("t",),
+    "add_difference": ("t", "x", "y"),
+    "add_differences": ("t", "x", "y"),
+}
+_FACTORS = {
+    "subtract": "",
+    "add": ", float[] alpha",
+    "scale": ", float s",
+    "add_difference": ", float alpha",
+    "add_differences": ", float[] alpha",
+}
 _OPTIONS = 'str rounding="nearest", SymInt seed=0, SymInt[] stream=[], SymInt offset=0'
 
 
@@ -42,7 +56,7 @@ def apart(
     """`launch.apart` by way of the dispatcher."""
     if tally is not None:
         raise RuntimeError(f"{names.op}: tally= counts as it runs and cannot be traced; call it outside torch.compile")
-    operator = getattr(torch.ops.ires_kernels, names.op)
+    operator = _operator(names.op, factors)
     arguments, options = _pack(names.op, inputs, factors, rounding)
     if not inputs:
         return []
@@ -60,10 +74,15 @@ def in_place(
     rounding: Rounding,
 ) -> None:
     """`launch.in_place` by way of the dispatcher."""
-    operator = getattr(torch.ops.ires_kernels, names.op)
+    operator = _operator(names.op, factors)
     arguments, options = _pack(names.op, inputs, factors, rounding)
     if inputs:
         operator.default(*arguments, **options)
+
+
+def _operator(op: str, factors: tuple[float, ...]) -> Any:
+    several = op.startswith("add_difference") and len(factors) > 1
+    return getattr(torch.ops.ires_kernels, op.replace("difference", "differences") if several else op)
 
 
 def _pack(
@@ -82,6 +101,9 @@ def _pack(
     checks.stochastic(rounding.mode, op)
     if op in {"add", "add_"}:
         return [[row[0] for row in inputs], [x for row in inputs for x in row[1:]], list(factors)], options
+    if op in {"add_difference", "add_difference_"} and len(factors) > 1:
+        columns = [[row[0] for row in inputs], *([x for row in inputs for x in row[i::2]] for i in (1, 2))]
+        return [*columns, list(factors)], options
     width = len(inputs[0]) if inputs else 0
     return [*([row[i] for row in inputs] for i in range(width)), *factors], options
 
@@ -89,17 +111,22 @@ def _pack(
 def _unpack(op: str, arguments: Sequence[Any]) -> tuple[Names, list[tuple[Tensor, ...]], tuple[float, ...]]:
     """What `_pack` made arguments of."""
     tensors = _TENSORS[op.rstrip("_")]
-    if tensors != _TENSORS["add"]:
+    if not _FACTORS[op.rstrip("_")].endswith("[] alpha"):
         columns, factors = arguments[: len(tensors)], tuple(arguments[len(tensors) :])
         inputs = checks.rows(Names(op, tensors, listed=True), *columns)
+        return Names(op, tensors, len(columns[0]) > 1), inputs, factors
+    t, *columns, alpha = arguments
+    width = len(alpha)
+    for name, column in zip(tensors[1:], columns, strict=True):
+        if len(column) != len(t) * width:
+            raise ValueError(f"{op}: {name} has {len(column)} tensors for {len(t)} targets of {width} alphas each")
+    grouped = [[column[i * width : (i + 1) * width] for i in range(len(t))] for column in columns]
+    if len(columns) == 1:
+        _, inputs = checks.residual_rows(op, t, *grouped)
     else:
-        t, residual, alpha = arguments
-        columns, factors, width = (t,), tuple(alpha), len(alpha)
-        if len(residual) != len(t) * width:
-            raise ValueError(f"{op}: residual has {len(residual)} tensors for {len(t)} targets of {width} alphas each")
-        _, inputs = checks.residual_rows(op, t, [residual[i * width : (i + 1) * width] for i in range(len(t))])
-    names = Names(op, tensors, len(columns[0]) > 1, tensors == _TENSORS["add"] and len(factors) > 1)
-    return names, inputs, factors
+        op = op.replace("differences", "difference")
+        _, inputs = checks.pair_rows(op, t, *grouped)
+    return Names(op, tensors, len(t) > 1, width > 1, len(columns) > 1), inputs, tuple(alpha)
 
 
 def _signed(value: int) -> int:

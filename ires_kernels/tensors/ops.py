@@ -189,9 +189,9 @@ def scale_(
 @_explained
 def add_difference(
     t: T,
-    x: T,
-    y: T,
-    alpha: float = 1.0,
+    x: Tensors | Sequence[Tensors],
+    y: Tensors | Sequence[Tensors],
+    alpha: float | Sequence[float] = 1.0,
     *,
     out: T | None = None,
     dtype: torch.dtype | None = None,
@@ -203,39 +203,42 @@ def add_difference(
 ) -> T:
     """t + alpha * (x - y): target, instruct, base, in one pass, with no residual stored. dtype defaults to that of t.
 
-    The same bits as `subtract` into the compute type followed by `add`.
+    The same bits as `subtract` into the compute type followed by `add`. With k tensors as x, and k as y or one for all:
+    ((t + alpha[0] * (x[0] - y[0])) + alpha[1] * (x[1] - y[1])) + …, rounded once; one alpha is that of each pair. For a
+    sequence of targets: an x and a y for each, or a sequence of k for each.
 
         >>> target, instruct, base = torch.tensor([3.0, 3.0]), torch.tensor([1.5, 2.0]), torch.tensor([1.0, 2.0])
         >>> add_difference(target, instruct, base, 0.5)
         tensor([3.2500, 3.0000])
+        >>> code = torch.tensor([1.0, 4.0])
+        >>> add_difference(target, [instruct, code], base, [0.5, -1.0])
+        tensor([3.2500, 1.0000])
     """
-    names = Names("add_difference", ("t", "x", "y"), checks.is_listed(t, "add_difference: t"))
-    inputs = checks.rows(names, t, x, y)
-    factors = (checks.factor(alpha, "add_difference: alpha"),)
+    names, inputs = checks.pair_rows("add_difference", t, x, y)
+    factors = checks.factors(alpha, _pairs(inputs), "add_difference: alpha", "pairs")
     return cast(T, _apart(names, inputs, factors, out, dtype, Rounding(rounding, seed, stream, offset), tally))
 
 
 @_explained
 def add_difference_(
     t: T,
-    x: T,
-    y: T,
-    alpha: float = 1.0,
+    x: Tensors | Sequence[Tensors],
+    y: Tensors | Sequence[Tensors],
+    alpha: float | Sequence[float] = 1.0,
     *,
     rounding: str = "nearest",
     seed: int = 0,
     stream: int | Sequence[int] = 0,
     offset: int = 0,
 ) -> T:
-    """`add_difference` in place: t += alpha * (x - y). With alpha 0, everything is checked and t is left as it is.
+    """`add_difference` in place: t += alpha * (x - y). With every alpha 0, all is checked and t is left as it is.
 
     >>> target, instruct, base = torch.tensor([3.0, 3.0]), torch.tensor([1.5, 2.0]), torch.tensor([1.0, 2.0])
     >>> add_difference_(target, instruct, base, 0.5)
     tensor([3.2500, 3.0000])
     """
-    names = Names("add_difference_", ("t", "x", "y"), checks.is_listed(t, "add_difference_: t"))
-    inputs = checks.rows(names, t, x, y)
-    factors = (checks.factor(alpha, "add_difference_: alpha"),)
+    names, inputs = checks.pair_rows("add_difference_", t, x, y)
+    factors = checks.factors(alpha, _pairs(inputs), "add_difference_: alpha", "pairs")
     _in_place(names, inputs, factors, Rounding(rounding, seed, stream, offset))
     return t
 
@@ -274,3 +277,8 @@ def _in_place(
 def _width(inputs: list[tuple[Tensor, ...]]) -> int:
     """Residuals per target."""
     return len(inputs[0]) - 1 if inputs else 1
+
+
+def _pairs(inputs: list[tuple[Tensor, ...]]) -> int:
+    """Pairs per target."""
+    return len(inputs[0]) // 2 if inputs else 1

@@ -51,7 +51,7 @@ def name(value: object) -> str:
 
 
 def factors(op: str, operands: int) -> tuple[float, ...]:
-    wanted = {"subtract": 0, "add": operands - 2}.get(op, 1)
+    wanted = {"subtract": 0, "add": operands - 2, "add_difference": (operands - 2) // 2}.get(op, 1)
     return tuple(itertools.islice(itertools.cycle(ALPHAS), wanted))
 
 
@@ -201,6 +201,13 @@ def test_special_values(emulator: Emulator, dtype: torch.dtype) -> None:
 def test_several_residuals(emulator: Emulator, mix: tuple[torch.dtype, ...], rounding: str) -> None:
     for n in (5, 4096, 5001):
         compare(emulator, "add", [tensors(mix, n)], stochastic=rounding == "stochastic")
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("mix", [(BF16,) * 6, (BF16, HALF, FLOAT, BF16, E4M3, HALF, BF16, BF16)], ids=name)
+def test_several_pairs(emulator: Emulator, mix: tuple[torch.dtype, ...], rounding: str) -> None:
+    for n in (5, 4096, 5001):
+        compare(emulator, "add_difference", [tensors(mix, n)], stochastic=rounding == "stochastic")
 
 
 def test_as_many_residuals_as_fit(emulator: Emulator) -> None:

@@ -163,6 +163,16 @@ def test_a_tally_adds_up_over_calls_lists_and_pieces() -> None:
 
 
 @backends
+def test_a_tally_of_several_pairs_is_that_of_their_residuals() -> None:
+    t, x1, y1, x2, y2 = (sample(torch.bfloat16, 5000, seed) for seed in range(5))
+    pairs, residuals = ik.Tally(), ik.Tally()
+    ik.add_difference(t, [x1, x2], [y1, y2], [0.3, -0.7], tally=pairs)
+    ik.add(t, [ik.subtract(x1, y1), ik.subtract(x2, y2)], [0.3, -0.7], tally=residuals)
+    assert (pairs.updates, pairs.lost, pairs.nan_out) == (residuals.updates, residuals.lost, residuals.nan_out)
+    assert (pairs.dot, pairs.norm2) == pytest.approx((residuals.dot, residuals.norm2))
+
+
+@backends
 def test_a_tally_of_many_threads_and_of_views() -> None:
     n = 3 * 200_000
     t, r = sample(torch.bfloat16, n, 0), sample(torch.float32, n, 1)

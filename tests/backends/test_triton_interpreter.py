@@ -171,6 +171,16 @@ if os.environ.get("TRITON_INTERPRET") == "1":
             compare("add", [new(torch.bfloat16, 1000)], [operands], factors, stochastic)
             compare("add", [operands[0]], [operands], factors, stochastic)
 
+    @pytest.mark.parametrize("stochastic", ROUNDINGS)
+    @pytest.mark.parametrize("count", [2, 3, 5])
+    def test_several_pairs(count: int, stochastic: bool) -> None:
+        """Two of them in a launch."""
+        factors = tuple((-1) ** i / (i + 1) for i in range(count))
+        for dtypes in (NARROW, [torch.bfloat16], [torch.bfloat16, torch.float64]):
+            operands = tuple(sample(dtypes[i % len(dtypes)], 1000, seed=i) for i in range(2 * count + 1))
+            compare("add_difference", [new(torch.bfloat16, 1000)], [operands], factors, stochastic)
+            compare("add_difference", [operands[0]], [operands], factors, stochastic)
+
     def test_lists() -> None:
         """Items of different dtypes, sizes and streams."""
         rows = [tuple(sample(STORAGE[(i + k) % 6], 17 * i, seed=i + k) for k in range(3)) for i in range(12)]

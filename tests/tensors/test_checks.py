@@ -173,6 +173,24 @@ def test_as_many_alphas_as_residuals() -> None:
     refused(TypeError, "add_: alpha[1] is None", t, lambda: ik.add_(t, [ones(4), ones(4)], [1.0, None]))
 
 
+def test_pairs_that_do_not_match() -> None:
+    t, x, y = ones(4), ones(4), ones(4)
+    refused(ValueError, "add_difference_: alpha has 1 numbers for 2 pairs", t,
+            lambda: ik.add_difference_(t, [x, x], [y, y], [1.0]))  # fmt: skip
+    refused(ValueError, "add_difference_: y has 1 tensors, x has 2; wanted one for each, or one for all", t,
+            lambda: ik.add_difference_(t, [x, x], [y]))  # fmt: skip
+    refused(ValueError, "add_difference_: x[1] has 1 tensors, x[0] has 2; wanted the same number for every target", t,
+            lambda: ik.add_difference_([t, ones(4)], [[x, x], [x]], [y, y]))  # fmt: skip
+    refused(TypeError, "add_difference_: x[1] is of type Tensor, others are lists of tensors", t,
+            lambda: ik.add_difference_([t, ones(4)], [[x, x], x], [y, y]))  # fmt: skip
+    refused(ValueError, "add_difference_: x is empty, wanted at least one tensor", t,
+            lambda: ik.add_difference_(t, [], y))  # fmt: skip
+    refused(TypeError, "add_difference_: y is of type list, wanted a tensor", t, lambda: ik.add_difference_(t, x, [y]))
+    refused(ValueError, "add_difference_: y[1] has shape (3,)", t,
+            lambda: ik.add_difference_(t, [x, x], [y, ones(3)]))  # fmt: skip
+    refused(RuntimeError, "add_difference_: t", t, lambda: ik.add_difference_(t[:3], [x[:3], t[1:]], y[:3]))
+
+
 def test_alpha_zero_still_validates() -> None:
     t = ones(4)
     refused(ValueError, "has shape (3,)", t, lambda: ik.add_(t, ones(3), 0.0))

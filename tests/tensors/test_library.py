@@ -38,6 +38,8 @@ CALLS: dict[str, Callable[[Any, Any, Any, dict[str, Any]], Any]] = {
     "add two": lambda t, x, y, o: ik.add(t, both(x, y), 0.3, **o),
     "scale": lambda t, _x, _y, o: ik.scale(t, 3, **o),
     "add_difference": lambda t, x, y, o: ik.add_difference(t, x, y, 0.7, **o),
+    "add_difference two": lambda t, x, y, o: ik.add_difference(t, both(x, y), both(y, t), [0.3, -1.7], **o),
+    "add_difference_ two": lambda t, x, y, o: ik.add_difference_(t, both(x, y), y, 0.3, **o),
     "add out": lambda t, x, y, o: ik.add(t, x, 0.3, out=y, **o),
     "add out over t": lambda t, x, _y, o: ik.add(t, x, 0.3, out=t, **o),
     "subtract out over b": lambda t, x, _y, o: ik.subtract(t, x, out=x, **o),
@@ -85,6 +87,7 @@ def operator_calls() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]
         "add": (t, [x[0], y[0], x[1], y[1]], [0.5, 0.25]),
         "scale": (t, 0.5),
         "add_difference": (t, x, y, 0.5),
+        "add_differences": (t, [x[0], y[0], x[1], y[1]], [y[0], y[0], y[1], x[1]], [0.5, 0.25]),
     }
     for (name, given), options in itertools.product(arguments.items(), ({}, random)):
         packet = getattr(OPERATORS, name)
@@ -109,7 +112,7 @@ def test_schemas_declare_what_is_written() -> None:
     def written(operator: Any) -> list[str]:
         return [x.name for x in operator._schema.arguments if x.alias_info is not None and x.alias_info.is_write]
 
-    for name in ("subtract", "add", "scale", "add_difference"):
+    for name in ("subtract", "add", "scale", "add_difference", "add_differences"):
         assert written(getattr(OPERATORS, name).default) == []
         assert written(getattr(OPERATORS, name).out) == ["outs"]
         if name != "subtract":

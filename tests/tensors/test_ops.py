@@ -31,7 +31,14 @@ PAIRS = list(itertools.product(STORAGE, STORAGE))
 TRIPLES = list(itertools.product(STORAGE, STORAGE, STORAGE))
 SOME_TRIPLES = random.Random(1).sample(TRIPLES, 24)
 ROUNDINGS = ("nearest", "stochastic")
-FACTORS = {"subtract": (), "add": (0.3,), "add2": (0.3, -1.7), "scale": (-0.7,), "add_difference": (0.7,)}
+FACTORS = {
+    "subtract": (),
+    "add": (0.3,),
+    "add2": (0.3, -1.7),
+    "scale": (-0.7,),
+    "add_difference": (0.7,),
+    "add_difference2": (0.7, -1.1),
+}
 
 
 def mix(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -68,6 +75,10 @@ def call(op: str, operands: list[list[Tensor]], out: torch.dtype, rounding: str)
         return ik.scale(*operands, *FACTORS[op], dtype=out, **options)
     if op == "add_difference":
         return ik.add_difference(*operands, *FACTORS[op], dtype=out, **options)
+    if op == "add_difference2":
+        t, *rest = operands
+        x, y = (list(zip(*rest[i::2], strict=True)) for i in range(2))
+        return ik.add_difference(t, x, y, FACTORS[op], dtype=out, **options)
     return ik.add(operands[0], list(zip(*operands[1:], strict=True)), FACTORS[op], dtype=out, **options)
 
 
@@ -91,6 +102,7 @@ def test_pairs_of_types(pair: tuple[torch.dtype, torch.dtype]) -> None:
     compare("add2", (first, second, first), first)
     compare("scale", (first,), second)
     compare("add_difference", (first, second, second), first)
+    compare("add_difference2", (first, second, second, second, first), first)
 
 
 @pytest.mark.usefixtures("compiled")
@@ -367,8 +379,8 @@ def views(draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype, seed: int
 def test_any_view_of_anything(data: st.DataObject) -> None:
     """Shapes, strides, alignments, types, factors, rounding and streams at will, against the independent oracle."""
     shape = tuple(data.draw(st.lists(st.integers(0, 6), max_size=4)))
-    op = data.draw(st.sampled_from(["subtract", "add", "add2", "scale", "add_difference"]))
-    columns = {"subtract": 2, "add": 2, "add2": 3, "scale": 1, "add_difference": 3}[op]
+    op = data.draw(st.sampled_from(list(FACTORS)))
+    columns = {"subtract": 2, "add": 2, "add2": 3, "scale": 1, "add_difference": 3, "add_difference2": 5}[op]
     dtypes = data.draw(st.tuples(*[st.sampled_from(STORAGE)] * (columns + 1)))
     tensors, memories = zip(
         *(data.draw(views(shape, dtype, seed)) for seed, dtype in enumerate(dtypes)),
@@ -390,6 +402,8 @@ def test_any_view_of_anything(data: st.DataObject) -> None:
         ik.subtract(*inputs, out=out, **options)
     elif op == "add2":
         ik.add(inputs[0], inputs[1:], factors, out=out, **options)
+    elif op == "add_difference2":
+        ik.add_difference(inputs[0], inputs[1::2], inputs[2::2], factors, out=out, **options)
     else:
         getattr(ik, op)(*inputs, *factors, out=out, **options)
     assert_same(out, wanted)
@@ -586,3 +600,29 @@ def test_public_names() -> None:
     assert ik.__version__
     with pytest.raises(AttributeError, match="no attribute 'substract'"):
         ik.substract  # noqa: B018
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_several_pairs_are_rounded_once(rounding: str) -> None:
+    """In place too, of lists too, and with one y for all of them; two calls would round twice."""
+    options = {"rounding": rounding, "seed": 5, "stream": 6}
+    t, x1, y1, x2, y2 = (sample(torch.bfloat16, 5000, seed) for seed in range(5))
+    wanted = expected("add_difference", [t, x1, y1, x2, y2], (0.6, -0.3), t.dtype, **options)
+    assert_same(ik.add_difference(t, [x1, x2], [y1, y2], [0.6, -0.3], **options), wanted)
+    assert_same(ik.add_difference_(t.clone(), (x1, x2), (y1, y2), (0.6, -0.3), **options), wanted)
+    shared = expected("add_difference", [t, x1, y1, x2, y1], (0.5, 0.5), t.dtype, **options)
+    assert_same(ik.add_difference(t, [x1, x2], y1, 0.5, **options), shared)
+    lists = ik.add_difference([t, t], [[x1, x2], [x1, x2]], [y1, [y1, y1]], 0.5, **{**options, "stream": [6, 6]})
+    for each in lists:
+        assert_same(each, shared)
+    one = expected("add_difference", [t, x1, y1], (0.5,), t.dtype, **options)
+    assert_same(ik.add_difference(t, [x1], [y1], [0.5], **options), one)
+    three = [t, *(x for pair in zip((x1, x2, t), (y2, t, y1), strict=True) for x in pair)]
+    factors = (0.1, 0.2, 0.3)
+    assert_same(
+        ik.add_difference(t, [x1, x2, t], [y2, t, y1], factors, **options),
+        expected("add_difference", three, factors, t.dtype, **options),
+    )
+    twice = ik.add_difference(ik.add_difference(t, x1, y1, 0.6), x2, y2, -0.3)
+    assert rounding == "stochastic" or not torch.equal(twice.view(torch.int16), wanted.view(torch.int16))
