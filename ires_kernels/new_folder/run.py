@@ -30,7 +30,7 @@ from ires_kernels.planning import ancestry
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.plan import MANIFESTS, Plan
 from ires_kernels.planning.steps import Step
-from ires_kernels.records import provenance, sides
+from ires_kernels.records import card, provenance, sides
 from ires_kernels.records.operation import Operation, other_files
 from ires_kernels.records.report import Report
 from ires_kernels.streaming import stream
@@ -146,6 +146,7 @@ def finish(begun: Begun, outcome: Outcome, options: Options) -> None:
     for name, content in plan.documents:
         folder.add(name, [content])
         others[name] = {"from": plan.operation, "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
+    report = Report.of(plan, outcome, folder.out, 0.0)
     weights = {file.name: folder.partial / file.name for file in plan.files}
     sums = provenance.sha256(weights, options.threads) if operation.sha256 else {}
     if sums:
@@ -153,7 +154,7 @@ def finish(begun: Begun, outcome: Outcome, options: Options) -> None:
     manifest = provenance.build(
         plan,
         outcome,
-        Report.of(plan, outcome, folder.out, 0.0),
+        report,
         {role: provenance.stamps(checkpoint, operation.samples[role]) for role, checkpoint in plan.inputs.items()},
         others,
         outputs={name: sample(path, plan.id) for name, path in weights.items()},
@@ -161,6 +162,9 @@ def finish(begun: Begun, outcome: Outcome, options: Options) -> None:
         unsynced="" if operation.sync else operation.boot,
         sketch=_sketch(plan) if plan.operation == "extract" else None,
     )
+    if plan.operation == "apply":  # in no record, as who publishes the model goes on writing it
+        digests = {role: entry["digest"] for role, entry in json.loads(manifest)["inputs"].items()}
+        folder.add(card.name(plan), [card.build(plan, report, digests)])
     folder.add(MANIFESTS[plan.operation], [manifest])
     guards.check_unchanged(plan, outcome.inputs, threads=options.threads)
     folder.commit()
