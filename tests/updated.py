@@ -40,8 +40,11 @@ def apply(target: Path, residual: Any, **options: Any) -> Report:
 
 
 def visible(folder: Path) -> dict[str, bytes]:
-    """What everybody sees, but for the manifest; of an index, which a new folder writes anew, what it says."""
+    """What everybody sees, but for the manifest, and the card that a new folder alone has; of an index, which that
+    writes anew, what it says.
+    """
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "ires.json"}
+    files = {name: raw for name, raw in files.items() if b"\nMade with ires_kernels " not in raw}
     return {
         name: json.dumps(json.loads(raw), sort_keys=True).encode() if name.endswith(".index.json") else raw
         for name, raw in files.items()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ires_kernels.checkpoints import hub
@@ -42,7 +41,7 @@ def build(plan: Plan, report: Report, digests: Mapping[str, str | None]) -> byte
     agreed = {tuple(found.items()) for found in licences.values()}
     if len(agreed) == 1:
         lines += [f"{key}: {_scalar(value)}" for key, value in next(iter(agreed))]
-    lines += ["---", "", f"# {_title(report.out)}", ""]
+    lines += ["---", "", f"# {_cell(_pinned(plan.inputs['target']).partition('@')[0])}, merged", ""]
     lines += [
         "A merge of checkpoints, computed exactly and rounded once: target + alpha × (instruct − base), the "
         "instruction residual of Jindal et al. (arXiv 2410.10739).",
@@ -145,10 +144,6 @@ def _licences(found: Mapping[str, dict[str, str]]) -> list[str]:
     """What to say where models are under different licences."""
     lines = ["", "**Licences differ**, and which terms a merge is under is for a person to decide:", ""]
     return lines + [f"- {role}: {', '.join(licence.values())}" for role, licence in found.items()]
-
-
-def _title(out: Path) -> str:
-    return out.absolute().name.replace("\n", " ")
 
 
 def _cell(text: str) -> str:
