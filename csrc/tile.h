@@ -12,7 +12,8 @@
 
 namespace ires {
 
-// Bytes of a file that go through host memory to a device.
+// Bytes of a file that go through host memory to a device. Pieces that lie apart in files and follow each other in memory
+// are copied as one, when all of them are there: their own `device` is null, and a read of no file (fd < 0) says where to.
 struct Read {
     int fd;
     int64_t offset;
@@ -42,9 +43,9 @@ inline Unread read_fully(const Read& read, size_t number) {
 // `copy` queues the copy of what was read. After a failure nothing more is queued.
 template <class Copy> Unread read_tile(const std::vector<Read>& reads, const Copy& copy) {
     for (size_t i = 0; i < reads.size(); ++i) {
-        const Unread unread = read_fully(reads[i], i);
+        const Unread unread = reads[i].fd < 0 ? Unread{} : read_fully(reads[i], i);
         if (unread.failed) return unread;
-        copy(reads[i]);
+        if (reads[i].device != nullptr) copy(reads[i]);
     }
     return {};
 }

@@ -113,8 +113,10 @@ def load(
 ) -> tuple[int, int, int] | None:
     """Read from files into pinned memory, queue copies to the device and one call on its stream, without Python's lock.
 
-    A read is (descriptor, offset in the file, address in the host, address in the device, bytes). Without items nothing
-    is computed. Returns None, or why not all was read: (which read, errno or 0 for the end of the file, position).
+    A read is (descriptor, offset in the file, address in the host, address in the device, bytes). Pieces of several
+    places that are copied as one have 0 for the device; behind them comes a read of descriptor -1, which only copies.
+    Without items nothing is computed. Returns None, or why not all was read: (which read, errno or 0 for the end of the
+    file, position).
     Raises RuntimeError with what CUDA said. Nothing is waited for: some of it is queued after either of them.
     """
     return _native.load_tile(reads, op, items, factors, stochastic, seed, offset, device, stream)

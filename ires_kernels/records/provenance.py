@@ -27,7 +27,7 @@ from ires_kernels.files.samples import sample
 from ires_kernels.files.store import chunks
 from ires_kernels.planning.plan import VERSION, Plan
 from ires_kernels.planning.steps import Operand, Step, by_output
-from ires_kernels.records.report import Report
+from ires_kernels.records.report import Report, copied
 from ires_kernels.streaming.outcome import Outcome
 
 SUMS = "SHA256SUMS"
@@ -62,14 +62,14 @@ def build(
     sketch    of a residual, `ancestry.sketch`
     """
     known = {**(previous or {}), **outcome.outputs} if in_place else outcome.outputs
-    outputs_made = by_output(plan.steps)
+    outputs_made, why = by_output(plan.steps), copied(plan.steps)
     entries = {
         output.name: {
             "dtype": output.dtype,
             "shape": list(output.shape),
             "xxh3_128": known.get(output.name) if in_place else known[output.name],
             "inputs": read_by(parts, outcome.inputs),
-            **({"copied": parts[0].reason} if all(part.reason for part in parts) else {}),
+            **({"copied": why[output.name]} if output.name in why else {}),
         }
         for output, parts in outputs_made.items()
     }

@@ -16,6 +16,7 @@ from ires_kernels.files.plain import table
 from ires_kernels.planning.absences import Absence, grouped
 from ires_kernels.planning.ancestry import Ancestry
 from ires_kernels.planning.plan import Plan, size
+from ires_kernels.planning.steps import Step
 from ires_kernels.streaming.outcome import Outcome
 
 _DONE = {"extract": "extracted", "apply": "merged"}
@@ -89,11 +90,11 @@ class Report:
             seconds,
             outcome.bytes_read,
             outcome.bytes_written,
-            sum(not step.reason and not step.is_scale for step in plan.steps),
+            len({step.name for step in plan.steps if not step.reason and not step.is_scale}),
             total,
             total.overflow + converted.overflow,
             tuple(strengths),
-            {step.name: step.reason for step in plan.steps if step.reason},
+            copied(plan.steps),
             {name: reason for name, (reason, _) in plan.not_stored.items()},
             plan.missing,
             {file.name: file.role for file in plan.side_files if not (plan.in_place and file.role == "target")},
@@ -191,6 +192,16 @@ class Report:
         rows += [("warning", line) for line in self.warnings]
         rows += [("note", line) for line in self.notes]
         return rows
+
+
+def copied(steps: Iterable[Step]) -> dict[str, str]:
+    """The tensors of which nothing is merged, and why; for some of their parts it may be another reason."""
+    reasons: dict[str, dict[str, None]] = {}
+    merged = set()
+    for step in steps:
+        reasons.setdefault(step.name, {})[step.reason] = None
+        merged |= set() if step.reason else {step.name}
+    return {name: "; ".join(why) for name, why in reasons.items() if name not in merged}
 
 
 def _zero(plan: Plan, total: Tally) -> Iterable[str]:

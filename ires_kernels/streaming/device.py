@@ -24,6 +24,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -238,10 +239,8 @@ class Gpu:
         self.runtime.ring.take_back([slot.piece for slot in slots if isinstance(slot, _GpuSlot)])
 
 
-def _raise(portions: Sequence[Portion], number: int, error: int, at: int) -> None:
-    """Say which of the reads has failed, with `error`, or at the end of the file."""
-    each = [(portion.step, read.path) for portion in portions for reads in portion.reads for read in reads]
-    step, path = each[number]
+def _raise(step: Step, path: Path, error: int, at: int) -> None:
+    """Say which read has failed, with `error`, or at the end of the file."""
     raise ReadError(step, OSError(error, os.strerror(error), f"{path}") if error else shrunk(path, at))
 
 
@@ -293,15 +292,21 @@ class _GpuSlot:
             assert self._whole is not None
         host, view, there = memory.data_ptr(), memory.numpy().data, self._whole.data_ptr()
         reads, items, views, at = [], [], [], 0
+        owners: list[tuple[Step, Path]] = []  # of the reads
         for step, _, count, out, operands in portions:
             pointers = [out.data_ptr()]
             seen = []
             for pieces in operands:
                 begin, goal = at, pointers[0] if step.op == "copy" else there + at
                 pointers.append(there + at)
-                for fd, offset, nbytes, _ in pieces:
-                    reads.append((fd, offset, host + at, goal + at - begin, nbytes))
+                one = len(pieces) == 1
+                for fd, offset, nbytes, path in pieces:
+                    reads.append((fd, offset, host + at, goal if one else 0, nbytes))
+                    owners.append((step, path))
                     at += nbytes
+                if not one:  # some hundred pieces, each of which would cost as much to copy as all of them
+                    reads.append((-1, 0, host + begin, goal, at - begin))
+                    owners.append((step, Path()))
                 seen.append(view[begin:at])
                 at = begin + packed([at - begin])
             views.append(seen)
@@ -320,7 +325,8 @@ class _GpuSlot:
         )  # fmt: skip
         unread = self._queue.call(load)
         if unread is not None:
-            _raise(portions, *unread)
+            number, error, place = unread
+            _raise(*owners[number], error, place)
         return views
 
     def measure(self, step: Step, *_: object) -> None:

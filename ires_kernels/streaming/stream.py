@@ -225,6 +225,8 @@ class _Tensor:
         # The bytes of a whole copy are hashed once, as those of the result.
         self.is_copy = len(parts) == 1 and parts[0].copied
         self.is_written = all(part.out is None for part in parts)
+        # Whether a device may read it itself: it stays there, and its operands are stored as they are.
+        self.is_loaded = not self.is_written and not any(_is_decoded(part.step) for part in parts)
         self.hasher = xxhash.xxh3_128() if self.is_written else None
         apart = not (self.is_copy and self.is_written)
         for part in parts:
@@ -459,7 +461,7 @@ class _Engine:
     def _joining(self, small: _Tensor) -> Iterator[_Tensor]:
         """Start the tensors that follow for as long as they go into a tile with `small`; called under the lock."""
         room, (part, *_) = self.processor.room, small.parts
-        if not room or small.tiles > 1 or small.is_written or _is_decoded(part.step):
+        if not room or small.tiles > 1 or not small.is_loaded:
             return
         room -= _packed(part.step)
         while self.waiting:
@@ -525,7 +527,7 @@ class _Engine:
 
     def _begin(self, claims: Sequence[tuple[_Tensor, int]], slot: Slot) -> list[_Tile]:
         """Read the claimed tiles and start to compute them, as one load where the slot can."""
-        if slot.load is None or claims[0][0].is_written or _is_decoded(claims[0][0].parts[0].step):
+        if slot.load is None or not claims[0][0].is_loaded:
             return [self._begin_tile(*claim, slot) for claim in claims]
         portions = [tensor.portion(index) for tensor, index in claims]
         begun = []

@@ -20,6 +20,7 @@ from pathlib import Path
 from threading import current_thread
 from typing import Any
 
+import made_of_parts
 import pytest
 import torch
 from selection import tiles
@@ -29,9 +30,12 @@ from torch import Tensor
 import ires_kernels as ik
 from ires_kernels.backends import native
 from ires_kernels.checkpoints import sources
+from ires_kernels.checkpoints.checkpoint import TensorRef
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.cli import main
 from ires_kernels.in_place.cuts import SIZES
+from ires_kernels.planning import deeds
+from ires_kernels.planning.findings import Findings
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import ArgumentError
 from ires_kernels.planning.steps import Operand, Output, Step
@@ -504,6 +508,61 @@ def test_damage_of_a_residual_is_found_in_a_load(tmp_path: Path, threads: int) -
         file.write_bytes(content)
         with pytest.raises(CheckpointError):
             ik.load(target, tmp_path / "r", threads=threads)
+
+
+def in_reverse(ref: TensorRef, found: Findings) -> list[Step]:
+    """The rows of instruct and base in reverse order: a run each."""
+    (step,) = apply_steps(ref, found)
+    row = ref.numel // ref.shape[0]
+    own, *others = step.operands
+    runs = [Operand(o.role, tuple(o.refs[0].run(r * row, row) for r in reversed(range(ref.shape[0])))) for o in others]
+    return [replace(step, operands=(own, *runs))]
+
+
+apply_steps = deeds.apply_steps
+
+
+@pytest.mark.filterwarnings("ignore:.* look unrelated")  # as the rows do
+@pytest.mark.parametrize("kind", [Late, pytest.param(Host, marks=needs_native)])
+@pytest.mark.parametrize("steps", [in_reverse, made_of_parts.steps_of_parts])
+def test_operands_in_many_runs(
+    tmp_path: Path, loaded: Loaded, monkeypatch: pytest.MonkeyPatch, kind: Any, steps: Any
+) -> None:
+    """Each is copied to the device at once, whatever it was read from."""
+    base, instruct, target = triple(tmp_path)
+    monkeypatch.setattr(deeds, "apply_steps", steps)
+    options: Any = {"rounding": "stochastic", "seed": 3}
+    wanted = ik.load(target, (instruct, base), **options)
+    with through(StandIn(kind, 4096)):
+        assert_equal(ik.load(target, (instruct, base), threads=2, **options), wanted)
+        ik.apply(target, (instruct, base), out=tmp_path / "out", **options)
+        ik.apply(target, (instruct, base), in_place=True, **options)
+    assert_equal(read_model(tmp_path / "out"), wanted)
+    assert_equal(read_model(target), wanted)
+    if kind is Host:
+        pieces = [read for reads, _ in loaded for read in reads if not read[3]]
+        together = [read for reads, _ in loaded for read in reads if read[0] == -1]
+        assert len(pieces) > 10 * len(together) > 0
+        assert sum(read[4] for read in pieces) == sum(read[4] for read in together)
+
+
+@needs_native
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.filterwarnings("ignore:.* look unrelated")
+def test_a_piece_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, instruct, target = triple(tmp_path)
+    monkeypatch.setattr(deeds, "apply_steps", in_reverse)
+    load = native.load
+
+    def broken(reads: Any, *arguments: Any, **options: Any) -> Any:
+        """The last piece of base goes wrong."""
+        reads[-2] = (reads[-2][0], 1 << 40, *reads[-2][2:])
+        return load(reads, *arguments, **options)
+
+    monkeypatch.setattr(native, "load", broken)
+    with through(StandIn(Host, 1 << 14)), pytest.raises(OSError, match="the file ends") as caught:
+        ik.load(target, (instruct, base), threads=1)
+    assert caught.value.filename == f"{base / 'model.safetensors'}"
 
 
 # --- the ring

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
@@ -13,6 +14,8 @@ import pytest
 import safetensors.torch
 import torch
 import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from selection import tiles
 
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, open_checkpoint
@@ -156,39 +159,61 @@ def test_runs_of_a_tensor() -> None:
 
 OUT_OF_ORDER = [(400, 713), (0, 1), (131, 400), (1, 131)]
 """Runs of a tensor, of which none follows the one before it."""
+Runs = list[tuple[int, int]]
 
 
-def shuffled(path: Path, op: Op, count: int, *, split: bool) -> tuple[Step, Step, Checkpoint]:
+def shuffled(path: Path, op: Op, orders: Sequence[Runs], *, split: bool = False) -> tuple[Step, Step, Checkpoint]:
     """A step whose operands lie in runs that are out of order, in one file or two, and the same with whole tensors."""
-    pieces, wholes = [], []
-    model: dict[str, dict[str, torch.Tensor]] = {"a": {}, "b": {}}
-    for i, dtype in enumerate((torch.bfloat16, torch.float16, torch.float32)[:count]):
+    model: dict[str, dict[str, torch.Tensor]] = {"1": {}, "2": {}}
+    for i, (order, dtype) in enumerate(zip(orders, (torch.bfloat16, torch.float16, torch.float32), strict=False)):
         whole = torch.randn(713, generator=torch.Generator().manual_seed(i)).to(dtype)
-        model["a"][f"{i}"] = whole
-        model["a"][f"{i} there"] = torch.cat([whole[a:b] for a, b in OUT_OF_ORDER])
-        model["b"][f"{i} there too"] = model["a"][f"{i} there"].clone()
-    for name, tensors in model.items():
-        safetensors.torch.save_file(tensors, path / f"model-0000{1 + (name == 'b')}-of-00002.safetensors")
-    weight_map = {name: f"model-0000{1 + ('too' in name)}-of-00002.safetensors" for t in model.values() for name in t}
+        model["1"][f"{i}"] = whole
+        for file in model:
+            model[file][f"{i} in {file}"] = torch.cat([whole[a:b] for a, b in order])
+    for file, tensors in model.items():
+        safetensors.torch.save_file(tensors, path / f"model-0000{file}-of-00002.safetensors")
+    weight_map = {name: f"model-0000{file}-of-00002.safetensors" for file in model for name in model[file]}
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     sources = open_checkpoint(path)
-    for i in range(count):
+    wholes, pieces = [], []
+    for i, runs in enumerate(orders):
         wholes.append(Operand(f"role {i}", (sources.tensors[f"{i}"],)))
-        places = list(accumulate((b - a for a, b in OUT_OF_ORDER), initial=0))
-        order = sorted(range(len(OUT_OF_ORDER)), key=OUT_OF_ORDER.__getitem__)
-        names = [f"{i} there", f"{i} there too" if split else f"{i} there"]
-        refs = [sources.tensors[names[n % 2]].run(places[n], places[n + 1] - places[n]) for n in order]
+        places = list(accumulate((b - a for a, b in runs), initial=0))
+        order = sorted(range(len(runs)), key=runs.__getitem__)
+        files = ("1", "2" if split else "1")
+        refs = [sources.tensors[f"{i} in {files[n % 2]}"].run(places[n], places[n + 1] - places[n]) for n in order]
         pieces.append(Operand(f"role {i}", tuple(refs)))
-    factors = (0.7,) * (1 if op == "add_difference" else count - 1 if op == "add" else 0)
+    factors = (0.7,) * (1 if op == "add_difference" else len(orders) - 1 if op == "add" else 0)
     output = Output("out", {"copy": "BF16", "convert": "F8_E4M3"}.get(op, "F16"), SHAPE, "file", 8)
     return Step(output, op, tuple(pieces), factors, 77), Step(output, op, tuple(wholes), factors, 77), sources
+
+
+@st.composite
+def any_order(draw: st.DrawFn) -> Runs:
+    """All elements in runs, in any order."""
+    places = sorted(draw(st.sets(st.integers(1, 712), max_size=12)))
+    return draw(st.permutations(list(pairwise([0, *places, 713]))))
+
+
+@settings(max_examples=30)
+@given(st.lists(any_order(), min_size=3, max_size=3), st.booleans(), st.sampled_from([16, 64, 1024]))
+def test_any_runs_give_the_bits_of_the_same_tensor_in_one(orders: list[Runs], split: bool, elements: int) -> None:
+    """Random bits are those of the element in the output, wherever its operands lie."""
+    with tempfile.TemporaryDirectory() as folder, tiles(elements=elements):
+        runs, whole, sources = shuffled(Path(folder), "add_difference", orders, split=split)
+        wanted, known = carried_out([whole], sources, 2)
+        found, learnt = carried_out([runs], sources, 2)
+    assert found == wanted
+    assert learnt.outputs == known.outputs
+    digests = [[*each.inputs[f"role {i}"].values()] for each in (learnt, known) for i in range(3)]
+    assert digests[:3] == digests[3:]
 
 
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize(("op", "count"), [(op, count) for op, count, _ in CASES], ids=[op for op, *_ in CASES])
 def test_operands_in_runs_give_the_bytes_of_whole_ones(tmp_path: Path, op: Op, count: int, split: bool) -> None:
     """To a file and in memory, with tiles that begin anywhere in a run; and hashed as one."""
-    runs, whole, sources = shuffled(tmp_path, op, count, split=split)
+    runs, whole, sources = shuffled(tmp_path, op, [OUT_OF_ORDER] * count, split=split)
     wanted, known = carried_out([whole], sources, 2)
     found, learnt = carried_out([runs], sources, 2)
     assert found == wanted
@@ -225,7 +250,7 @@ def test_what_an_operand_is(sources: Checkpoint) -> None:
 
 
 def test_a_file_that_ends_in_the_middle_of_runs(tmp_path: Path) -> None:
-    runs, _, sources = shuffled(tmp_path, "subtract", 2, split=False)
+    runs, _, sources = shuffled(tmp_path, "subtract", [OUT_OF_ORDER] * 2)
     path = runs.operands[1].paths[0]
     last = max(ref.offset + ref.nbytes for op in runs.operands for ref in op.refs if isinstance(ref, TensorRef))
     preadv = os.preadv
