@@ -307,6 +307,7 @@ def load(
     for text in (*configs.differences(plan.inputs), *ancestry.warnings(kin, inputs), *left_out):
         warnings.warn(plain(text), stacklevel=2)
     guards.compare(plan)
+    guards.check_companions(plan)
     tensors = statedict.allocate(plan.steps, place)
     outcome = stream.fill(
         tensors,

@@ -11,7 +11,7 @@ from ires_kernels.files.samples import sample
 from ires_kernels.files.store import StoreError
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.steps import Operand
-from ires_kernels.streaming import stream
+from ires_kernels.streaming import companions, stream
 from ires_kernels.streaming.outcome import Outcome
 from ires_kernels.streaming.reader import all_file_ids, differing
 from ires_kernels.streaming.tiles import Processors
@@ -35,6 +35,20 @@ def compare(plan: Plan, current: Mapping[Path, FileId] | None = None) -> dict[st
         lines += [f"  and {len(different) - 10} more"] if len(different) > 10 else []
         raise CheckpointError(*lines, "Such values have no difference to add: leave them out with --skip.")
     return digests
+
+
+def check_companions(plan: Plan) -> None:
+    """Refuse quantized weights with scales that are no numbers, or 0, before anything is written."""
+    found = companions.faults(plan.steps, file_ids(plan))
+    if found:
+        lines = [f"cannot {plan.operation}: quantized weights have scales that make no numbers of them:"]
+        lines += [f"  {name!r} of {role}: {wrong}" for (role, name), wrong in list(found.items())[:10]]
+        lines += [f"  and {len(found) - 10} more"] if len(found) > 10 else []
+        raise CheckpointError(
+            *lines,
+            "Such modules were never calibrated, or their files are damaged: take another copy of that model, or leave "
+            "them as they are with --skip.",
+        )
 
 
 def left_out(

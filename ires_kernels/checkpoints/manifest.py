@@ -123,6 +123,24 @@ class Strength:
 
 
 @dataclass(frozen=True, slots=True)
+class Requantized:
+    """What became of the updates of tensors that are stored as codes, as `requantized` counts it."""
+
+    tensors: Count = 0
+    scales: Count = 0
+    new_scales: Count = 0
+    """Those of blocks that have outgrown theirs."""
+    noise: float = 0.0
+    """Norm of what codes differ by from the result, in units of the norm of the update."""
+    loud: Count = 0
+    """Tensors in which that is more than `requantized.LOUD`."""
+    worst: str = ""
+    """The tensor with the most."""
+    most: float = 0.0
+    """Its noise."""
+
+
+@dataclass(frozen=True, slots=True)
 class Numbers:
     """What a merge did to the numbers, as `report.Report.numbers` counts it."""
 
@@ -135,6 +153,7 @@ class Numbers:
     nan_out: Count = 0
     overflow: Count = 0
     strengths: tuple[Strength, ...] = ()
+    requantized: Requantized | None = None
 
 
 @dataclass(frozen=True, slots=True)

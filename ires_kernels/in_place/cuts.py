@@ -37,6 +37,7 @@ class Sizes:
 SIZES = Sizes()
 """Where nothing else is asked for."""
 _DTYPE = "Leave --dtype out, or write a new folder with -o OUT."
+_QUANTIZED = "Write a new folder with -o OUT, or leave such modules as they are with --skip."
 _SHAPE = "Write a new folder with -o OUT."
 _ALIAS = "Give a copy of that model, or write a new folder with -o OUT."
 
@@ -78,6 +79,17 @@ def changes(plan: Plan) -> tuple[Step, ...]:
     """
     tensors = plan.inputs["target"].tensors
     for step in plan.steps:
+        if step.output.encoding is not None:
+            weight = step.output.encoding.weight
+            raise CheckpointError(
+                f"cannot apply in place: {brief(weight.name)} is {weight.format} in {weight.path}, and whether its "
+                f"scales serve the new numbers is known only when all of these are there. {_QUANTIZED}"
+            )
+        if step.name not in tensors:
+            raise CheckpointError(
+                f"cannot apply in place: {brief(step.name)} is quantized in the target, and would become {step.dtype}, "
+                f"which takes other bytes. {_QUANTIZED}"
+            )
         if step.dtype != tensors[step.name].dtype:
             raise CheckpointError(
                 f"cannot apply in place: {brief(step.name)} is {tensors[step.name].dtype} in {tensors[step.name].path} "

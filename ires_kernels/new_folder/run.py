@@ -82,6 +82,7 @@ def begin(plan: Plan, out: Path, options: Options, *, sync: bool, sha256: bool) 
     Raises CheckpointError and StoreError where the inputs are not what they have to be, OSError for a full disk.
     """
     compared = guards.compare(plan)
+    guards.check_companions(plan)
     operation = Operation.of(plan, sync=sync, sha256=sha256)
     folder = NewFolder(
         out, _identity(operation), operation.to_bytes(), accept=partial(_check_begun, plan, out, options.threads),

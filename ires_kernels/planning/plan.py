@@ -19,7 +19,7 @@ import xxhash
 from ires_kernels.checkpoints import configs, names, settings, sidefiles
 from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.header import build_header, tensor_bytes
-from ires_kernels.checkpoints.quantized import Ref
+from ires_kernels.checkpoints.quantized import QuantizedRef, Ref
 from ires_kernels.checkpoints.sidefiles import SideFile
 from ires_kernels.dtypes import STORAGE
 from ires_kernels.files.plain import table
@@ -133,7 +133,8 @@ class Plan:
 
     def otherwise(self) -> Iterable[tuple[str, Operand]]:
         """The operands that are not simply the tensors of the name of the step's output, and its label."""
-        return ((s.label, operand) for s in self.steps for operand in s.operands if operand.key != s.name)
+        merged = (step for step in self.steps if not step.is_scale)
+        return ((s.label, operand) for s in merged for operand in s.operands if not operand.is_called(s.name))
 
     def _active(self) -> Iterable[Step]:
         return (step for step in self.steps if not (self.in_place and step.is_own))
@@ -362,7 +363,7 @@ def size(count: float) -> str:
 
 def _deed(step: Step) -> str:
     """What is done to a tensor, in words that group the like ones."""
-    dtypes = "/".join(dict.fromkeys(operand.dtype for operand in step.operands))
+    dtypes = "/".join(dict.fromkeys(kind for operand in step.operands for kind in operand.kinds))
     factors = ", ".join(f"{factor:g}" for factor in step.factors)
     deed = {
         "copy": f"copied: {step.reason}",
@@ -371,13 +372,17 @@ def _deed(step: Step) -> str:
         "add_difference": f"+ {factors} * (instruct - base)",
         "subtract": "instruct - base",
     }[step.op]
-    return f"{deed}, {dtypes} → {step.dtype}"
+    encoding = step.output.encoding
+    if encoding is None:
+        return f"{deed}, {dtypes} → {step.dtype}"
+    return f"{deed}, {dtypes} → {'scales' if step.is_scale else 'codes'} of {encoding.weight.format}"
 
 
 def _read(operand: Operand) -> dict[str, Any]:
     """What is read for an operand: a tensor, or a run of one; or of how many runs it is made, and the first of them."""
     if len(operand.refs) == 1:
-        return {"name": operand.text, "dtype": operand.dtype, "file": f"{operand.paths[0]}"}
+        one = {"name": operand.text, "dtype": operand.dtype, "file": f"{operand.paths[0]}"}
+        return one | ({"format": operand.kinds[0]} if operand.is_decoded else {})
     runs = [{"name": ref.name, "file": f"{ref.path}"} for ref in operand.refs[:_LISTED]]
     return {"name": operand.text, "dtype": operand.dtype, "runs": len(operand.refs), "first_runs": runs}
 
@@ -423,9 +428,22 @@ def _operation_id(plan: Plan) -> str:
         "side_files": [_made_of(side) for side in plan.side_files if not plan.in_place],
         "about": plan.about,
         **({"matched": matched} if (matched := [(label, o.role, o.key) for label, o in plan.otherwise()]) else {}),
+        **({"decoded": decoded} if (decoded := _decoded(plan)) else {}),
         "documents": [[n, xxhash.xxh3_128_hexdigest(content)] for n, content in plan.documents if not plan.in_place],
     }
     return _hash(table)
+
+
+def _decoded(plan: Plan) -> list[list[Any]]:
+    """What is read as codes, and how: settings beside the weights have a say in that."""
+    return [
+        [operand.role, ref.name, ref.format.name, ref.format.settings]
+        for step in plan.steps
+        for operand in step.operands
+        if operand.is_decoded
+        for ref in operand.refs
+        if isinstance(ref, QuantizedRef)
+    ]
 
 
 def _made_of(side: SideFile) -> list[Any]:

@@ -89,6 +89,16 @@ class Operand:
         object.__setattr__(self, "key", key)
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """What it is stored as: dtypes, and the formats of what is quantized."""
+        each = (f"{ref.format}" if isinstance(ref, QuantizedRef) else ref.dtype for ref in self.refs)
+        return tuple(dict.fromkeys(each))
+
+    def is_called(self, name: str) -> bool:
+        """Whether it is the whole tensor, or quantized weight, of this name."""
+        return self.key == name or (self.is_decoded and len(self.refs) == 1 and self.refs[0].name == name)
+
+    @property
     def is_decoded(self) -> bool:
         """Whether its numbers are made of codes, all of them or some."""
         return any(isinstance(ref, QuantizedRef) for ref in self.refs)

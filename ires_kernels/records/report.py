@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ires_kernels.backends.call import Tally
 from ires_kernels.checkpoints import sidefiles
-from ires_kernels.checkpoints.manifest import Numbers, Strength
+from ires_kernels.checkpoints.manifest import Numbers, Requantized, Strength
 from ires_kernels.files.plain import table
 from ires_kernels.planning.absences import Absence, grouped
 from ires_kernels.planning.ancestry import Ancestry
 from ires_kernels.planning.plan import Plan, size
 from ires_kernels.planning.steps import Step
+from ires_kernels.records import requantized
 from ires_kernels.streaming.outcome import Outcome
 
 _DONE = {"extract": "extracted", "apply": "merged"}
@@ -55,6 +56,8 @@ class Report:
     """What to know about the files."""
     why: dict[str, str] = field(default_factory=dict)
     """Of side files, by name, why they come from that model, where this is not the rule."""
+    requantized: Requantized | None = None
+    """Of the tensors that are stored as codes."""
 
     @classmethod
     def recorded(cls, operation: str, id_: str, out: Path, numbers: Numbers, note: str) -> Report:
@@ -63,7 +66,7 @@ class Report:
         counts = Tally(**{name: getattr(numbers, name) for name in names})
         return cls(
             operation, id_, out, 0.0, 0, 0, numbers.tensors, counts, counts.overflow, numbers.strengths, {}, {}, (), {},
-            (), notes=(note,),
+            (), notes=(note,), requantized=numbers.requantized,
         )  # fmt: skip
 
     @classmethod
@@ -79,6 +82,7 @@ class Report:
             else:
                 total += tally
                 merged.setdefault(step.factors, Tally()).__iadd__(tally)
+        codes = requantized.requantized(plan, outcome)
         strengths = []
         for factors, tally in sorted(merged.items()):
             ratio = tally.dot / tally.norm2 if tally.norm2 else math.nan
@@ -100,8 +104,15 @@ class Report:
             {file.name: file.role for file in plan.side_files if not (plan.in_place and file.role == "target")},
             () if plan.in_place else plan.not_copied,
             plan.ancestry,
-            (*plan.warnings, *_zero(plan, total), *_odd_values(plan, outcome), *_share(plan, outcome)),
+            (
+                *plan.warnings,
+                *_zero(plan, total),
+                *_odd_values(plan, outcome),
+                *_share(plan, outcome),
+                *requantized.warnings(codes, plan.rules.rounding),
+            ),
             plan.notes,
+            requantized=codes,
             why={side.name: side.why for side in plan.side_files if side.why},
         )
 
@@ -131,6 +142,7 @@ class Report:
             "nan_out": self.counts.nan_out,
             "overflow": self.overflow,
             "strengths": [strength.to_dict() for strength in self.strengths],
+            **({"requantized": asdict(self.requantized)} if self.requantized else {}),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -177,6 +189,7 @@ class Report:
             else:
                 rows.append((f"alpha {asked}", f"effective {strength.effective_alpha:.6g}"))
         rows.append(("lost to rounding", f"{counts.lost:,} of {counts.updates:,} updates ({self.lost_fraction:.3%})"))
+        rows += [("stored as codes", requantized.row(self.requantized))] if self.requantized else []
         for title, count in (
             ("NaN in the inputs", counts.nan_in),
             ("inf in the inputs", counts.inf_in),

@@ -7,7 +7,6 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -16,12 +15,7 @@ from ires_kernels.checkpoints.checkpoint import TensorRef
 from ires_kernels.checkpoints.quantized import QuantizedRef, Ref
 from ires_kernels.checkpoints.sources import LocalFile
 from ires_kernels.formats import ACROSS, matrices
-
-
-class Numbers(Protocol):
-    """What puts numbers into the memory of a tile, and returns what its digest is of."""
-
-    def read_into(self, buffer: memoryview, first: int, count: int) -> Sequence[memoryview]: ...
+from ires_kernels.streaming.pieces import Reader
 
 
 class Decoded:
@@ -100,7 +94,7 @@ class Decoded:
 class Several:
     """Weights that follow each other, quantized or not, as one operand."""
 
-    def __init__(self, readers: Sequence[Numbers], counts: Sequence[int]) -> None:
+    def __init__(self, readers: Sequence[Reader], counts: Sequence[int]) -> None:
         self._readers = readers
         self._ends = list(accumulate(counts))
 

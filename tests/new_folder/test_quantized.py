@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +199,67 @@ def test_a_quantized_target_is_not_updated_in_place(tmp_path: Path) -> None:
         ik.apply(paths[0], (paths[1], paths[2]), in_place=True, sync=False)
     assert snapshot(tmp_path) == before
     ik.apply(paths[0], (paths[1], paths[2]), in_place=True, sync=False, skip="proj")
+
+
+def test_the_report_tells_of_the_noise_of_new_codes(tmp_path: Path) -> None:
+    """As numpy counts it: of the numbers that were there, those that the merge gives, and those that are stored."""
+    paths = models(tmp_path, "fp8-block", None, None, scale=1e-4)
+    report = ik.apply(paths[0], (paths[1], paths[2]), out=tmp_path / "out", sync=False)
+    found = report.requantized  # type: ignore[union-attr]
+    target, instruct, base = map(numbers, paths)
+    wanted = merged(target, instruct, base, torch.float32)
+    stored = numbers(tmp_path / "out")
+    ratios, noise, norm, dot = {}, 0.0, 0.0, 0.0
+    for name in QUANTIZED:
+        update = (instruct[name].float() - base[name].float()).double()
+        off = (stored[name] - wanted[name]).double().square().sum().item()
+        ratios[name] = (off / update.square().sum().item()) ** 0.5
+        noise, norm = noise + off, norm + update.square().sum().item()
+        dot += ((stored[name].double() - target[name].double()) * update).sum().item()
+    assert found is not None
+    assert found.noise == pytest.approx((noise / norm) ** 0.5)
+    assert found.most == pytest.approx(max(ratios.values()))
+    assert found.worst == max(ratios, key=lambda name: ratios[name])
+    assert (found.tensors, found.scales, found.new_scales, found.loud) == (2, 5 * 4 + 4 * 6, 0, 2)
+    assert any("--dtype bf16" in text and "--rounding stochastic" in text for text in report.warnings)  # type: ignore[union-attr]
+    assert "stored as codes" in f"{report}"
+    manifest = json.loads((tmp_path / "out" / "ires.json").read_text())
+    assert manifest["report"]["requantized"]["worst"] == found.worst
+    again = ik.apply(paths[0], (paths[1], paths[2]), out=tmp_path / "out", sync=False)
+    assert again.requantized == found  # type: ignore[union-attr]
+    plain = ik.apply(paths[0], (paths[1], paths[2]), out=tmp_path / "plain", sync=False, dtype="bf16")
+    assert plain.requantized is None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("format", ["fp8-block", "nvfp4", "mxfp8"])
+def test_a_scale_that_is_no_number_is_refused_before_anything_is_written(tmp_path: Path, format: str) -> None:
+    paths = models(tmp_path, None, format)
+    stored = read_model(paths[1])
+    name = next(name for name in stored if re.search(r"weight_scale(_inv)?$", name))
+    stored[name].view(torch.uint8).reshape(-1)[-4:] = 0xFF
+    write_model(tmp_path / "broken", stored, config=json.loads((paths[1] / "config.json").read_text()))
+    with pytest.raises(CheckpointError, match="--skip") as caught:
+        ik.apply(paths[0], (tmp_path / "broken", paths[2]), out=tmp_path / "out", sync=False)
+    weight = name.partition("_scale")[0]
+    assert f"{weight!r} of instruct: its scale is" in f"{caught.value}"
+    assert not list(tmp_path.glob("out*"))
+    with pytest.raises(CheckpointError, match="its scale is"):
+        ik.load(paths[0], (tmp_path / "broken", paths[2]))
+    before = snapshot(paths[0])
+    with pytest.raises(CheckpointError, match="its scale is"):
+        ik.apply(paths[0], (tmp_path / "broken", paths[2]), in_place=True, sync=False)
+    assert snapshot(paths[0]) == before
+    ik.apply(paths[0], (tmp_path / "broken", paths[2]), out=tmp_path / "out", sync=False, skip=re.escape(weight))
+
+
+def test_the_plan_says_what_is_decoded(tmp_path: Path) -> None:
+    paths = models(tmp_path, "fp8-block", "mxfp8")
+    plan = ik.apply(paths[0], (paths[1], paths[2]), out=tmp_path / "out", dry_run=True)
+    assert "+ 1 * (instruct - base), fp8-block 16 × 16/mxfp8/BF16 → codes of fp8-block 16 × 16" in f"{plan}"
+    assert "+ 1 * (instruct - base), fp8-block 16 × 16/mxfp8/BF16 → scales of fp8-block" in f"{plan}"
+    assert "matched" not in f"{plan}"
+    table = {each["name"]: each["inputs"] for each in plan.to_dict()["tensors"]}
+    assert table[QUANTIZED[0]]["instruct"]["format"] == "mxfp8"
+    other = write(tmp_path / "other", read_model(paths[2]), "fp8-block")
+    plan_of_other = ik.apply(paths[0], (paths[1], other), out=tmp_path / "out", dry_run=True)
+    assert plan_of_other.id != plan.id  # type: ignore[union-attr]
