@@ -404,14 +404,15 @@ def _with_settings(checkpoint: Checkpoint) -> Checkpoint:
 
     config = (checkpoint.config if folder == checkpoint.path else read("config.json")) or {}
     blocks = {f"{place} in config.json": block for place, block in _quantization_blocks(config, "")}
+    own = {shard.path.name for shard in checkpoint.shards}
+    mistral = not config or any(name.startswith("consolidated") for name in own)
     for name, keys in _QUANTIZATION.items():
-        table = read(name) or {}
+        table = (read(name) if mistral or name != "params.json" else None) or {}
         found = {f"{key} in {name}": table[key] for key in keys if table.get(key)}
         blocks |= found or ({name: table} if table and not keys else {})
     said = {place: block if isinstance(block, dict) else {"quant_method": block} for place, block in blocks.items()}
     if config.get("expert_dtype"):
         said = {place: {"expert_dtype": config["expert_dtype"], **block} for place, block in said.items()}
-    own = {shard.path.name for shard in checkpoint.shards}
     others = sorted(path.name for path in folder.glob("[!.]*.safetensors") if path.name not in own)
     beside = tuple(others if folder == checkpoint.path else ())
     return replace(checkpoint, blocks=said, beside=beside, elsewhere=_in_other_shards(checkpoint))
@@ -422,7 +423,10 @@ _QUANTIZATION: dict[str, tuple[str, ...]] = {
     "hf_quant_config.json": ("quantization",),
     "quantize_config.json": (),
 }
-"""Settings of Mistral's own format, ModelOpt and GPTQ, and what in them says that the weights are quantized."""
+"""Settings of Mistral's own format, ModelOpt and GPTQ, and what in them says that the weights are quantized.
+
+Those of Mistral are for consolidated*.safetensors, beside which the same model may lie in another form and dtype.
+"""
 
 
 def _quantization_blocks(config: dict[str, Any], place: str) -> Iterator[tuple[str, Any]]:

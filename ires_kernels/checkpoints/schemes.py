@@ -61,14 +61,15 @@ def quantized(checkpoint: Checkpoint) -> Quantized:
 
 def _search(checkpoint: Checkpoint) -> Quantized:
     found, said = Quantized(), claims(checkpoint)
+    some = [name for name in checkpoint.tensors if name.endswith((*_OTHERS, *_TOO_MUCH))]
+    endings = [ending for ending in (*_OTHERS, *_TOO_MUCH) if any(name.endswith(ending) for name in some)]
     with closing(Files(checkpoint.file_ids, ())) as files:
         for ref in checkpoint.tensors.values():
             place = _place(checkpoint, ref, bool(said.of("fp8", "mxfp8")))
             if place is None:
                 continue
             codes = Codes(checkpoint, said, files, ref, *place)
-            beside = (codes.stem + ending for ending in (*_OTHERS, *_TOO_MUCH))
-            codes.others += [name for name in beside if name in checkpoint.tensors]
+            codes.others += [name for name in map(codes.stem.__add__, endings) if name in checkpoint.tensors]
             try:
                 found.weights[codes.name] = _weight(codes)
             except Undecided as why:
