@@ -169,7 +169,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], Iterator[Claim]]] = {
     "compressed-tensors": _compressed_tensors,
     "modelopt": _modelopt,
     "mistral": lambda _: iter([Claim("fp8", 8)]),
-    "fbgemm-fp8": lambda _: iter([Claim("fp8", 8, 1, 0)]),
+    "fbgemm-fp8": lambda _: iter([Claim("fp8", 8)]),
     "mxfp4": lambda _: iter([Claim("mxfp4", 4)]),
     "mxfp8": lambda _: iter([Claim("mxfp8", 8)]),
     "gptq": _gptq,

@@ -16,6 +16,9 @@ FUSED_SCALES = ("scale_inv", "scale", *SCALES)
 def scaled(codes: Codes) -> QuantizedRef:
     """A weight whose codes are bytes, in a tensor of its shape or of half as many columns. Raises Undecided."""
     ref, scale = codes.ref, _scale(codes)
+    if scale.name == f"{codes.stem}scale" and not codes.is_fused and scale.dtype != "F8_E8M0":
+        # TransformerEngine writes by this name what codes are divided by, others what they are multiplied with.
+        raise Undecided(f"{scale.name} is {scale.dtype}, wanted F8_E8M0, or another name: not decoded")
     if len(ref.shape) < 2:
         raise Undecided(f"{ref.name} has the shape {list(ref.shape)}, wanted that of a matrix")
     if ref.dtype == "F8_E4M3":

@@ -16,6 +16,9 @@ from oracle import assert_same
 from small_models import write_model
 from torch import Tensor
 
+from ires_kernels.checkpoints.checkpoint import open_checkpoint
+from ires_kernels.checkpoints.schemes import quantized
+
 F8, U8, I8, I32 = torch.float8_e4m3fn, torch.uint8, torch.int8, torch.int32
 BF16, F16, F32, E8M0 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e8m0fnu
 X = "model.layers.0.mlp.up_proj"
@@ -214,6 +217,68 @@ def test_microscales_of_compressed_tensors(tmp_path: Path, compressed: Any, form
     tensors["weight_scale"] = exponents
     arguments = {"num_bits": 4 if four else 8, "type": "float", "strategy": "group", "group_size": 32}
     by_compressed_tensors(tmp_path, compressed, form, compressor, tensors, **arguments)
+
+
+PRESETS = [
+    *(("W4A16", "pack-quantized 4 bits in groups of 128"), ("W4A16_ASYM", "pack-quantized 4 bits in groups of 128")),
+    *(("W8A16", "pack-quantized 8 bits in groups of 128"), ("INT8", "int8-channel"), ("FP8", "fp8-tensor")),
+    *(
+        ("FP8_DYNAMIC", "fp8-channel"),
+        ("NVFP4", "nvfp4"),
+        ("NVFP4A16", "nvfp4"),
+        ("MXFP4", "mxfp4"),
+        ("MXFP8", "mxfp8"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("preset", "form"), PRESETS)
+def test_whole_models_that_compressed_tensors_wrote(tmp_path: Path, compressed: Any, preset: str, form: str) -> None:
+    """Names, shapes and settings are those of the library, and so are the numbers that it makes of its own model."""
+    transformers = pytest.importorskip("transformers")
+    q = compressed.quantization
+    config = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    scheme = q.preset_name_to_scheme(preset, ["Linear"])
+    settings = q.QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"], quantization_status="frozen")
+    q.apply_quantization_config(model, settings)
+    for module in model.modules():
+        if hasattr(module, "quantization_scheme"):
+            calibrate(module, module.quantization_scheme.weights, q.utils.calculate_qparams)
+    compressor = compressed.compressors.ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    compressor.update_config(tmp_path / "model")
+
+    found = quantized(open_checkpoint(tmp_path / "model"))
+    assert {f"{weight.format}" for weight in found.weights.values()} == {form}
+    compressor.decompress_model(model)
+    wanted = model.state_dict()
+    got = weights(tmp_path / "model")
+    assert len(got) == 7
+    for name, weight in got.items():
+        assert_same(weight.to(wanted[name].dtype), wanted[name])
+
+
+def calibrate(module: Any, arguments: Any, parameters: Any) -> None:
+    """Scales of a layer by the smallest and largest of its weights, as the library makes them of these."""
+    weight, strategy = module.weight.data, arguments.strategy
+    if strategy == "tensor":
+        low, high = weight.min()[None], weight.max()[None]
+    else:
+        across = weight.view(len(weight), -1, arguments.group_size or weight.shape[1])
+        low, high = across.amin(-1), across.amax(-1)
+    shared = None
+    if strategy == "tensor_group":
+        shared = module.weight_global_scale.data = (2688 / weight.abs().max().float())[None]
+    scale, zero = parameters(low, high, arguments, global_scale=shared)
+    module.weight_scale.data = scale.to(module.weight_scale.dtype)
+    if hasattr(module, "weight_zero_point"):
+        module.weight_zero_point.data = zero.to(module.weight_zero_point.dtype)
 
 
 # ModelOpt

@@ -94,6 +94,10 @@ FORMATS: dict[str, tuple[Shapes, dict[str, Any] | None, str, str, tuple[int, ...
         {f"{X}.weight": (F8, (48, 96)), f"{X}.weight_scale": (F32, (48, 1)), f"{X}.input_scale_ub": (F32, (1,))},
         block("fbgemm_fp8"), f"{X}.weight", "fp8-channel", (48, 96),
     ),
+    "FBGEMM experts": (
+        {f"{E}.gate_up_proj": (F8, (3, 48, 96)), f"{E}.gate_up_proj_scale": (F32, (3, 1, 96))},
+        block("fbgemm_fp8"), f"{E}.gate_up_proj", "fp8-block 48 × 1", (3, 48, 96),
+    ),
     "ModelOpt fp8 by channel": (
         {f"{X}.weight": (F8, (48, 96)), f"{X}.weight_scale": (F32, (48,)), f"{X}.input_scale": (F32, ())},
         block("modelopt", quant_algo="FP8_PER_CHANNEL_PER_TOKEN"), f"{X}.weight", "fp8-channel", (48, 96),
@@ -225,6 +229,7 @@ BNB: Shapes = {f"{X}.weight": (U8, (48, 1)), f"{X}.weight.absmax": (F32, (2,)), 
          f"{X}.weight_scale_inv is I32 [5, 2], wanted F32 or F16 or BF16 or F8_E8M0 or U8"),
         ({**SCALED, f"{X}.weight_scale": (F32, (5, 2))}, FP8,
          f"{X}.weight has the scales {X}.weight_scale_inv and {X}.weight_scale, wanted one"),
+        ({**W, f"{X}.scale": (F32, ())}, None, f"{X}.scale is F32, wanted F8_E8M0, or another name: not decoded"),
         ({f"{X}.weight": (torch.float8_e5m2, (4, 4)), f"{X}.weight_scale": (F32, ())}, None,
          f"{X}.weight has F8_E5M2 codes with a scale of F32, {X}.weight_scale: not decoded"),
         (SCALED, INT8, "its tensors have the format fp8-block 128 × 128, and quantization_config in config.json says "
