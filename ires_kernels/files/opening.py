@@ -22,8 +22,9 @@ MAX_CONFIG = 1 << 24
 """Bytes of config.json and other settings; the largest that are known, with the names of 21,841 classes, have 2 MB."""
 MAX_INDEX = 100_000_000
 """Bytes of an index, which names the tensors once more that the headers name; as much as the header of one file."""
-MAX_MANIFEST = 250_000_000
-"""Bytes of what a merge records of itself, some 500 a tensor; the largest known models have 150,000 tensors."""
+MAX_MANIFEST = 500_000_000
+"""Bytes of what a merge records of itself: some 500 a tensor, and in a residual 750 to 2,800 more of base, by its
+dtype; the largest known models have 150,000 tensors."""
 
 """Files that a merge has open beside those of its target in place: with one thread, and with as many as may be."""
 

@@ -117,9 +117,14 @@ def warnings(found: Iterable[Ancestry], inputs: Mapping[str, Checkpoint]) -> Ite
 def _compared(model: str, base: str, steps: Iterable[Step], looks: Looks) -> Ancestry | None:
     matrices: dict[str, Likeness] = {}
     others: list[Likeness] = []
-    for (name, ref), pieces in _pieces(model, base, steps, looks.inputs).items():
+    for name, pieces in _pieces(model, base, steps, looks.inputs):
         found = _likeness(base, model, pieces, looks)
-        if found is not None and len(ref.shape) > 1 and found.count >= FEWEST and math.isfinite(found.cosine):
+        if (
+            found is not None
+            and len(pieces[0].source.shape) > 1
+            and found.count >= FEWEST
+            and math.isfinite(found.cosine)
+        ):
             matrices[name] = found
         elif found is not None:
             others.append(found)
@@ -179,15 +184,20 @@ class _Piece:
 
 def _pieces(
     own: str, source: str, steps: Iterable[Step], inputs: Mapping[str, Checkpoint]
-) -> dict[tuple[str, Ref], list[_Piece]]:
-    """What the steps take to belong together of two models, by the output's name and the tensor of `source`."""
-    found: dict[tuple[str, Ref], list[_Piece]] = {}
+) -> Iterable[tuple[str, list[_Piece]]]:
+    """What the steps take to belong together of two tensors of two models, with the name of the output.
+
+    Of outputs that are made of the same, as codes and their scales are, the first.
+    """
+    found: dict[tuple[str, str], tuple[str, list[_Piece]]] = {}
     for step in steps:
         refs = {operand.role: operand.refs for operand in step.operands}
         if own in refs and source in refs:
             for piece in _shared(_runs(inputs[source], refs[source]), _runs(inputs[own], refs[own])):
-                found.setdefault((step.name, piece.source), []).append(piece)
-    return found
+                output, pieces = found.setdefault((piece.source.name, piece.own.name), (step.name, []))
+                if output == step.name:
+                    pieces.append(piece)
+    return found.values()
 
 
 def _shared(sources: Iterator[tuple[Ref, int, int]], owns: Iterator[tuple[Ref, int, int]]) -> Iterator[_Piece]:

@@ -19,9 +19,7 @@ from __future__ import annotations
 import base64
 import math
 import struct
-import sys
-from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import mul
@@ -31,12 +29,11 @@ from typing import NamedTuple
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
 from ires_kernels.checkpoints.quantized import QuantizedRef, Ref
 from ires_kernels.checkpoints.sources import Files
-from ires_kernels.dtypes import FLOATS, NUMBERS
+from ires_kernels.dtypes import FLOATS
+from ires_kernels.planning.elements import decoded, is_known, numbers
 
 Run = tuple[int, int]
 """Elements of a tensor that follow each other: the flat index of the first, and how many."""
-Decode = Callable[[QuantizedRef, Sequence[Run], Callable[[TensorRef, int, int], bytes]], Sequence[float]]
-"""Numbers of runs of a quantized tensor; the last argument reads bytes of a part, from an offset in it on."""
 
 RUNS, RUN = 4, 64
 """How many runs of how many elements are a sample. Of strangers, 256 elements have a correlation of 0 with a deviation
@@ -111,7 +108,7 @@ class Sample(NamedTuple):
     @property
     def values(self) -> Sequence[float]:
         """The numbers, all exactly."""
-        return _NUMBERS[self.dtype](self.data)
+        return numbers(self.dtype, self.data)
 
     def to_text(self, shape: Sequence[int]) -> str:
         """As residual.json has it, of a tensor of this shape whose `places` these are."""
@@ -150,16 +147,16 @@ def through(sample: Sample, pieces: Iterable[tuple[int, int, int]]) -> tuple[lis
     pieces  of the sampled tensor, as (first element, how many, where the first is in the target), not overlapping
     """
     values, runs = sample.values, []
-    numbers: list[float] = []
+    found: list[float] = []
     for first, count, place in pieces:
         passed = 0
         for start, length in sample.runs:
             low, high = max(start, first), min(start + length, first + count)
             if low < high:
-                numbers += values[passed + low - start : passed + high - start]
+                found += values[passed + low - start : passed + high - start]
                 runs.append((place + low - first, high - low))
             passed += length
-    return numbers, tuple(runs)
+    return found, tuple(runs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,17 +230,16 @@ def _correlation(dot: float, norm_s: float, norm_t: float, sum_s: float, sum_t: 
 
 
 class Looks:
-    """Samples of the tensors of some models, each read once, whoever asks. What is no float has none.
+    """Samples of the tensors of some models, each read once, whoever asks. What is no float has none, and what is
+    quantized has those of the numbers that it stands for, in formats that `elements` knows.
 
     Files are held open until `close`, and are those that were validated: reading raises CheckpointError for one that
     changed, and OSError.
     """
 
-    def __init__(self, inputs: Mapping[str, Checkpoint], decode: Decode | None = None) -> None:
-        """`decode`: makes numbers of quantized tensors; without it nothing is known of their values."""
+    def __init__(self, inputs: Mapping[str, Checkpoint]) -> None:
         self.inputs = inputs
         self.bytes_read = 0
-        self._decode = decode
         self._known: dict[tuple[str, str, tuple[Run, ...]], Sample | None] = {}
         self._compared: dict[tuple[str, str, str, str], Likeness | None] = {}
         self._files = Files({path: of for model in inputs.values() for path, of in model.file_ids.items()}, ())
@@ -293,12 +289,10 @@ class Looks:
 
     def _read(self, ref: Ref, runs: tuple[Run, ...]) -> Sample | None:
         if isinstance(ref, QuantizedRef):
-            if self._decode is None:
+            if not is_known(ref):
                 return None
-            numbers = array("f", self._decode(ref, runs, self._bytes))
-            if sys.byteorder == "big":
-                numbers.byteswap()
-            return Sample(runs, "F32", numbers.tobytes())
+            values = [value for first, count in runs for value in decoded(ref, first, count, self._bytes)]
+            return Sample(runs, "F32", struct.pack(f"<{len(values)}f", *values))
         width = FLOATS[ref.dtype]
         begin, end = min(runs)[0], max([first + count for first, count in runs])
         if (end - begin) * width <= _NEAR:
@@ -322,41 +316,3 @@ class Looks:
 
 _NEAR = 1 << 13
 """Bytes that are read at once, where all places of a tensor lie within: it takes no longer than to read them apart."""
-
-
-def _unpacked(code: str) -> Callable[[bytes], Sequence[float]]:
-    width = struct.calcsize(f"<{code}")
-    return lambda data: struct.unpack(f"<{len(data) // width}{code}", data)
-
-
-def _bfloat16(data: bytes) -> Sequence[float]:
-    """A bfloat16 is the upper half of a float32."""
-    wide = bytearray(2 * len(data))
-    wide[2::4], wide[3::4] = data[::2], data[1::2]
-    return struct.unpack(f"<{len(data) // 2}f", wide)
-
-
-def _bytewise(name: str) -> Callable[[bytes], Sequence[float]]:
-    """A reader of a dtype of one byte, by a table of all codes."""
-    number = NUMBERS[name]
-    table = []
-    for code in range(256):
-        bits = code & 0x7F
-        exponent, fraction = bits >> number.fraction, bits & ((1 << number.fraction) - 1)
-        whole = fraction + (bool(exponent) << number.fraction)
-        value = math.ldexp(whole, max(exponent, 1) - number.bias - number.fraction)
-        if bits > number.largest:
-            value = math.inf if bits == number.infinity else math.nan
-        table.append(math.copysign(value, -1 if code & 0x80 else 1))
-    return lambda data: tuple([table[code] for code in data])
-
-
-_NUMBERS: dict[str, Callable[[bytes], Sequence[float]]] = {
-    "F64": _unpacked("d"),
-    "F32": _unpacked("f"),
-    "F16": _unpacked("e"),
-    "BF16": _bfloat16,
-    "F8_E4M3": _bytewise("F8_E4M3"),
-    "F8_E5M2": _bytewise("F8_E5M2"),
-}
-"""How numbers are made of bytes."""

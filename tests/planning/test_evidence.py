@@ -17,7 +17,6 @@ from small_models import normal
 from ires_kernels.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.checkpoints.manifest import Manifest
-from ires_kernels.checkpoints.quantized import Format, QuantizedRef
 from ires_kernels.dtypes import FLOATS, NUMBERS
 from ires_kernels.planning import evidence
 from ires_kernels.planning.evidence import Likeness, Looks, Sample, likeness, places, through
@@ -111,16 +110,6 @@ def test_values_are_those_of_torch(tmp_path: Path, dtype: str) -> None:
         assert Sample.from_text(sample.to_text(shape), shape) == sample
 
 
-@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F16", "BF16"])
-def test_all_codes_are_read_as_torch_reads_them(dtype: str) -> None:
-    width = FLOATS[dtype]
-    codes = torch.arange(256**width, dtype=torch.int32).to(torch.uint8 if width == 1 else torch.uint16)
-    wanted = codes.view(getattr(torch, NUMBERS[dtype].torch)).double()
-    got = torch.tensor(Sample((), dtype, codes.numpy().tobytes()).values, dtype=torch.float64)
-    assert torch.equal(got.nan_to_num(nan=12345.0), wanted.nan_to_num(nan=12345.0))
-    assert torch.equal(got.signbit()[~got.isnan()], wanted.signbit()[~got.isnan()])
-
-
 def test_each_tensor_is_read_once_and_little_of_it(tmp_path: Path) -> None:
     w = {f"layer.{i}": normal((64, 512), i) for i in range(20)} | {"n": torch.arange(9)}
     base, target = model(tmp_path / "base", w), model(tmp_path / "target", w)
@@ -151,22 +140,6 @@ def test_runs_of_a_tensor_and_other_places_can_be_read(tmp_path: Path) -> None:
         near = looks.at("base", base.tensors["w"], ((7, 2), (1, 3)))
         assert near is not None
         assert list(near.values) == [*flat[7:9].tolist(), *flat[1:4].tolist()]
-
-
-def test_quantized_tensors_are_decoded_by_whoever_can(tmp_path: Path) -> None:
-    base = model(tmp_path / "base", {"w": torch.arange(256, dtype=torch.uint8).view(16, 16)})
-    ref = QuantizedRef("w", (16, 16), Format("bytes"), (("codes", base.tensors["w"]),), (16, 16))
-    with Looks({"base": base}) as looks:
-        assert looks.of("base", ref) is None
-
-    def decode(ref: QuantizedRef, runs: object, read: object) -> list[float]:
-        assert runs == ((0, 256),)
-        return [code / 2 for code in read(ref.codes, 0, 256)]  # type: ignore[operator]
-
-    with Looks({"base": base}, decode) as looks:
-        sample = looks.of("base", ref)
-        assert sample is not None
-        assert list(sample.values) == [code / 2 for code in range(256)]
 
 
 # --- what a residual remembers
