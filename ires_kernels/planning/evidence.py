@@ -222,11 +222,12 @@ def likeness(source: Sequence[float], target: Sequence[float]) -> Likeness:
 
 def _correlation(dot: float, norm_s: float, norm_t: float, sum_s: float, sum_t: float, count: int) -> float:
     """Of values with these norms and sums; NaN where the deviation of one is less than SPREAD of its mean."""
-    spread_s, spread_t = norm_s**2 - sum_s**2 / count, norm_t**2 - sum_t**2 / count
-    least_s, least_t = ((SPREAD * total) ** 2 / count for total in (sum_s, sum_t))
+    of_s, of_t = sum_s / norm_s, sum_t / norm_t  # not their squares, which may be no numbers any more
+    spread_s, spread_t = 1 - of_s**2 / count, 1 - of_t**2 / count
+    least_s, least_t = ((SPREAD * total) ** 2 / count for total in (of_s, of_t))
     if spread_s <= least_s or spread_t <= least_t:
         return math.nan
-    return (dot - sum_s * sum_t / count) / math.sqrt(spread_s) / math.sqrt(spread_t)
+    return (dot / (norm_s * norm_t) - of_s * of_t / count) / math.sqrt(spread_s) / math.sqrt(spread_t)
 
 
 class Looks:

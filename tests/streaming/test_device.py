@@ -620,6 +620,7 @@ def test_a_thread_pins_its_second_window_after_it_has_read_the_first(tmp_path: P
         read = sources.read_into
         patch.setattr(sources, "read_into", lambda *arguments: (order.append("read"), read(*arguments)))
         ik.load(paths[0], (paths[1], paths[2]), threads=1)
+    order = order[order.index("pin") :]  # before it samples are read, of what the models have in common
     assert order[:9] == ["pin", "read", "read", "read", "pin", "read", "read", "read", "read"]
 
 
