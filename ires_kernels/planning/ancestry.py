@@ -18,6 +18,7 @@ from typing import Any
 from ires_kernels.checkpoints import names
 from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.quantized import QuantizedRef, Ref
+from ires_kernels.dtypes import FLOATS
 from ires_kernels.planning.absences import skip_pattern
 from ires_kernels.planning.evidence import ALIKE, FEWEST, Likeness, Looks, Sample, likeness, places, through
 from ires_kernels.planning.steps import Step, by_output
@@ -240,30 +241,33 @@ def sketch(steps: Iterable[Step], looks: Looks) -> dict[str, str]:
     """
     found = {}
     for output, parts in by_output(steps).items():
-        refs = [ref for step in parts for operand in step.operands if operand.role == "base" for ref in operand.refs]
-        sample = _sampled(list(_runs(looks.inputs["base"], refs)), output.shape, looks)
+        refs = {step.first: operand.refs for step in parts for operand in step.operands if operand.role == "base"}
+        sample = _sampled(output.shape, refs, looks)
         if sample is not None:
             found[output.name] = sample.to_text(output.shape)
     return found
 
 
-def _sampled(runs: Sequence[tuple[Ref, int, int]], shape: tuple[int, ...], looks: Looks) -> Sample | None:
-    """What runs of base, which follow each other, have at the places of a tensor of this shape."""
+def _sampled(shape: tuple[int, ...], refs: Mapping[int, Iterable[Ref]], looks: Looks) -> Sample | None:
+    """What base has at the places of a tensor of this shape; None where it lacks one, as for rows of new tokens.
+
+    refs  runs of base that follow each other, by the flat index in the tensor of what the first one begins with
+    """
     wanted = places(shape)
-    if sum(count for _, _, count in runs) != math.prod(shape) or not wanted:
+    data, dtypes = b"", set()
+    for end, runs in refs.items():
+        for whole, first, count in _runs(looks.inputs["base"], runs):
+            begin, end = end, end + count
+            here = tuple(
+                (max(start, begin) - begin + first, min(start + length, end) - max(start, begin))
+                for start, length in wanted
+                if max(start, begin) < min(start + length, end)
+            )
+            found = looks.at("base", whole, here) if here else None
+            if found is not None:
+                data += found.data
+                dtypes.add(found.dtype)
+    size = sum(length for _, length in wanted)
+    if len(dtypes) != 1 or len(data) != size * FLOATS[(dtype := dtypes.pop())]:
         return None
-    data, dtypes, end = b"", set(), 0
-    for whole, first, count in runs:
-        here = tuple(
-            (max(start, end) - end + first, min(start + length, end + count) - max(start, end))
-            for start, length in wanted
-            if max(start, end) < min(start + length, end + count)
-        )
-        end += count
-        if here:
-            found = looks.at("base", whole, here)
-            if found is None:
-                return None
-            data += found.data
-            dtypes.add(found.dtype)
-    return Sample(wanted, dtypes.pop(), data) if len(dtypes) == 1 else None
+    return Sample(wanted, dtype, data)

@@ -17,7 +17,7 @@ from small_models import SHAPES, Tensors, normal, tensors, write_model
 
 import ires_kernels as ik
 from ires_kernels.checkpoints import sources
-from ires_kernels.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, open_checkpoint
 from ires_kernels.planning import ancestry
 from ires_kernels.planning.ancestry import Ancestry
 from ires_kernels.planning.evidence import Looks, Sample, old_places, places
@@ -402,3 +402,28 @@ def test_a_sketch_is_in_the_layout_of_the_residual(tmp_path: Path) -> None:
         }
     assert sketch == wanted
     assert Sample.from_text(sketch["q"], (256, 64)) is not None
+
+
+def test_a_sketch_of_a_tensor_with_rows_that_base_lacks(tmp_path: Path) -> None:
+    """Rows of new tokens are behind those of base: where no place is among them, the others are known."""
+    w = normal((512, 64), 1)
+    base = open_checkpoint(model(tmp_path / "b", {"embed": w}))
+
+    def sketched(rows: int) -> dict[str, str]:
+        output = Output("embed", "F32", (rows, 64))
+        steps = [
+            Step(output, "subtract", (Operand("base", (base.tensors["embed"],)),), count=512 * 64),
+            Step(output, "copy", (Operand("instruct", (normal_ref(base, rows - 512),)),), first=512 * 64, reason="new"),
+        ]
+        with Looks({"base": base}) as looks:
+            return ancestry.sketch(steps, looks)
+
+    sample = Sample.from_text(sketched(528)["embed"], (528, 64))
+    assert sample is not None
+    assert list(sample.values) == [float(x) for first, n in places((528, 64)) for x in w.flatten()[first : first + n]]
+    assert sketched(1024) == {}
+
+
+def normal_ref(base: Checkpoint, rows: int) -> TensorRef:
+    """Some rows of a tensor that is there."""
+    return base.tensors["embed"].run(0, rows * 64)
