@@ -38,11 +38,10 @@ def fault(format: Format, full: tuple[int, ...], parts: Mapping[str, memoryview]
         shape = stated.view(torch.int64 if len(stated) == 8 * len(full) else torch.int32).tolist()
         if shape != list(full):
             return f"its weight_shape says {shape}, and its other tensors {list(full)}"
-    if "g_idx" in parts:
-        return _group_fault(format, full, as_bytes(parts["g_idx"]).view(torch.int32))
-    if format.word("zeros") == "middle":
+    wrong = _group_fault(format, full, as_bytes(parts["g_idx"]).view(torch.int32)) if "g_idx" in parts else ""
+    if format.word("zeros") == "middle" and not wrong:
         return _zero_fault(format, full, as_bytes(parts["zero_point"]))
-    return ""
+    return wrong
 
 
 _NAMES = {"global": "scale of the whole weight"}

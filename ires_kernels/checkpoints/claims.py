@@ -107,7 +107,7 @@ def _refusal(method: str, block: Mapping[str, Any]) -> str:
     strange = next((each["format"] for each in named if str(each.get("format")) in _FORMATS_NOT_DECODED), None)
     if strange is not None:
         return f"the format {brief(strange)}, which is not decoded"
-    if method == "fp8" and str(block.get("fmt", "e4m3")) != "e4m3":
+    if method == "fp8" and "e5m2" in str(block.get("fmt")).lower():
         return f"the fmt {brief(block['fmt'])}, which is not decoded"
     if method == "awq" and str(block.get("version", "gemm")).lower() != "gemm":
         return f"the AWQ version {brief(block['version'])}, of which only gemm is decoded"
@@ -175,7 +175,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], Iterator[Claim]]] = {
     "gptq": _gptq,
     "awq": _awq,
     "bitsandbytes": lambda _: iter([Claim("bnb")]),
-    "quark": lambda _: iter(()),
+    "quark": lambda _: iter([Claim("fp8")]),
     "": lambda _: iter(()),
 }
 """What each quantizer says; one that says nothing leaves it to the tensors."""

@@ -128,7 +128,7 @@ _FP4 = "quant_state.bitsandbytes__fp4"
 def _state(codes: Codes, state: TensorRef) -> dict[str, Any]:
     try:
         said = json.loads(codes.read(state)) if state.nbytes < 1 << 16 else None
-    except ValueError:
+    except (ValueError, RecursionError):
         said = None
     if not isinstance(said, dict):
         raise Undecided(f"{state.name} is not a JSON object")

@@ -44,6 +44,11 @@ FORMATS: dict[str, tuple[Shapes, dict[str, Any] | None, str, str, tuple[int, ...
         {f"{X}.weight": (F8, (256, 96)), f"{X}.scale": (E8M0, (2, 1))},
         FP8, f"{X}.weight", "fp8-block 128 × 128", (256, 96),
     ),
+    "MiniMax-M2": (
+        {f"{X}.weight": (F8, (256, 300)), f"{X}.weight_scale_inv": (F32, (2, 3))},
+        block("fp8", fmt="float8_e4m3fn", weight_block_size=[128, 128]),
+        f"{X}.weight", "fp8-block 128 × 128", (256, 300),
+    ),
     "blocks of 32": (
         {f"{X}.weight": (F8, (64, 96)), f"{X}.weight_scale_inv": (U8, (2, 3))},
         block("fp8", weight_block_size=[32, 32]), f"{X}.weight", "fp8-block 32 × 32", (64, 96),
@@ -234,6 +239,8 @@ BNB: Shapes = {f"{X}.weight": (U8, (48, 1)), f"{X}.weight.absmax": (F32, (2,)), 
          f"{X}.weight has F8_E5M2 codes with a scale of F32, {X}.weight_scale: not decoded"),
         (SCALED, INT8, "its tensors have the format fp8-block 128 × 128, and quantization_config in config.json says "
                        "int8 of 8 bits in blocks of 1 × all"),
+        (FORMATS["compressed-tensors mxfp4"][0], block("quark"),
+         "its tensors have the format mxfp4, and quantization_config in config.json says fp8"),
         (SCALED, {**FP8, "compression_config": INT8["quantization_config"]}, ""),
         (SCALED, block("hqq"), "quantization_config in config.json has the quant_method 'hqq', which is not decoded"),
         (SCALED, {"text_config": block("auto-round")},
@@ -314,6 +321,27 @@ def test_settings_of_other_files_count(tmp_path: Path) -> None:
     got = found(tmp_path, SCALED, files=files)
     said = "quantization in hf_quant_config.json says nvfp4"
     assert got.refused == {f"{X}.weight": f"its tensors have the format fp8-block 128 × 128, and {said}"}
+
+
+STATE = f"{X}.weight.quant_state.bitsandbytes__nf4"
+
+
+@pytest.mark.parametrize(
+    ("state", "why"),
+    [
+        ('{"blocksize": 64, "shape": [48, 2]}', ""),
+        ("[" * 60_000, f"{STATE} is not a JSON object"),
+        ('{"blocksize": 64, "shape": [48, -2]}', f"{STATE} says no shape and blocksize"),
+        ('{"blocksize": 0, "shape": [48, 2]}', f"{STATE} says no shape and blocksize"),
+        ('{"blocksize": 64, "shape": [48, 4]}', f"{X}.weight has 48 bytes, wanted 96 for [48, 4]"),
+        ('{"blocksize": 32, "shape": [48, 2]}', f"{X}.weight.absmax is F32 [2], wanted F32 [3]"),
+    ],
+)
+def test_what_bitsandbytes_says_of_a_weight_has_to_fit(tmp_path: Path, state: str, why: str) -> None:
+    text = torch.frombuffer(bytearray(state.encode()), dtype=U8)
+    got = quantized(open_checkpoint(write_model(tmp_path / "model", {**bytes_of(BNB), STATE: text})))
+    assert got.refused == ({f"{X}.weight": why} if why else {})
+    assert got.parts.keys() >= {f"{X}.weight", STATE}
 
 
 def test_one_of_several_formats_is_enough(tmp_path: Path) -> None:
