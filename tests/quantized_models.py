@@ -99,13 +99,29 @@ def int4(name: str, weight: Tensor) -> Tensors:
     return {f"{name}_packed": words, f"{name}_scale": scale, f"{name}_shape": torch.tensor(weight.shape)}
 
 
+def gpt_oss(name: str, weight: Tensor) -> Tensors:
+    """Experts (in, out), stored as (out, in) in blocks of 32, with the scales that make the least of their errors."""
+    w = weight.float().transpose(1, 2)
+    blocks = w.reshape(*w.shape[:2], -1, 32)
+    exponent = (torch.floor(torch.log2(blocks.abs().amax(-1).clamp(min=1e-6))) - 2).clamp(-127, 127)
+    exact = blocks / torch.exp2(exponent)[..., None]
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    codes = (exact[..., None] - values).abs().argmin(-1).to(torch.uint8)
+    return {
+        f"{name}_blocks": codes[..., 0::2] | codes[..., 1::2] << 4,
+        f"{name}_scales": (exponent + 127).to(torch.uint8),
+    }
+
+
 def _fp8(*block: int) -> dict[str, Any]:
     return {"quant_method": "fp8", "weight_block_size": list(block) or None}
 
 
-def _ct(form: str, strategy: str, bits: int, kind: str, **more: Any) -> dict[str, Any]:
+def ct(form: str, strategy: str, bits: int, kind: str, **more: Any) -> dict[str, Any]:
     weights = {"num_bits": bits, "type": kind, "strategy": strategy, "symmetric": True, **more}
-    return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": {"weights": weights}}}
+    group = {"targets": ["Linear"], "weights": weights, "format": form}
+    settings = {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}}
+    return settings | {"quantization_status": "compressed", "ignore": ["lm_head"], "version": "0.15.0"}
 
 
 Maker = Callable[[str, Tensor], Tensors]
@@ -114,14 +130,14 @@ ENCODED: dict[str, tuple[Maker, dict[str, Any]]] = {
     "fp8-block": (fp8(16, 16, "weight_scale_inv"), _fp8(16, 16)),
     "fp8-block bf16": (fp8(16, 16, "weight_scale_inv", torch.bfloat16), _fp8(16, 16)),
     "fp8-block e8m0": (fp8(16, 16, "weight_scale_inv", E8M0), _fp8(16, 16)),
-    "fp8-channel": (fp8(1, 0, "weight_scale", torch.bfloat16), _ct("float-quantized", "channel", 8, "float")),
+    "fp8-channel": (fp8(1, 0, "weight_scale", torch.bfloat16), ct("float-quantized", "channel", 8, "float")),
     "fp8-tensor": (fp8(0, 0, "weight_scale_inv", scalar=True), _fp8()),
-    "mxfp8": (fp8(1, 32, "weight_scale", torch.uint8), _ct("mxfp8-quantized", "group", 8, "float", group_size=32)),
-    "int8-channel": (int8, _ct("int-quantized", "channel", 8, "int")),
+    "mxfp8": (fp8(1, 32, "weight_scale", torch.uint8), ct("mxfp8-quantized", "group", 8, "float", group_size=32)),
+    "int8-channel": (int8, ct("int-quantized", "channel", 8, "int")),
 }
 DECODED: dict[str, tuple[Maker, dict[str, Any]]] = {
-    "mxfp4": (mxfp4, _ct("mxfp4-pack-quantized", "group", 4, "float", group_size=32) | {"version": "0.15.0"}),
-    "nvfp4": (nvfp4, _ct("nvfp4-pack-quantized", "tensor_group", 4, "float", group_size=16)),
-    "pack-quantized": (int4, _ct("pack-quantized", "group", 4, "int", group_size=32)),
+    "mxfp4": (mxfp4, ct("mxfp4-pack-quantized", "group", 4, "float", group_size=32)),
+    "nvfp4": (nvfp4, ct("nvfp4-pack-quantized", "tensor_group", 4, "float", group_size=16)),
+    "pack-quantized": (int4, ct("pack-quantized", "group", 4, "int", group_size=32)),
 }
 FORMATS = ENCODED | DECODED
