@@ -32,7 +32,7 @@ from ires_kernels.files.plain import table as columns
 from ires_kernels.files.store import LostError, StoreError, is_unfinished, partial_path
 from ires_kernels.planning.inputs import check_adapter, kind_of
 from ires_kernels.planning.plan import VERSION, size
-from ires_kernels.planning.rules import DTYPES, ArgumentError
+from ires_kernels.planning.rules import DTYPES, VOCABULARIES, ArgumentError
 from ires_kernels.streaming.tiles import ComputeError
 
 if TYPE_CHECKING:
@@ -287,6 +287,12 @@ def _merge_options(parser: argparse.ArgumentParser, *, dtype: str | None, kept: 
         const="any",
         help="the same, however little of the residual finds a place",
     )
+    parser.add_argument(
+        "--vocabulary",
+        choices=VOCABULARIES,
+        help="whose tokens and rows of embeddings the output has where tokenizers disagree; rows: by number, whatever "
+        "tokens they belong to (default: tokens decide, and what is not clear is refused)",
+    )
     parser.add_argument("--rounding", choices=["nearest", "stochastic"], default="nearest")
     parser.add_argument("--seed", type=int, default=0, help="of stochastic rounding (default: 0)")
     parser.add_argument(
@@ -429,6 +435,7 @@ def _options(arguments: argparse.Namespace, progress: Progress | None) -> dict[s
         "allow_missing": arguments.allow_missing,
         "rounding": arguments.rounding,
         "seed": arguments.seed,
+        "vocabulary": arguments.vocabulary,
         "sync": not arguments.no_sync,
         "sha256": arguments.sha256,
         "device": arguments.device,

@@ -55,6 +55,7 @@ def extract(
     allow_missing: bool | str = False,
     rounding: str = "nearest",
     seed: int = 0,
+    vocabulary: str | None = None,
     sync: bool = True,
     sha256: bool = False,
     device: str | torch.device = "cpu",
@@ -76,6 +77,7 @@ def extract(
     allow_missing  leave out tensors that only one of the two models has, which is an error otherwise; up to a tenth of
                    what the residual would hold, or with "any" whatever there is
     rounding, seed as in the tensor operations; every tensor draws its own random bits
+    vocabulary     "rows" takes rows of embeddings by number, whatever tokens the tokenizers say that they belong to
     sync           False does without waiting for the disk, and so without surviving a power cut
     sha256         also write sha256 sums of the weights into SHA256SUMS and the manifest
     device         cpu, or a GPU such as cuda or cuda:1 to compute on: the same weights, and slower, for the files come
@@ -93,7 +95,15 @@ def extract(
     """
     check_path(out, "out")
     check_flags(sync=sync, sha256=sha256, dry_run=dry_run, follow_links=follow_links, lock=lock)
-    rules = Rules.of(0, skip=skip, dtype=dtype, allow_missing=allow_missing, rounding=rounding, seed=seed)
+    rules = Rules.of(
+        0,
+        skip=skip,
+        dtype=dtype,
+        allow_missing=allow_missing,
+        rounding=rounding,
+        seed=seed,
+        vocabulary=vocabulary,
+    )
     inputs = open_inputs({"base": hub.local(base), "instruct": hub.local(instruct)}, follow_links=follow_links)
     options = Options.of(device, threads, progress, lock, idle=dry_run)
     plan = _warned(plan_extract(inputs, rules, second_copies(inputs)))
@@ -113,6 +123,7 @@ def apply(
     allow_missing: bool | str = False,
     rounding: str = "nearest",
     seed: int = 0,
+    vocabulary: str | None = None,
     sync: bool = True,
     sha256: bool = False,
     undo: str = "ring",
@@ -146,6 +157,9 @@ def apply(
     dtype          f32, bf16, f16 or f64 for all float tensors of the output; None keeps the target's
     allow_missing  copy from the target what the other models lack, and leave out what the target lacks; up to a tenth
                    of the residual's elements, or with "any" whatever there is. A warning says how much went in
+    vocabulary     where the tokenizers of models disagree, which is an error otherwise: "target" keeps the tokenizer of
+                   the target and the rows of its tokens; "instruct" takes that of the instruct model and the rows of
+                   its new tokens, for which embeddings grow if need be; "rows" adds rows by their number
     undo           in place, the old bytes that are kept: "ring", those that an interrupted run needs to go on, 128 MiB
                    at most; "all", so that `rollback` can take back the finished update as well; "none"
     tag            in place, what tells this from an earlier application of the same: the same again changes nothing
@@ -167,7 +181,7 @@ def apply(
         hub.check_local(target)
     target, residual = hub.local(target), hub.locals_of(residual)
     paths = roles_of_apply(target, residual, follow_links=follow_links)
-    rules = _rules_of_apply(paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed)
+    rules = _rules_of_apply(paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed, vocabulary)
     options = Options.of(device, threads, progress, lock, idle=dry_run)
     begun = state.find_update(Path(target)) if in_place else None
     if begun is None or begun.phase is None:
@@ -269,6 +283,7 @@ def load(
     allow_missing: bool | str = False,
     rounding: str = "nearest",
     seed: int = 0,
+    vocabulary: str | None = None,
     device: str | torch.device = "cpu",
     threads: int | None = None,
     progress: Progress | None = None,
@@ -293,7 +308,7 @@ def load(
     check_flags(follow_links=follow_links)
     target, residual = hub.local(target), hub.locals_of(residual)
     paths = roles_of_apply(target, residual, follow_links=follow_links)
-    rules = _rules_of_apply(paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed)
+    rules = _rules_of_apply(paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed, vocabulary)
     from ires_kernels.streaming import device as devices
     from ires_kernels.streaming import statedict
 
@@ -337,6 +352,7 @@ def _rules_of_apply(
     allow_missing: bool | str,
     rounding: str,
     seed: int,
+    vocabulary: str | None,
 ) -> Rules:
     return Rules.of(
         1 if "instruct" in paths else len(paths) - 1,
@@ -347,6 +363,7 @@ def _rules_of_apply(
         allow_missing=allow_missing,
         rounding=rounding,
         seed=seed,
+        vocabulary=vocabulary,
     )
 
 

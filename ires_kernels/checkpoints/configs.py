@@ -101,6 +101,21 @@ def special_ids(config: Mapping[str, Any] | None) -> dict[str, Any]:
     return found
 
 
+def grown(config: Mapping[str, Any], rows: int, special: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a model whose vocabulary gets so many rows, with the special ids of another."""
+    table = dict(config)
+    parts: list[dict[str, Any]] = [table]
+    for key in _TEXT:
+        if isinstance(table.get(key), dict):
+            table[key] = dict(table[key])
+            parts.append(table[key])
+    for key, value in {"vocab_size": rows, **special}.items():
+        # Where none says it, it is the language model's; and its class has another default.
+        for part in [part for part in parts if key in part] or parts[-1:]:
+            part[key] = value
+    return table
+
+
 def _is_ids(value: object) -> bool:
     return type(value) is int or (isinstance(value, list) and all(type(id_) is int for id_ in value) and bool(value))
 

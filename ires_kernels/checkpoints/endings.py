@@ -79,10 +79,35 @@ def warning(
     )
 
 
+def beyond(
+    rows: int, generation: Mapping[str, Any], config: Mapping[str, Any], tokens: Tokens | None, template: str | None
+) -> list[str]:
+    """What has an id for which an embedding of so many rows has none; arguments as those of `warning`."""
+    found = []
+    for file, table in (("generation_config.json", generation), ("config.json", config)):
+        for key, value in table.items():
+            outside = [id_ for id_ in ids(value) if id_ >= rows] if key.endswith("token_id") else []
+            if outside:
+                found.append(f"{key} of {file} is {_list(outside, tokens)}, and the embedding has {rows} rows")
+    if tokens is not None:
+        eos = text_of(tokens.settings.get("eos_token"))
+        needed = {tokens.ids[token]: token for token in (*marks(template or "", tokens), eos) if token in tokens.ids}
+        words = {id_: token for token, id_ in tokens.ids.items() if id_ >= rows and token not in tokens.added}
+        for what, named in (("the chat template", needed), ("the tokenizer", words)):
+            outside = sorted(id_ for id_ in named if id_ >= rows)
+            if outside:
+                some = (
+                    f"{_list(outside[:_SHOWN], tokens)}{f' and {len(outside) - _SHOWN} more' * (len(outside) > _SHOWN)}"
+                )
+                found.append(f"{what} has {some}, and the embedding has {rows} rows")
+    return found
+
+
 def _list(ids: Iterable[int], tokens: Tokens | None) -> str:
     table = tokens.at(ids) if tokens else {}
     return ", ".join(f"{id_} {table[id_]!r}" if id_ in table else f"{id_}" for id_ in ids)
 
 
+_SHOWN = 5
 _MARKS, _TEMPLATE = 10_000, 1 << 17  # added tokens and characters; the most that are known are some 1,000 and 30,000
 _MARK = re.compile(r"(?=.*\W)\S{3,}")

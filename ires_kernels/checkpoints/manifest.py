@@ -167,6 +167,7 @@ class Asked:
     allow_missing: bool | str = False
     rounding: str = "nearest"
     seed: int = 0
+    vocabulary: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +236,8 @@ class Manifest:
     """Of a residual: `configs.special_ids` of instruct."""
     renamed_tokens: dict[str, Count] = field(default_factory=dict)
     """Of a residual: tokens of base in whose rows instruct has others, and their ids."""
+    own_rows: dict[str, tuple[tuple[Count, Count], ...]] = field(default_factory=dict)
+    """Of a residual: by tensor, the first row and the number of rows that are those of instruct, and no difference."""
     table: dict[str, Any] = field(default_factory=dict, repr=False, compare=False, metadata={RAW: True})
     """As it stands."""
 

@@ -16,6 +16,11 @@ _T = TypeVar("_T")
 
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embeddings?|embed_in|shared)\.weight$")
 _HEAD = re.compile(r"(^|\.)lm_head\.weight$")
+_FURTHER = re.compile(r"(^|\.)embed_tokens_per_layer\.weight$")
+_OTHER_ROWS = re.compile(
+    r"(^|\.)((embed_out|output|output_layer|head|decoder|predictions\.decoder)\.weight"
+    r"|(lm_head|embed_out|output|output_layer|head|decoder|predictions)\.bias)$"
+)
 
 # What models hold and their loaders compute again or pass over, with what it must look like to be that.
 _RECOMPUTED = (
@@ -37,6 +42,18 @@ def is_head(name: str) -> bool:
 def is_vocabulary(name: str) -> bool:
     """Whether the first dimension is the vocabulary's: embeddings and heads."""
     return _HEAD.search(name) is not None or _EMBEDDING.search(name) is not None
+
+
+def is_by_token(ref: Ref, checkpoint: Checkpoint) -> bool:
+    """Whether this tensor of a model has a row for each token: an embedding, a head, or the bias of one.
+
+    Names of some heads have other meanings as well, and count where there are as many rows as in an embedding.
+    """
+    if not ref.shape or not ref.numel:
+        return False
+    if is_vocabulary(ref.name) or _FURTHER.search(ref.name):
+        return True
+    return _OTHER_ROWS.search(ref.name) is not None and ref.shape[0] in _rows(checkpoint)
 
 
 def is_recomputed(ref: Ref) -> bool:
@@ -69,7 +86,7 @@ def pattern(text: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", text)
 
 
-def _once(ask: Callable[[Checkpoint], _T]) -> Callable[[Checkpoint], _T]:
+def once(ask: Callable[[Checkpoint], _T]) -> Callable[[Checkpoint], _T]:
     """Ask once for each checkpoint, which never changes: the answer takes a look at all of its tensors."""
     known: WeakKeyDictionary[Checkpoint, _T] = WeakKeyDictionary()
 
@@ -82,7 +99,13 @@ def _once(ask: Callable[[Checkpoint], _T]) -> Callable[[Checkpoint], _T]:
     return answer
 
 
-@_once
+@once
+def _rows(checkpoint: Checkpoint) -> frozenset[int]:
+    """The rows of its embeddings."""
+    return frozenset(ref.shape[0] for name, ref in checkpoint.tensors.items() if _EMBEDDING.search(name) and ref.shape)
+
+
+@once
 def embedding(checkpoint: Checkpoint) -> TensorRef | None:
     """The token embedding, where there is exactly one."""
     found = [ref for name, ref in checkpoint.tensors.items() if _EMBEDDING.search(name)]
@@ -100,7 +123,7 @@ def says_tied(checkpoint: Checkpoint) -> bool | None:
     return said if isinstance(said, bool) else None
 
 
-@_once
+@once
 def is_tied(checkpoint: Checkpoint) -> bool:
     """Whether the head is the embedding: config.json says so, or there is no head and it does not deny it."""
     said = says_tied(checkpoint)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.checkpoints.sidefiles import SideFile
 from ires_kernels.checkpoints.tokens import as_object
@@ -19,14 +18,15 @@ _ALL_OF_IT = {"hf_quant_config.json", "quantize_config.json", "quant_config.json
 """Files that say nothing else: ModelOpt, GPTQ, AWQ, quanto."""
 
 
-def of_plain(target: Checkpoint, files: Iterable[SideFile], dtype: str) -> dict[str, dict[str, Any] | None]:
+def of_plain(config: dict[str, Any] | None, files: Iterable[SideFile], dtype: str) -> dict[str, dict[str, Any] | None]:
     """The settings of the target that change where all of its weights become numbers of one dtype, by file.
 
-    `dtype` is torch's name for it. None stands for a file that has no place beside such weights.
+    `config` is what config.json is apart from that, `dtype` torch's name for it. None stands for a file that has no
+    place beside such weights.
     """
     found: dict[str, dict[str, Any] | None] = {}
-    if target.config is not None:
-        found["config.json"] = _plain(target.config, dtype)
+    if config is not None:
+        found["config.json"] = _plain(config, dtype)
     for side in files:
         if side.name in _ALL_OF_IT:
             found[side.name] = None

@@ -12,14 +12,14 @@ import errno
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ires_kernels.checkpoints import configs, endings, references, tokens
 from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId
 from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.checkpoints.names import once
 from ires_kernels.checkpoints.tokens import MAX_TOKENIZER, Tokens, as_object
 from ires_kernels.files import store
 from ires_kernels.files.opening import MAX_CONFIG, check_link, kind_of_file, open_file, read_bytes
@@ -83,14 +83,29 @@ class Chosen:
     """What is not copied of the target's folder: sub-folders, weights in other formats, what is no regular file, and
     parts of a tokenizer, template or processor that another replaces."""
     warnings: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    """Why a model with these files would not work."""
 
 
-def of_model(inputs: Mapping[str, Checkpoint], *, own_tokenizer: bool = False) -> Chosen:
+def of_model(
+    inputs: Mapping[str, Checkpoint],
+    *,
+    own_tokenizer: bool = False,
+    vocabulary: str | None = None,
+    reordered: bool = False,
+    config: Mapping[str, Any] | None = None,
+    rows: int | None = None,
+) -> Chosen:
     """Files for a merged model: those of the target, the first of `inputs`, and of the instruct model or a residual.
 
     The first donor that has them gives the tokenizer, the chat template, generation_config.json and the processors, and
     the target what no donor has. Base gives nothing: it is subtracted. With `own_tokenizer`, and where a donor's would
     lose tokens of its own, the target keeps its tokenizer, and with it all that holds ids of which the two differ.
+
+    vocabulary  "target" or "instruct" where it was decided whose tokenizer it gets: see `Rules.vocabulary`
+    reordered   whether the target has its tokens in another order, so that the same text has another id
+    config      config.json of the merged model
+    rows        of its embedding
     """
     parents = {role: _Parent(role, checkpoint) for role, checkpoint in inputs.items()}
     own, *others = parents.values()
@@ -108,8 +123,11 @@ def of_model(inputs: Mapping[str, Checkpoint], *, own_tokenizer: bool = False) -
     if own_tokenizer:
         holder, why = own, "its vocabulary is another"
         groups = [own.files("template", why), own.files("generation", why)]
-    elif giver is not None and _clash(own, giver, base, said):
-        holder, why = own, "it has tokens of its own"
+    elif giver is not None and reordered:
+        holder, why = own, "its tokens are in another order"
+        groups = [_template(own, giver, reordered=True), _generation(own, donors, giver, reordered=True)]
+    elif giver is not None and (vocabulary == "target" or _clash(own, giver, base, vocabulary, said)):
+        holder, why = own, "as --vocabulary says" if vocabulary == "target" else "it has tokens of its own"
         groups = [_template(own, giver), _generation(own, donors, giver)]
     elif giver is not None:
         groups = [giver.files("template") if giver.has_template else own.templates(absent), _generation(own, donors)]
@@ -131,8 +149,11 @@ def of_model(inputs: Mapping[str, Checkpoint], *, own_tokenizer: bool = False) -
         [name for name in own.left if name not in folders] + [name for name in own.listing if name not in found]
     )
     files = sorted(found.values(), key=lambda side: side.name)
-    ending = _ending(files, own, holder)
-    return Chosen(files, left, [*said, *([ending] if ending else [])])
+    special, table, template = configs.special_ids(config), holder.tokens_or_none(), _template_of(files, holder)
+    generation = _generation_of(files)
+    ending = endings.warning(generation, special, table, template)
+    beyond = [] if rows is None else endings.beyond(rows, generation, special, table, template)
+    return Chosen(files, left, [*said, *([ending] if ending else [])], beyond)
 
 
 def of_residual(instruct: Checkpoint) -> list[SideFile]:
@@ -155,6 +176,23 @@ def record(base: Checkpoint, instruct: Checkpoint) -> dict[str, Any]:
         "special_ids": configs.special_ids(instruct.config),
         "renamed_tokens": renamed,
     }
+
+
+@once
+def tokens_of(checkpoint: Checkpoint) -> Tokens | None:
+    """The tokens of its tokenizer, of a residual those of its instruct model; None where it has none.
+
+    Raises CheckpointError where they cannot be read.
+    """
+    parent = _Parent("", checkpoint)
+    files = {name: path for name, path in parent.listing.items() if _group(name) == "tokenizer"}
+    return tokens.read(files) if parent.vocabulary else None
+
+
+def same_tokens(checkpoints: Iterable[Checkpoint]) -> bool:
+    """Whether models have the same tokens because the files of their tokenizers are the same, or none has any."""
+    one, *others = (_Parent("", checkpoint) for checkpoint in checkpoints)
+    return all(_same(one, other) for other in others)
 
 
 def replaced_by(target: Checkpoint, chosen: Iterable[SideFile]) -> list[str]:
@@ -228,14 +266,17 @@ class _Parent:
         """The files of its tokenizer that have tokens."""
         return [name for name in self.listing if _group(name) == "tokenizer" and not _NO_VOCABULARY.fullmatch(name)]
 
-    @cached_property
+    @property
     def tokens(self) -> Tokens:
         """Raises CheckpointError where they cannot be read."""
-        return tokens.read({name: path for name, path in self.listing.items() if _group(name) == "tokenizer"})
+        found = tokens_of(self.checkpoint)
+        if found is None:
+            raise CheckpointError(f"{self.checkpoint.path}: has no tokenizer.")
+        return found
 
     def tokens_or_none(self) -> Tokens | None:
         try:
-            return self.tokens if self.vocabulary else None
+            return tokens_of(self.checkpoint)
         except CheckpointError:
             return None
 
@@ -275,8 +316,10 @@ class _Parent:
         return endings.default_template(inside.get("chat_template"))
 
 
-def _clash(own: _Parent, giver: _Parent, base: _Parent | None, said: list[str]) -> bool:
+def _clash(own: _Parent, giver: _Parent, base: _Parent | None, vocabulary: str | None, said: list[str]) -> bool:
     """Whether the giver's tokenizer would lose tokens of the target; says so, and where nobody can tell."""
+    if vocabulary == "instruct" and giver.vocabulary:
+        return False
     if not own.vocabulary or _same(own, giver):
         return False
     if not giver.vocabulary:
@@ -300,7 +343,8 @@ def _clash(own: _Parent, giver: _Parent, base: _Parent | None, said: list[str]) 
     more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
     said.append(
         f"the target keeps its tokenizer, for that of {giver.role} lacks {len(lost)} of its tokens or has them at "
-        f"other ids: {', '.join(names)}{more}. Rows are merged by id, whatever token they belong to"
+        f"other ids: {', '.join(names)}{more}"
+        + (". Rows are merged by number, whatever token they belong to" if vocabulary == "rows" else "")
     )
     return True
 
@@ -323,21 +367,28 @@ def _equal(one: Path, two: Path) -> bool:
     return read_bytes(one, MAX_TOKENIZER) == read_bytes(two, MAX_TOKENIZER)
 
 
-def _template(own: _Parent, giver: _Parent) -> list[SideFile]:
-    """The giver's chat template for the target's tokenizer, if it has all marks of it at the same ids; or its own."""
+def _template(own: _Parent, giver: _Parent, *, reordered: bool = False) -> list[SideFile]:
+    """The giver's chat template for the target's tokenizer, if it has all marks of it at the same ids; or its own.
+
+    reordered  whether the ids do not matter
+    """
     text, mine, theirs = giver.template, own.tokens_or_none(), giver.tokens_or_none()
     if text is None:
         return own.files("template", f"not in {giver.role}")
     marks = endings.marks(text, theirs) if theirs else []
-    if not mine or not theirs or not marks or any(mine.ids.get(mark) != theirs.ids[mark] for mark in marks):
+    ids = {mark: theirs.ids[mark] for mark in marks} if theirs and not reordered else {}
+    if not mine or not theirs or not marks or any(ids.get(m, mine.ids.get(m)) != mine.ids.get(m, -1) for m in marks):
         return own.files("template", f"that of {giver.role} has marks that its tokenizer has not, or at other ids")
     return giver.templates()
 
 
-def _generation(own: _Parent, donors: Sequence[_Parent], giver: _Parent | None = None) -> list[SideFile]:
+def _generation(
+    own: _Parent, donors: Sequence[_Parent], giver: _Parent | None = None, *, reordered: bool = False
+) -> list[SideFile]:
     """generation_config.json, with the ids at which the first donor that says so ends.
 
-    giver  the donor whose tokenizer is not taken: an id that is another token in the target's is not taken either
+    giver      the donor whose tokenizer is not taken: an id that is another token in the target's is not taken either
+    reordered  whether ids become those of the same tokens there
     """
     for donor in donors:
         said, special = donor.json(_GENERATION) or {}, donor.special_ids
@@ -357,10 +408,32 @@ def _generation(own: _Parent, donors: Sequence[_Parent], giver: _Parent | None =
             side = (own if mine else donor).file(_GENERATION, why, endings.generation(mine, special), path)
         else:
             continue
+        if giver is not None and reordered:
+            table = _with_ids_of(as_object(side.read()) or {}, own, giver)
+            if table is not None:
+                content = endings.generation(table, {})
+                return [replace(side, why="with the ids of its tokenizer", content=content)]
         if giver is not None and not _agree(special, own, giver):
             return own.files("generation", f"that of {donor.role} has ids of other tokens")
         return [side]
     return own.files("generation", f"not in {' and '.join(donor.role for donor in donors)}")
+
+
+def _with_ids_of(generation: Mapping[str, Any], own: _Parent, giver: _Parent) -> dict[str, Any] | None:
+    """The settings with the ids that their tokens have in another tokenizer; None where it lacks one of them."""
+    mine, theirs = own.tokens_or_none(), giver.tokens_or_none()
+    if mine is None or theirs is None:
+        return None
+    found = dict(generation)
+    for key, value in generation.items():
+        ids = endings.ids(value) if key.endswith("token_id") else []
+        names = theirs.at(ids)
+        new = [mine.ids.get(names.get(id_, ""), -1) for id_ in ids]
+        if -1 in new:
+            return None
+        if new:
+            found[key] = new if isinstance(value, list) else new[0]
+    return found
 
 
 def _agree(special: Mapping[str, Any], own: _Parent, giver: _Parent) -> bool:
@@ -373,14 +446,16 @@ def _agree(special: Mapping[str, Any], own: _Parent, giver: _Parent) -> bool:
     return all(id_ in names and mine.ids.get(names[id_]) == id_ for id_ in wanted)
 
 
-def _ending(files: Iterable[SideFile], own: _Parent, holder: _Parent) -> str | None:
-    """A warning where the chosen files do not agree how a turn ends."""
-    chosen = {side.name: side for side in files}
-    generation, text = chosen.get(_GENERATION), holder.template
-    if _JINJA in chosen:
-        text = chosen[_JINJA].read().decode(errors="replace")
-    ids = as_object(generation.read()) if generation else None
-    return endings.warning(ids or {}, own.special_ids, holder.tokens_or_none(), text)
+def _generation_of(files: Iterable[SideFile]) -> dict[str, Any]:
+    """What the chosen generation_config.json says."""
+    found = next((side for side in files if side.name == _GENERATION), None)
+    return (as_object(found.read()) if found else None) or {}
+
+
+def _template_of(files: Iterable[SideFile], holder: _Parent) -> str | None:
+    """The chat template of the chosen files, which may be inside of the tokenizer of their holder."""
+    found = next((side for side in files if side.name == _JINJA), None)
+    return found.read().decode(errors="replace") if found else holder.template
 
 
 def _add_named(found: dict[str, SideFile], parents: Mapping[str, _Parent], said: list[str]) -> None:

@@ -12,7 +12,7 @@ import base64
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class Tokens:
     """Those that were added to the vocabulary or are special, as the marks of a chat are."""
     settings: dict[str, Any] = field(default_factory=dict)
     """tokenizer_config.json."""
+    odd: str = ""
+    """What is wrong with the ids, in words: two tokens with one, or a file that gives others than loaders do."""
 
     def at(self, ids: Iterable[int]) -> dict[int, str]:
         """The tokens at these ids; the added one where there are two."""
@@ -56,7 +58,8 @@ def read(files: Mapping[str, Path]) -> Tokens:
             path = files[name]
             try:
                 table = parse(path)
-                return _with_added(table, files, settings, fast=name == "tokenizer.json")
+                found = _with_added(table, files, settings, fast=name == "tokenizer.json")
+                return replace(found, odd=f"{path}: {found.odd}") if found.odd else found
             except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
                 if isinstance(error, CheckpointError):
                     raise
@@ -133,9 +136,16 @@ def _of_tokenizer_json(path: Path) -> Tokens:
     vocab = table["model"]["vocab"]
     if isinstance(vocab, list):  # Unigram: pieces with their scores
         vocab = {piece: id_ for id_, (piece, _) in enumerate(vocab)}
-    added = [token["content"] for token in table.get("added_tokens") or []]
+    listed = table.get("added_tokens") or []
+    added = [token["content"] for token in listed]
     _check_ids(vocab | dict.fromkeys(added, 0))
-    return _append(Tokens(vocab), added)
+    found = _append(Tokens(vocab), added)
+    said = ((token["content"], token.get("id")) for token in listed)
+    other = next(((text, id_) for text, id_ in said if id_ not in (None, found.ids[text])), None)
+    if other is None:
+        return found
+    text, id_ = other
+    return replace(found, odd=f"{text!r} has the id {id_!r:.20}, and loaders give it {found.ids[text]}")
 
 
 def _of_tekken(path: Path) -> Tokens:
@@ -195,8 +205,18 @@ def _with_added(tokens: Tokens, files: Mapping[str, Path], settings: dict[str, A
     if fast:
         tokens = _append(tokens, [*sorted(more, key=more.__getitem__), *listed])
     else:
-        tokens = Tokens(tokens.ids | more, tokens.added.union(more, (text for text in listed if text in tokens.ids)))
-    return Tokens(tokens.ids, tokens.added, settings)
+        added = tokens.added.union(more, (text for text in listed if text in tokens.ids))
+        tokens = Tokens(tokens.ids | more, added)
+    return Tokens(tokens.ids, tokens.added, settings, tokens.odd or _twice(tokens.ids))
+
+
+def _twice(ids: Mapping[str, int]) -> str:
+    """Two tokens with one id, in words; "" where there are none."""
+    if len(set(ids.values())) == len(ids):
+        return ""
+    seen: dict[int, str] = {}
+    one, two = next((token, seen[id_]) for token, id_ in ids.items() if seen.setdefault(id_, token) != token)
+    return f"{two!r} and {one!r} have one id, {ids[one]}"
 
 
 def _append(tokens: Tokens, more: Iterable[str]) -> Tokens:
@@ -209,7 +229,7 @@ def _append(tokens: Tokens, more: Iterable[str]) -> Tokens:
         if token:
             ids.setdefault(token, len(ids))
             added.add(token)
-    return Tokens(ids, frozenset(added), tokens.settings)
+    return Tokens(ids, frozenset(added), tokens.settings, tokens.odd)
 
 
 def _check_ids(ids: Mapping[str, Any]) -> None:

@@ -38,7 +38,7 @@ SIZES = Sizes()
 """Where nothing else is asked for."""
 _DTYPE = "Leave --dtype out, or write a new folder with -o OUT."
 _QUANTIZED = "Write a new folder with -o OUT, or leave such modules as they are with --skip."
-_SHAPE = "Write a new folder with -o OUT."
+_SHAPE = "Write a new folder with -o OUT; or keep the rows of the target, with --vocabulary target."
 _ALIAS = "Give a copy of that model, or write a new folder with -o OUT."
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
-from ires_kernels.checkpoints import names
+from ires_kernels.checkpoints import configs, names
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, is_factor, shard_number
 from ires_kernels.checkpoints.folders import MERGE_ADAPTER, listed
 from ires_kernels.checkpoints.header import brief
 from ires_kernels.checkpoints.quantized import QuantizedRef, Ref
 from ires_kernels.dtypes import FLOATS
-from ires_kernels.planning.findings import CODES, VOCABULARY, Findings
+from ires_kernels.planning.findings import CODES, Findings
 from ires_kernels.planning.matching import Match
-from ires_kernels.planning.steps import Comparison, Encoding, Op, Output, Step, operands
+from ires_kernels.planning.rows import Split
+from ires_kernels.planning.steps import Comparison, Encoding, Op, Operand, Output, Step, operands
 
 ALPHA_0 = "alpha is 0"
 ONLY_TARGET = "only in the target"
+OWN_TOKENS = "rows of tokens, or of none, that only the target has"
 _BESIDE = "kept with the codes"
 
 _SHAPES = "Operands are not broadcast: take models of one architecture, or leave such tensors as they are with --skip."
@@ -35,6 +39,7 @@ _DTYPE = (
     "such modules as they are with --skip."
 )
 _SECOND = "Give both the same --skip and --alpha-for: models that load one tensor for the two would load either."
+_GROWN = "All that has a row for each token grows together: skip none of it, or keep its rows with --vocabulary target."
 _TIED = (
     "One tensor cannot take the updates of two. Save the target with an output head of its own "
     "(tie_word_embeddings=False), or leave the head out with --skip lm_head."
@@ -80,10 +85,62 @@ def apply_steps(ref: Ref, found: Findings) -> list[Step]:
         return [_keep(ref, Match(0, {"target": (ref,)}, ()), skipped, found)]
     if found.codes(name):
         return [_keep(ref, Match(0, {"target": (ref,)}, ()), "not mergeable", found)]
-    steps = [_apply_step(ref, match, found) for match in found.matcher.of("target", ref)]
+    steps = [step for match in found.matcher.of("target", ref) for step in _apply_steps(ref, match, found)]
     if len(steps) > 1 and isinstance(ref, QuantizedRef) and found.rules.dtype is None:
         found.about(name, "is quantized in the target, and only a part of it would change", _DTYPE)
     return steps
+
+
+def _apply_steps(ref: Ref, match: Match, found: Findings) -> list[Step]:
+    """What becomes of a run of the elements of `ref`: one thing, or of a tensor with a row for each token several."""
+    by_token = None if match.absent else _by_token(match.refs, found)
+    split = found.vocabulary.split(by_token) if by_token else None
+    if by_token is None or split is None:
+        return [_apply_step(ref, match, found)]
+    if isinstance(ref, QuantizedRef) and found.rules.dtype is None:
+        found.about(ref.name, "is quantized in the target, and has not the rows of the other models", _DTYPE)
+        return [_keep(ref, match, "not mergeable", found)]
+    return _rows_of_merge(ref, by_token, split, found)
+
+
+def _rows_of_merge(ref: Ref, tensors: Mapping[str, Ref], split: Split, found: Findings) -> list[Step]:
+    """The steps that make the rows of a tensor with a row for each token."""
+    rules = found.rules
+    dtype = rules.dtype or ref.dtype
+    stream = found.matcher.stream(found.matcher.original(ref.name))
+    residuals = [role for role in found.inputs if role.startswith("residual")]
+    given = rules.factors(ref.name)
+    steps = []
+    for part in _parts(Output(ref.name, dtype, (split.rows, *ref.shape[1:])), tensors, split, stream):
+        roles = [operand.role for operand in part.operands]
+        factors = tuple(a for role, a in zip(residuals, given, strict=True) if role in roles) if residuals else given
+        if part.op != "add":
+            steps.append(part)
+        elif any(factors):
+            op: Op = "add_difference" if "instruct" in roles else "add"
+            steps.append(replace(part, op=op, factors=factors))
+        else:
+            own = _copy_op(part.operands[0], dtype)
+            steps.append(replace(part, op=own, operands=part.operands[:1], reason=ALPHA_0))
+    return steps
+
+
+def _parts(output: Output, tensors: Mapping[str, Ref], split: Split, stream: int) -> Iterable[Step]:
+    """A step for each piece, which copies what is taken or kept, and adds what is added."""
+    width = math.prod(output.shape[1:])
+    for piece in split.pieces:
+        read = tuple(
+            Operand(role, tuple(tensors[role].run(first * width, count * width) for first, count in runs))
+            for role, runs in piece.rows.items()
+        )
+        op: Op = "add" if piece.deed == "added" else _copy_op(read[0], output.dtype)
+        reason = OWN_TOKENS if piece.deed == "kept" else ""
+        yield Step(output, op, read, (), stream, reason, piece.first * width, piece.count * width)
+
+
+def _copy_op(operand: Operand, dtype: str) -> Op:
+    same = operand.dtype == dtype and not any(isinstance(ref, QuantizedRef) for ref in operand.refs)
+    return "copy" if same else "convert"
 
 
 def companion_steps(ref: TensorRef, made: Iterable[Step], found: Findings) -> list[Step]:
@@ -141,10 +198,20 @@ def extract_steps(ref: Ref, found: Findings) -> list[Step]:
         matches = found.matcher.of("instruct", ref)
         reason = next(filter(None, [_lack(ref, match, found) for match in matches]), None)
         if reason is None:
-            stream = found.matcher.stream(ref.name)
-            return [_step(ref, match, "subtract", found.rules.dtype or "F32", (), stream) for match in matches]
+            return [step for match in matches for step in _differences(ref, match, found)]
     found.not_stored[ref.name] = (reason, ref)
     return []
+
+
+def _differences(ref: Ref, match: Match, found: Findings) -> list[Step]:
+    """The difference of a run of the elements of `ref`; of rows of tokens that base does not have, they themselves."""
+    stream, dtype = found.matcher.stream(ref.name), found.rules.dtype or "F32"
+    by_token = _by_token(match.refs, found)
+    split = found.vocabulary.split(by_token) if by_token else None
+    if by_token is None or split is None:
+        return [_step(ref, match, "subtract", dtype, (), stream)]
+    parts = _parts(Output(ref.name, dtype, ref.shape), by_token, split, stream)
+    return [replace(part, op="subtract") if part.op == "add" else part for part in parts]
 
 
 def _lack(ref: Ref, match: Match, found: Findings) -> str | None:
@@ -195,26 +262,57 @@ def check_tied_head(inputs: Mapping[str, Checkpoint], steps: Iterable[Step], fou
     embedding = names.embedding(target)
     if names.says_tied(target) is not True or embedding is None:
         return
-    table = {step.name: step for step in steps}
+    table: dict[str, list[tuple[str, str, tuple[float, ...], int]]] = {}
+    for step in steps:
+        table.setdefault(step.name, []).append((step.reason, step.op, step.factors, step.count))
     one = table[embedding.name]
-    for two in [step for step in table.values() if names.is_head(step.name) and step.name not in found.matcher.copies]:
-        changed = not (one.reason and two.reason)
-        if changed and (one.op != two.op or one.factors != two.factors or not all(map(names.is_tied, sources))):
+    for name in [name for name in table if names.is_head(name) and name not in found.matcher.copies]:
+        two = table[name]
+        changed = not all(reason for reason, *_ in (*one, *two))
+        alike = [done for _, *done in one] == [done for _, *done in two]
+        if changed and not (alike and all(map(names.is_tied, sources))):
             found.problem(
-                f"config.json of the target ties {two.name} to {one.name}, and its files hold both, with other updates",
+                f"config.json of the target ties {name} to {embedding.name}, and its files hold both, with other "
+                "updates",
                 _TIED,
             )
 
 
-def other_vocabulary(inputs: Mapping[str, Checkpoint], steps: Iterable[Step]) -> str | None:
-    """A tensor that was skipped because the target has another vocabulary than a model whose tokenizer it would get."""
+def grown_config(inputs: Mapping[str, Checkpoint], found: Findings) -> dict[str, Any] | None:
+    """config.json of the target; where its embedding gets more rows, with their number and the ids of instruct."""
+    target, grown = inputs["target"], found.vocabulary.grown
+    embeddings = {name: rows for name, rows in grown.items() if names.is_vocabulary(name)}
+    if not embeddings:
+        return target.config
+    (before, after), *others = dict.fromkeys(embeddings.values())
+    left = [
+        ref.name
+        for ref in target.tensors.values()
+        if names.is_vocabulary(ref.name) and ref.shape and ref.shape[0] == before and ref.name not in grown
+    ]
+    if others or left:
+        found.problem(f"the embeddings get {after} rows, and {', '.join(left) or 'others of them'} would not", _GROWN)
+    donor = next(checkpoint for role, checkpoint in inputs.items() if role not in ("target", "base"))
+    known = donor.manifest.special_ids if donor.manifest and donor.kind == "residual" else None
+    special = configs.special_ids(donor.config) if known is None else known
+    return configs.grown(target.config, after, special) if target.config is not None else None
+
+
+def other_vocabulary(inputs: Mapping[str, Checkpoint], steps: Iterable[Step], found: Findings) -> str | None:
+    """A tensor that was left as it is though a model whose tokenizer it would get has other rows, or tokens, for it."""
     for step in steps:
-        if step.reason and names.is_vocabulary(step.name) and step.shape:
-            for checkpoint in list(inputs.values())[1:]:
+        if step.reason and names.is_vocabulary(step.name) and step.shape and step.name not in found.vocabulary.names:
+            for role, checkpoint in list(inputs.items())[1:]:
                 rows = names.rows(checkpoint, step.name)
-                if rows is not None and rows != step.shape[0]:
+                if rows is not None and (rows != step.shape[0] or found.vocabulary.lacks(role)):
                     return step.name
     return None
+
+
+def _by_token(matched: Mapping[str, tuple[Ref, ...]], found: Findings) -> dict[str, Ref] | None:
+    """By role what has a row for each token; None where it is something else."""
+    tensors = {role: refs[0] for role, refs in matched.items() if len(refs) == 1 and refs[0].dtype in FLOATS}
+    return tensors if len(tensors) == len(matched) and found.is_by_token(tensors) else None
 
 
 def _numbers(name: str, matched: Mapping[str, tuple[Ref, ...]], found: Findings) -> bool:
@@ -224,18 +322,16 @@ def _numbers(name: str, matched: Mapping[str, tuple[Ref, ...]], found: Findings)
         dtypes = dict.fromkeys(ref.dtype for ref in several[1])
         found.about(name, f"is made of {' and '.join(dtypes)} in {several[0]}", _MIXED)
         return False
+    by_token = _by_token(matched, found) is not None  # however many rows they have
     tensors = {role: refs[0] for role, refs in matched.items()}
     first, *others = ((role, refs[0]) for role, refs in matched.items() if len(refs) == 1)
     for role, ref in others:
-        if ref.shape != first[1].shape:
-            words = found.is_vocabulary(name, {first[0]: first[1], role: ref})
-            if words:
-                found.vocabulary[name] = None
+        if ref.shape != first[1].shape and not by_token:
             found.about(
                 name,
                 f"has shape {brief(list(ref.shape))} in {role} ({ref.path}), "
                 f"{brief(list(first[1].shape))} in {first[0]} ({first[1].path})",
-                VOCABULARY if words else _SHAPES,
+                _SHAPES,
             )
             return False
     dtypes = {role: ref.dtype for role, ref in tensors.items()}

@@ -17,11 +17,8 @@ from ires_kernels.planning.numbers import Numbers
 from ires_kernels.planning.quantized import Modules
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Comparison
+from ires_kernels.planning.vocabulary import Vocabulary
 
-VOCABULARY = (
-    "Where vocabularies differ, leave what has a row for each token as it is in the target, which then keeps its "
-    "tokenizer, with --skip {skip}, or resize the embeddings of one model to the other's first."
-)
 CODES = (
     "Arithmetic on codes is meaningless: take weights that are not quantized, or leave such modules as they are with "
     "--skip, which takes all that belongs to a module for one: codes, scales, zero points."
@@ -71,9 +68,8 @@ class Findings:
     notes: list[str] = field(default_factory=list)
     buffers: list[str] = field(default_factory=list)
     """What only sources have, and loaders compute again."""
-    vocabulary: dict[str, None] = field(default_factory=dict)
-    """Tensors with a row for each token, of which the models have other numbers."""
-
+    vocabulary: Vocabulary = field(init=False)
+    """What the rows of embeddings and heads are made of."""
     explains: bool = False
     """Whether missing tensors are among the problems though they are allowed."""
     _embeddings: dict[str, set[int]] = field(default_factory=dict)
@@ -94,6 +90,7 @@ class Findings:
             pattern = self.rules.skipped(name)
             if pattern is not None:
                 self._skipped.setdefault(weight, pattern)
+        self.vocabulary = Vocabulary(self.inputs, self.rules)
 
     def check_patterns(self) -> None:
         """Find patterns that match no tensor: typing errors."""
@@ -108,13 +105,15 @@ class Findings:
         pattern = self._skipped.get(name) or self.modules.skipped(name)
         return None if pattern is None else f"skipped by {pattern!r}, with its quantized module"
 
-    def is_vocabulary(self, name: str, tensors: Mapping[str, Ref]) -> bool:
-        """Whether tensors of one name differ as embeddings do: by the number of their rows alone."""
-        if names.is_vocabulary(name):
-            return True
+    def is_by_token(self, tensors: Mapping[str, Ref]) -> bool:
+        """Whether matched tensors have a row for each token: by their names, or as they differ as embeddings do."""
+        role, ref = next(iter(tensors.items()))
         if len({ref.shape[1:] for ref in tensors.values()}) > 1 or not all(ref.shape for ref in tensors.values()):
             return False
-        return all(ref.shape[0] in self._rows(role) for role, ref in tensors.items())
+        if names.is_by_token(ref, self.inputs[role]):
+            return True
+        counts = {role: ref.shape[0] for role, ref in tensors.items()}
+        return len({*counts.values()}) > 1 and all(count in self._rows(role) for role, count in counts.items())
 
     def _rows(self, role: str) -> set[int]:
         """The rows of the embeddings of a model."""
@@ -155,6 +154,11 @@ class Findings:
 
     def refuse(self, operation: str) -> None:
         """Raise CheckpointError with the first ten problems, if there are any."""
+        everything = {name for checkpoint in self.inputs.values() for name in checkpoint.tensors}
+        for text, advice in self.vocabulary.problems:
+            rows = self.vocabulary.names
+            skip = absences.skip_pattern(rows, {*rows}, everything) if "{skip}" in advice else ""
+            self.problem(text, advice.replace("{skip}", skip), rows)
         if self.explains or not self.rules.allow_missing:
             for text, advice, missing in absences.explain(self.inputs, self.missing):
                 self.problem(text, advice, missing)
@@ -163,10 +167,6 @@ class Findings:
         problems = list(self.problems.values())
         lines = [f"cannot {operation}:", *(f"  {problem}" for problem in problems[:10])]
         lines += [f"  and {len(problems) - 10} more problems"] if len(problems) > 10 else []
-        everything = {name for checkpoint in self.inputs.values() for name in checkpoint.tensors}
-        rows = self.vocabulary
-        vocabulary = VOCABULARY.format(skip=absences.skip_pattern(rows, {*rows}, everything)) if rows else ""
-        ways = dict.fromkeys(vocabulary if p.advice is VOCABULARY else p.advice for p in problems)
-        error = CheckpointError(*lines, *ways)
+        error = CheckpointError(*lines, *dict.fromkeys(problem.advice for problem in problems))
         error.problems = [{"problem": f"{p}", "tensors": [*p.names, *p.tensors]} for p in problems]
         raise error

@@ -46,6 +46,7 @@ _ANY = (
     "It leaves out a tenth at most: where what is missing belongs to the model, mend that first; "
     'to go on all the same, give --allow-missing=any (allow_missing="any").'
 )
+_IDS = "Correct the id in that file, or take a model whose tokenizer fits its rows."
 _NOTHING = "Take models of one architecture, whose tensors have the same names, and skip less."
 
 
@@ -120,6 +121,8 @@ class Plan:
         del rules["dtype"]  # in place it is the target's
         if self.rules.rounding == "nearest":
             del rules["seed"]
+        if self.rules.vocabulary is None:  # as before there was such a rule
+            del rules["vocabulary"]
         return _hash({"roles": sorted(self.inputs), "own": sorted(self.roles_of_target()), "rules": rules, "tag": tag})
 
     def reads(self, role: str) -> dict[str, Operand]:
@@ -129,7 +132,7 @@ class Plan:
 
     def matched(self) -> list[tuple[str, str, str]]:
         """What is not simply made of the tensors of its name: what, of which role, and in words what of it."""
-        return [(label, operand.role, operand.text) for label, operand in self.otherwise()]
+        return [(label, o.role, o.text) for label, o in self.otherwise() if o.text != label]
 
     def otherwise(self) -> Iterable[tuple[str, Operand]]:
         """The operands that are not simply the tensors of the name of the step's output, and its label."""
@@ -184,7 +187,8 @@ class Plan:
             rows.append((role, f"{checkpoint.path} ({len(checkpoint.tensors)} tensors)"))
         seed = f", seed {self.rules.seed}" if self.rules.rounding == "stochastic" else ""
         rows.append(("rounding", self.rules.rounding + seed))
-        rows += [(f"{count} tensors", deed) for deed, count in Counter(map(_deed, self.steps)).items()]
+        made = Counter(_deed(step) for step in self.steps if step.is_whole)
+        rows += [(f"{count} tensors", deed) for deed, count in made.items()]
         matched = [f"{label} with {name} of {role}" for label, role, name in self.matched()]
         rows += [("matched", line) for line in matched[:10]]
         rows += [("matched", f"and {len(matched) - 10} more")] if len(matched) > 10 else []
@@ -240,20 +244,36 @@ def plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[s
         found.problem(f"no tensor would be merged: the {', '.join(firsts)}", _NOTHING)
     found.refuse("apply")
 
-    foreign = deeds.other_vocabulary(models, everything)
+    foreign = deeds.other_vocabulary(models, everything, found)
     if foreign is not None:
         found.warnings.append(f"{foreign} has other rows in the target, which keeps its tokenizer and chat template")
     found.warnings += _turned_round(inputs)
     found.warnings += configs.differences(inputs)
-    sides = sidefiles.of_model(inputs, own_tokenizer=foreign is not None)
+    found.notes += found.vocabulary.notes()
+    config = deeds.grown_config(inputs, found)
+    rows = [step.shape[0] for step in everything if names.is_vocabulary(step.name) and step.shape]
+    sides = sidefiles.of_model(
+        inputs,
+        own_tokenizer=foreign is not None,
+        vocabulary=rules.vocabulary,
+        reordered=found.vocabulary.reordered,
+        config=config,
+        rows=max(rows, default=None),
+    )
     found.warnings += sides.warnings
+    for text in sides.problems:
+        found.problem(text, _IDS)
+    found.refuse("apply")
     side_files = sides.files
     files, placed = _lay_out(layout)
     documents = [] if target.index_name is None else [(target.index_name, _index(placed, target.index_metadata))]
     if rules.dtype is not None:
-        changed = settings.of_plain(target, side_files, STORAGE[rules.dtype].torch)
+        changed = settings.of_plain(config, side_files, STORAGE[rules.dtype].torch)
         documents += [(name, _json(table)) for name, table in changed.items() if table is not None]
         side_files = [file for file in side_files if file.name not in changed]
+    elif config is not None and config is not target.config:
+        documents.append(("config.json", _json(config)))
+        side_files = [file for file in side_files if file.name != "config.json"]
     return Plan(
         "apply", dict(inputs), rules, files, placed, tuple(documents), tuple(side_files), tuple(found.comparisons), {},
         tuple(found.missing), tuple(sides.left), tuple(found.warnings),
@@ -295,6 +315,8 @@ def plan_extract(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping
     found.refuse("extract")
     found.warnings += _turned_round(inputs)
     found.warnings += configs.differences(inputs)
+    found.notes += found.vocabulary.notes()
+    own_rows = found.vocabulary.own_rows()
 
     stem = "residual-{:05}-of-{:05}" if len(groups) > 1 else "residual"
     layout = [
@@ -307,7 +329,7 @@ def plan_extract(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping
         "extract", dict(inputs), rules, files, placed, tuple(index), tuple(sidefiles.of_residual(instruct)),
         tuple(found.comparisons), found.not_stored, tuple(found.missing), (), tuple(found.warnings),
         tuple(found.notes),
-        sidefiles.record(base, instruct), share,
+        sidefiles.record(base, instruct) | ({"own_rows": own_rows} if own_rows else {}), share,
     )  # fmt: skip
 
 
@@ -366,8 +388,8 @@ def _deed(step: Step) -> str:
     dtypes = "/".join(dict.fromkeys(kind for operand in step.operands for kind in operand.kinds))
     factors = ", ".join(f"{factor:g}" for factor in step.factors)
     deed = {
-        "copy": f"copied: {step.reason}",
-        "convert": f"converted: {step.reason}",
+        "copy": f"copied: {step.reason or f'from {step.operands[0].role}'}",
+        "convert": f"converted: {step.reason or f'from {step.operands[0].role}'}",
         "add": f"+ ({factors}) * residual",
         "add_difference": f"+ {factors} * (instruct - base)",
         "subtract": "instruct - base",

@@ -16,6 +16,8 @@ from ires_kernels.planning.patterns import PatternError, compiled, matches, unma
 
 DTYPES = {name.lower(): name for name, width in FLOATS.items() if width > 1}
 """Names of output dtypes, as users and as safetensors write them."""
+VOCABULARIES = ("target", "instruct", "rows")
+"""What decides where the vocabularies of models disagree."""
 
 
 class ArgumentError(Refused):
@@ -38,6 +40,8 @@ class Rules:
     """"any": even where more than a tenth of the residual's elements finds no place."""
     rounding: str = "nearest"
     seed: int = 0
+    vocabulary: str | None = None
+    """Whose tokens and rows the output has where models disagree; "rows": by number, whatever tokens they belong to."""
 
     @classmethod
     def of(
@@ -51,6 +55,7 @@ class Rules:
         allow_missing: bool | str = False,
         rounding: str = "nearest",
         seed: int = 0,
+        vocabulary: str | None = None,
     ) -> Rules:
         """Check arguments for a merge of so many residuals. A single alpha serves all; `alphas` hold one for each.
 
@@ -62,6 +67,8 @@ class Rules:
             raise ArgumentError(f'rounding is {brief(rounding)}, wanted "nearest" or "stochastic".')
         if not isinstance(allow_missing, bool) and allow_missing != "any":
             raise ArgumentError(f'allow_missing is {brief(allow_missing)}, wanted True, False or "any".')
+        if vocabulary is not None and vocabulary not in VOCABULARIES:
+            raise ArgumentError(f"vocabulary is {brief(vocabulary)}, wanted one of {', '.join(VOCABULARIES)}.")
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed is {type(seed).__name__}, wanted an integer")
         if not 0 <= seed < 1 << 64:
@@ -74,6 +81,7 @@ class Rules:
             allow_missing,
             rounding,
             seed,
+            vocabulary,
         )
 
     @classmethod

@@ -89,6 +89,8 @@ def _options(rules: Rules) -> list[str]:
         words += ["--dtype", next(short for short, dtype in DTYPES.items() if dtype == rules.dtype)]
     if rules.allow_missing:
         words.append("--allow-missing=any" if rules.allow_missing == "any" else "--allow-missing")
+    if rules.vocabulary is not None:
+        words += ["--vocabulary", rules.vocabulary]
     if rules.rounding != "nearest":
         words += ["--rounding", rules.rounding, "--seed", f"{rules.seed}"]
     return words

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models
 
 import ires_kernels as ik
 from ires_kernels.checkpoints.checkpoint import open_checkpoint
+from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.planning.plan import Plan, plan_apply
 from ires_kernels.planning.rules import Rules
 
@@ -44,15 +45,15 @@ def owners(plan: Plan) -> dict[str, str]:
     return {file.name: file.role for file in plan.side_files}
 
 
-def outputs(base: Path, instruct: Path, target: Path) -> list[Path]:
+def outputs(base: Path, instruct: Path, target: Path, **rules: Any) -> list[Path]:
     """The same merge in one pass, by way of a residual, and in place."""
     folder = base.parent
     ik.extract(base, instruct, folder / "residual", sync=False)
-    ik.apply(target, (instruct, base), out=folder / "one", sync=False)
-    ik.apply(target, folder / "residual", out=folder / "two", sync=False)
+    ik.apply(target, (instruct, base), out=folder / "one", sync=False, **rules)
+    ik.apply(target, folder / "residual", out=folder / "two", sync=False, **rules)
     assert ik.verify(folder / "one")
     assert ik.verify(folder / "two")
-    ik.apply(target, (instruct, base), in_place=True, sync=False)
+    ik.apply(target, (instruct, base), in_place=True, sync=False, **rules)
     return [folder / "one", folder / "two", target]
 
 
@@ -199,7 +200,9 @@ def test_a_target_with_tokens_of_its_own_keeps_its_tokenizer(tmp_path: Path) -> 
     write(target, generation_config__json={"eos_token_id": 33}, preprocessor_config__json="{}")
     write(instruct, preprocessor_config__json="{ }")
     kept = {path.name: path.read_bytes() for path in target.glob("*.json")}
-    plan = one_pass(base, instruct, target)
+    with pytest.raises(CheckpointError, match=r"added other tokens at the same ids: 34 is '<.im_start.>'"):
+        one_pass(base, instruct, target)
+    plan = one_pass(base, instruct, target, vocabulary="rows")
     assert set(owners(plan).values()) == {"target"}
     (warning,) = (text for text in plan.warnings if "keeps its tokenizer" in text)
     assert "lacks 12 of its tokens" in warning
@@ -208,7 +211,7 @@ def test_a_target_with_tokens_of_its_own_keeps_its_tokenizer(tmp_path: Path) -> 
     )
     assert warning.count("<news") == 10
     assert "and 2 more" in warning
-    for out in outputs(base, instruct, target):
+    for out in outputs(base, instruct, target, vocabulary="target"):
         assert {name: (out / name).read_bytes() for name in kept if name != "ires.json"} == kept
         assert not (out / "chat_template.jinja").exists()
 
@@ -250,8 +253,11 @@ def test_another_tokenizer_of_the_same_size(tmp_path: Path, words: list[str]) ->
     tokenizer(instruct)
     tokenizer(target, words=words)
     tokens = (target / "tokenizer.json").read_bytes()
-    assert "keeps its tokenizer, for that of instruct lacks 34" in one_pass(base, instruct, target).warnings[0]
-    for out in outputs(base, instruct, target):
+    with pytest.raises(CheckpointError, match="34 of 34 tokens are at other ids"):
+        one_pass(base, instruct, target)
+    plan = one_pass(base, instruct, target, vocabulary="rows")
+    assert "keeps its tokenizer, for that of instruct lacks 34" in plan.warnings[0]
+    for out in outputs(base, instruct, target, vocabulary="rows"):
         assert (out / "tokenizer.json").read_bytes() == tokens
 
 
@@ -268,7 +274,9 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     base, instruct, target = triple(tmp_path)
     tokenizer(target)
     write(instruct, tokenizer__json="{}")
-    plan = one_pass(base, instruct, target)
+    with pytest.raises(CheckpointError, match=r"tokens of instruct cannot be told: .*instruct/tokenizer.json"):
+        one_pass(base, instruct, target)
+    plan = one_pass(base, instruct, target, vocabulary="rows")
     assert re.search("tokens of target and instruct cannot be compared, .*instruct/tokenizer.json", plan.warnings[0])
     write(target, tokenizer__json="{}")
     assert not one_pass(base, instruct, target).warnings, "the same bytes"
@@ -333,7 +341,7 @@ def test_what_came_in_place_is_told_after_a_resume_as_well(tmp_path: Path, monke
     with monkeypatch.context() as patch:
         patch.setattr(finish, "_write_manifest", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            ik.apply(target, (instruct, base), in_place=True, sync=False)
+            ik.apply(target, (instruct, base), in_place=True, sync=False, vocabulary="rows")
     report = ik.resume(target)
     assert report.side_files == {"preprocessor_config.json": "instruct"}
     assert [text for text in report.warnings if "keeps its tokenizer" in text]

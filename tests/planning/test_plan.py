@@ -208,11 +208,8 @@ def test_shapes_must_be_equal(tmp_path: Path) -> None:
     assert f"[1] in target ({tmp_path}/wide/model.safetensors)" in text
     assert "not broadcast" in text
     write_model(tmp_path / "vocabulary", tensors(5, {**SHAPES, EMBEDDING: (42, 16), HEAD: (42, 16)}))
-    text = refusal(base, instruct, tmp_path / "vocabulary")
-    assert "has shape [40, 16] in instruct" in text
-    skip = r"^(lm_head\.weight|model\.embed_tokens\.weight)(\.|$)"
-    assert f"--skip '{skip}'" in text
-    assert one_pass(base, instruct, tmp_path / "vocabulary", skip=skip).steps
+    plan = one_pass(base, instruct, tmp_path / "vocabulary")
+    assert "of 42 rows 40 are added to, 2 stay as they are" in plan.notes[0], "they may differ in their padding"
 
 
 def test_a_target_with_another_vocabulary_keeps_its_tokenizer(tmp_path: Path) -> None:
