@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ires_kernels.backends.decoding import as_bytes, floats, stream
+from ires_kernels.backends.decoding import as_bytes, fields, floats
 from ires_kernels.formats import Format, matrices
 
 _MAY_BE_ZERO = {"nvfp4", "gptq", "awq", "bnb-4bit", "bnb-int8"}
@@ -74,13 +74,11 @@ def _group_fault(format: Format, full: tuple[int, ...], groups: Tensor) -> str:
 
 def _zero_fault(format: Format, full: tuple[int, ...], stored: Tensor) -> str:
     """The zero points of a symmetric quantizer are the middle, written as it is or less one."""
-    bits, (_, out, width) = format.bits, matrices(full)
-    words = out * bits // 32
-    row = torch.arange(out)
-    for group in range(-(-width // format.number("columns", 1))):
-        zero = stream(stored, row * bits, bits, 1, torch.tensor(group * words), words)
-        odd = (zero != 1 << bits - 1) & (zero != (1 << bits - 1) - 1)
-        if odd.any():
-            at = int(odd.nonzero()[0])
-            return f"its qzeros hold {int(zero[at])} for row {at}, and the settings say that it is symmetric (sym)"
+    bits, (_, out, _) = format.bits, matrices(full)
+    zero = fields(stored.view(torch.int32).view(-1, out * bits // 32), torch.arange(out) * bits, bits)
+    odd = (zero != 1 << bits - 1) & (zero != (1 << bits - 1) - 1)
+    if odd.any():
+        group, at = odd.nonzero()[0].tolist()
+        found = f"its qzeros hold {int(zero[group, at])} for row {at}"
+        return f"{found}, wanted {1 << bits - 1} or one less: the settings say that it is symmetric (sym)"
     return ""

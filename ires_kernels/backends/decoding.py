@@ -43,10 +43,18 @@ def define(format: Format, full: tuple[int, ...], first: int, count: int, parts:
     stored = {part: as_bytes(view) for part, view in parts.items()}
     weight = _Weight(format, full, base, stored, Grid.of(format, full))
     number = _NUMBERS.get(format.name, _scaled)
+    width, stop = matrices(full)[2], first + count
     with subnormals_kept():
-        for start in range(first, first + count, PIECE):
-            stop = min(start + PIECE, first + count)
-            out[start - first : stop - first] = number(weight, torch.arange(start, stop))
+        if format.name in ("gptq", "awq"):
+            step = max(1, PIECE // width) * width
+            for start in range(first // width * width, stop, step):
+                rows = torch.arange(start // width, -(-min(start + step, stop) // width))
+                begin, end = max(start, first), min(start + step, stop)
+                out[begin - first : end - first] = _turned(weight, rows).reshape(-1)[begin - start : end - start]
+            return
+        for start in range(first, stop, PIECE):
+            end = min(start + PIECE, stop)
+            out[start - first : end - first] = number(weight, torch.arange(start, end))
 
 
 class Grid(NamedTuple):
@@ -156,38 +164,39 @@ def _transposed(weight: _Weight, index: Tensor) -> Tensor:
     return _E2M1[weight.bits(position * 4)] * weight.scale(block)
 
 
-def _gptq(weight: _Weight, index: Tensor) -> Tensor:
-    """Codes are a stream down each column of words, zero points one along each row of them."""
-    row, column = weight.place(index)
-    rows, width, bits = weight.grid.height, weight.grid.width, weight.format.bits
-    code = stream(weight.parts["codes"], column * bits, bits, rows, row, width * bits // 32)
+def _turned(weight: _Weight, rows: Tensor) -> Tensor:
+    """Whole rows of GPTQ and AWQ, whose words lie along the other dimension than their numbers, (in, out).
+
+    Codes of GPTQ are a stream down each column of words, zero points of both and codes of AWQ are along each row.
+    """
+    height, width, bits = weight.grid.height, weight.grid.width, weight.format.bits
+    columns = torch.arange(width)
+    awq = weight.format.name == "awq"
+    place = rows // 8 * 32 + _AWQ_NIBBLE[rows % 8] * 4 if awq else rows * bits
+    words = weight.parts["codes"].view(torch.int32).view(-1, height // 8 if awq else height)
+    code = fields(words, place, bits).T if awq else fields(words[:, rows].T.contiguous(), columns * bits, bits)
     order = weight.parts.get("g_idx")
-    group = column // weight.grid.columns if order is None else order.view(torch.int32)[column].long()
-    zero = torch.tensor(1 << bits - 1)
+    group = columns // weight.grid.columns if order is None else order.view(torch.int32).long()
     zeros = weight.format.word("zeros")
-    if zeros != "middle":
-        words = rows * bits // 32
-        zero = stream(weight.parts["zero_point"], row * bits, bits, 1, group * words, words)
+    if zeros == "middle":
+        value = code - (1 << bits - 1)
+    else:
+        stored = weight.parts["zero_point"].view(torch.int32).view(-1, height * bits // 32)
+        zero = fields(stored, place, bits)
         zero = zero + 1 & (1 << bits) - 1 if zeros == "v1" else zero
-    return (code - zero).float() * weight.scale(group * rows + row)
+        value = code - zero.T[:, group]
+    scale = weight.floats("scale", _ALL, weight.format.word("scale")).view(-1, height)
+    return value.float() * scale[:, rows].T[:, group]
 
 
-def stream(stored: Tensor, bit: Tensor, bits: int, stride: int, start: Tensor, length: int) -> Tensor:
-    """Codes at these bits of streams of so many 32-bit words, each `stride` after the last; they may straddle two."""
-    words = stored.view(torch.int32)
-    word = bit // 32
-    low = words[start + word * stride].long() & 0xFFFFFFFF
-    high = words[start + (word + 1).clamp(max=length - 1) * stride].long()
-    return (high << 32 | low) >> bit % 32 & (1 << bits) - 1
-
-
-def _awq(weight: _Weight, index: Tensor) -> Tensor:
-    row, column = weight.place(index)
-    words, group = weight.grid.height // 8, column // weight.grid.columns
-    shift = _AWQ_NIBBLE[row % 8] * 4
-    code = weight.parts["codes"].view(torch.int32)[column * words + row // 8] >> shift & 15
-    zero = weight.parts["zero_point"].view(torch.int32)[group * words + row // 8] >> shift & 15
-    return (code - zero).float() * weight.scale(group * weight.grid.height + row)
+def fields(words: Tensor, bit: Tensor, bits: int) -> Tensor:
+    """Codes at these bits of each row of 32-bit words, a little-endian stream; a code may lie in two of them."""
+    word, shift = bit // 32, (bit % 32).to(torch.int32)
+    mask = (1 << bits) - 1
+    if 32 % bits == 0:
+        return words[:, word] >> shift & mask
+    after = (word + 1).clamp(max=words.shape[1] - 1)
+    return ((words[:, after].long() << 32 | words[:, word].long() & 0xFFFFFFFF) >> shift & mask).to(torch.int32)
 
 
 def _bnb_4bit(weight: _Weight, index: Tensor) -> Tensor:
@@ -204,8 +213,6 @@ def _bnb_4bit(weight: _Weight, index: Tensor) -> Tensor:
 
 _NUMBERS: dict[str, Callable[[_Weight, Tensor], Tensor]] = {
     "mxfp4-transposed": _transposed,
-    "gptq": _gptq,
-    "awq": _awq,
     "bnb-4bit": _bnb_4bit,
 }
 

@@ -88,5 +88,5 @@ def test_zero_points_of_a_symmetric_quantizer_are_the_middle_or_one_less() -> No
         assert fault(MIDDLE, (8, 96), parts) == ""
     parts["zero_point"] = raw(torch.full((3, 1), 0x77377777, dtype=torch.int32))
     parts["g_idx"] = raw(torch.arange(96, dtype=torch.int32) // 32)
-    wanted = "its qzeros hold 3 for row 5, and the settings say that it is symmetric (sym)"
+    wanted = "its qzeros hold 3 for row 5, wanted 8 or one less: the settings say that it is symmetric (sym)"
     assert fault(MIDDLE, (8, 96), parts) == wanted
