@@ -16,9 +16,9 @@ from ires_kernels.checkpoints.quantized import QuantizedRef
 
 def packed(codes: Codes) -> QuantizedRef:
     """Integers in the 32-bit words of compressed-tensors. Raises Undecided."""
-    *lead, words = codes.ref.shape
-    if not lead:
-        raise Undecided(f"{codes.ref.name} has the shape {[words]}, wanted that of a matrix")
+    if len(codes.ref.shape) < 2:
+        raise Undecided(f"{codes.ref.name} has the shape {list(codes.ref.shape)}, wanted that of a matrix")
+    lead = codes.ref.shape[:-1]
     scale = codes.add("scale", check(codes.wanted("weight_scale"), None, *FLOAT_SCALES))
     if stated := codes.beside("weight_shape"):
         codes.add("shape", stated)

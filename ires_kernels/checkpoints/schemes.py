@@ -110,6 +110,8 @@ def _place(checkpoint: Checkpoint, ref: TensorRef, fp8: bool) -> tuple[str, str]
 def _weight(codes: Codes) -> QuantizedRef:
     """The weight in its format. Raises Undecided."""
     ref, own = codes.ref, codes.ref.name.rpartition(".")[2]
+    if not ref.numel:
+        raise Undecided(f"{ref.name} has no elements")
     if own == "qweight":
         weight = gptq_or_awq(codes)
     elif codes.stem == codes.name:
@@ -127,8 +129,6 @@ def _weight(codes: Codes) -> QuantizedRef:
     odd = next((name for name in codes.others if name.removeprefix(codes.stem) in _TOO_MUCH), None)
     if odd is not None:
         raise Undecided(f"{odd} changes the weight besides its scale: not decoded")
-    if not weight.numel:
-        raise Undecided(f"{ref.name} has no elements")
     families = _FAMILIES.get(weight.format.name, (weight.format.name,))
     if codes.claims.formats and not codes.claims.of(*families):
         said = ", ".join(sorted({f"{claim}" for claim in codes.claims.formats}))

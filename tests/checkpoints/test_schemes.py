@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 import torch
 from small_models import write_model
 
-from ires_kernels.checkpoints.checkpoint import open_checkpoint
+from ires_kernels.backends import decoding
+from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, open_checkpoint
 from ires_kernels.checkpoints.schemes import Quantized, quantized
+from ires_kernels.dtypes import STORAGE
 
 F8, U8, I8, I32, I64 = torch.float8_e4m3fn, torch.uint8, torch.int8, torch.int32, torch.int64
 BF16, F16, F32, E8M0 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e8m0fnu
@@ -373,7 +376,7 @@ def test_settings_of_any_shape_end_in_no_other_way(tmp_path: Path) -> None:
     shapes = {**SCALED, **{f"p.{name}": each for name, each in PACKED.items()}}
     shapes |= {f"m.{name}": each for name, each in GPTQ_TENSORS.items()}
     folder = write_model(tmp_path / "model", bytes_of(shapes), config={})
-    for _ in range(400):
+    for _ in range(150):
         settings = {key: draw.choice(odd) for key in draw.sample(keys, 5)}
         inner = {
             key: draw.choice([*odd, "group", "int", "float"]) for key in ("num_bits", "type", "strategy", "group_size")
@@ -385,3 +388,54 @@ def test_settings_of_any_shape_end_in_no_other_way(tmp_path: Path) -> None:
         (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
         got = quantized(open_checkpoint(folder))
         assert len(got.weights) + len(got.refused) == 3
+
+
+SHAPES = [
+    (),
+    (1,),
+    (3,),
+    (48,),
+    (96,),
+    (0, 4),
+    (48, 1),
+    (1, 48),
+    (48, 3),
+    (3, 48),
+    (48, 96),
+    (12, 48),
+    (1, 1),
+    (3, 1, 1),
+]
+DTYPES = ["F8_E4M3", "F8_E5M2", "I8", "U8", "I32", "F32", "BF16", "F8_E8M0", "I64", "F4"]
+
+
+@pytest.mark.parametrize("which", FORMATS)
+def test_whatever_is_taken_for_a_weight_has_all_that_decoding_reads(which: str) -> None:
+    """Each tensor of a format is lost, or gets another dtype or shape; what is left is refused, or can be decoded."""
+    shapes, config, _, _, _ = FORMATS[which]
+    blocks = {"settings": config["quantization_config"]} if config else {}
+    known = {getattr(torch, dtype.torch): dtype.name for dtype in STORAGE.values() if hasattr(torch, dtype.torch)}
+    right = {name: (known[dtype], shape) for name, (dtype, shape) in shapes.items()}
+    for name, (dtype, shape) in right.items():
+        others = [(dtype, other) for other in SHAPES] + [(other, shape) for other in DTYPES]
+        for changed in ({}, *({name: other} for other in others)):
+            stored = {**{key: each for key, each in right.items() if key != name}, **changed}
+            refs = {
+                key: TensorRef(
+                    key, dtype, shape, Path("/model.safetensors"), 0, math.prod(shape) * STORAGE[dtype].bits // 8
+                )
+                for key, (dtype, shape) in stored.items()
+            }
+            model = Checkpoint(Path("/"), "model", (), refs, None, {}, None, None, blocks=blocks)
+            try:
+                got = quantized(model)
+            except FileNotFoundError:  # what tells the shape of such a weight is in the file
+                continue
+            for weight in got.weights.values():
+                parts = {part: memoryview(bytearray(ref.nbytes)) for part, ref in weight.parts}
+                begin, size = weight.span(0, weight.numel)
+                assert begin == 0
+                assert size <= weight.codes.nbytes
+                parts["codes"] = parts["codes"][:size]
+                decoding.define(weight.format, weight.full, 0, weight.numel, parts, torch.empty(weight.numel))
+                decoding.decode(weight.format, weight.full, 0, weight.numel, parts, torch.empty(weight.numel))
