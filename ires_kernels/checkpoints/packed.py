@@ -21,7 +21,7 @@ def packed(codes: Codes) -> QuantizedRef:
     lead = codes.ref.shape[:-1]
     scale = codes.add("scale", check(codes.wanted("weight_scale"), None, *FLOAT_SCALES))
     if stated := codes.beside("weight_shape"):
-        codes.add("shape", stated)
+        codes.add("shape", check(stated, (len(codes.ref.shape),), "I64", "I32"))
     said = codes.claims.of("pack-quantized", "int8")
     width, bits = _width(codes, scale, stated, said)
     full = (*lead, width)
@@ -57,8 +57,7 @@ def _width(codes: Codes, scale: TensorRef, stated: TensorRef | None, said: list[
 
 def _stated_shape(codes: Codes, stated: TensorRef) -> tuple[int, ...]:
     count = len(codes.ref.shape)
-    raw = codes.read(check(stated, (count,), "I64", "I32"))
-    shape = struct.unpack(f"<{count}{'q' if stated.dtype == 'I64' else 'i'}", raw)
+    shape = struct.unpack(f"<{count}{'q' if stated.dtype == 'I64' else 'i'}", codes.read(stated))
     if shape[:-1] != codes.ref.shape[:-1] or not 0 < shape[-1] <= 32 * codes.ref.shape[-1]:
         raise Undecided(f"{stated.name} says {list(shape)}, and the codes have the shape {list(codes.ref.shape)}")
     return shape
