@@ -95,6 +95,8 @@ def extract(
     """
     check_path(out, "out")
     check_flags(sync=sync, sha256=sha256, dry_run=dry_run, follow_links=follow_links, lock=lock)
+    if vocabulary not in (None, "rows"):
+        raise ArgumentError(f'vocabulary is {vocabulary!r}, and extract takes "rows" alone: there is no target yet.')
     rules = Rules.of(
         0,
         skip=skip,

@@ -74,22 +74,16 @@ def lost(target: Tokens, donor: Tokens, base: Tokens | Mapping[str, int] | None)
           the name of a free row, and no loss
     """
     names = renamed(base, donor) if isinstance(base, Tokens) else (base or {})
-    found = [
-        token
-        for token, id_ in target.ids.items()
-        if donor.ids.get(token) != id_ and names.get(token) != id_ and not _FREE.fullmatch(token)
-    ]
+    apart = target.ids.items() - donor.ids.items()
+    found = [token for token, id_ in apart if names.get(token) != id_ and not _FREE.fullmatch(token)]
     return sorted(found, key=target.ids.__getitem__)
 
 
 def renamed(base: Tokens, donor: Tokens) -> dict[str, int]:
     """Tokens of base in whose rows the donor has new ones; none where they are so many that all of it is another."""
-    new = {id_ for token, id_ in donor.ids.items() if token not in base.ids}
-    found = {
-        token: id_
-        for token, id_ in base.ids.items()
-        if token not in donor.ids and id_ in new and not _FREE.fullmatch(token)
-    }
+    new = {donor.ids[token] for token in donor.ids.keys() - base.ids.keys()}
+    gone = {token: base.ids[token] for token in sorted(base.ids.keys() - donor.ids.keys(), key=base.ids.__getitem__)}
+    found = {token: id_ for token, id_ in gone.items() if id_ in new and not _FREE.fullmatch(token)}
     return found if len(found) <= _RENAMED * len(base.ids) else {}
 
 

@@ -34,11 +34,10 @@ class Order:
     @classmethod
     def of(cls, theirs: Tokens, mine: Tokens) -> Order:
         """The tokens `theirs`, seen from `mine`."""
-        there = {id_: token for token, id_ in mine.ids.items()}
-        words = {token: id_ for token, id_ in theirs.ids.items() if token not in theirs.added}
-        other = {id_: token for token, id_ in words.items() if there.get(id_, token) != token}
+        apart = {id_: t for t, id_ in theirs.ids.items() - mine.ids.items() if t not in theirs.added}
+        other = {id_: apart[id_] for id_ in mine.at(apart)}
         moved = {id_: mine.ids[token] for id_, token in other.items() if token in mine.ids and token not in mine.added}
-        return cls(len(words), other, moved)
+        return cls(len(theirs.ids) - len(theirs.added & theirs.ids.keys()), other, moved)
 
     @property
     def is_same(self) -> bool:
