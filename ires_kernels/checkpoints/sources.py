@@ -33,6 +33,9 @@ class Source(Protocol):
     def read_views(self, views: Sequence[memoryview], offset: int) -> None:
         """Fill the views, one after the other, as if they were one."""
 
+    def will_need(self, offset: int, size: int) -> None:
+        """Have bytes brought near that are read soon; does not wait for them."""
+
     def close(self) -> None: ...
 
 
@@ -52,6 +55,9 @@ class LocalFile:
 
     def read_views(self, views: Sequence[memoryview], offset: int) -> None:
         read_views(self.fd, views, offset, self.path)
+
+    def will_need(self, offset: int, size: int) -> None:
+        os.posix_fadvise(self.fd, offset, size, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         os.close(self.fd)

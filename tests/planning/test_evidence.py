@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from small_models import normal
 
+from ires_kernels.checkpoints import sources
 from ires_kernels.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.checkpoints.manifest import Manifest
@@ -120,6 +122,31 @@ def test_each_tensor_is_read_once_and_little_of_it(tmp_path: Path) -> None:
                 assert (found is None) == (name == "n")
                 assert found is None or (found.equal and found.agrees)
         assert looks.bytes_read == 2 * 20 * 256 * 2
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_what_comes_next_is_asked_for_where_a_disk_is_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: bool
+) -> None:
+    w = {f"layer.{i:03}": normal((64, 128), i) for i in range(300)}
+    base = model(tmp_path / "base", w)
+    read, asked = sources.LocalFile.read_into, set[tuple[int, int]]()
+
+    def read_into(self: sources.LocalFile, view: memoryview, offset: int) -> None:
+        if slow and (offset, len(view)) not in asked:
+            time.sleep(0.001)
+        read(self, view, offset)
+
+    monkeypatch.setattr(evidence, "_SLOW", 0.001 if slow else 10.0)
+    monkeypatch.setattr(sources.LocalFile, "read_into", read_into)
+    monkeypatch.setattr(sources.LocalFile, "will_need", lambda _, offset, size: asked.add((offset, size)))
+    with Looks({"base": base}) as looks:
+        samples = {name: looks.of("base", ref) for name, ref in base.tensors.items()}
+    waited_for = (0, 257)  # and for none between
+    others = [ref for i, ref in enumerate(base.tensors.values()) if i not in waited_for]
+    wanted = {(ref.offset + 2 * first, 2 * count) for ref in others for first, count in places(ref.shape)}
+    assert asked == (wanted if slow else set())
+    assert all(sample is not None and list(sample.values) == taken(w[name]) for name, sample in samples.items())
 
 
 def test_what_changed_since_is_refused(tmp_path: Path) -> None:
