@@ -89,14 +89,15 @@ void run_strided(const Loops& loops, const Operation& op, const Item& item, uint
 void run_decoded(const Loops& loops, const Operation& op, const Item& item, uint64_t offset, int64_t first, int64_t n,
                  Tally* tally) {
     const size_t inputs = size_t(op.inputs);
-    std::vector<float> numbers(inputs * kDecoded);
+    struct alignas(64) Numbers { float x[kDecoded]; };
+    std::vector<Numbers> numbers(inputs);
     std::vector<const void*> in(inputs);
     for (int64_t done = 0; done < n; done += kDecoded) {
         const int64_t i = first + done, m = std::min(kDecoded, n - done);
         for (size_t k = 0; k < inputs; ++k) {
             const Decoded& from = item.decoded[k];
-            if (from.coded) loops.decode(*from.coded, from.first + i, m, &numbers[k * kDecoded]);
-            in[k] = from.coded ? &numbers[k * kDecoded] : at(item.in[k], item.in_types[k], i);
+            if (from.coded) loops.decode(*from.coded, from.first + i, m, numbers[k].x);
+            in[k] = from.coded ? numbers[k].x : at(item.in[k], item.in_types[k], i);
         }
         void* out = at(item.out, item.out_type, i);
         loops.run(op, {m, offset + uint64_t(i), item.stream, item.out_type, item.in_types.data(), out, in.data()}, tally);

@@ -1,8 +1,7 @@
 // Codes and scales -> f32, a run of a quantized tensor at a time (coded.h), by vectors. Included by loops.cpp alone.
 //
 // A row goes by cells, the columns that share a scale. Their scales are widened together, kCells at a time; a cell is
-// then one loop. Products of nibbles come from a table of 16 that is made for each cell: one rounding each, as by
-// definition. What does not start at a whole vector, and codes whose blocks are in an order of their own, go one by one.
+// then one loop. What does not start at a whole vector, and codes whose blocks are in an order of their own, go one by one.
 #pragma once
 
 #include <algorithm>
@@ -77,6 +76,16 @@ IRES_HD F widen_i8(const char* p) {
 #endif
 }
 
+IRES_HD U extend_u8(const char* p) {
+#if IRES_LANES == 8
+    return bit_cast<U>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#elif IRES_LANES == 4 && defined(__SSE4_1__)
+    return bit_cast<U>(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(read_at<int32_t>(p, 0))));
+#else
+    return __builtin_convertvector(load_raw<U8>(p), U);
+#endif
+}
+
 // e4m3 as a 256th of what it stands for, which is what its bits are as an f16's.
 IRES_HD Pair load_256th(const char* p) {
     const S16x2 w = extend8(load_raw<S8x2>(p));
@@ -85,11 +94,61 @@ IRES_HD Pair load_256th(const char* p) {
     return {load(halves), load(halves + W)};
 }
 
+#if IRES_LANES == 16
+// Of every magnitude of e4m3, as bf16, which holds it: the low and the high byte.
+struct alignas(64) Magnitudes {
+    uint8_t low[128] = {}, high[128] = {};
+    constexpr Magnitudes() {
+        for (int code = 0; code < 128; ++code) {
+            int exponent = code >> 3, fraction = code & 7;
+            if (exponent == 0) {
+                for (exponent = 1; fraction != 0 && fraction < 8; fraction *= 2) --exponent;
+                fraction &= 7;
+            }
+            int bits = (exponent + 120) << 7 | fraction << 4;
+            if (code == 0) bits = 0;
+            if (code == 127) bits = Format<bf16_t>::kNaN;
+            low[code] = uint8_t(bits);
+            high[code] = uint8_t(bits >> 8);
+        }
+    }
+};
+constexpr Magnitudes kMagnitudes;
+
+// What has AVX-512 and can look bytes up in a table of 128, all but the first of such CPUs, needs half the instructions
+// for e4m3. 64 at a time; returns how many were done.
+__attribute__((target("avx512vbmi"))) int64_t look_up_e4m3(const char* codes, int64_t n, float scale, float* out) {
+    const __m512i low[] = {_mm512_load_si512(kMagnitudes.low), _mm512_load_si512(kMagnitudes.low + 64)};
+    const __m512i high[] = {_mm512_load_si512(kMagnitudes.high), _mm512_load_si512(kMagnitudes.high + 64)};
+    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);  // undone by the unpacking
+    const __m512i sign = _mm512_set1_epi8(char(0x80)), zero = _mm512_setzero_si512();
+    const __m512 s = _mm512_set1_ps(scale);
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+        const __m512i x = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes + i));
+        const __m512i a = _mm512_permutex2var_epi8(low[0], x, low[1]);
+        const __m512i b = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(high[0], x, high[1]), x, sign, 0xf8);  // | x & sign
+        const __m512i first = _mm512_unpacklo_epi8(a, b), second = _mm512_unpackhi_epi8(a, b);
+        const auto put = [&](int64_t k, __m512i bits) {
+            _mm512_storeu_ps(out + i + k, _mm512_mul_ps(_mm512_castsi512_ps(bits), s));
+        };
+        put(0, _mm512_unpacklo_epi16(zero, first));
+        put(16, _mm512_unpackhi_epi16(zero, first));
+        put(32, _mm512_unpacklo_epi16(zero, second));
+        put(48, _mm512_unpackhi_epi16(zero, second));
+    }
+    return i;
+}
+#endif
+
 // Returns how many were done: whole vectors, and none where the scale is too large for a multiplication by 256.
 template <CodeType type, bool kZero> int64_t decode_bytes(const char* codes, int64_t n, float scale, float zero, float* out) {
     int64_t i = 0;
     if constexpr (type == CodeType::e4m3) {
-        if (!(scale < kNearlyLargest && scale > -kNearlyLargest)) return 0;
+#if IRES_LANES == 16
+        if (n >= 64 && __builtin_cpu_supports("avx512vbmi")) i = look_up_e4m3(codes, n, scale, out);
+#endif
+        if (!(scale < kNearlyLargest && scale > -kNearlyLargest)) return i;
         const float s = scale * 256.0f;  // exact
         for (; i + 2 * W <= n; i += 2 * W) {
             const Pair x = load_256th(codes + i), y = {x.a * s, x.b * s};
@@ -113,73 +172,73 @@ template <CodeType type, bool kZero> int64_t decode_bytes(const char* codes, int
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Nibbles: `products` has what each stands for. `codes` begins with a whole byte; returns how many were done.
+// Nibbles: a table of 16, and W of it at a time by the low 4 bits of each lane of an index.
 #if IRES_LANES == 16
-struct Products {
+struct Table {
     __m512 all;
-    Products(const float (&table)[16], float scale, float zero, bool has_zero) {
-        __m512 x = _mm512_loadu_ps(table);
-        if (has_zero) x = _mm512_sub_ps(x, _mm512_set1_ps(zero));
-        all = _mm512_mul_ps(x, _mm512_set1_ps(scale));
-    }
-    template <bool kHighFirst> int64_t decode(const char* codes, int64_t n, float* out) const {
-        const __m512i low = _mm512_set_epi32(28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0);
-        const __m512i high = _mm512_set_epi32(24, 28, 16, 20, 8, 12, 0, 4, 24, 28, 16, 20, 8, 12, 0, 4);
-        int64_t i = 0;
-        for (; i + 16 <= n; i += 16) {
-            const __m512i first = _mm512_set1_epi32(read_at<int32_t>(codes + i / 2, 0));
-            const __m512i both = _mm512_mask_set1_epi32(first, 0xff00, read_at<int32_t>(codes + i / 2, 1));
-            const __m512i index = _mm512_srlv_epi32(both, kHighFirst ? high : low);
-            _mm512_storeu_ps(out + i, _mm512_permutexvar_ps(index, all));
-        }
-        return i;
-    }
+    explicit Table(const float* x) : all(_mm512_loadu_ps(x)) {}
+    F at(U index) const { return bit_cast<F>(_mm512_permutexvar_ps(bit_cast<__m512i>(index), all)); }
 };
+IRES_HD U spread(const char* codes) {  // 8 bytes over 16 lanes
+    return bit_cast<U>(_mm512_mask_set1_epi32(_mm512_set1_epi32(read_at<int32_t>(codes, 0)), 0xff00, read_at<int32_t>(codes, 1)));
+}
 #elif IRES_LANES == 8
-struct Products {
-    __m256 low_half, high_half;
-    Products(const float (&table)[16], float scale, float zero, bool has_zero) {
-        __m256 x = _mm256_loadu_ps(table), y = _mm256_loadu_ps(table + 8);
-        if (has_zero) {
-            x = _mm256_sub_ps(x, _mm256_set1_ps(zero));
-            y = _mm256_sub_ps(y, _mm256_set1_ps(zero));
-        }
-        low_half = _mm256_mul_ps(x, _mm256_set1_ps(scale));
-        high_half = _mm256_mul_ps(y, _mm256_set1_ps(scale));
-    }
-    template <bool kHighFirst> int64_t decode(const char* codes, int64_t n, float* out) const {
-        const __m256i low = _mm256_set_epi32(28, 24, 20, 16, 12, 8, 4, 0), high = _mm256_set_epi32(24, 28, 16, 20, 8, 12, 0, 4);
-        int64_t i = 0;
-        for (; i + 8 <= n; i += 8) {
-            const __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32(read_at<int32_t>(codes + i / 2, 0)), kHighFirst ? high : low);
-            const __m256 x = _mm256_permutevar8x32_ps(low_half, index), y = _mm256_permutevar8x32_ps(high_half, index);
-            _mm256_storeu_ps(out + i, _mm256_blendv_ps(x, y, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28))));
-        }
-        return i;
+struct Table {
+    __m256 low, high;
+    explicit Table(const float* x) : low(_mm256_loadu_ps(x)), high(_mm256_loadu_ps(x + 8)) {}
+    F at(U index) const {
+        const __m256i i = bit_cast<__m256i>(index);
+        const __m256 a = _mm256_permutevar8x32_ps(low, i), b = _mm256_permutevar8x32_ps(high, i);
+        return bit_cast<F>(_mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_slli_epi32(i, 28))));
     }
 };
+IRES_HD U spread(const char* codes) { return U{} + read_at<uint32_t>(codes, 0); }  // 4 bytes over 8 lanes
 #else
-struct Products {
+struct Table {
     float all[16];
-    Products(const float (&table)[16], float scale, float zero, bool has_zero) {
-        for (int i = 0; i < 16; ++i) all[i] = mul(has_zero ? sub(table[i], zero) : table[i], scale);
-    }
-    template <bool kHighFirst> int64_t decode(const char* codes, int64_t n, float* out) const {
-        int64_t i = 0;
-        for (; i + 2 <= n; i += 2) {
-            const uint8_t byte = uint8_t(codes[i / 2]);
-            out[i] = all[kHighFirst ? byte >> 4 : byte & 15];
-            out[i + 1] = all[kHighFirst ? byte & 15 : byte >> 4];
-        }
-        return i;
+    explicit Table(const float* x) { memcpy(all, x, sizeof all); }
+    F at(U index) const {
+        F x;
+        for (int i = 0; i < W; ++i) x[i] = all[index[i] & 15u];
+        return x;
     }
 };
+IRES_HD U spread(const char* codes) { return U{} + read_at<uint16_t>(codes, 0); }  // 2 bytes over 4 lanes
 #endif
+
+// Where the nibbles of spread bytes are.
+IRES_HD U shifts(bool high_first) {
+    U shift;
+    for (int i = 0; i < W; ++i) shift[i] = uint32_t(4 * (i ^ int(high_first)) % 32);
+    return shift;
+}
+
+// Whole vectors from a whole byte on; returns how many were done.
+template <bool kZero>
+IRES_HD int64_t decode_nibbles(const Table& table, U shift, const char* codes, int64_t n, float scale, float zero, float* out) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+        F x = table.at(spread(codes + i / 2) >> shift);
+        if constexpr (kZero) x = x - zero;
+        x = x * scale;
+        memcpy(out + i, &x, sizeof x);
+    }
+    return i;
+}
+
+// Whole cells one after the other, from a whole byte on, of a width that is known: a loop for each would cost as much again.
+template <bool kZero, int64_t kWidth>
+void decode_narrow(const Table& table, U shift, const char* codes, int64_t count, const Cells& cells, float* out) {
+    for (int64_t k = 0; k < count; ++k)
+        decode_nibbles<kZero>(table, shift, codes + k * kWidth / 2, kWidth, cells.scale[k], kZero ? cells.zero[k] : 0.0f,
+                              out + k * kWidth);
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // One cell: columns [column, column + n) of a row, whose codes are `codes`.
 template <CodeType type, bool kZero>
-IRES_HD void decode_cell(const Coded& c, const char* codes, int64_t column, int64_t n, float scale, float zero, float* out) {
+IRES_HD void decode_cell(const Coded& c, const Table& table, U shift, const char* codes, int64_t column, int64_t n, float scale,
+                         float zero, float* out) {
     const auto one = [&](int64_t i) {
         const float code = code_of(c, codes, column + i);
         out[i] = mul(kZero ? sub(code, zero) : code, scale);
@@ -187,9 +246,7 @@ IRES_HD void decode_cell(const Coded& c, const char* codes, int64_t column, int6
     int64_t i = 0;
     if constexpr (type == CodeType::nibbles) {
         if (column % 2 != 0) one(i++);
-        const Products products(c.table, scale, zero, kZero);
-        const char* const p = codes + (column + i) / 2;
-        i += c.high_first ? products.template decode<true>(p, n - i, out + i) : products.template decode<false>(p, n - i, out + i);
+        i += decode_nibbles<kZero>(table, shift, codes + (column + i) / 2, n - i, scale, zero, out + i);
     } else {
         i = decode_bytes<type, kZero>(codes + column, n, scale, zero, out);
     }
@@ -203,6 +260,8 @@ void decode_row(const Coded& c, int64_t row, int64_t column, int64_t n, float* o
         for (int64_t i = 0; i < n; ++i) out[i] = number(c, row, column + i);
         return;
     }
+    const Table table(c.table);
+    const U shift = shifts(c.high_first);
     Cells cells;
     for (int64_t i = 0; i < n;) {
         const int64_t first = (column + i) / c.block_columns, last = (column + n - 1) / c.block_columns;
@@ -211,10 +270,18 @@ void decode_row(const Coded& c, int64_t row, int64_t column, int64_t n, float* o
         const bool apart = c.block_columns >= 128;  // cells that are whole cache lines
         const int64_t ahead = std::min((first + count) * c.block_columns - (column + i), n - i);
         if (!apart) prefetch(codes + (column + i) * code_bits(type) / 8, ahead * code_bits(type) / 8);
-        for (int64_t k = 0; k < count; ++k) {
+        int64_t k = 0;
+        if (type == CodeType::nibbles && (c.block_columns == 16 || c.block_columns == 32) && (column + i) % c.block_columns == 0) {
+            k = std::min(count, (n - i) / c.block_columns);
+            const char* const p = codes + (column + i) / 2;
+            if (c.block_columns == 16) decode_narrow<kZero, 16>(table, shift, p, k, cells, out + i);
+            else decode_narrow<kZero, 32>(table, shift, p, k, cells, out + i);
+            i += k * c.block_columns;
+        }
+        for (; k < count; ++k) {
             const int64_t length = std::min((first + k + 1) * c.block_columns - (column + i), n - i);
             if (apart) prefetch(codes + (column + i) * code_bits(type) / 8, length * code_bits(type) / 8);
-            decode_cell<type, kZero>(c, codes, column + i, length, cells.scale[k], kZero ? cells.zero[k] : 0.0f, out + i);
+            decode_cell<type, kZero>(c, table, shift, codes, column + i, length, cells.scale[k], kZero ? cells.zero[k] : 0.0f, out + i);
             i += length;
         }
     }
@@ -245,31 +312,78 @@ void decode_stored(const Coded& c, int64_t first, int64_t n, float* out) {
     }
 }
 
-// The same of the transposed matrices. Lines, columns of what is stored, go by bands of kBand, so that what is decoded
-// of a row is used whole; kRows rows at a time, so that what is written are whole cache lines.
+// ---------------------------------------------------------------------------------------------------------------------
+// The same of the transposed matrices. Lines, columns of what is stored, go by bands of kBand, so that what is read of a
+// row is used whole; kRows rows at a time, so that what is written are whole cache lines.
 constexpr int64_t kBand = 32, kRows = 16;
+
+typedef uint8_t Row __attribute__((vector_size(kRows)));
+
+IRES_HD void interleave(Row a, Row b, Row& low, Row& high) {
+#if defined(__clang__)
+    low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    high = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#else
+    low = __builtin_shuffle(a, b, Row{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
+    high = __builtin_shuffle(a, b, Row{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+#endif
+}
+
+// Bands of nibbles with a scale for each of the rows, and nothing else.
+bool plain_bands(const Coded& c) {
+    return c.type == CodeType::nibbles && !c.high_first && c.zero_type == ZeroType::none && !c.group &&
+           c.block_columns % kBand == 0;
+}
+
+// Lines [from, to) of kRows rows from `row` on, in the band that begins at `column`: transposed as bytes, two lines in
+// each. `out` is where the first of these rows is in line 0 of the band.
+void decode_band(const Coded& c, const Table& table, int64_t row, int64_t column, int64_t from, int64_t to, float* out) {
+    Row a[kRows], b[kRows];
+    alignas(64) float scale[kRows];
+    for (int64_t k = 0; k < kRows; ++k) {
+        memcpy(&a[k], row_of_codes(c, row + k) + column / 2, kRows);
+        scale[k] = scale_of(c, row + k, column / c.block_columns);
+    }
+    const auto round = [](const Row (&x)[kRows], Row (&y)[kRows]) {
+        for (int64_t k = 0; k < kRows / 2; ++k) interleave(x[k], x[k + kRows / 2], y[2 * k], y[2 * k + 1]);
+    };
+    round(a, b);
+    round(b, a);
+    round(a, b);
+    round(b, a);
+    for (int64_t line = from; line < to; ++line) {
+        const char* const bytes = reinterpret_cast<const char*>(&a[line / 2]);
+        for (int64_t k = 0; k < kRows; k += W) {
+            const U index = extend_u8(bytes + k);
+            const F x = table.at(line % 2 ? U(index >> 4) : index) * load_raw<F>(scale + k);
+            memcpy(out + line * c.rows + k, &x, sizeof x);
+        }
+    }
+}
 
 void decode_transposed(const Coded& c, int64_t first, int64_t n, float* out) {
     const DecodeRow decode_row = find_decode_row(c);
+    const bool plain = plain_bands(c);
+    const Table table(c.table);
     alignas(64) float rows[kRows][kBand];
     for (int64_t done = 0; done < n;) {
         const int64_t line = (first + done) / c.rows, from = (first + done) % c.rows;  // lines of all matrices
-        const int64_t matrix = line / c.columns, column = line % c.columns;
+        const int64_t matrix = line / c.columns, column = line % c.columns, band = column - column % kBand;
         // Whole lines as far as they go together; else what there is of one.
         const bool whole = from == 0 && n - done >= c.rows;
-        const int64_t lines = whole ? std::min({kBand - column % kBand, c.columns - column, (n - done) / c.rows}) : 1;
+        const int64_t lines = whole ? std::min({band + kBand - column, c.columns - column, (n - done) / c.rows}) : 1;
         const int64_t to = whole ? c.rows : std::min(c.rows, from + n - done);
         float* const at = out + done - from;
-        for (int64_t row = from; row < to; row += kRows) {
+        int64_t row = from;
+        if (plain && band + kBand <= c.columns)
+            for (; row + kRows <= to; row += kRows)
+                decode_band(c, table, matrix * c.rows + row, band, column - band, column - band + lines,
+                            at + row - (column - band) * c.rows);
+        for (; row < to; row += kRows) {
             const int64_t height = std::min(kRows, to - row);
             for (int64_t k = 0; k < height; ++k) decode_row(c, matrix * c.rows + row + k, column, lines, rows[k]);
-            if (height == kRows) {
-                for (int64_t l = 0; l < lines; ++l)
-                    for (int64_t k = 0; k < kRows; ++k) at[l * c.rows + row + k] = rows[k][l];
-            } else {
-                for (int64_t l = 0; l < lines; ++l)
-                    for (int64_t k = 0; k < height; ++k) at[l * c.rows + row + k] = rows[k][l];
-            }
+            for (int64_t l = 0; l < lines; ++l)
+                for (int64_t k = 0; k < height; ++k) at[l * c.rows + row + k] = rows[k][l];
         }
         done += whole ? lines * c.rows : to - from;
     }
