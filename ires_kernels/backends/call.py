@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ires_kernels.formats import Format
 
 # Threads one call may use; None: as many as torch uses. Set it to 1 in a worker that is itself one of many.
 threads: ContextVar[int | None] = ContextVar("threads", default=None)
@@ -65,3 +68,12 @@ class Call(NamedTuple):
     streams: list[int]  # one per item
     offset: int  # flat index of every item's first element in the tensor it is a piece of
     tally: Tally | None
+
+
+class Coded(NamedTuple):
+    """Numbers of a quantized weight, from the flat index `first` on; parts are those of `decoding.decode`."""
+
+    format: Format
+    full: tuple[int, ...]
+    first: int
+    parts: Mapping[str, memoryview]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ires_kernels.backends import native
+from ires_kernels.backends.call import Call, Coded
 from ires_kernels.backends.choice import choose
 from ires_kernels.backends.reference import PIECE, subnormals_kept
 from ires_kernels.formats import Format, matrices, row_bytes, span
@@ -35,6 +36,21 @@ def decode(format: Format, full: tuple[int, ...], first: int, count: int, parts:
     """
     if choose(out.device) is not native or not native.decode(format, full, first, count, parts, out):
         define(format, full, first, count, parts, out)
+
+
+def run(call: Call, coded: Mapping[int, Coded]) -> None:
+    """Compute a call on one item whose operands at these places are decoded on the way, on the CPU.
+
+    All of it is contiguous. The tensors at these places, float32, are memory for the numbers; the C++ loops leave it
+    alone, as they decode pieces that stay in the nearest cache.
+    """
+    backend = choose(call.outs[0].device)
+    if backend is native and native.run_decoded(call, coded):
+        return
+    for place, numbers in coded.items():
+        out = call.inputs[0][place].view(-1)
+        decode(numbers.format, numbers.full, numbers.first, len(out), numbers.parts, out)
+    backend.run(call)
 
 
 def define(format: Format, full: tuple[int, ...], first: int, count: int, parts: Parts, out: Tensor) -> None:

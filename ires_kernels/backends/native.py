@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ires_kernels.backends import coded, reference
-from ires_kernels.backends.call import Call, Tally
+from ires_kernels.backends.call import Call, Coded, Tally
 from ires_kernels.backends.choice import BackendStatus, thread_count
 from ires_kernels.dtypes import NUMBERS
 from ires_kernels.formats import Format
@@ -127,7 +128,7 @@ def run(call: Call) -> None:
     operands have passed the checks of `checks`. On a GPU a tally is counted by plain torch, which waits for the result.
     """
     items = [_item(*item) for item in zip(call.outs, call.inputs, call.streams, strict=True)]
-    what = (_OPS[call.op], items, call.factors, call.stochastic, call.seed, call.offset)
+    what = _what(call, items)
     device = call.outs[0].device
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -135,9 +136,34 @@ def run(call: Call) -> None:
             if call.tally is not None:
                 reference.count(call)
         return
+    _run_on_cpu(call, what)
+
+
+_What: TypeAlias = tuple[int, list[tuple[object, ...]], tuple[float, ...], bool, int, int]
+
+
+def _what(call: Call, items: list[tuple[object, ...]]) -> _What:
+    return _OPS[call.op], items, call.factors, call.stochastic, call.seed, call.offset
+
+
+def _run_on_cpu(call: Call, what: _What) -> None:
     sums = _native.run(*what, thread_count(), os.environ.get("IRES_ISA", ""), call.tally is not None)
     if call.tally is not None:
         call.tally.__iadd__(Tally(sum(out.numel() for out in call.outs), *sums))
+
+
+def run_decoded(call: Call, operands: Mapping[int, Coded]) -> bool:
+    """`decoding.run`; False where the loops do not know a format, or its numbers lie across what is stored."""
+    inputs, count = call.inputs[0], call.outs[0].numel()
+    decoded: list[object] = [None] * len(inputs)
+    for place, (format, full, first, parts) in operands.items():
+        layout = coded.layout(format, full)
+        if layout is None or layout.transposed or not coded.fits(layout, parts):
+            return False
+        decoded[place] = layout, coded.stored(format, full, first, count, parts), first
+    item = (*_item(call.outs[0], inputs, call.streams[0]), tuple(decoded))
+    _run_on_cpu(call, _what(call, [item]))
+    return True
 
 
 def decode(

@@ -8,16 +8,19 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
-from oracle import assert_same
+from oracle import assert_same, sample
 from selection import COMPILED, use
 from torch import Tensor
 
-from ires_kernels.backends import coded, decoding, native
+import ires_kernels as ik
+from ires_kernels.backends import coded, decoding, native, reference
+from ires_kernels.backends.call import Call, Coded
 from ires_kernels.formats import Format, matrices, row_bytes, span
 
 pytestmark = pytest.mark.skipif(not native.isas(), reason="the extension was not built")
 
 SCALES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E8M0": 1, "F8_E4M3": 1}
+COUNTS = ("elements", "updates", "lost", "nan_in", "inf_in", "nan_out", "overflow")
 WIDE = ("F32", "F16", "BF16", "F8_E8M0")
 NATIVE = [each for each in COMPILED if each.startswith("native")]
 
@@ -57,9 +60,16 @@ def stored(format: Format, full: tuple[int, ...]) -> dict[str, memoryview]:
     return parts
 
 
-def check(format: Format, full: tuple[int, ...], parts: Mapping[str, memoryview], first: int, count: int) -> None:
+def part(
+    format: Format, full: tuple[int, ...], parts: Mapping[str, memoryview], first: int, count: int
+) -> Mapping[str, memoryview]:
+    """The parts with the codes of a run alone."""
     begin, size = span(format, full, first, count)
-    parts = {**parts, "codes": parts["codes"][begin : begin + size]}
+    return {**parts, "codes": parts["codes"][begin : begin + size]}
+
+
+def check(format: Format, full: tuple[int, ...], parts: Mapping[str, memoryview], first: int, count: int) -> None:
+    parts = part(format, full, parts, first, count)
     wanted, got = torch.empty(count), torch.full((count,), 7.0)
     decoding.define(format, full, first, count, parts, wanted)
     assert coded.layout(format, full) is not None
@@ -132,6 +142,28 @@ def test_scales_at_the_ends_of_float32(backend: str, monkeypatch: pytest.MonkeyP
     for name in ("fp8-channel", "int8-channel"):
         full = (len(scales), 256)
         check(form(name, 1, 256, "F32"), full, {"codes": codes, "scale": raw(scales)}, 0, math.prod(full))
+
+
+@pytest.mark.parametrize("backend", ["reference", *NATIVE])
+@pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
+def test_operations_decode_their_operands(backend: str, stochastic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the bits, and the counts, of decoding first; of any two formats, from anywhere on."""
+    use(backend, monkeypatch)
+    few = [case for case in CASES if math.prod(case[1]) > 6000]
+    for i, ((format, full), (other, whole)) in enumerate(zip(few, few[3:] + few[:3], strict=True)):
+        parts, others, count, first = stored(format, full), stored(other, whole), 5001, 11 * i
+        coded = {1: Coded(format, full, first, part(format, full, parts, first, count))}
+        coded[2] = Coded(other, whole, 5, part(other, whole, others, 5, count))
+        numbers = [torch.empty(count) for _ in range(2)]
+        for out, each in zip(numbers, coded.values(), strict=True):
+            decoding.define(each.format, each.full, each.first, count, each.parts, out)
+        t, tallies, outs = sample(torch.bfloat16, count, i), [ik.Tally(), ik.Tally()], []
+        for operands, tally in zip((numbers, [torch.empty(count) for _ in range(2)]), tallies, strict=True):
+            outs.append(torch.empty_like(t))
+            call = Call("add_difference", [outs[-1]], [(t, *operands)], (0.3,), stochastic, 7, [9], 2, tally)
+            reference.run(call) if operands is numbers else decoding.run(call, coded)
+        assert_same(outs[1], outs[0], f"{format}, {other}")
+        assert [getattr(tallies[1], name) for name in COUNTS] == [getattr(tallies[0], name) for name in COUNTS]
 
 
 def test_threads_share_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
