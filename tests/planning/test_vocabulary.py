@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_models import Tensors, normal, read_model, same, write_model
 from tokenizers import Tokenizer, models
 
@@ -16,6 +19,9 @@ import ires_kernels as ik
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.cli import main
 from ires_kernels.planning.plan import Plan
+from ires_kernels.planning.rows import Donor, of_merge
+from ires_kernels.planning.rules import ArgumentError, Rules
+from ires_kernels.records.report import Report
 
 EMBEDDING, HEAD, BIAS, MLP = "model.embed_tokens.weight", "lm_head.weight", "lm_head.bias", "model.layers.0.mlp.weight"
 BY_TOKEN = (EMBEDDING, HEAD, BIAS)
@@ -292,3 +298,168 @@ def test_a_vocabulary_in_another_order_is_merged_by_token(tmp_path: Path, role: 
         wanted = plain[name][ORDER] if role == "target" else plain[name]
         assert same(found[name], wanted)
     assert (tmp_path / "one/tokenizer.json").read_bytes() == tokens
+
+
+def test_another_order_brings_the_template_and_the_ids_of_its_tokens(tmp_path: Path) -> None:
+    family = Family(tmp_path, base=(22, CHAT), instruct=(22, CHAT), target=(22, CHAT))
+    template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    (tmp_path / "instruct/chat_template.jinja").write_text(template)
+    (tmp_path / "instruct/generation_config.json").write_text(json.dumps({"eos_token_id": [21, 3], "top_k": 4}))
+    shuffled(family, "target", [*ORDER[:20], 21, 20], CHAT[::-1])
+    out = family.merged()
+    assert (out / "chat_template.jinja").read_text() == template
+    assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": [20, 16], "top_k": 4}
+
+
+def test_values_that_deny_another_order(tmp_path: Path) -> None:
+    """The tokenizer lies: the rows are where those of base are."""
+    files = tokenizer(CHAT, [WORDS[i] for i in ORDER[:20]])
+    family = Family(tmp_path, base=(22, CHAT), instruct=(22, CHAT), target=(22, files))
+    text = family.refused()
+    assert "target has another tokenizer than instruct: 20 of 20 tokens are at other ids, 0 'w0', 1 'w1'" in text
+    assert re.search(r"rows of one token have a cosine of -?0\.\d\d", text)
+    assert "--skip" in text
+    out = tmp_path / "out"
+    skip = re.search(r"--skip '(.*)'", text)
+    assert skip
+    report = ik.apply(tmp_path / "target", family.pair(), out=out, skip=skip[1], sync=False)
+    assert isinstance(report, Report)
+    assert report.copied.keys() == set(BY_TOKEN)
+    assert (out / "tokenizer.json").read_text() == files["tokenizer.json"]
+
+
+def test_another_order_with_tokens_that_the_target_lacks(tmp_path: Path) -> None:
+    family = Family(tmp_path, base=(20, []), instruct=(22, CHAT), target=(20, []))
+    shuffled(family, "target", ORDER[:20])
+    text = family.refused()
+    assert "in another order than instruct and base, and lacks tokens of instruct: 20 '<|im_start|>'" in text
+    assert "does not fit its rows" in family.refused(vocabulary="instruct")
+    ik.apply(tmp_path / "target", family.pair(), out=tmp_path / "one", vocabulary="target", sync=False)
+    found = read_model(tmp_path / "one")
+    t, i, b = (family.tensors[role][HEAD].double() for role in ("target", "instruct", "base"))
+    assert same(found[HEAD], (t + i[:20] - b).to(torch.bfloat16)[ORDER[:20]])
+
+
+# --- heads, configs, several residuals
+
+
+@pytest.mark.parametrize("target_is_tied", [True, False])
+def test_tied_heads_grow_as_well(tmp_path: Path, target_is_tied: bool) -> None:
+    """Sources that have one tensor for both; the target too, or one for each."""
+    made = {}
+    for seed, (role, rows, added) in enumerate((("base", 20, []), ("instruct", 22, CHAT), ("target", 20, []))):
+        made[role] = {name: t for name, t in tensors(seed, rows).items() if name in (EMBEDDING, MLP)}
+        tied = role != "target" or target_is_tied
+        own = made[role] if tied else made[role] | {HEAD: tensors(9, rows)[EMBEDDING]}
+        config = {**CONFIG, "tie_word_embeddings": tied, "text_config": {"vocab_size": rows, "bos_token_id": 2}}
+        if role == "instruct":
+            config |= {"bos_token_id": 3, "eos_token_id": 21}
+        write_model(tmp_path / role, own, config=config, files=tokenizer(added))
+        made[role] = own
+    pair = (tmp_path / "instruct", tmp_path / "base")
+    ik.apply(tmp_path / "target", pair, out=tmp_path / "out", vocabulary="instruct", sync=False)
+    assert ik.verify(tmp_path / "out")
+    found = read_model(tmp_path / "out")
+    assert found.keys() == made["target"].keys()
+    i, b = made["instruct"][EMBEDDING], made["base"][EMBEDDING]
+    for name in found.keys() - {MLP}:
+        wanted = (made["target"][name].double() + i[:20].double() - b.double()).to(torch.bfloat16)
+        assert same(found[name], torch.cat([wanted, i[20:]]))
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["text_config"] == {"vocab_size": 22, "bos_token_id": 3}
+    assert config["eos_token_id"] == 21
+    assert config["bos_token_id" if "bos_token_id" in config else "eos_token_id"] in (3, 21)
+
+
+def test_several_residuals_bring_tokens(tmp_path: Path) -> None:
+    first = Family(tmp_path, base=(24, []), instruct=(24, CHAT), target=(24, []))
+    again = Family(tmp_path / "again", base=(24, []), instruct=(24, ["<a>"]), target=(24, []))
+    later = Family(tmp_path / "later", base=(24, []), instruct=(24, [*CHAT, "<tool>"]), target=(24, []))
+    for family in (first, again, later):
+        ik.extract(family.root / "base", family.root / "instruct", family.root / "residual", sync=False)
+    both = [tmp_path / "residual", tmp_path / "again/residual"]
+    with pytest.raises(CheckpointError, match=r"20 is '<a>' in residual-2, '<\|im_start\|>' in residual-1"):
+        ik.apply(tmp_path / "target", both, out=tmp_path / "out")
+    ik.apply(tmp_path / "target", both, out=tmp_path / "kept", vocabulary="target", alpha=[1, 0.5], sync=False)
+    ik.apply(
+        tmp_path / "target", [both[0], tmp_path / "later/residual"], out=tmp_path / "out", alpha=[1, 0.5], sync=False
+    )
+    found = read_model(tmp_path / "out")[HEAD]
+    t, i, b, two = (first.tensors[r][HEAD] for r in ("target", "instruct", "base", "instruct"))
+    assert same(found[20:22], i[20:22])
+    assert same(found[22], later.tensors["instruct"][HEAD][22])
+    wanted = t[:20].double() + i[:20].double() - b[:20].double() + 0.5 * (two[:20].double() - b[:20].double())
+    assert torch.allclose(found[:20].double(), wanted, atol=1e-3)
+    assert same(read_model(tmp_path / "kept")[HEAD][20], t[20])
+
+
+def test_a_head_that_is_left_out_cannot_stay_smaller(tmp_path: Path) -> None:
+    family = Family(tmp_path, base=(20, []), instruct=(24, CHAT), target=(20, []))
+    with pytest.raises(CheckpointError, match=r"the embeddings get 24 rows, and lm_head\.weight would not"):
+        family.plan(vocabulary="instruct", skip="lm_head.weight")
+
+
+@pytest.mark.parametrize("rows", [[[18, 9]], [[21, 1], [20, 1]], [[20, 0]], [[-1, 2]], [[20]], {"20": 1}])
+def test_own_rows_that_somebody_made_up(tmp_path: Path, rows: object) -> None:
+    family = Family(tmp_path, base=(24, []), instruct=(24, CHAT), target=(24, []))
+    ik.extract(tmp_path / "base", tmp_path / "instruct", tmp_path / "residual", sync=False)
+    path = tmp_path / "residual/residual.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["own_rows"] == {name: [[20, 2]] for name in BY_TOKEN}
+    path.write_text(json.dumps(manifest | {"own_rows": {HEAD: rows}}))
+    with pytest.raises(CheckpointError, match=r"residual\.json: .*own_rows"):
+        ik.apply(family.root / "target", tmp_path / "residual", out=tmp_path / "out")
+
+
+def test_a_resumed_merge_keeps_its_rule(tmp_path: Path) -> None:
+    family = Family(tmp_path, base=(24, []), instruct=(24, CHAT), target=(24, ["<news>"]))
+
+    def give_up(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    for rules in ({"out": tmp_path / "out"}, {"in_place": True}):
+        with pytest.raises(KeyboardInterrupt):
+            ik.apply(tmp_path / "target", family.pair(), vocabulary="target", progress=give_up, sync=False, **rules)
+        place = rules.get("out", tmp_path / "target")
+        assert isinstance(place, Path)
+        ik.resume(place)
+        family.check(place, "+" * 20 + "tt++")
+
+
+def test_extract_knows_no_target(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match='extract takes "rows" alone'):
+        ik.extract(tmp_path / "a", tmp_path / "b", tmp_path / "c", vocabulary="target")
+    with pytest.raises(ArgumentError, match="wanted one of target, instruct, rows"):
+        Rules.of(vocabulary="base")
+
+
+# --- against a plain loop over the rows
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    counts=st.fixed_dictionaries({role: st.integers(1, 9) for role in ("target", "instruct", "base")}),
+    new=st.dictionaries(st.integers(0, 8), st.just("x"), max_size=3),
+    lost=st.sets(st.integers(0, 8), max_size=3),
+    further=st.booleans(),
+)
+def test_rows_one_by_one(counts: dict[str, int], new: dict[int, str], lost: set[int], further: bool) -> None:
+    new = {row: token for row, token in new.items() if row < counts["instruct"]}
+    apart = {*new, *range(counts["base"], counts["instruct"])}
+    rows = max(counts["target"], counts["instruct"]) if further else counts["target"]
+    found = of_merge(counts, [Donor("instruct", counts["instruct"], new, apart, lost)], rows, {})
+    made: list[tuple[str, dict[str, int]]] = []
+    for piece in found.pieces:
+        each = {role: [r for first, n in runs for r in range(first, first + n)] for role, runs in piece.rows.items()}
+        assert all(len(places) == piece.count for places in each.values())
+        assert piece.first == len(made)
+        made += [(piece.deed, {role: places[i] for role, places in each.items()}) for i in range(piece.count)]
+    for row, done in enumerate(made):
+        own, there = row < counts["target"], row < counts["instruct"] and row not in lost
+        if there and (row in new or not own):
+            assert done == ("taken", {"instruct": row})
+        elif there and row < counts["base"]:
+            assert done == ("added", {"target": row, "instruct": row, "base": row})
+        else:
+            assert done == ("kept", {"target": row})
+    assert len(made) == rows
