@@ -44,6 +44,9 @@ def grid(full: tuple[int, ...], scale: TensorRef, said: Iterable[Claim], where: 
         rows, columns = height // 2, width
     else:
         rows, columns = _side(height, down, scale), _side(width, across, scale)
+        square = rows == columns or (down == 1 and height <= columns) or (across == 1 and width <= rows)
+        if not square and 1 not in (rows, columns) and (down, across) != (1, 1):  # q, k and v have a scale each, maybe
+            raise Undecided(_unsaid(scale, f"the shape {list(scale.shape)} for the weight {list(full)}"))
     if (rows, columns) == (height, width):
         return Grid("tensor", many * height if scale.numel == 1 else height, width)
     return Grid("channel" if rows == 1 and columns >= width else "block", rows, columns)
@@ -79,8 +82,10 @@ def _side(length: int, blocks: int, scale: TensorRef) -> int:
     if length % blocks == 0:
         sizes.add(length // blocks)
     if len(sizes) != 1:
-        raise Undecided(
-            f"{scale.name} has {blocks} blocks for {length} rows or columns, and no settings say their sides: wanted "
-            "weight_block_size in the quantization_config of config.json"
-        )
+        raise Undecided(_unsaid(scale, f"{blocks} blocks for {length} rows or columns"))
     return sizes.pop()
+
+
+def _unsaid(scale: TensorRef, what: str) -> str:
+    wanted = "weight_block_size in the quantization_config of config.json"
+    return f"{scale.name} has {what}, and no settings say the sides of a block: wanted {wanted}"

@@ -229,8 +229,11 @@ BNB: Shapes = {f"{X}.weight": (U8, (48, 1)), f"{X}.weight.absmax": (F32, (2,)), 
          f"{X}.weight_scale_inv has the shape [1] for the weight [576, 256], and by quantization_config in "
          "config.json blocks of 128 × 128 share a scale"),
         ({f"{X}.weight": (F8, (192, 256)), f"{X}.weight_scale_inv": (F32, (2, 2))}, None,
-         f"{X}.weight_scale_inv has 2 blocks for 192 rows or columns, and no settings say their sides: wanted "
+         f"{X}.weight_scale_inv has 2 blocks for 192 rows or columns, and no settings say the sides of a block: wanted "
          "weight_block_size in the quantization_config of config.json"),
+        ({"a.qkv_proj.weight": (F8, (96, 64)), "a.qkv_proj.weight_scale": (F32, (3, 1))}, block("fp8"),
+         "a.qkv_proj.weight_scale has the shape [3, 1] for the weight [96, 64], and no settings say the sides of a "
+         "block: wanted weight_block_size in the quantization_config of config.json"),
         ({**W, f"{X}.weight_scale_inv": (F32, (5, 2, 2))}, None,
          f"{X}.weight_scale_inv has the shape [5, 2, 2] for the weight [576, 256]"),
         ({**W, f"{X}.weight_scale_inv": (I32, (5, 2))}, FP8,
