@@ -221,6 +221,15 @@ void measure(const Coded& coded, int64_t first, int64_t n, const float* values, 
     find_loops(isa).measure(coded, first, n, values, largest);
 }
 
+void keep(int64_t n, const float* values, const float* again, const uint8_t* before, uint8_t* codes, const std::string& isa) {
+    find_loops(isa).keep(n, values, again, before, codes);
+}
+
+Stored count_stored(int64_t n, const float* target, const float* update, const float* values, const float* stored,
+                    const std::string& isa) {
+    return find_loops(isa).count_stored(n, target, update, values, stored);
+}
+
 void run_memory(const Item& item, int threads, const std::string& isa) {
     const Loops& loops = find_loops(isa);
     std::atomic<bool> known{true};

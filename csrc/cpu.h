@@ -26,6 +26,13 @@ struct Tally {
     }
 };
 
+// Sums of what is stored as codes, of which a Tally knows nothing.
+struct Stored {
+    uint64_t lost = 0, nan_out = 0;
+    double dot = 0, norm2 = 0;
+    double noise = 0;  // of (stored - value)^2
+};
+
 // A run of consecutive elements. Pointers need no alignment. `out` may equal an input exactly.
 struct Run {
     int64_t n;
@@ -53,6 +60,9 @@ struct Loops {
     // `draw`. And their share in the largest finite magnitude of each block.
     void (*encode)(const Coded&, int64_t first, int64_t n, const float* values, const Draw* draw, uint8_t* out);
     void (*measure)(const Coded&, int64_t first, int64_t n, const float* values, float* largest);
+    // Codes that stay: those of values that are `again` what the codes of `before` stand for. And what was stored.
+    void (*keep)(int64_t n, const float* values, const float* again, const uint8_t* before, uint8_t* codes);
+    Stored (*count_stored)(int64_t n, const float* target, const float* update, const float* values, const float* stored);
 };
 
 #if defined(__x86_64__)
@@ -73,6 +83,9 @@ void decode(const Coded& coded, int64_t first, int64_t n, float* out, int thread
 void encode(const Coded& coded, int64_t first, int64_t n, const float* values, const Draw* draw, uint8_t* out, int threads,
             const std::string& isa);
 void measure(const Coded& coded, int64_t first, int64_t n, const float* values, float* largest, const std::string& isa);
+void keep(int64_t n, const float* values, const float* again, const uint8_t* before, uint8_t* codes, const std::string& isa);
+Stored count_stored(int64_t n, const float* target, const float* update, const float* values, const float* stored,
+                    const std::string& isa);
 void run_memory(const Item& item, int threads, const std::string& isa);
 
 }  // namespace ires

@@ -121,6 +121,54 @@ void measure(const Coded& c, int64_t first, int64_t n, const float* values, floa
     });
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// What new codes are, beside what there was. A number that is still what its code of before stands for keeps that code.
+void keep(int64_t n, const float* values, const float* again, const uint8_t* before, uint8_t* codes) {
+    for (int64_t i = 0; i < n; ++i) {
+        const float v = values[i], a = again[i];
+        const bool same = (v == a) | ((v != v) & (a != a));
+        codes[i] = same ? before[i] : codes[i];
+    }
+}
+
+typedef double D __attribute__((vector_size(8 * W)));
+
+IRES_HD F where(I mask, F x) { return bit_cast<F>(bit_cast<U>(x) & bit_cast<U>(mask)); }
+
+// Sums over the elements in which all is finite, W of them side by side.
+Stored count_stored(int64_t n, const float* target, const float* update, const float* values, const float* stored) {
+    D dot{}, norm2{}, noise{};
+    Stored found;
+    const F zero{};
+    for (int64_t i = 0; i < n;) {
+        const int64_t stop = std::min(n, i + int64_t(W) * (1 << 20));
+        I lost{}, nan{};
+        for (; i < stop; i += W) {
+            F t{}, u{}, v{}, s{};
+            const size_t size = size_t(std::min<int64_t>(W, n - i)) * sizeof(float);
+            if (size == sizeof(F)) {
+                t = load_raw<F>(target + i), u = load_raw<F>(update + i);
+                v = load_raw<F>(values + i), s = load_raw<F>(stored + i);
+            } else {  // the rest is 0, and counts for nothing
+                memcpy(static_cast<void*>(&t), target + i, size), memcpy(static_cast<void*>(&u), update + i, size);
+                memcpy(static_cast<void*>(&v), values + i, size), memcpy(static_cast<void*>(&s), stored + i, size);
+            }
+            lost -= (s == t) & (u != zero) & (u == u);
+            nan -= s != s;
+            const I is = (s - s) == zero, measured = is & ((t - t) == zero) & ((u - u) == zero), heard = is & ((v - v) == zero);
+            const D moved = __builtin_convertvector(where(measured, s), D) - __builtin_convertvector(where(measured, t), D);
+            const D by = __builtin_convertvector(where(measured, u), D);
+            const D off = __builtin_convertvector(where(heard, s), D) - __builtin_convertvector(where(heard, v), D);
+            dot += moved * by;
+            norm2 += by * by;
+            noise += off * off;
+        }
+        for (int k = 0; k < W; ++k) found.lost += uint64_t(lost[k]), found.nan_out += uint64_t(nan[k]);
+    }
+    for (int k = 0; k < W; ++k) found.dot += dot[k], found.norm2 += norm2[k], found.noise += noise[k];
+    return found;
+}
+
 }  // namespace
 }  // namespace IRES_ISA
 }  // namespace ires

@@ -491,7 +491,7 @@ bool memory(const Run& run, int inputs) {
 }  // namespace
 
 extern const Loops loops;
-const Loops loops = {&run, &memory, &decode, &encode, &measure};
+const Loops loops = {&run, &memory, &decode, &encode, &measure, &keep, &count_stored};
 
 }  // namespace IRES_ISA
 }  // namespace ires

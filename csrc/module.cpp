@@ -291,6 +291,23 @@ void measure(const py::tuple& layout, int64_t first, int64_t n, uintptr_t values
     ires::measure(c, first, n, reinterpret_cast<const float*>(values), reinterpret_cast<float*>(largest), isa);
 }
 
+void keep(int64_t n, uintptr_t values, uintptr_t again, uintptr_t before, uintptr_t codes, const std::string& isa) {
+    const py::gil_scoped_release release;
+    ires::keep(n, reinterpret_cast<const float*>(values), reinterpret_cast<const float*>(again),
+               reinterpret_cast<const uint8_t*>(before), reinterpret_cast<uint8_t*>(codes), isa);
+}
+
+py::tuple count_stored(int64_t n, uintptr_t target, uintptr_t update, uintptr_t values, uintptr_t stored,
+                       const std::string& isa) {
+    ires::Stored found;
+    {
+        const py::gil_scoped_release release;
+        found = ires::count_stored(n, reinterpret_cast<const float*>(target), reinterpret_cast<const float*>(update),
+                                   reinterpret_cast<const float*>(values), reinterpret_cast<const float*>(stored), isa);
+    }
+    return py::make_tuple(found.lost, found.nan_out, found.dot, found.norm2, found.noise);
+}
+
 void memory_loop(const py::tuple& t, int threads, const std::string& isa) {
     const ires::Item one = item(t);
     const py::gil_scoped_release release;
@@ -311,6 +328,10 @@ PYBIND11_MODULE(_native, m) {
           py::arg("out"), py::arg("draw"), py::arg("threads"), py::arg("isa"));
     m.def("measure", &measure, py::arg("layout"), py::arg("first"), py::arg("n"), py::arg("values"), py::arg("largest"),
           py::arg("cells"), py::arg("isa"));
+    m.def("keep", &keep, py::arg("n"), py::arg("values"), py::arg("again"), py::arg("before"), py::arg("codes"),
+          py::arg("isa"));
+    m.def("count_stored", &count_stored, py::arg("n"), py::arg("target"), py::arg("update"), py::arg("values"),
+          py::arg("stored"), py::arg("isa"));
     m.def("memory_loop", &memory_loop, py::arg("item"), py::arg("threads"), py::arg("isa"));
     m.def("isas", &ires::isas);
 #if defined(IRES_CUDA)

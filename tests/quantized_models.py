@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,40 +76,51 @@ def int8(name: str, weight: Tensor) -> Tensors:
     return {name: codes, f"{name}_scale": s}
 
 
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def four_bits(blocks: Tensor, scale: Tensor) -> Tensor:
+    """The nearest of what four bits stand for, in pairs of which the first is in the low bits."""
+    codes = ((blocks / scale[..., None])[..., None] - E2M1).abs().argmin(-1).to(torch.uint8)
+    return codes[..., 0::2] | codes[..., 1::2] << 4
+
+
+def exponents(blocks: Tensor) -> Tensor:
+    return (torch.floor(torch.log2(blocks.abs().amax(-1).clamp(min=1e-6))) - 2).clamp(-127, 127)
+
+
 def mxfp4(name: str, weight: Tensor) -> Tensors:
     """compressed-tensors, as Kimi has it."""
-    generator = torch.Generator().manual_seed(math.prod(weight.shape))
-    codes = torch.randint(0, 256, (weight.shape[0], weight.shape[1] // 2), generator=generator).to(torch.uint8)
-    scale = torch.randint(118, 121, (weight.shape[0], weight.shape[1] // 32), generator=generator).to(torch.uint8)
-    return {f"{name}_packed": codes, f"{name}_scale": scale}
+    blocks = weight.float().reshape(len(weight), -1, 32)
+    exponent = exponents(blocks)
+    codes = four_bits(blocks, torch.exp2(exponent)).reshape(len(weight), -1)
+    return {f"{name}_packed": codes, f"{name}_scale": (exponent + 127).to(torch.uint8)}
 
 
 def nvfp4(name: str, weight: Tensor) -> Tensors:
-    generator = torch.Generator().manual_seed(math.prod(weight.shape))
-    codes = torch.randint(0, 256, (weight.shape[0], weight.shape[1] // 2), generator=generator).to(torch.uint8)
-    scale = (torch.rand(weight.shape[0], weight.shape[1] // 16, generator=generator) * 100 + 1).to(F8)
-    return {f"{name}_packed": codes, f"{name}_scale": scale, f"{name}_global_scale": torch.tensor([20000.0])}
+    blocks = weight.float().reshape(len(weight), -1, 16)
+    whole = 2688 / weight.abs().max().float()
+    scale = (blocks.abs().amax(-1) / 6 * whole).clamp(min=2**-9).to(F8)
+    codes = four_bits(blocks, scale.float() / whole).reshape(len(weight), -1)
+    return {f"{name}_packed": codes, f"{name}_scale": scale, f"{name}_global_scale": whole.reshape(1)}
 
 
 def int4(name: str, weight: Tensor) -> Tensors:
-    generator = torch.Generator().manual_seed(math.prod(weight.shape))
-    words = torch.randint(-(2**31), 2**31, (weight.shape[0], weight.shape[1] // 8), generator=generator).int()
-    scale = (torch.rand(weight.shape[0], weight.shape[1] // 32, generator=generator) * 0.01 + 1e-3).bfloat16()
+    blocks = weight.float().reshape(len(weight), -1, 32)
+    scale = (blocks.abs().amax(-1) / 7.5).bfloat16()
+    codes = (blocks / scale.float()[..., None]).round().clamp(-8, 7).long().reshape(len(weight), -1, 8) + 8
+    words = (codes << 4 * torch.arange(8)).sum(-1)
+    words = torch.where(words < 2**31, words, words - 2**32).int()
     return {f"{name}_packed": words, f"{name}_scale": scale, f"{name}_shape": torch.tensor(weight.shape)}
 
 
 def gpt_oss(name: str, weight: Tensor) -> Tensors:
-    """Experts (in, out), stored as (out, in) in blocks of 32, with the scales that make the least of their errors."""
+    """Experts (in, out), stored as (out, in) in blocks of 32."""
     w = weight.float().transpose(1, 2)
     blocks = w.reshape(*w.shape[:2], -1, 32)
-    exponent = (torch.floor(torch.log2(blocks.abs().amax(-1).clamp(min=1e-6))) - 2).clamp(-127, 127)
-    exact = blocks / torch.exp2(exponent)[..., None]
-    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-    codes = (exact[..., None] - values).abs().argmin(-1).to(torch.uint8)
-    return {
-        f"{name}_blocks": codes[..., 0::2] | codes[..., 1::2] << 4,
-        f"{name}_scales": (exponent + 127).to(torch.uint8),
-    }
+    exponent = exponents(blocks)
+    codes = four_bits(blocks, torch.exp2(exponent))
+    return {f"{name}_blocks": codes, f"{name}_scales": (exponent + 127).to(torch.uint8)}
 
 
 def _fp8(*block: int) -> dict[str, Any]:

@@ -10,6 +10,8 @@ numbers. No number that a rule of quantizers gives to a block of zeros is needed
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -101,9 +103,38 @@ def encode(
         out.copy_(whole.clamp(-largest - 1, largest).nan_to_num().to(torch.int8).view(torch.uint8))
 
 
-def of_elements(format: Format, full: tuple[int, ...], first: int, count: int, by_block: Tensor) -> Tensor:
-    """What is known of blocks, for each of so many elements from the flat index `first` on."""
-    return by_block[_blocks(format, full, first, count)]
+def keep(values: Tensor, again: Tensor, before: Tensor, codes: Tensor) -> None:
+    """Put back the codes of `before` where they still stand for the values: where these are what is decoded `again`.
+
+    So what a merge leaves as it is keeps its bytes: -0 beside 0, and the sign of NaN.
+    """
+    if choose(values.device) is native:
+        native.keep(values, again, before, codes)
+    else:
+        torch.where((values == again) | (values.isnan() & again.isnan()), before, codes, out=codes)
+
+
+class Stored(NamedTuple):
+    """What was stored as codes, counted as a `Tally` counts; `noise` is the sum of (stored - value)^2."""
+
+    lost: int
+    nan_out: int
+    dot: float
+    norm2: float
+    noise: float
+
+
+def count_stored(target: Tensor, update: Tensor, values: Tensor, stored: Tensor) -> Stored:
+    """Count what is decoded from new codes: `stored` for `values`, which are `target` and `update` together."""
+    if choose(values.device) is native:
+        return Stored(*native.count_stored(target, update, values, stored))
+    lost = (stored == target) & (update != 0) & ~update.isnan()
+    measured = update.isfinite() & target.isfinite() & stored.isfinite()
+    by = torch.where(measured, update, 0).double()
+    moved = torch.where(measured, stored.double() - target.double(), 0)
+    off = torch.where(values.isfinite() & stored.isfinite(), stored.double() - values.double(), 0)
+    sums = (float(torch.dot(one, two)) for one, two in ((moved, by), (by, by), (off, off)))
+    return Stored(int(lost.sum()), int(stored.isnan().sum()), *sums)
 
 
 def _codes(format: Format) -> str:

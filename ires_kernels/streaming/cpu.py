@@ -32,6 +32,7 @@ class Cpu:
         self.tile, self.copy = tiles.get().elements, tiles.get().copied
         self.room = 0
         self.rules = rules
+        self.exact = replace(rules, rounding="nearest")
         self.counted = counted
         self.sizes = buffer_sizes(steps, self.tile)
         self.zeros = zeros(steps, self.tile, torch.device("cpu"))
@@ -51,7 +52,7 @@ class _CpuSlot:
         self._cpu = cpu
         self._tensors: dict[tuple[int, str], Tensor] = {}
         self._tally: Tally | None = None
-        self._result: Tensor | None = None
+        self._rooms: list[Tensor] = []
 
     def start(self, step: Step, first: int, count: int, out: Tensor | None, coding: Coding | None = None) -> None:
         if step.op == "copy":
@@ -73,23 +74,28 @@ class _CpuSlot:
         assert step.output.encoding is not None
         weight = step.output.encoding.weight
         operands = [self._tensor(slot, operand.dtype, count) for slot, operand in enumerate(step.operands)]
-        encoding.measure(weight.format, weight.full, first, self._values(step, operands, first), largest)
+        values = self._room(0, count)
+        compute(step, operands, values, first, self._cpu.exact, None)
+        encoding.measure(weight.format, weight.full, first, values, largest)
 
     def _store(self, step: Step, operands: Sequence[Tensor], first: int, coding: Coding, out: Tensor | None) -> None:
-        values = self._values(step, operands, first)
-        codes = torch.frombuffer(self.buffers[-1], dtype=torch.uint8, count=len(values))
+        count = len(operands[0])
+        codes = torch.frombuffer(self.buffers[-1], dtype=torch.uint8, count=count)
         self._tally = Tally() if self._cpu.counted else None
-        encoded.store(step, operands, values, first, coding, codes, self._cpu.rules, self._tally)
+        result = encoded.Result(*(self._room(number, count) for number in range(3)))
+        compute(step, operands, result.values, first, self._cpu.exact, self._tally)
+        if self._cpu.counted:
+            nothing = self._room(3, count)  # what is added to 0 is the update
+            compute(step, [nothing, *operands[1:]], result.update, first, self._cpu.exact, None)
+        encoded.store(step, operands[0], result, first, coding, codes, self._cpu.rules, self._tally)
         if out is not None:
             out.copy_(codes.view(out.dtype))
 
-    def _values(self, step: Step, operands: Sequence[Tensor], first: int) -> Tensor:
-        """The result of a step in float32, to be encoded."""
-        if self._result is None:
-            self._result = torch.empty(self._cpu.tile)
-        values = self._result[: len(operands[0])]
-        compute(step, operands, values, first, replace(self._cpu.rules, rounding="nearest"), None)
-        return values
+    def _room(self, number: int, count: int) -> Tensor:
+        """Memory for float32 numbers of a tile that is encoded; the last of four is zero."""
+        if not self._rooms:
+            self._rooms = [*torch.empty(3, self._cpu.tile), torch.zeros(self._cpu.tile)]
+        return self._rooms[number][:count]
 
     def _tensor(self, slot: int, dtype: str, count: int) -> Tensor:
         """The first elements of a buffer as a tensor."""

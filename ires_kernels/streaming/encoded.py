@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ires_kernels.backends import counting, decoding, encoding
+from ires_kernels.backends import decoding, encoding
 from ires_kernels.backends.call import Tally
 from ires_kernels.checkpoints.quantized import QuantizedRef
 from ires_kernels.planning.rules import Rules
@@ -67,6 +67,17 @@ class Coder:
         return Scales(*encoding.new_scales(weight.format, largest, own.part("scale")), blocks)
 
 
+class Result(NamedTuple):
+    """What a tile that becomes codes is made of, in float32."""
+
+    values: Tensor
+    """The new numbers, as exact as a merge computes."""
+    update: Tensor
+    """What was added to the target's for that."""
+    stored: Tensor
+    """Room for what the codes stand for."""
+
+
 class Coding(NamedTuple):
     """What a tile of new codes needs besides its operands."""
 
@@ -77,32 +88,35 @@ class Coding(NamedTuple):
 
 def store(
     step: Step,
-    operands: Sequence[Tensor],
-    values: Tensor,
+    target: Tensor,
+    result: Result,
     first: int,
     coding: Coding,
     out: Tensor,
     rules: Rules,
     tally: Tally | None,
 ) -> None:
-    """Make codes of the values of a tile, the result of its step, in the bytes `out`; counts what is stored by them.
+    """Make codes of the result of a tile, in the bytes `out`; `tally`, which knows all else, learns what is stored.
 
-    A number that is what it was keeps its code, as long as its block keeps its scale.
+    A number that is what it was keeps its code.
     """
     assert step.output.encoding is not None
-    weight, count = step.output.encoding.weight, len(values)
+    weight, values = step.output.encoding.weight, result.values
     scales, renewed, _ = coding.scales
     random = (rules.seed, step.stream) if rules.rounding == "stochastic" else None
     encoding.encode(weight.format, weight.full, first, values, scales, out, random)
-    before = operands[0]
-    same = (values == before) | (values.isnan() & before.isnan())
+    before = torch.frombuffer(coding.before, dtype=torch.uint8)
+    again = target
     if renewed is not None:
-        same &= ~encoding.of_elements(weight.format, weight.full, first, count, renewed)
-    torch.where(same, torch.frombuffer(coding.before, dtype=torch.uint8), out, out=out)
+        again = result.stored[: len(values)]
+        _decode(weight, first, before, scales, again)
+    encoding.keep(values, again, before, out)
     if tally is not None:
-        stored = torch.empty_like(values)
-        parts = {"codes": out.numpy().data, "scale": scales}
-        decoding.decode(weight.format, weight.full, first, count, parts, stored)
-        tally += counting.tally(count, counting.count(step.op, operands, step.factors, stored))
-        off = stored.double() - values.double()
-        tally.noise += float(torch.where(off.isfinite(), off, 0.0).square().sum())
+        stored = result.stored[: len(values)]
+        _decode(weight, first, out, scales, stored)
+        found = encoding.count_stored(target, result.update, values, stored)
+        tally.lost, tally.nan_out, tally.dot, tally.norm2, tally.noise = found
+
+
+def _decode(weight: QuantizedRef, first: int, codes: Tensor, scales: memoryview, out: Tensor) -> None:
+    decoding.decode(weight.format, weight.full, first, len(out), {"codes": codes.numpy().data, "scale": scales}, out)

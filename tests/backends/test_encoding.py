@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ires_kernels.backends import decoding, encoding
+from ires_kernels.backends import decoding, encoding, native
 from ires_kernels.formats import Format
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -189,3 +189,30 @@ def test_scales_and_blocks_that_are_not_there_are_not_read(backend: str) -> None
         encoding.encode(format, full, 0, values, raw(torch.ones(3)), out)
     with pytest.raises(ValueError, match="one number for each block"):
         encoding.measure(format, full, 0, values, torch.zeros(3))
+
+
+@pytest.mark.parametrize("isa", native.isas())
+@pytest.mark.parametrize("count", [1, 15, 16, 33, 1000])
+def test_what_stays_and_what_is_counted(monkeypatch: pytest.MonkeyPatch, isa: str, count: int) -> None:
+    """The same from the loops of each instruction set as from plain torch, odd numbers among them."""
+    generator = torch.Generator().manual_seed(count)
+    odd = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0])
+    four = [torch.randn(count, generator=generator) for _ in range(4)]
+    for each in four:
+        at = torch.randint(0, count, (6,), generator=generator)
+        each[at] = odd
+    target, update, values, stored = four
+    stored[::3], values[::5] = target[::3], target[::5]
+    codes = torch.randint(0, 256, (2, count), generator=generator).to(torch.uint8)
+    found = {}
+    for backend in ("reference", "native"):
+        monkeypatch.setenv("IRES_BACKEND", backend)
+        monkeypatch.setenv("IRES_ISA", isa)
+        kept = codes[1].clone()
+        encoding.keep(values, target, codes[0], kept)
+        found[backend] = kept, encoding.count_stored(target, update, values, stored)
+    same = (values == target) | (values.isnan() & target.isnan())
+    assert torch.equal(found["native"][0], torch.where(same, codes[0], codes[1]))
+    assert torch.equal(found["native"][0], found["reference"][0])
+    assert found["native"][1] == pytest.approx(found["reference"][1], rel=1e-12)
+    assert found["native"][1][:2] == found["reference"][1][:2]
