@@ -16,7 +16,7 @@ _T = TypeVar("_T")
 
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embeddings?|embed_in|shared)\.weight$")
 _HEAD = re.compile(r"(^|\.)lm_head\.weight$")
-_FURTHER = re.compile(r"(^|\.)embed_tokens_per_layer\.weight$")
+_TOKENS = re.compile(r"(^|\.)(embed_tokens|embed_tokens_per_layer|wte|word_embeddings|tok_embeddings|lm_head)\.weight$")
 _OTHER_ROWS = re.compile(
     r"(^|\.)((embed_out|output|output_layer|head|decoder|predictions\.decoder)\.weight"
     r"|(lm_head|embed_out|output|output_layer|head|decoder|predictions)\.bias)$"
@@ -47,12 +47,16 @@ def is_vocabulary(name: str) -> bool:
 def is_by_token(ref: Ref, checkpoint: Checkpoint) -> bool:
     """Whether this tensor of a model has a row for each token: an embedding, a head, or the bias of one.
 
-    Names of some heads have other meanings as well, and count where there are as many rows as in an embedding.
+    Some names have other meanings as well, and count where there are as many rows as config.json says, or as in an
+    embedding.
     """
     if not ref.shape or not ref.numel:
         return False
-    if is_vocabulary(ref.name) or _FURTHER.search(ref.name):
+    if _TOKENS.search(ref.name):
         return True
+    if is_vocabulary(ref.name):
+        said = _vocabulary_sizes(checkpoint)
+        return not said or ref.shape[0] in said
     return _OTHER_ROWS.search(ref.name) is not None and ref.shape[0] in _rows(checkpoint)
 
 
@@ -97,6 +101,14 @@ def once(ask: Callable[[Checkpoint], _T]) -> Callable[[Checkpoint], _T]:
         return known[checkpoint]
 
     return answer
+
+
+@once
+def _vocabulary_sizes(checkpoint: Checkpoint) -> frozenset[int]:
+    """What config.json calls a vocabulary's size, of the model or a part of it."""
+    config = checkpoint.config or {}
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    return frozenset(part["vocab_size"] for part in parts if type(part.get("vocab_size")) is int)
 
 
 @once

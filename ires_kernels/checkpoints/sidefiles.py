@@ -318,8 +318,6 @@ class _Parent:
 
 def _clash(own: _Parent, giver: _Parent, base: _Parent | None, vocabulary: str | None, said: list[str]) -> bool:
     """Whether the giver's tokenizer would lose tokens of the target; says so, and where nobody can tell."""
-    if vocabulary == "instruct" and giver.vocabulary:
-        return False
     if not own.vocabulary or _same(own, giver):
         return False
     if not giver.vocabulary:
@@ -341,6 +339,12 @@ def _clash(own: _Parent, giver: _Parent, base: _Parent | None, vocabulary: str |
         for token in lost[:_SHOWN]
     ]
     more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+    if vocabulary == "instruct":
+        said.append(
+            f"{len(lost)} tokens of the target are lost: that of {giver.role} lacks them or has them at other ids: "
+            f"{', '.join(names)}{more}"
+        )
+        return False
     said.append(
         f"the target keeps its tokenizer, for that of {giver.role} lacks {len(lost)} of its tokens or has them at "
         f"other ids: {', '.join(names)}{more}"

@@ -246,7 +246,10 @@ def plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[s
 
     foreign = deeds.other_vocabulary(models, everything, found)
     if foreign is not None:
-        found.warnings.append(f"{foreign} has other rows in the target, which keeps its tokenizer and chat template")
+        found.warnings.append(
+            f"{foreign} stays as it is, and the other models have other rows or tokens for it: the target keeps its "
+            "tokenizer and chat template"
+        )
     found.warnings += _turned_round(inputs)
     found.warnings += configs.differences(inputs)
     found.notes += found.vocabulary.notes()

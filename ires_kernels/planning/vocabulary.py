@@ -61,6 +61,8 @@ class Vocabulary:
     """Tensors that get more rows than the target's have: how many it has, and how many they get."""
     taken: dict[int, str] = field(default_factory=dict)
     """Tokens that get the rows of instruct, by id."""
+    left: dict[int, str] = field(default_factory=dict)
+    """Tokens of instruct that the output does without, by id."""
     names: dict[str, None] = field(default_factory=dict)
     """The tensors that were asked about."""
     _splits: dict[str, Split] = field(default_factory=dict)
@@ -119,7 +121,9 @@ class Vocabulary:
             done = [f"{count:,} {text}" for deed, text in words.items() if (count := split.count(deed))]
             kinds.setdefault(f"of {split.rows:,} rows {', '.join(done)}", []).append(name)
         found = [f"{', '.join(each)}: {text}" for text, each in kinds.items()]
-        return [*found, *([f"rows of {whose} for its new tokens: {listed(self.taken)}"] if self.taken else [])]
+        found += [f"rows of {whose} for its new tokens: {listed(self.taken)}"] if self.taken else []
+        found += [f"tokens of {whose} that are left out: {listed(self.left)}"] if self.left else []
+        return found
 
     def lacks(self, role: str) -> bool:
         """Whether the target lacks tokens of a model, or has others at their ids."""
@@ -138,6 +142,7 @@ class Vocabulary:
         self.reordered |= bool(orders)
         if orders:
             self._check_order(donors, orders)
+        self._check_readable(roles)
         if self.rules.vocabulary is None:
             self._check(donors, counts)
         rows = self._rows([donor for donor in donors if donor.role not in orders], counts["target"])
@@ -221,7 +226,9 @@ class Vocabulary:
         if self.rules.vocabulary == "instruct":
             return replace(donor, lost={id_ for id_ in donor.lost if id_ not in donor.new})
         if self.rules.vocabulary == "target" and own:
-            return replace(donor, new={id_: t for id_, t in donor.new.items() if own.ids.get(t) == id_})
+            there = {id_: token for id_, token in donor.new.items() if own.ids.get(token) == id_}
+            self.left |= {id_: token for id_, token in donor.new.items() if id_ not in there}
+            return replace(donor, new=there)
         if self.rules.vocabulary == "rows" and donor.role != "instruct":  # rows of a residual that cannot be added
             return replace(donor, new=dict.fromkeys(donor.apart, ""))
         return donor
@@ -247,13 +254,16 @@ class Vocabulary:
                 wanted = max(wanted, donor.rows)
         return wanted
 
+    def _check_readable(self, roles: Iterable[str]) -> None:
+        """Find tokenizers that would decide, and cannot be read; where none can be, all is as if there were none."""
+        found = [self._tokens(role) for role in ("target", *roles)]
+        for role, error in self._unreadable.items():
+            if role != "base" and (any(found) or self.rules.vocabulary is not None):
+                self._problem(f"the tokens of {role} cannot be told: {error}", _UNREADABLE)
+
     def _check(self, donors: Sequence[Donor], counts: Mapping[str, int]) -> None:
         """Find tokens that are in each other's way, and rows of which nobody can tell whose they are."""
         own, rows = self._tokens("target"), counts["target"]
-        found = [own, *(self._tokens(donor.role) for donor in donors)]
-        for role, error in self._unreadable.items():
-            if any(found) and role != "base":
-                self._problem(f"the tokens of {role} cannot be told: {error}", _UNREADABLE)
         seen: dict[int, tuple[str, str]] = {}
         for donor in donors:
             role = donor.role

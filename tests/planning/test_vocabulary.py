@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from small_models import Tensors, normal, read_model, same, write_model
 from tokenizers import Tokenizer, models
 
@@ -202,6 +203,28 @@ def test_tokens_of_both_at_the_same_ids(tmp_path: Path) -> None:
         family.check(out, "+" * 20 + deeds)
         owner = "instruct" if way == "instruct" else "target"
         assert (out / "tokenizer.json").read_bytes() == (tmp_path / owner / "tokenizer.json").read_bytes()
+
+
+def test_what_is_left_out_and_lost_is_said(tmp_path: Path) -> None:
+    family = Family(tmp_path, base=(24, []), instruct=(24, CHAT), target=(24, ["<news>"]))
+    assert "tokens of instruct that are left out: 20 '<|im_start|>', 21" in family.plan(vocabulary="target").notes[-1]
+    (warning,) = (text for text in family.plan(vocabulary="instruct").warnings if "lost" in text)
+    assert "1 tokens of the target are lost" in warning
+    assert "20 '<news>' ('<|im_start|>' in instruct)" in warning
+    (tmp_path / "instruct/tokenizer.json").write_text("{")
+    for way in ("target", "instruct"):
+        with pytest.raises(CheckpointError, match="tokens of instruct cannot be told"):
+            family.plan(vocabulary=way)
+
+
+def test_a_codebook_has_no_tokens(tmp_path: Path) -> None:
+    """Whatever it is called: it has not as many rows as config.json says."""
+    family = Family(tmp_path, base=(24, []), instruct=(24, CHAT), target=(24, []))
+    for role in ("base", "instruct", "target"):
+        made = family.tensors[role] | {"audio.embedding.weight": family.tensors[role][HEAD][:22].clone()}
+        save_file(made, tmp_path / role / "model.safetensors", {"format": "pt"})
+    made_by = {step.name: step.op for step in family.plan().steps if step.is_whole}
+    assert made_by == {"audio.embedding.weight": "add_difference", MLP: "add_difference"}
 
 
 def test_rows_by_number(tmp_path: Path) -> None:
