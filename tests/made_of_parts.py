@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from ires_kernels.checkpoints.checkpoint import TensorRef
 from ires_kernels.planning import deeds
@@ -26,25 +27,22 @@ def steps_of_parts(ref: TensorRef, found: Findings, whole: Callable[..., list[St
     there = next(operand.refs[0] for operand in step.operands if operand.role == other)
     parts: list[Step] = []
 
-    def add(count: int, part: Step, *operands: Operand) -> None:
-        parts.append(replace(part, first=at * row, count=count * row, operands=operands))
+    def add(count: int, *operands: Operand, **changes: Any) -> None:
+        parts.append(replace(step, first=at * row, count=count * row, operands=operands, **changes))
 
     at = 0
     for count, deed in zip((KEPT, left // 2, 1, KEPT, left - left // 2 - 1, KEPT), "kmckrk", strict=True):
+        others = step.operands[1:]
+        mine = Operand("target", (ref.run(at * row, count * row),))
         if deed == "k":
-            kept = replace(step, op="copy", factors=(), reason="the target's own")
-            add(count, kept, Operand("target", (ref.run(at * row, count * row),)))
+            add(count, mine, op="copy", factors=(), reason="the target's own")
         elif deed == "c":
-            add(count, replace(step, op="copy", factors=()), Operand(other, (there.run(at * row, count * row),)))
+            op = "copy" if there.dtype == step.dtype else "convert"
+            add(count, Operand(other, (there.run(at * row, count * row),)), op=op, factors=())
+        elif deed == "m":
+            add(count, mine, *(Operand(o.role, (o.refs[0].run(at * row, count * row),)) for o in others))
         else:
-            order = range(at, at + count) if deed == "m" else range(at + count - 1, at - 1, -1)
-            own, *others = step.operands
-            runs = [
-                Operand(o.role, (o.refs[0].run(at * row, count * row),))
-                if deed == "m"
-                else Operand(o.role, tuple(o.refs[0].run(r * row, row) for r in order))
-                for o in others
-            ]
-            add(count, step, Operand(own.role, (ref.run(at * row, count * row),)), *runs)
+            order = range(at + count - 1, at - 1, -1)
+            add(count, mine, *(Operand(o.role, tuple(o.refs[0].run(r * row, row) for r in order)) for o in others))
         at += count
     return [part for part in parts if part.count]

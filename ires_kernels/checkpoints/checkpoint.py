@@ -101,11 +101,11 @@ class TensorRef:
 
         Raises ValueError for elements that it does not have, or that do not fill whole bytes.
         """
-        bits = STORAGE[self.dtype].bits
+        bits, numel = STORAGE[self.dtype].bits, self.numel
         stop = first + count
-        if not 0 <= first < stop <= self.numel or first * bits % 8 or count * bits % 8:
-            raise ValueError(f"{self.name!r} has {self.numel} {self.dtype} elements, and no run [{first}:{stop}]")
-        if count == self.numel:
+        if not 0 <= first < stop <= numel or first * bits % 8 or count * bits % 8:
+            raise ValueError(f"{self.name!r} has {numel} {self.dtype} elements, and no run [{first}:{stop}]")
+        if count == numel:
             return self
         place, size = self.offset + first * bits // 8, count * bits // 8
         tensor, first = self.tensor, self.first + first

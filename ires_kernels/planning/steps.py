@@ -73,6 +73,8 @@ class Operand:
     """The files that they are in."""
     key: str = field(init=False, compare=False, repr=False)
     """What the digest of its bytes is known by: the name of a whole tensor; else no tensor has such a name."""
+    is_decoded: bool = field(init=False, compare=False, repr=False)
+    """Whether its numbers are made of codes, all of them or some."""
 
     def __post_init__(self) -> None:
         if len({ref.dtype for ref in self.refs}) != 1:
@@ -87,21 +89,19 @@ class Operand:
         object.__setattr__(self, "nbytes", sum([ref.nbytes for ref in self.refs]))
         object.__setattr__(self, "paths", tuple(dict.fromkeys(path for ref in self.refs for path in _paths(ref))))
         object.__setattr__(self, "key", key)
+        object.__setattr__(self, "is_decoded", any(isinstance(ref, QuantizedRef) for ref in self.refs))
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """What it is stored as: dtypes, and the formats of what is quantized."""
+        if not self.is_decoded:
+            return (self.dtype,)
         each = (f"{ref.format}" if isinstance(ref, QuantizedRef) else ref.dtype for ref in self.refs)
         return tuple(dict.fromkeys(each))
 
     def is_called(self, name: str) -> bool:
         """Whether it is the whole tensor, or quantized weight, of this name."""
         return self.key == name or (self.is_decoded and len(self.refs) == 1 and self.refs[0].name == name)
-
-    @property
-    def is_decoded(self) -> bool:
-        """Whether its numbers are made of codes, all of them or some."""
-        return any(isinstance(ref, QuantizedRef) for ref in self.refs)
 
     @property
     def dtype(self) -> str:
@@ -162,6 +162,8 @@ class Step:
             if operand.count != self.taken:
                 got = f"{operand.count} of {operand.text!r}"
                 raise ValueError(f"{self.label} takes {self.taken} elements of {operand.role}, got {got}")
+            if self.op == "copy" and operand.dtype != self.dtype:
+                raise ValueError(f"{self.label} is {self.dtype}, and no copy of {operand.text!r}: {operand.dtype}")
 
     @property
     def taken(self) -> int:

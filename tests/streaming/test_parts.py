@@ -144,6 +144,8 @@ def test_steps_of_an_output_make_all_of_it_in_order(sources: Checkpoint) -> None
             by_output(wrong)
     with pytest.raises(ValueError, match=r"out\[0:5\] takes 5 elements of role 0, got 713 of '0'"):
         replace(step, first=0, count=5)
+    with pytest.raises(ValueError, match="out is BF16, and no copy of '1': F16"):
+        replace(step, op="copy", operands=step.operands[1:])
 
 
 def test_runs_of_a_tensor() -> None:
