@@ -413,7 +413,9 @@ def test_a_sketch_of_a_tensor_with_rows_that_base_lacks(tmp_path: Path) -> None:
         output = Output("embed", "F32", (rows, 64))
         steps = [
             Step(output, "subtract", (Operand("base", (base.tensors["embed"],)),), count=512 * 64),
-            Step(output, "copy", (Operand("instruct", (normal_ref(base, rows - 512),)),), first=512 * 64, reason="new"),
+            Step(
+                output, "convert", (Operand("instruct", (normal_ref(base, rows - 512),)),), first=512 * 64, reason="new"
+            ),
         ]
         with Looks({"base": base}) as looks:
             return ancestry.sketch(steps, looks)
