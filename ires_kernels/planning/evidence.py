@@ -244,7 +244,7 @@ class Looks:
         self.bytes_read = 0
         self._known: dict[tuple[str, str, tuple[Run, ...]], Sample | None] = {}
         self._following: dict[str, tuple[Sequence[Ref], Mapping[str, int]]] = {}
-        self._asked: dict[str, int] = {}
+        self._asked: dict[str, int] = {}  # up to which of them
         self._compared: dict[tuple[str, str, str, str], Likeness | None] = {}
         self._files = Files({path: of for model in inputs.values() for path, of in model.file_ids.items()}, ())
 
@@ -323,7 +323,7 @@ class Looks:
         here = index.get(ref.tensor, 0)
         if here < self._asked.get(role, 0):
             return
-        self._asked[role] = here + _AHEAD
+        self._asked[role] = here + 1 + _AHEAD
         source = self._files.open(ref.path)
         for other in order[here + 1 : here + 1 + _AHEAD]:
             if isinstance(other, TensorRef) and other.path == ref.path and other.dtype in FLOATS:
