@@ -341,7 +341,7 @@ def _clash(own: _Parent, giver: _Parent, base: _Parent | None, vocabulary: str |
     more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
     if vocabulary == "instruct":
         said.append(
-            f"{len(lost)} tokens of the target are lost: that of {giver.role} lacks them or has them at other ids: "
+            f"{len(lost)} tokens of the target are lost, for {giver.role} lacks them or has them at other ids: "
             f"{', '.join(names)}{more}"
         )
         return False

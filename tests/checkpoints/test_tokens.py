@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,21 @@ def protobuf(pieces: list[str]) -> bytes:
         message = b"\x0a" + varint(len(text)) + text + b"\x15\x00\x00\x80\x3f" + b"\x18\x01"
         raw += b"\x0a" + varint(len(message)) + message
     return raw + b"\x12\x04\x0a\x02in" + b"\x18\x96\x01"
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_a_trained_sentencepiece_model(tmp_path: Path, kind: str) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    raw = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT), model_writer=raw, model_type=kind, vocab_size=58, minloglevel=2,
+        user_defined_symbols=["<|im_start|>"], byte_fallback=False, hard_vocab_limit=False,
+    )  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(raw.getvalue())
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=raw.getvalue())
+    found = tokens.read({"tokenizer.model": tmp_path / "tokenizer.model"})
+    assert found.ids == {theirs.id_to_piece(id_): id_ for id_ in range(theirs.get_piece_size())}
+    assert not found.odd
 
 
 def test_other_formats(tmp_path: Path) -> None:
