@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import torch
@@ -84,6 +84,12 @@ def _item(out: Tensor, inputs: tuple[Tensor, ...], stream: int) -> tuple[object,
         strides = [stride for t in operands for stride in t.stride()]
     pointers = tuple(t.data_ptr() for t in operands)
     return out.numel(), stream, pointers, tuple(_DTYPES[t.dtype] for t in operands), sizes, strides
+
+
+def memory_loop(out: Tensor, inputs: tuple[Tensor, ...], threads: int) -> Callable[[], None]:
+    """What touches the same bytes as a call and computes nothing, for benchmarks; other widths are a ValueError."""
+    item = _item(out, inputs, 0)
+    return lambda: _native.memory_loop(item, threads, "")
 
 
 HOST = -1

@@ -1,8 +1,8 @@
 """``python -m ires_kernels.bench``: how fast the kernels and whole merges are here, beside what limits them.
 
 Everything is checked against the reference arithmetic before the clock starts, contenders take turns in one run, and
-what is reported are medians and quartiles of the rounds' ratios. The cases are in kernels, merges, mappings and
-start, and those of ``gpu``, for a GPU machine, in gpu and gpu_merges.
+what is reported are medians and quartiles of the rounds' ratios. The cases are in kernels, quantized, merges,
+mappings and start, and those of ``gpu``, for a GPU machine, in gpu and gpu_merges.
 Exit codes: 0 measured, whatever the numbers; 1 a result was wrong, nothing was timed; 2 wrong usage.
 """
 
@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 
 from ires_kernels.backends.choice import backends, choose
-from ires_kernels.bench import gpu, gpu_merges, kernels, mappings, merges, outlook, start
+from ires_kernels.bench import gpu, gpu_merges, kernels, mappings, merges, outlook, quantized, start
 from ires_kernels.bench.accelerator import Accelerator, open_cuda
 from ires_kernels.bench.contenders import TORCH
 from ires_kernels.bench.kernels import CASES, Case, VerificationError
@@ -74,6 +74,8 @@ def main(argv: Sequence[str] | None = None, device: Accelerator | None = None) -
             _on_gpu(arguments, device, report)
         if arguments.what in ("kernels", "all"):
             _kernels(arguments, report)
+        if arguments.what in ("quantized", "all"):
+            _quantized(arguments, report)
         if arguments.what in ("merge", "all"):
             _merges(arguments, report)
         if arguments.what in ("mapped", "all"):
@@ -109,6 +111,7 @@ class Report:
     gpu: dict[str, Any] | None = None
     verified: list[str] = field(default_factory=list)
     kernels: list[Result] = field(default_factory=list)
+    quantized: list[Result] = field(default_factory=list)
     merges: list[Result] = field(default_factory=list)
     mapped: list[Result] = field(default_factory=list)
     start: list[Result] = field(default_factory=list)
@@ -122,7 +125,7 @@ class Report:
 
     def comparisons(self) -> list[Comparison]:
         """Those of all results."""
-        results = (*self.kernels, *self.merges, *self.mapped, *self.start)
+        results = (*self.kernels, *self.quantized, *self.merges, *self.mapped, *self.start)
         return [each for result in results for each in result.comparisons()] + self.across
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,6 +136,7 @@ class Report:
             **({"gpu": self.gpu} if self.gpu else {}),
             "verified": self.verified,
             "kernels": [result.to_dict() for result in self.kernels],
+            "quantized": [result.to_dict() for result in self.quantized],
             "merges": [result.to_dict() for result in self.merges],
             "mapped": [result.to_dict() for result in self.mapped],
             "start": [result.to_dict() for result in self.start],
@@ -154,7 +158,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         return [_at_least_one(part) for part in text.split(",")]
 
     parser = argparse.ArgumentParser(prog="python -m ires_kernels.bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("what", nargs="?", choices=["kernels", "merge", "mapped", "start", "all", "gpu"], default="all")
+    whats = ["kernels", "quantized", "merge", "mapped", "start", "all", "gpu"]
+    parser.add_argument("what", nargs="?", choices=whats, default="all")
     parser.add_argument(
         "--size",
         metavar="N",
@@ -195,7 +200,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             )
         if on_gpu:
             arguments.shapes = [shape_of(arguments.model)]
-        elif arguments.what not in ("kernels", "start"):
+        elif arguments.what not in ("kernels", "quantized", "start"):
             arguments.shapes = [shape_of(text) for text in [size or MODEL, *filter(None, arguments.sizes.split(","))]]
     except ValueError as error:
         parser.error(f"{error}")
@@ -229,6 +234,8 @@ def _ahead(arguments: argparse.Namespace) -> Iterator[outlook.Outlook]:
     if what in ("kernels", "all"):
         threads = _kernel_threads(arguments)
         yield outlook.of_kernels(arguments.chosen, arguments.elements, threads, rounds, compiled=compiled)
+    if what in ("quantized", "all"):
+        yield outlook.of_quantized(len(quantized.CASES), arguments.elements, _kernel_threads(arguments), rounds)
     if what in ("merge", "all"):
         yield outlook.of_merges(arguments.shapes, rounds)
     if what in ("mapped", "all"):
@@ -279,6 +286,23 @@ def _kernels(arguments: argparse.Namespace, report: Report) -> None:
     line = "* not the bits of the definition in all elements: more than one rounding, or fused operations"
     report.console.print(line)
     print_unavailable(report.console, report.kernels)
+
+
+def _quantized(arguments: argparse.Namespace, report: Report) -> None:
+    threads, ours = _kernel_threads(arguments), kernels.ours()
+    compared = sum(quantized.verify(case, threads) for case in quantized.CASES)
+    report.say_verified(f"{compared} results of quantized weights ({', '.join(ours)}) equal the definition bit for bit")
+    for case in quantized.CASES:
+        for count in threads:
+            with report.console.status(f"{case.name}, threads {count}"):
+                report.quantized.append(quantized.measure(case, arguments.elements, count, arguments.rounds))
+    print_ratios(
+        report.console,
+        f"Quantized weights, {arguments.elements:,} elements: speed as a fraction of a pure memory loop's",
+        report.quantized,
+        {name: (name, kernels.MEMORY) for name in ours},
+        speed_of=kernels.MEMORY,
+    )
 
 
 def _merges(arguments: argparse.Namespace, report: Report) -> None:

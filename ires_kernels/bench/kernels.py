@@ -189,10 +189,7 @@ def contenders(case: Case, out: Tensor, operands: Sequence[Tensor], threads: int
     """Every way to do `case` to this data, by name; COMPILED compiles, or fails to, when it is first called."""
     ways: Ways = {}
     if native.isas():
-        from ires_kernels import _native
-
-        item = native._item(out, tuple(operands), 0)
-        ways[MEMORY] = lambda: _native.memory_loop(item, threads, "")
+        ways[MEMORY] = native.memory_loop(out, tuple(operands), threads)
     for name in ours():
         ways[name] = _with(name, threads, lambda: case.run(out, operands))
     for name, run in torch_contenders(case.op, case.stochastic, chunk).items():

@@ -16,6 +16,7 @@ from ires_kernels.bench.kernels import Case
 from ires_kernels.bench.synthetic import Shape
 
 _KERNELS = 1.6  # seconds of a round for a GB that a kernel reads and writes: all contenders, one thread
+_QUANTIZED = 0.6  # seconds of a round for a GB of codes and target: all contenders, one thread
 _COMPILE = 10.0  # seconds of torch.compile, each time
 _MERGES, _BRIEF, _MAPPED, _THROUGH_GPU = 13.0, 5.0, 13.0, 2.1  # seconds of a round for a GB of a model
 _MODELS = 5.0  # seconds for a GB of a model: to write three of them, and to compare a merge
@@ -50,6 +51,14 @@ def of_kernels(cases: Sequence[Case], elements: int, threads: Sequence[int], rou
     seconds = sum(gigabytes * (rounds + 1) * _KERNELS / min(count, _SCALES) for count in threads)
     seconds += len(cases) * len(threads) * _COMPILE * compiled
     return Outlook(f"kernels: {len(cases)} of {elements:,} elements, threads {threads}", seconds, 24 * elements)
+
+
+def of_quantized(cases: int, elements: int, threads: Sequence[int], rounds: int) -> Outlook:
+    """Differences of quantized weights: codes, and a target of 16 bits."""
+    gigabytes = cases * 6 * elements / 1e9
+    seconds = sum(gigabytes * (rounds + 1) * _QUANTIZED / min(count, _SCALES) for count in threads)
+    what = f"quantized: {cases} formats of {elements:,} elements, threads {threads}"
+    return Outlook(what, seconds, 4 * elements)
 
 
 def of_merges(shapes: Sequence[Shape], rounds: int) -> Outlook:

@@ -16,7 +16,7 @@ import torch
 from ires_kernels.backends import native, reference
 from ires_kernels.backends.call import Call
 from ires_kernels.bench import __main__ as bench
-from ires_kernels.bench import floor, kernels, mappings, merges, outlook, start
+from ires_kernels.bench import floor, kernels, mappings, merges, outlook, quantized, start
 from ires_kernels.bench.contenders import CHUNKED, COMPILED, EAGER, UPCAST, torch_contenders
 from ires_kernels.bench.measure import Quartiles, interleave, machine, private_memory, ratio, watch
 from ires_kernels.bench.synthetic import SHAPES, Shape, write_triple
@@ -73,6 +73,21 @@ def test_kernels(tmp_path, capsys):
     assert [each["what"] for each in bf16][-2:] == whats
     assert [(each["wanted"], each["reach"]) for each in bf16][-2:] == [(3.5, 4.5), (2.5, 3.4)]
     assert set(record["machine"]) >= {"cpu", "flags", "cores", "memory_bytes", "kernel", "versions", "commit", "load"}
+
+
+def test_quantized_weights(tmp_path):
+    path = tmp_path / "q.json"
+    assert bench.main(["quantized", *QUICK, "--size", "500K", "--json", f"{path}"]) == 0
+    record = json.loads(path.read_text())
+    assert record["kernels"] == []
+    assert [entry["case"] for entry in record["quantized"]] == [case.name for case in quantized.CASES]
+    for entry in record["quantized"]:
+        assert entry["elements"] == 500_000 // quantized.WIDTH * quantized.WIDTH
+        for contender in entry["contenders"].values():
+            if native.isas():
+                quartiles_of(contender, kernels.MEMORY)
+    if native.isas():
+        assert record["quantized"][0]["bytes_per_element"] == 6
 
 
 def test_merges(tmp_path, capsys):
@@ -151,14 +166,15 @@ def test_wrong_mapping_is_not_timed(tmp_path, monkeypatch, capsys):
 def test_what_it_takes_is_said_first(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(start, "commands", lambda *_: {start.TORCH: start.Command(("--version",))})
     assert bench.main(["all", *QUICK, *BF16, "--size", "tiny", "--dir", f"{tmp_path}"]) == 0
-    said = capsys.readouterr().out.partition("verified")[0].splitlines()[-4:]
+    said = capsys.readouterr().out.partition("verified")[0].splitlines()[-5:]
     assert [line.partition(", where")[0] for line in said] == [
         "kernels: 1 of 131,392 elements, threads [1]: less than a minute, 0.00315 GB of memory",
+        "quantized: 4 formats of 131,392 elements, threads [1]: less than a minute, 0.000526 GB of memory",
         f"merge: models of 0.000263 GB: less than a minute, 0.0021 GB of disk in {tmp_path}",
         f"mapped: models of 0.000263 GB: less than a minute, 0.00171 GB of disk in {tmp_path}",
         "start: commands that have little to do: less than a minute",
     ]
-    assert all(line.endswith(" GB are free") for line in said[1:3])
+    assert all(line.endswith(" GB are free") for line in said[2:4])
 
 
 def test_minutes():
@@ -226,6 +242,18 @@ class TestVerification:
     def test_other_kernels_are_not_blamed(self, monkeypatch):
         break_native(monkeypatch, "scale")
         assert bench.main(["kernels", *QUICK, *BF16]) == 0
+
+    def test_wrong_quantized_weights_are_not_timed(self, monkeypatch, capsys):
+        right = native.run_decoded
+
+        def wrong(call: Call, coded) -> bool:
+            done = right(call, coded)
+            call.outs[0].view(-1)[-1:].view(torch.uint8)[0] ^= 1
+            return done
+
+        monkeypatch.setattr(native, "run_decoded", wrong)
+        assert bench.main(["quantized", *QUICK, "--size", "10K"]) == 1
+        assert "wrong result: add_difference bf16, of fp8-block" in capsys.readouterr().err
 
     def test_a_wrong_merge_is_not_timed(self, monkeypatch, capsys, tmp_path):
         break_native(monkeypatch, "add_difference")
