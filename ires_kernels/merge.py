@@ -27,7 +27,7 @@ from ires_kernels.planning.inputs import StrPath, check_flags, check_path, open_
 from ires_kernels.planning.plan import Plan, plan_apply, plan_extract, related
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.records import state
-from ires_kernels.records.operation import UNDO, same_plan
+from ires_kernels.records.operation import UNDO, other_files, same_plan
 from ires_kernels.records.report import Report
 from ires_kernels.records.state import Status, status, unclosed, way_out
 from ires_kernels.records.summary import inspect
@@ -108,7 +108,8 @@ def extract(
     )
     inputs = open_inputs({"base": hub.local(base), "instruct": hub.local(instruct)}, follow_links=follow_links)
     options = Options.of(device, threads, progress, lock, idle=dry_run)
-    plan = _warned(plan_extract(inputs, rules, second_copies(inputs)))
+    with Looks(inputs) as looks:
+        plan = _warned(plan_extract(inputs, rules, second_copies(inputs), looks=looks), looks)
     return write_folder(plan, Path(out), options, sync=sync, sha256=sha256, dry_run=dry_run)
 
 
@@ -189,7 +190,8 @@ def apply(
     if begun is None or begun.phase is None:
         inputs = open_inputs(paths, follow_links=follow_links)
         copies = second_copies(inputs)
-        plan = _warned(plan_apply(inputs, rules, copies))
+        with Looks(inputs) as looks:
+            plan = _warned(plan_apply(inputs, rules, copies, looks=looks), looks)
         if out is None:
             return update_model(plan, copies, options, undo=undo, sync=sync, sha256=sha256, tag=tag, dry_run=dry_run)
         if is_shard(plan.inputs["target"].path):
@@ -238,7 +240,10 @@ def resume(
         paths = {role: hub.local(path) for role, path in operation.paths.items()}
         inputs = open_inputs(paths, follow_links=operation.follow_links)
         plan_again = plan_extract if operation.kind == "extract" else plan_apply
-        plan = _warned(plan_again(inputs, Rules.from_dict(operation.rules), second_copies(inputs)))
+        known = None if other_files(inputs, operation.stamps) else operation.known_layouts()
+        rules = Rules.from_dict(operation.rules)
+        with Looks(inputs) as looks:
+            plan = _warned(plan_again(inputs, rules, second_copies(inputs), known, looks), looks)
         same_plan(operation, plan)
         report = write_folder(plan, path, options, sync=operation.sync, sha256=operation.sha256)
         assert isinstance(report, Report)
@@ -315,8 +320,8 @@ def load(
     from ires_kernels.streaming import statedict
 
     inputs = open_inputs(paths, follow_links=follow_links)
-    plan = plan_apply(inputs, rules, second_copies(inputs))
     with Looks(inputs) as looks:
+        plan = plan_apply(inputs, rules, second_copies(inputs), looks=looks)
         kin = ancestry.compare(inputs, plan.steps, looks)
     place = devices.resolve(device)
     options = Options.of(place, threads, progress)
@@ -369,9 +374,8 @@ def _rules_of_apply(
     )
 
 
-def _warned(plan: Plan) -> Plan:
+def _warned(plan: Plan, looks: Looks) -> Plan:
     """The plan, and what is to be said of inputs by their values, and where one has a stranger's state."""
-    with Looks(plan.inputs) as looks:
-        plan = related(plan, looks)
+    plan = related(plan, looks)
     theirs = [text for checkpoint in plan.inputs.values() for text in hidden.foreign(checkpoint.path).values()]
     return replace(plan, warnings=(*plan.warnings, *theirs))

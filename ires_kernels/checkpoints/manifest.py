@@ -168,6 +168,8 @@ class Asked:
     rounding: str = "nearest"
     seed: int = 0
     vocabulary: str | None = None
+    renames: tuple[tuple[str, str], ...] = ()
+    trust_names: bool = False
 
 
 @dataclass(frozen=True, slots=True)

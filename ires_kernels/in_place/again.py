@@ -63,7 +63,8 @@ def hide_and_plan(place: Workplace, operation: Operation) -> Update:
         changed += others if operation.paths[role] != target else []
         if operation.paths[role] == target:  # where its side files still are
             before[role] = replace(before[role], path=place.target)
-    plan = replace(plan_apply(before, Rules.from_dict(operation.rules), operation.copies), in_place=True)
+    rules, layouts = Rules.from_dict(operation.rules), operation.known_layouts()
+    plan = replace(plan_apply(before, rules, operation.copies, layouts), in_place=True)
     plan = replace(plan, ancestry=tuple(map(Ancestry.from_dict, operation.ancestry)))
     same_plan(operation, plan)
     steps = cuts.changes(plan)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,11 @@ from ires_kernels.checkpoints.folders import MERGE_ADAPTER, listed
 from ires_kernels.checkpoints.header import brief
 from ires_kernels.checkpoints.quantized import QuantizedRef, Ref
 from ires_kernels.dtypes import FLOATS
+from ires_kernels.planning import absences
+from ires_kernels.planning.alignment import Aligned, align
+from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.findings import CODES, Findings
+from ires_kernels.planning.layout import Layout
 from ires_kernels.planning.matching import Match
 from ires_kernels.planning.rows import Split
 from ires_kernels.planning.steps import Comparison, Encoding, Op, Operand, Output, Step, operands
@@ -29,6 +34,10 @@ _INTEGERS = "What is not floating point is copied where instruct and base agree;
 _EMPTY = (
     "A model looks like this when it is saved under ZeRO-3 without gathering its parameters: save it again with them "
     "(DeepSpeed: stage3_gather_16bit_weights_on_model_save), or take it from elsewhere."
+)
+_ODD = (
+    "Take models that one exporter has saved, or leave such tensors as they are with --skip {skip}; where values may "
+    "differ as much as that, --trust-names compares none."
 )
 _FACTORS = (
     f"Sums of its factors are not sums of its updates. {MERGE_ADAPTER} "
@@ -66,6 +75,65 @@ def check_models(found: Findings) -> None:
         if factors:
             text = f"{role} ({checkpoint.path}) holds an adapter that is not merged in: {_few(factors)}"
             found.problem(text, _FACTORS)
+
+
+def match(role: str, layouts: Mapping[str, Layout] | None, looks: Looks | None, found: Findings) -> None:
+    """Find what belongs to the tensors of `role` in the other models, unless their layouts are known already."""
+    if layouts is not None:
+        found.matcher.layouts = layouts
+        return
+    with nullcontext(looks) if looks is not None else Looks(found.inputs) as used:
+        aligned = {
+            other: align(
+                None if found.rules.trust_names else used,
+                role,
+                other,
+                found.inputs,
+                copies=found.matcher.copies,
+                left=lambda name: found.skipped(name) is not None,
+                renames=found.rules.renames,
+            )
+            for other in found.inputs
+            if other != role
+        }
+    found.matcher.layouts = {other: each.layout for other, each in aligned.items()}
+    # What is zero in base, or too little to tell, may have become anything in its descendants.
+    silent = aligned["base"].silent if "base" in aligned else set()
+    for other, each in aligned.items():
+        for text, advice, about in each.problems:
+            found.problem(text, advice, about)
+            found.told.update(about)
+        _check_values(role, other, each, silent, found)
+
+
+def _check_values(role: str, other: str, aligned: Aligned, silent: Container[str], found: Findings) -> None:
+    """Refuse tensors whose values are not those of what they were matched with, where those of others are."""
+    tensors, matcher = found.inputs[role].tensors, found.matcher
+    failed = [
+        name
+        for name in aligned.failed
+        if name not in silent
+        and any(found.rules.factors(name) or (1,))
+        and not any(match.absent for match in matcher.of(role, tensors[name]))  # else nothing is added to it
+    ]
+    by_kind: dict[tuple[str, str], list[str]] = {}
+    for name in failed:
+        by_kind.setdefault((names.pattern(name), aligned.causes.get(name, "")), []).append(name)
+    everything = {name for checkpoint in found.inputs.values() for name in checkpoint.tensors}
+    runs = aligned.layout.runs
+    for (kind, cause), those in by_kind.items():
+        many = len(those) > 1
+        is_named = all(name not in runs for name in those)
+        what = f"{len(those)} tensors {kind}" if many else brief(those[0])
+        verb = ("agree" if many else "agrees") if is_named else ("fit" if many else "fits")
+        which = f"in name and shape with {other}" if is_named else f"by name and shape what {other} has for it"
+        mean = sum(aligned.failed[name] for name in those) / len(those)
+        text = (
+            f"{what} {verb} {which}, {'their' if many else 'its'} values do not (cosine {mean:.2f}), while those of "
+            f"{aligned.agreed} others do{f': {other} {cause}' if cause else ''}"
+        )
+        skip = absences.skip_pattern(those, {*those}, everything)
+        found.problem(text, _ODD.format(skip=skip), those)
 
 
 def _few(found: list[str]) -> str:
@@ -229,12 +297,13 @@ def check_left_over(inputs: Mapping[str, Checkpoint], found: Findings) -> None:
     """Find tensors of the residuals, or of instruct and base, for which the target has no place."""
     sources = {role: checkpoint for role, checkpoint in inputs.items() if role != "target"}
     target = inputs["target"]
-    left = {name: None for checkpoint in sources.values() for name in checkpoint.tensors if name not in target.tensors}
+    unused = {role: dict.fromkeys(found.matcher.unused(role, "target")) for role in sources}
+    left = {name: None for names_left in unused.values() for name in names_left}
     number = shard_number(target.path)
     alone = number is not None and number[1] > 1
     others = 0
     for name in left:
-        present = [role for role, checkpoint in sources.items() if name in checkpoint.tensors]
+        present = [role for role in sources if name in unused[role]]
         if found.skipped(name) is not None or found.codes(name):
             continue
         if alone:

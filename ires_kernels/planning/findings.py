@@ -70,6 +70,8 @@ class Findings:
     """What only sources have, and loaders compute again."""
     vocabulary: Vocabulary = field(init=False)
     """What the rows of embeddings and heads are made of."""
+    told: set[str] = field(default_factory=set)
+    """Tensors of whose absence something else is said."""
     explains: bool = False
     """Whether missing tensors are among the problems though they are allowed."""
     _embeddings: dict[str, set[int]] = field(default_factory=dict)
@@ -160,7 +162,8 @@ class Findings:
             skip = absences.skip_pattern(rows, {*rows}, everything) if "{skip}" in advice else ""
             self.problem(text, advice.replace("{skip}", skip), rows)
         if self.explains or not self.rules.allow_missing:
-            for text, advice, missing in absences.explain(self.inputs, self.missing):
+            untold = [absence for absence in self.missing if absence.name not in self.told]
+            for text, advice, missing in absences.explain(self.inputs, untold):
                 self.problem(text, advice, missing)
         if not self.problems:
             return

@@ -28,6 +28,7 @@ from ires_kernels.planning.absences import Absence, grouped
 from ires_kernels.planning.ancestry import Ancestry
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.findings import Findings
+from ires_kernels.planning.layout import Layout, lines
 from ires_kernels.planning.matching import Matcher
 from ires_kernels.planning.numbers import numbers
 from ires_kernels.planning.rules import Rules
@@ -87,6 +88,8 @@ class Plan:
     """How much of the residual finds a place, where tensors are missing."""
     ancestry: tuple[Ancestry, ...] = ()
     """What the models have in common, by samples of their values: see `related`."""
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    """By role, what belongs to tensors that have other names there, or other parts."""
     in_place: bool = False
     """Whether the target's own files are changed, where they differ, and nothing else is written."""
     id: str = field(init=False)
@@ -129,6 +132,10 @@ class Plan:
         """What the steps read of an input, by key: that of a tensor is its name."""
         each = (operand for step in self._active() for operand in step.operands)
         return {operand.key: operand for operand in each if operand.role == role}
+
+    def layout(self) -> dict[str, Any]:
+        """By which rules tensors were matched that have other names in a model, or other parts; in JSON types."""
+        return {role: layout.summary() for role, layout in self.layouts.items() if layout.runs}
 
     def matched(self) -> list[tuple[str, str, str]]:
         """What is not simply made of the tensors of its name: what, of which role, and in words what of it."""
@@ -173,6 +180,7 @@ class Plan:
             "compared": [comparison.name for comparison in self.comparisons],
             "not_stored": {name: reason for name, (reason, _) in self.not_stored.items()},
             "missing": [f"{absence.name!r} is {absence.where}" for absence in self.missing],
+            **({"layout": layout} if (layout := self.layout()) else {}),
             "side_files": {side.name: side.role for side in self.side_files},
             "side_files_why": {side.name: side.why for side in self.side_files if side.why},
             "not_copied": list(self.not_copied),
@@ -189,7 +197,13 @@ class Plan:
         rows.append(("rounding", self.rules.rounding + seed))
         made = Counter(_deed(step) for step in self.steps if step.is_whole)
         rows += [(f"{count} tensors", deed) for deed, count in made.items()]
-        matched = [f"{label} with {name} of {role}" for label, role, name in self.matched()]
+        rows += [("layout", line) for line in lines(self.layouts)]
+        ruled = {(name, role) for role, layout in self.layouts.items() for name in layout.runs}
+        matched = [
+            f"{label} with {operand.text} of {operand.role}"
+            for label, operand in self.otherwise()
+            if operand.text != label and (label.partition("[")[0], operand.role) not in ruled
+        ]
         rows += [("matched", line) for line in matched[:10]]
         rows += [("matched", f"and {len(matched) - 10} more")] if len(matched) > 10 else []
         reasons = Counter(reason for reason, _ in self.not_stored.values())
@@ -215,10 +229,17 @@ class Plan:
         return table(rows)
 
 
-def plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[str, str] | None = None) -> Plan:
+def plan_apply(
+    inputs: Mapping[str, Checkpoint],
+    rules: Rules,
+    copies: Mapping[str, str] | None = None,
+    layouts: Mapping[str, Layout] | None = None,
+    looks: Looks | None = None,
+) -> Plan:
     """Plan target + alpha * residuals, or target + alpha * (instruct - base).
 
     `copies`: second copies in the target of its embedding, and the embedding's name (`reader.second_copies`).
+    `layouts`: `Plan.layouts` of a plan of the same models, where that is known; else values are looked at, by `looks`.
 
     `inputs` holds target first, then instruct and base, or residuals. Raises CheckpointError with up to ten problems.
     """
@@ -227,6 +248,7 @@ def plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[s
     models = found.inputs
     deeds.check_models(found)
     found.refuse("apply")
+    deeds.match("target", layouts, looks, found)
     steps = _apply_steps(target, found)
     layout = [
         (shard.path.name, {"format": "pt"} | shard.header.metadata, [s for n in shard.header.tensors for s in steps[n]])
@@ -280,14 +302,20 @@ def plan_apply(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[s
     return Plan(
         "apply", dict(inputs), rules, files, placed, tuple(documents), tuple(side_files), tuple(found.comparisons), {},
         tuple(found.missing), tuple(sides.left), tuple(found.warnings),
-        tuple(found.notes), share=share,
+        tuple(found.notes), share=share, layouts=found.matcher.layouts,
     )  # fmt: skip
 
 
-def plan_extract(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[str, str] | None = None) -> Plan:
+def plan_extract(
+    inputs: Mapping[str, Checkpoint],
+    rules: Rules,
+    copies: Mapping[str, str] | None = None,
+    layouts: Mapping[str, Layout] | None = None,
+    looks: Looks | None = None,
+) -> Plan:
     """Plan instruct - base, a residual in the layout of the instruct model.
 
-    `copies`: second copies of an embedding, and that one's name (`reader.second_copies`).
+    `copies`: second copies of an embedding, and that one's name (`reader.second_copies`). The others as in `plan_apply`.
 
     `inputs` holds base and instruct. Raises CheckpointError with up to ten problems.
     """
@@ -295,6 +323,7 @@ def plan_extract(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping
     base, instruct = found.inputs["base"], found.inputs["instruct"]
     deeds.check_models(found)
     found.refuse("extract")
+    deeds.match("instruct", layouts, looks, found)
     # A head that only base has becomes a difference to instruct's embedding, and is stored next to that one.
     heads = found.matcher.heads("instruct", "base")
     groups = []
@@ -303,7 +332,7 @@ def plan_extract(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping
         refs = [ref for first in own if first is not None for ref in (first, *heads.get(first.name, []))]
         group = [step for ref in refs for step in deeds.extract_steps(ref, found)]
         groups += [group] if group else []
-    for name in base.tensors:
+    for name in found.matcher.unused("base", "instruct"):
         if names.lookup(instruct, name) is not None or found.skipped(name) is not None or found.codes(name):
             continue
         if names.is_recomputed(base.tensors[name]):
@@ -333,6 +362,7 @@ def plan_extract(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping
         tuple(found.comparisons), found.not_stored, tuple(found.missing), (), tuple(found.warnings),
         tuple(found.notes),
         sidefiles.record(base, instruct) | ({"own_rows": own_rows} if own_rows else {}), share,
+        layouts=found.matcher.layouts,
     )  # fmt: skip
 
 

@@ -19,6 +19,8 @@ DTYPES = {name.lower(): name for name, width in FLOATS.items() if width > 1}
 VOCABULARIES = ("target", "instruct", "rows")
 """What decides where the vocabularies of models disagree."""
 
+_LATER = ("renames", "trust_names")
+
 
 class ArgumentError(Refused):
     """An argument of a merge that cannot be used, and why."""
@@ -42,6 +44,10 @@ class Rules:
     seed: int = 0
     vocabulary: str | None = None
     """Whose tokens and rows the output has where models disagree; "rows": by number, whatever tokens they belong to."""
+    renames: tuple[tuple[str, str], ...] = ()
+    """Parts of names in the layout of the output, and what they are in the other models."""
+    trust_names: bool = False
+    """Whether tensors are matched by their names and shapes, and no values compared."""
 
     @classmethod
     def of(
@@ -56,6 +62,8 @@ class Rules:
         rounding: str = "nearest",
         seed: int = 0,
         vocabulary: str | None = None,
+        renames: Iterable[str | Sequence[str]] | Mapping[str, str] = (),
+        trust_names: bool = False,
     ) -> Rules:
         """Check arguments for a merge of so many residuals. A single alpha serves all; `alphas` hold one for each.
 
@@ -69,6 +77,8 @@ class Rules:
             raise ArgumentError(f'allow_missing is {brief(allow_missing)}, wanted True, False or "any".')
         if vocabulary is not None and vocabulary not in VOCABULARIES:
             raise ArgumentError(f"vocabulary is {brief(vocabulary)}, wanted one of {', '.join(VOCABULARIES)}.")
+        if not isinstance(trust_names, bool):
+            raise TypeError(f"trust_names is {type(trust_names).__name__} {brief(trust_names)}, wanted True or False")
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed is {type(seed).__name__}, wanted an integer")
         if not 0 <= seed < 1 << 64:
@@ -82,6 +92,8 @@ class Rules:
             rounding,
             seed,
             vocabulary,
+            _renames(renames),
+            trust_names,
         )
 
     @classmethod
@@ -94,7 +106,8 @@ class Rules:
             raise ArgumentError(f"the rules of the manifest cannot be read: {error}.") from error
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """In JSON types. What came later is left out where nobody asks for it: hashes of older rules stay the same."""
+        return {key: value for key, value in asdict(self).items() if value or key not in _LATER}
 
     def unmatched(self, names: Collection[str]) -> list[tuple[str, str]]:
         """The patterns that are found in none of the names, each after its option: typing errors.
@@ -152,6 +165,23 @@ def _pairs(alphas: object) -> list[tuple[str, object]]:
             raise TypeError(f"alphas[{i}] is {type(entry).__name__} {brief(entry)}, {wanted}")
         pairs.append((_pattern(entry[0], f"alphas[{i}][0]"), entry[1]))
     return pairs
+
+
+def _renames(renames: object) -> tuple[tuple[str, str], ...]:
+    """Pairs of parts of names, from "A=B", pairs or a table."""
+    wanted = "wanted A=B, parts of names with dots between them, as 'model.=model.language_model.'"
+    entries = renames.items() if isinstance(renames, Mapping) else [renames] if isinstance(renames, str) else renames
+    if not isinstance(entries, Iterable):
+        raise TypeError(f"renames is {type(renames).__name__} {brief(renames)}, {wanted}")
+    pairs = []
+    for i, entry in enumerate(entries):
+        given = entry.split("=") if isinstance(entry, str) else entry
+        if not isinstance(given, Sequence) or not all(isinstance(part, str) for part in given):
+            raise TypeError(f"renames[{i}] is {type(entry).__name__} {brief(entry)}, {wanted}")
+        if len(given) != 2 or given[0] == given[1]:
+            raise ArgumentError(f"renames[{i}] is {brief(entry)}, {wanted}.")
+        pairs.append((given[0], given[1]))
+    return tuple(pairs)
 
 
 def _listed(skip: object) -> list[object]:

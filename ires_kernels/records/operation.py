@@ -17,6 +17,7 @@ from ires_kernels.files.ownership import is_bare, is_inner, unproved
 from ires_kernels.files.samples import sample
 from ires_kernels.files.store import boot_id
 from ires_kernels.planning.inputs import StrPath, absolute
+from ires_kernels.planning.layout import Layout
 from ires_kernels.planning.plan import VERSION, Plan
 from ires_kernels.planning.rules import Rules
 
@@ -67,6 +68,8 @@ class Operation:
     """(file, start, stop) of everything that changes, in order."""
     copies: dict[str, str] = field(default_factory=dict)
     """Second copies of the target's embedding, which can no longer be told from its bytes."""
+    layouts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """`Plan.layouts` in JSON types: what values said of tensors that change meanwhile."""
     installed: dict[str, dict[str, str]] = field(default_factory=dict)
     """Side files that come from other models: their origin and xxh3_128, by name."""
     ancestry: list[dict[str, Any]] = field(default_factory=list)
@@ -86,6 +89,7 @@ class Operation:
             follow_links=any(checkpoint.follow_links for checkpoint in plan.inputs.values()),
             stamps=stamps_of(plan.inputs),
             samples={role: samples_of(checkpoint, plan.id) for role, checkpoint in plan.inputs.items()},
+            layouts={role: layout.to_dict() for role, layout in plan.layouts.items()},
             **more,
         )  # fmt: skip
 
@@ -117,6 +121,10 @@ class Operation:
             ) from None
         return operation
 
+    def known_layouts(self) -> dict[str, Layout]:
+        """What belongs to tensors of other names or parts, by role."""
+        return {role: Layout.from_dict(layout) for role, layout in self.layouts.items()}
+
     def is_asked_for(self, paths: Mapping[str, StrPath], rules: Rules, **options: object) -> bool:
         """Whether a command with these arguments means this operation."""
         same_rules = json.loads(json.dumps(rules.to_dict())) == self.rules
@@ -126,6 +134,14 @@ class Operation:
     def __str__(self) -> str:
         roles = ", ".join(f"{role} {path}" for role, path in self.paths.items())
         return f"{self.kind} {self.id} of {roles}"
+
+
+def _is_layout(value: object) -> bool:
+    try:
+        Layout.from_dict(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, KeyError, AttributeError):
+        return False
+    return True
 
 
 def _is_table(value: object, is_right: Callable[[Any], bool]) -> bool:
@@ -182,6 +198,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "sizes": lambda value: _is_table(value, _is_count) and value.keys() <= {"window", "unit", "gap"},
     "windows": lambda value: _is_list(value, _is_window),
     "copies": lambda value: _is_table(value, _is_text),
+    "layouts": lambda value: _is_table(value, _is_layout),
     "installed": lambda value: _is_table(value, lambda entry: _is_table(entry, _is_text)) and all(map(is_inner, value)),
     "dropped": lambda value: _is_list(value, is_inner),
     "ancestry": lambda value: _is_list(value, _is_ancestry),

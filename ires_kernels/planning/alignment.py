@@ -1,0 +1,310 @@
+"""Which tensors of one model are those of another: by names, by structure, and as far as values confirm it.
+
+In this order, and what is found is not looked for again: buffers that loaders compute again are left aside; what the
+user says of names; tensors of one name; names that are rewritten by rules; weights that one model has fused and another
+split; rows that are elsewhere. The values of every tensor are compared with those of what it was matched with, also
+where names agree, since equal names and equal shapes prove nothing. Models of which next to nothing agrees are
+strangers: of these names decide, and that they are strangers is said elsewhere, once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ires_kernels.checkpoints import names
+from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
+from ires_kernels.checkpoints.quantized import Ref
+from ires_kernels.planning.evidence import Looks
+from ires_kernels.planning.fusions import Fusing, Undecided, heads, side
+from ires_kernels.planning.fusions import text as fused_text
+from ires_kernels.planning.layout import Layout, Rule, Run, Runs, quoted
+from ires_kernels.planning.moved import Moved
+from ires_kernels.planning.rewrites import Judgement, Renaming, kinds, split
+from ires_kernels.planning.values import Values
+
+STRANGERS = 0.1
+"""Share of the matrices that agree below which models are strangers, of which no tensor is told apart from others."""
+_MOST_PAIRS = 256
+"""Of kinds of tensors that are compared by all of their rows."""
+_COMPLETE = "Download or save that model again, with all its experts."
+_RENAME = "Each of these is to give every tensor another one: correct --rename."
+
+
+@dataclass
+class Aligned:
+    """How a model fits the one that gives the layout."""
+
+    layout: Layout = field(default_factory=Layout)
+    agreed: int = 0
+    """Tensors of which values say that they are what they were matched with."""
+    failed: dict[str, float] = field(default_factory=dict)
+    """By name in the model that gives the layout: those of which values deny it, and their cosine."""
+    silent: set[str] = field(default_factory=set)
+    """Those of which values say nothing."""
+    causes: dict[str, str] = field(default_factory=dict)
+    """Of some of these what is the matter with them."""
+    problems: list[tuple[str, str, tuple[str, ...]]] = field(default_factory=list)
+    """What is not there or cannot be decided, the way out, and the names of what it is about."""
+    strangers: bool = False
+
+
+def align(
+    looks: Looks | None,
+    role: str,
+    other: str,
+    models: Mapping[str, Checkpoint],
+    *,
+    copies: Mapping[str, str],
+    left: Callable[[str], bool],
+    renames: Sequence[tuple[str, str]] = (),
+) -> Aligned:
+    """Match the tensors of `role`, which gives the layout, with those of `other`.
+
+    looks    None: names are trusted, and no values are compared
+    copies   second copies of an embedding, and its name
+    left     whether nobody asks for a tensor
+    renames  what the user says of names
+    """
+    aligning = _Aligning(looks, role, other, models, copies, left, renames)
+    found = aligning.run()
+    if found.strangers and looks is not None:  # by names alone, then
+        found = _Aligning(None, role, other, models, copies, left, renames).run()
+        found.strangers = True
+    return found
+
+
+class _Aligning:
+    def __init__(
+        self,
+        looks: Looks | None,
+        role: str,
+        other: str,
+        models: Mapping[str, Checkpoint],
+        copies: Mapping[str, str],
+        left: Callable[[str], bool],
+        renames: Sequence[tuple[str, str]],
+    ) -> None:
+        self.role, self.other, self.models = role, other, models
+        self.copies, self.left, self.renames = copies, left, renames
+        self.mine: Mapping[str, Ref] = models[role].tensors
+        self.theirs: Mapping[str, Ref] = models[other].tensors
+        self.values = Values(looks, role, other, self.mine, self.theirs)
+        self.runs: dict[str, Runs] = {}
+        self.rules: list[Rule] = []
+        self.found = Aligned()
+        self.judged = Judgement({}, {})
+        self.undecided: list[Undecided] = []
+
+    def run(self) -> Aligned:
+        self._rename()
+        pairs: dict[str, Runs] = {}
+        for name, ref in self.mine.items():
+            if name in self.theirs and name not in self.runs and not self.left(name):
+                other = self.theirs[name]
+                if other.shape == ref.shape:
+                    pairs[name] = whole(name, other)
+                elif is_reshaped(ref.shape, other.shape):
+                    self.runs[name] = whole(name, other)
+        self._judge(pairs)
+        odd = self._odd(pairs)
+        taken = {run.name for runs in self.runs.values() for run in runs}
+        ours = {n: ref for n, ref in self.mine.items() if n in odd or self._is_open(n, ref, self.theirs)}
+        yours = {
+            n: ref
+            for n, ref in self.theirs.items()
+            if n in odd or (n not in taken and self._is_open(n, ref, self.mine))
+        }
+        if ours and yours:
+            self._match(ours, yours)
+        self._judge(self.runs)
+        Moved(self.values, self.runs, self.judged, self.rules).search(pairs, self.undecided, self.found.causes)
+        self._cover(pairs)
+        self._conclude(pairs)
+        self.found.layout = Layout(self.runs, tuple(self.rules))
+        return self.found
+
+    def _is_open(self, name: str, ref: Ref, others: Mapping[str, Ref]) -> bool:
+        """Whether a tensor has no partner of its name, and could have one of another."""
+        return not (
+            name in others
+            or name in self.runs
+            or name in self.copies
+            or not ref.numel
+            or self.left(name)
+            or (isinstance(ref, TensorRef) and names.is_recomputed(ref))
+        )
+
+    def _rename(self) -> None:
+        """Match what the user says belongs to each other."""
+        for old, new in self.renames:
+            count = 0
+            for name, ref in self.mine.items():
+                if name in self.runs or self.left(name):
+                    continue
+                partner = next((to for to in _renamed(name, old, new) if to in self.theirs), None)
+                if partner is not None and self.theirs[partner].numel == ref.numel:
+                    self.runs[name] = whole(partner, self.theirs[partner])
+                    count += 1
+            if count:
+                self.rules.append(Rule(f"{quoted([old])} is {quoted([new])}", ", as --rename says", count))
+
+    def _judge(self, runs: Mapping[str, Runs]) -> None:
+        found = self.values.judge(runs)
+        self.judged.verdicts.update(found.verdicts)
+        self.judged.distances.update(found.distances)
+
+    def _odd(self, pairs: Mapping[str, Runs]) -> set[str]:
+        """Tensors of one name whose values are not the same, in all or most of their kind: perhaps they are others'."""
+        if False not in self.judged.verdicts.values():
+            return set()
+        found: set[str] = set()
+        for each in kinds({name: self.mine[name] for name in pairs}).values():
+            denied = [name for name in each.values() if self.judged.verdicts.get(name) is False]
+            if 2 * len(denied) > len(each):
+                found.update(denied)
+        return found
+
+    def _match(self, ours: dict[str, Ref], yours: dict[str, Ref]) -> None:
+        """Find partners of other names, and what is made of several tensors."""
+        renaming = Renaming(ours, yours, self.mine, self.values.judge)
+        renamed = renaming.run()
+        for name, partner in renamed.names.items():
+            self.runs[name] = whole(partner, self.theirs[partner])
+        self.rules += [Rule(rule.text(), "", count) for rule, count in renamed.rules]
+        ours = {name: ref for name, ref in ours.items() if name not in renamed.names}
+        used = set(renamed.names.values())
+        words = {word: name for word, name in renamed.words.items() if name not in used}
+        groups = heads(self.models[self.role].config) or heads(self.models[self.other].config)
+        for gathered in (True, False):
+            sides = side(ours), side(yours, words)
+            fusing = Fusing(
+                *(sides if gathered else sides[::-1]),
+                self.values.judge,
+                gathered=gathered,
+                groups=groups,
+                trusted=self.values.looks is None,
+                where=f" in {self.other if gathered else self.role}",
+            )
+            fused = fusing.run()
+            self.runs.update(fused.runs)
+            for each, count in fused.wholes:
+                self.rules.append(Rule(*fused_text(each, gathered), count))
+            self.found.problems += [(text, _COMPLETE, about) for text, about in fused.problems.items()]
+            gone = {run.name for its in fused.runs.values() for run in its}
+            ours = {name: ref for name, ref in ours.items() if name not in fused.runs}
+            words = {word: name for word, name in words.items() if name not in gone}
+            self.undecided += fused.undecided
+        self.undecided += _alike(ours, {word: self.theirs[name] for word, name in words.items()}, words)
+        open_kinds = {split(name)[0] for name in ours}
+        for doubt in renamed.doubts:
+            if doubt.pattern in open_kinds:
+                what = f"two ways to match {quoted(['.'.join(doubt.pattern)])} with a tensor of {self.other}"
+                text = f"{what}: {' or '.join(map(_tick, doubt.choices))}, and their values are too alike to tell"
+                advice = f"Say which it is: --rename {' or --rename '.join(doubt.options)}."
+                mine = [name for name in ours if split(name)[0] == doubt.pattern]
+                theirs = [name for name in yours if ".".join(split(name)[0]) in doubt.choices]
+                self.found.problems.append((text, advice, (*mine, *theirs)))
+
+    def _cover(self, pairs: Mapping[str, Runs]) -> None:
+        """See that nothing is taken twice, and nothing by half."""
+        used: Counter[str] = Counter()
+        for runs in self.runs.values():
+            for run in runs:
+                used[run.name] += run.numel
+        for name in pairs:
+            if name in used and name not in self.runs:  # its partner of the same name was another's
+                self.runs[name] = ()
+        for name, count in used.items():
+            size = self.theirs[name].numel
+            if count > size:
+                takers = [taker for taker, runs in self.runs.items() if any(run.name == name for run in runs)]
+                self.found.problems.append(
+                    (f"{quoted(takers[:4])} would all be made of {name} of {self.other}", _RENAME, ())
+                )
+            elif count < size:
+                self.found.problems.append(
+                    (f"{name} of {self.other} would be taken by half: {count} of {size} elements", _COMPLETE, ())
+                )
+
+    def _conclude(self, pairs: Mapping[str, Runs]) -> None:
+        """Say what was confirmed, and what denied."""
+        matrices = [
+            verdict
+            for name, verdict in self.judged.verdicts.items()
+            if verdict is not None and len(self.theirs[name].shape) > 1
+        ]
+        if matrices and sum(matrices) < STRANGERS * len(matrices):
+            self.found.strangers = True
+            return
+        self.found.agreed = sum(matrices)
+        for name, runs in {**pairs, **self.runs}.items():
+            said = {self.judged.verdicts.get(run.name) for run in runs}
+            if said <= {None}:
+                self.found.silent.add(name)
+            elif False in said and len(self.mine[name].shape) > 1:
+                self.found.failed[name] = self.values.cosine(name, runs)
+
+
+def whole(name: str, ref: Ref) -> Runs:
+    """All elements of a tensor."""
+    return (Run(name, 0, ref.numel),)
+
+
+def is_reshaped(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether tensors of these shapes may hold the same bytes: rows that are flat or not, or a stack that is."""
+    sizes = []
+    for shape in (one, other):
+        size = 1
+        for length in shape:
+            size *= length
+        sizes.append(size)
+    if sizes[0] != sizes[1] or not one or not other:
+        return False
+    squeezed = [tuple(length for length in shape if length > 1) for shape in (one, other)]
+    return squeezed[0] == squeezed[1] or (len(one) != len(other) and (one[0] == other[0] or one[-1] == other[-1]))
+
+
+def _alike(mine: Mapping[str, Ref], theirs: Mapping[str, Ref], words: Mapping[str, str]) -> list[Undecided]:
+    """Kinds of tensors that are left, of one shape and the same numbers: some may be others by their rows."""
+    ours, yours = kinds(mine), kinds(theirs)
+    if len(ours) * len(yours) > _MOST_PAIRS:
+        return []
+    found = []
+    for one, tensors in ours.items():
+        for other, its in yours.items():
+            if one.shape == other.shape and len(one.shape) > 1 and tensors.keys() == its.keys():
+                found.append(
+                    Undecided(
+                        tuple((name,) for name in tensors.values()),
+                        tuple((words[its[digits]],) for digits in tensors),
+                        stacked=False,
+                    )
+                )
+    return found
+
+
+def _renamed(name: str, old: str, new: str) -> list[str]:
+    """What a name may be where its components `old`, with ``*`` for numbers, are `new`."""
+    parts, wanted, given = name.split("."), _components(old), _components(new)
+    found = []
+    for place in range(len(parts) - len(wanted) + 1):
+        inner = parts[place : place + len(wanted)]
+        if all(
+            one in (other, "*") and (one != "*" or other.isdecimal()) for one, other in zip(wanted, inner, strict=True)
+        ):
+            numbers = iter([part for part, one in zip(inner, wanted, strict=True) if one == "*"])
+            made = [next(numbers, part) if part == "*" else part for part in given]
+            found.append(".".join([*parts[:place], *made, *parts[place + len(wanted) :]]))
+        if not wanted:
+            break
+    return found
+
+
+def _components(text: str) -> list[str]:
+    return [part for part in text.split(".") if part]
+
+
+def _tick(name: str) -> str:
+    return quoted([name])

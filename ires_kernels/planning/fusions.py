@@ -1,0 +1,344 @@
+"""Weights that one model has fused and another split: which parts make a whole, in which order and in what groups.
+
+A whole is made of parts in one of three ways: [q; k; v], one behind the other; the same by heads or by groups of heads,
+each of which has its share of every part; and stacked, with all that an expert has of each part, expert by expert. What
+is looked at are shapes and names: rows have to add up, columns to be equal, experts to be all from 0 on. Which of what
+is possible holds is for values to say. Reshaped tensors are wholes of a single part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations, permutations
+from typing import NamedTuple
+
+from ires_kernels.checkpoints.quantized import Ref
+from ires_kernels.planning.layout import Runs, compressed, quoted
+from ires_kernels.planning.rewrites import Components, Digits, Judge, Judgement, Kind, joined, kinds, sampled
+
+_MOST_PARTS = 4
+_MOST_KINDS = 12
+"""Of one layer that are tried as the parts of a whole, where names do not tell which."""
+_MOST_IN_ALL = 100
+"""Kinds of parts among which those of a whole are looked for."""
+_ORDER = ("q", "query", "k", "key", "v", "value", "gate", "w1", "up", "w3", "v1")
+"""Words in names of parts, in the order in which they are fused where nothing else tells."""
+
+
+class Whole(NamedTuple):
+    """A kind of tensors that may be made of others, which are in the other model, or the other way round."""
+
+    kind: Kind
+    parts: tuple[Kind, ...]
+    """In their order."""
+    groups: int
+    """Each of which has a share of every part."""
+    axis: int | None
+    """Which of the numbers in the names of parts is that of an expert; None where they have no more than the whole."""
+
+
+class Undecided(NamedTuple):
+    """Tensors of the two models that may hold the same rows, in an order that was not found: a pair for each layer."""
+
+    mine: tuple[tuple[str, ...], ...]
+    theirs: tuple[tuple[str, ...], ...]
+    stacked: bool
+
+
+class Fused(NamedTuple):
+    """What was found."""
+
+    runs: dict[str, Runs]
+    """By name in the model that gives the layout, of names in the other."""
+    wholes: list[tuple[Whole, int]]
+    """And how many tensors each explains."""
+    problems: dict[str, tuple[str, ...]]
+    """What is missing, and the names of all tensors that it is about."""
+    undecided: list[Undecided]
+    """What fits by its shapes, and of which values allow no arrangement."""
+
+
+class Side(NamedTuple):
+    """The tensors of a model that have no partner yet."""
+
+    kinds: dict[Kind, dict[Digits, str]]
+    """By words that both models share as far as is known, and by number: names."""
+
+
+def side(refs: Mapping[str, Ref], words: Mapping[str, str] | None = None) -> Side:
+    """`words`: name in words of the other model → name, of all tensors that have such."""
+    if words is None:
+        return Side(kinds(refs))
+    found = kinds({word: refs[name] for word, name in words.items() if name in refs})
+    return Side({kind: {digits: words[word] for digits, word in names.items()} for kind, names in found.items()})
+
+
+def heads(config: Mapping[str, object] | None) -> tuple[int, ...]:
+    """In how many groups attention may be fused, as config.json has it: those of keys, and of queries."""
+    table = dict(config or {})
+    for key in ("text_config", "llm_config", "language_config"):
+        inner = table.get(key)
+        if isinstance(inner, dict):
+            table = {**table, **inner}
+    names = ("num_key_value_heads", "num_kv_heads", "num_attention_heads", "n_head", "num_heads")
+    return tuple(dict.fromkeys(n for name in names if type(n := table.get(name)) is int and 1 < n < 1 << 16))
+
+
+class Fusing:
+    """The search for wholes and parts among tensors that have no partner, in one of the two directions."""
+
+    def __init__(
+        self,
+        wholes: Side,
+        parts: Side,
+        judge: Judge,
+        *,
+        gathered: bool,
+        groups: Sequence[int],
+        trusted: bool = False,
+        where: str = "",
+    ) -> None:
+        """`gathered`: wholes are of the model that gives the layout. `trusted`: without values, names decide."""
+        self.wholes, self.parts, self.judge = wholes.kinds, parts.kinds, judge
+        self.gathered, self.groups, self.trusted, self.where = gathered, groups, trusted, where
+        self._in_module: dict[Components, list[Kind]] = {}
+        for part in self.parts:
+            self._in_module.setdefault(_module(part.pattern), []).append(part)
+        self.found = Fused({}, [], {}, [])
+        self._experts_of: dict[tuple[Kind, int], dict[Digits, dict[str, str]]] = {}
+        self._arranged: dict[tuple[Components, frozenset[str]], tuple[tuple[str, ...], int]] = {}
+
+    def run(self) -> Fused:
+        """All that can be told, weights before biases, which follow them."""
+        order = sorted(self.wholes, key=lambda kind: (kind.pattern[-1] == "bias", -math.prod(kind.shape)))
+        for near in (True, False):
+            for kind in order:
+                if kind in self.wholes:
+                    self._look(kind, near)
+        return self.found
+
+    def _look(self, kind: Kind, near: bool) -> None:
+        rejected = []
+        for axis, parts in self._possible(kind, near):
+            chosen = self._arrange(kind, parts, axis, near)
+            if chosen is not None:
+                self._take(chosen)
+                return
+            rejected.append(Whole(kind, parts, 1, axis))
+        self.found.undecided.extend(map(self._undecided, rejected))
+
+    def _undecided(self, whole: Whole) -> Undecided:
+        layers = [digits for digits in self.wholes[whole.kind] if self._has(whole, digits)]
+        wholes = tuple((self.wholes[whole.kind][digits],) for digits in layers)
+        parts = tuple(tuple(self._names(whole, digits)) for digits in layers)
+        mine, theirs = (wholes, parts) if self.gathered else (parts, wholes)
+        return Undecided(mine, theirs, whole.axis is not None)
+
+    def _possible(self, kind: Kind, near: bool) -> Iterator[tuple[int | None, tuple[Kind, ...]]]:
+        """Kinds of parts whose rows add up to the whole's, with the place of the experts' number."""
+        stars = kind.pattern.count("*")
+        there = self._in_module.get(_module(kind.pattern), []) if near else self.parts
+        if len(there) > _MOST_IN_ALL:
+            return
+        there = [part for part in there if part in self.parts and _fits(kind, part)]
+        same = [part for part in there if part.pattern.count("*") == stars]
+        for parts in self._subsets(kind, same, 1):
+            if parts[0].shape != kind.shape and any(digits in self.parts[parts[0]] for digits in self.wholes[kind]):
+                yield None, parts
+        more = [part for part in there if part.pattern.count("*") == stars + 1]
+        for axis in range(stars + 1):
+            counts = {p: self._experts(kind, p, axis) for p in more}
+            for count in sorted({c for c in counts.values() if c}):
+                alike = [p for p in more if counts[p] == count]
+                for parts in self._subsets(kind, alike, count):
+                    if self._complete(kind, parts, axis, count):
+                        yield axis, parts
+
+    def _by_expert(self, part: Kind, axis: int) -> dict[Digits, dict[str, str]]:
+        """The names of a kind of parts by the numbers that the whole has, and by expert."""
+        if (part, axis) not in self._experts_of:
+            table: dict[Digits, dict[str, str]] = {}
+            for d, name in self.parts[part].items():
+                table.setdefault((*d[:axis], *d[axis + 1 :]), {})[d[axis]] = name
+            self._experts_of[part, axis] = table
+        return self._experts_of[part, axis]
+
+    def _experts(self, kind: Kind, part: Kind, axis: int) -> int:
+        """How many experts the whole has of this part; 0 if none."""
+        table = self._by_expert(part, axis)
+        numbers = [max(map(int, table[digits])) for digits in self.wholes[kind] if digits in table]
+        if not numbers or len(kind.shape) == len(part.shape) + 1:
+            return kind.shape[0] if numbers else 0
+        return max(numbers) + 1
+
+    def _complete(self, kind: Kind, parts: Sequence[Kind], axis: int, count: int) -> bool:
+        """Whether experts are all there, from 0 on; says so where some are missing."""
+        wanted = {f"{expert}" for expert in range(count)}
+        for digits in self.wholes[kind]:
+            for part in parts:
+                have = self._by_expert(part, axis).get(digits, {}).keys()
+                if have and have != wanted:
+                    lacking, more = sorted(wanted - have, key=int), sorted(have - wanted, key=int)
+                    if 2 * len(lacking) < count:
+                        listed = ", ".join((lacking or more)[:10]) + " …" * (len(lacking or more) > 10)
+                        text = (
+                            f"{quoted([joined(kind.pattern, digits)])} holds experts 0 to {count - 1}, and of "
+                            f"{quoted(['.'.join(part.pattern)])} {listed} {'is missing' if lacking else 'is there too'}"
+                            f"{self.where}"
+                        )
+                        about = (kind, self.wholes), *((each, self.parts) for each in parts)
+                        names = tuple(name for each, table in about for name in table[each].values())
+                        self.found.problems[text] = names
+                    return False
+        return True
+
+    def _subsets(self, kind: Kind, parts: list[Kind], count: int) -> Iterator[tuple[Kind, ...]]:
+        """Up to four kinds of parts, of each `count`."""
+        is_bias = kind.pattern[-1] == "bias"
+        parts = [part for part in parts if (part.pattern[-1] == "bias") == is_bias]
+        if len(parts) > _MOST_KINDS:
+            return
+        wanted = math.prod(kind.shape)
+        for size in range(1, min(_MOST_PARTS, len(parts)) + 1):
+            for chosen in combinations(parts, size):
+                if count * sum(math.prod(part.shape) for part in chosen) == wanted:
+                    yield chosen
+
+    def _arrange(self, kind: Kind, parts: tuple[Kind, ...], axis: int | None, near: bool) -> Whole | None:
+        """The order and the groups that values confirm, or that names tell where values tell nothing."""
+        stems = {part: _stem(part.pattern) for part in parts}
+        known = self._arranged.get((_module(kind.pattern), frozenset(stems.values())))
+        if known is not None and kind.pattern[-1] == "bias":
+            by_stem = {stem: part for part, stem in stems.items()}
+            follows = Whole(kind, tuple(by_stem[stem] for stem in known[0]), known[1], axis)
+            return follows if self._of(follows).agrees is not False else None
+        usual = sorted(parts, key=lambda part: _rank(stems[part]))
+        orders = [tuple(usual), *(order for order in permutations(usual) if order != tuple(usual))]
+        rows = math.gcd(*(part.shape[0] for part in parts if part.shape)) if axis is None and len(parts) > 1 else 1
+        first = [g for g in (1, *self.groups, rows) if rows % g == 0]
+        rest = [g for g in range(2, rows) if rows % g == 0 and g not in first]
+        silent = True
+        for numbers in (first, rest):
+            survivors = []
+            for groups in dict.fromkeys(numbers):
+                for order in orders:
+                    whole = Whole(kind, order, groups, axis)
+                    verdict = self._of(whole).agrees
+                    silent = silent and verdict is None
+                    survivors += [whole] if verdict and self._holds(whole) else []
+            if survivors:
+                return survivors[0]
+            if silent:
+                break
+        sure = all(_rank(stem) < len(_ORDER) for stem in stems.values()) or len(parts) == 1
+        attention = any(_rank(stem) < _ORDER.index("gate") for stem in stems.values()) and len(parts) > 1
+        if silent and near and sure and (self.trusted or not attention):
+            return Whole(kind, tuple(usual), 1, axis)
+        return None
+
+    def _of(self, whole: Whole, all_sampled: bool = False) -> Judgement:
+        numbers = tuple(d for d in self.wholes[whole.kind] if self._has(whole, d))
+        chosen = sampled(numbers) if numbers else []
+        runs: dict[str, Runs] = {}
+        for digits in chosen if all_sampled else chosen[:1]:
+            runs |= self._runs(whole, digits)
+        return self.judge(runs)
+
+    def _holds(self, whole: Whole) -> bool:
+        return not any(verdict is False for verdict in self._of(whole, all_sampled=True).verdicts.values())
+
+    def _names(self, whole: Whole, digits: Digits) -> list[str]:
+        """The names of the parts of a whole, in their order; experts one behind the other."""
+        if whole.axis is None:
+            return [self.parts[part].get(digits, "") for part in whole.parts]
+        tables = [self._by_expert(part, whole.axis).get(digits, {}) for part in whole.parts]
+        return [table.get(f"{expert}", "") for expert in range(len(tables[0])) for table in tables]
+
+    def _has(self, whole: Whole, digits: Digits) -> bool:
+        names = self._names(whole, digits)
+        return bool(names) and all(names)
+
+    def _runs(self, whole: Whole, digits: Digits) -> dict[str, Runs]:
+        """Of what the tensors of the model that gives the layout are made."""
+        name, names = self.wholes[whole.kind][digits], self._names(whole, digits)
+        sizes = [math.prod(part.shape) // whole.groups for part in whole.parts]
+        pieces = [
+            (part, group * size, size)
+            for group in range(whole.groups)
+            for part, size in zip(names, sizes * (len(names) // len(sizes)), strict=True)
+        ]
+        if self.gathered:
+            return {name: compressed(pieces)}
+        places: dict[str, list[tuple[str, int, int]]] = {}
+        end = 0
+        for part, _, size in pieces:
+            places.setdefault(part, []).append((name, end, size))
+            end += size
+        return {part: compressed(where) for part, where in places.items()}
+
+    def _take(self, whole: Whole) -> None:
+        table, count = self.wholes[whole.kind], 0
+        gone: set[str] = set()
+        for digits in [digits for digits in table if self._has(whole, digits)]:
+            found = self._runs(whole, digits)
+            self.found.runs.update(found)
+            count += len(found)
+            gone.update(self._names(whole, digits))
+            del table[digits]
+        for part in whole.parts:
+            self.parts[part] = {digits: name for digits, name in self.parts[part].items() if name not in gone}
+        self._experts_of.clear()
+        for place, kind in ((self.wholes, whole.kind), *((self.parts, part) for part in whole.parts)):
+            if not place[kind]:
+                del place[kind]
+        self.found.wholes.append((whole, count))
+        stems = tuple(_stem(part.pattern) for part in whole.parts)
+        self._arranged[_module(whole.kind.pattern), frozenset(stems)] = stems, whole.groups
+
+
+def text(whole: Whole, gathered: bool) -> tuple[str, str]:
+    """A whole in words, before and behind where that is so."""
+    name = quoted([".".join(whole.kind.pattern)])
+    names = [".".join(part.pattern) for part in whole.parts]
+    if whole.axis is not None:
+        how = ", stacked by expert"
+    else:
+        how = f", in {whole.groups} groups" if whole.groups > 1 else ", one behind the other"
+    if len(names) == 1 and whole.axis is None:
+        one, other = (name, quoted(names)) if gathered else (quoted(names), name)
+        return f"{one} is {other}", ", reshaped"
+    if gathered:
+        return f"{name} is {quoted(names)}", how
+    return f"{quoted(names)} {'are' if len(names) > 1 else 'is'} {name}", how
+
+
+def _fits(whole: Kind, part: Kind) -> bool:
+    """Whether a part may be rows of the whole: its columns are the whole's, or it is the same bytes."""
+    if not part.shape or not whole.shape or not math.prod(whole.shape):
+        return False
+    rest = part.shape[1:]
+    if whole.shape[len(whole.shape) - len(rest) :] == rest:
+        return True
+    return math.prod(whole.shape) == math.prod(part.shape) and (
+        whole.shape[0] == part.shape[0] or whole.shape[-1] == part.shape[-1]
+    )
+
+
+def _module(pattern: Components) -> Components:
+    """Where a part is: the module around a projection, or around all experts."""
+    end = len(pattern) - (pattern[-1] in ("weight", "bias")) - 1
+    while end > 0 and pattern[end - 1] == "*":
+        end -= 1
+    return pattern[: max(end, 0)]
+
+
+def _stem(pattern: Components) -> str:
+    """What a part is called in its module."""
+    return pattern[-2] if pattern[-1] in ("weight", "bias") and len(pattern) > 1 else pattern[-1]
+
+
+def _rank(stem: str) -> int:
+    """Where its word stands in the usual order."""
+    low = stem.lower()
+    return next((i for i, word in enumerate(_ORDER) if low in (word, f"w{word}") or low.startswith(f"{word}_")), 99)
