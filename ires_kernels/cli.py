@@ -293,6 +293,17 @@ def _merge_options(parser: argparse.ArgumentParser, *, dtype: str | None, kept: 
         help="whose tokens and rows of embeddings the output has where tokenizers disagree; rows: by number, whatever "
         "tokens they belong to (default: tokens decide, and what is not clear is refused)",
     )
+    parser.add_argument(
+        "--rename",
+        action="append",
+        default=[],
+        metavar="A=B",
+        help="what is A in names of the output is B in the other models, as model.=model.language_model.; repeatable. "
+        "Most of this is found without being told",
+    )
+    parser.add_argument(
+        "--trust-names", action="store_true", help="match tensors by names and shapes alone, and compare no values"
+    )
     parser.add_argument("--rounding", choices=["nearest", "stochastic"], default="nearest")
     parser.add_argument("--seed", type=int, default=0, help="of stochastic rounding (default: 0)")
     parser.add_argument(
@@ -436,6 +447,8 @@ def _options(arguments: argparse.Namespace, progress: Progress | None) -> dict[s
         "rounding": arguments.rounding,
         "seed": arguments.seed,
         "vocabulary": arguments.vocabulary,
+        "renames": arguments.rename,
+        "trust_names": arguments.trust_names,
         "sync": not arguments.no_sync,
         "sha256": arguments.sha256,
         "device": arguments.device,

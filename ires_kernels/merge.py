@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Status", "apply", "extract", "inspect", "load", "resume", "rollback", "status", "verify"]
 
+Renames = Iterable[str | tuple[str, str]] | Mapping[str, str]
 Factors = Iterable[tuple[str, float | Sequence[float]]] | Mapping[str, float | Sequence[float]]
 
 
@@ -56,6 +57,8 @@ def extract(
     rounding: str = "nearest",
     seed: int = 0,
     vocabulary: str | None = None,
+    renames: Renames = (),
+    trust_names: bool = False,
     sync: bool = True,
     sha256: bool = False,
     device: str | torch.device = "cpu",
@@ -78,6 +81,9 @@ def extract(
                    what the residual would hold, or with "any" whatever there is
     rounding, seed as in the tensor operations; every tensor draws its own random bits
     vocabulary     "rows" takes rows of embeddings by number, whatever tokens the tokenizers say that they belong to
+    renames        "A=B" for parts of names: what is A in the layout of the output is B in the other models. Most is
+                   found without being told: by names, structure and values
+    trust_names    match tensors by their names and shapes, and compare no values
     sync           False does without waiting for the disk, and so without surviving a power cut
     sha256         also write sha256 sums of the weights into SHA256SUMS and the manifest
     device         cpu, or a GPU such as cuda or cuda:1 to compute on: the same weights, and slower, for the files come
@@ -105,6 +111,8 @@ def extract(
         rounding=rounding,
         seed=seed,
         vocabulary=vocabulary,
+        renames=renames,
+        trust_names=trust_names,
     )
     inputs = open_inputs({"base": hub.local(base), "instruct": hub.local(instruct)}, follow_links=follow_links)
     options = Options.of(device, threads, progress, lock, idle=dry_run)
@@ -127,6 +135,8 @@ def apply(
     rounding: str = "nearest",
     seed: int = 0,
     vocabulary: str | None = None,
+    renames: Renames = (),
+    trust_names: bool = False,
     sync: bool = True,
     sha256: bool = False,
     undo: str = "ring",
@@ -184,7 +194,9 @@ def apply(
         hub.check_local(target)
     target, residual = hub.local(target), hub.locals_of(residual)
     paths = roles_of_apply(target, residual, follow_links=follow_links)
-    rules = _rules_of_apply(paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed, vocabulary)
+    rules = _rules_of_apply(
+        paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed, vocabulary, renames, trust_names
+    )
     options = Options.of(device, threads, progress, lock, idle=dry_run)
     begun = state.find_update(Path(target)) if in_place else None
     if begun is None or begun.phase is None:
@@ -291,6 +303,8 @@ def load(
     rounding: str = "nearest",
     seed: int = 0,
     vocabulary: str | None = None,
+    renames: Renames = (),
+    trust_names: bool = False,
     device: str | torch.device = "cpu",
     threads: int | None = None,
     progress: Progress | None = None,
@@ -315,7 +329,9 @@ def load(
     check_flags(follow_links=follow_links)
     target, residual = hub.local(target), hub.locals_of(residual)
     paths = roles_of_apply(target, residual, follow_links=follow_links)
-    rules = _rules_of_apply(paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed, vocabulary)
+    rules = _rules_of_apply(
+        paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed, vocabulary, renames, trust_names
+    )
     from ires_kernels.streaming import device as devices
     from ires_kernels.streaming import statedict
 
@@ -360,6 +376,8 @@ def _rules_of_apply(
     rounding: str,
     seed: int,
     vocabulary: str | None,
+    renames: Renames,
+    trust_names: bool,
 ) -> Rules:
     return Rules.of(
         1 if "instruct" in paths else len(paths) - 1,
@@ -371,6 +389,8 @@ def _rules_of_apply(
         rounding=rounding,
         seed=seed,
         vocabulary=vocabulary,
+        renames=renames,
+        trust_names=trust_names,
     )
 
 

@@ -119,7 +119,8 @@ class _Aligning:
         if ours and yours:
             self._match(ours, yours)
         self._judge(self.runs)
-        Moved(self.values, self.runs, self.judged, self.rules).search(pairs, self.undecided, self.found.causes)
+        if not self._are_strangers():
+            Moved(self.values, self.runs, self.judged, self.rules).search(pairs, self.undecided, self.found.causes)
         self._cover(pairs)
         self._conclude(pairs)
         self.found.layout = Layout(self.runs, tuple(self.rules))
@@ -207,6 +208,15 @@ class _Aligning:
                 theirs = [name for name in yours if ".".join(split(name)[0]) in doubt.choices]
                 self.found.problems.append((text, advice, (*mine, *theirs)))
 
+    def _matrices(self) -> list[bool]:
+        """What values say of matrices: norms are alike in all models."""
+        said = self.judged.verdicts.items()
+        return [each for name, each in said if each is not None and len(self.theirs[name].shape) > 1]
+
+    def _are_strangers(self) -> bool:
+        matrices = self._matrices()
+        return sum(matrices) < STRANGERS * len(matrices)
+
     def _cover(self, pairs: Mapping[str, Runs]) -> None:
         """See that nothing is taken twice, and nothing by half."""
         used: Counter[str] = Counter()
@@ -230,15 +240,10 @@ class _Aligning:
 
     def _conclude(self, pairs: Mapping[str, Runs]) -> None:
         """Say what was confirmed, and what denied."""
-        matrices = [
-            verdict
-            for name, verdict in self.judged.verdicts.items()
-            if verdict is not None and len(self.theirs[name].shape) > 1
-        ]
-        if matrices and sum(matrices) < STRANGERS * len(matrices):
-            self.found.strangers = True
+        self.found.strangers = self._are_strangers()
+        if self.found.strangers:
             return
-        self.found.agreed = sum(matrices)
+        self.found.agreed = sum(self._matrices())
         for name, runs in {**pairs, **self.runs}.items():
             said = {self.judged.verdicts.get(run.name) for run in runs}
             if said <= {None}:

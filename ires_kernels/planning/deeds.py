@@ -82,6 +82,8 @@ def match(role: str, layouts: Mapping[str, Layout] | None, looks: Looks | None, 
     if layouts is not None:
         found.matcher.layouts = layouts
         return
+    if found.rules.trust_names:
+        found.notes.append("tensors were matched by names and shapes alone (--trust-names): no values were compared")
     with nullcontext(looks) if looks is not None else Looks(found.inputs) as used:
         aligned = {
             other: align(

@@ -315,7 +315,7 @@ def plan_extract(
 ) -> Plan:
     """Plan instruct - base, a residual in the layout of the instruct model.
 
-    `copies`: second copies of an embedding, and that one's name (`reader.second_copies`). The others as in `plan_apply`.
+    `copies`: second copies of an embedding, and that one's name (`reader.second_copies`). The rest as in `plan_apply`.
 
     `inputs` holds base and instruct. Raises CheckpointError with up to ten problems.
     """

@@ -86,6 +86,7 @@ def build(
             for role, checkpoint in plan.inputs.items()
         },
         "rules": plan.rules.to_dict(),
+        **({"layout": layout} if (layout := plan.layout()) else {}),
         "ancestry": [found.to_dict() for found in plan.ancestry],
         "report": report.numbers(),
         "files": dict(others),

@@ -40,7 +40,9 @@ def compared(tmp_path: Path, base: Tensors, other: Tensors) -> Ancestry:
     """What a plan says of two models."""
     folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
     folder.mkdir()
-    plan = ik.extract(model(folder / "base", base), model(folder / "other", other), folder / "none", dry_run=True)
+    plan = ik.extract(
+        model(folder / "base", base), model(folder / "other", other), folder / "none", dry_run=True, trust_names=True
+    )
     assert isinstance(plan, Plan)
     (found,) = plan.ancestry
     assert Ancestry.from_dict(json.loads(json.dumps(found.to_dict()))) == found
@@ -185,7 +187,8 @@ def test_tensors_whose_rows_are_in_another_order_are_named(tmp_path: Path, way: 
     source = tmp_path / "residual" if way == "residual" else (paths[1], paths[0])
 
     def said(**options: Any) -> list[str]:
-        return ik.apply(paths[2], source, out=tmp_path / "out", dry_run=True, **options).warnings
+        options |= {"dry_run": True, "trust_names": True}
+        return ik.apply(paths[2], source, out=tmp_path / "out", **options).warnings
 
     (warning,) = said()
     what = "the base of residual" if way == "residual" else "base"
@@ -195,7 +198,7 @@ def test_tensors_whose_rows_are_in_another_order_are_named(tmp_path: Path, way: 
     assert [name for name in base if re.search(pattern, name)] == [name for name in base if "gate_up" in name]
     assert said(skip=pattern) == ()
     with pytest.warns(UserWarning, match="in another order"):
-        ik.load(paths[2], source)
+        ik.load(paths[2], source, trust_names=True)
 
 
 @pytest.mark.parametrize(("heads", "size", "width"), [(8, 16, 16), (1, 16, 64), (32, 128, 64), (12, 64, 96)])
@@ -212,9 +215,10 @@ def test_queries_in_rotary_order_are_named(tmp_path: Path, role: str, heads: int
     paths = {name: model(tmp_path / name, moved(each, 0.1)) for name, each in weights.items()}
     if role == "target of a residual":
         ik.extract(paths["base"], paths["instruct"], tmp_path / "residual", sync=False)
-        plan = ik.apply(paths["target"], tmp_path / "residual", out=tmp_path / "out", dry_run=True)
+        given: Any = tmp_path / "residual"
     else:
-        plan = ik.apply(paths["target"], (paths["instruct"], paths["base"]), out=tmp_path / "out", dry_run=True)
+        given = paths["instruct"], paths["base"]
+    plan = ik.apply(paths["target"], given, out=tmp_path / "out", dry_run=True, trust_names=True)
     (warning,) = plan.warnings
     base = "the base of residual" if role == "target of a residual" else "base"
     assert warning.startswith(

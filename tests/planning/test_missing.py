@@ -71,9 +71,14 @@ def renamed(tensors: Tensors, *rules: tuple[str, str]) -> Tensors:
     return found
 
 
+def few(tensors: Tensors) -> Tensors:
+    """What is left of a model without attention and experts."""
+    return {name: t for name, t in tensors.items() if "experts" not in name and "self_attn" not in name}
+
+
 def fused(tensors: Tensors) -> Tensors:
     """One tensor for q, k and v, and one for all experts of a layer."""
-    found = {name: t for name, t in tensors.items() if "experts" not in name and "self_attn" not in name}
+    found = few(tensors)
     for i in range(LAYERS):
         at, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp.experts"
         found[f"{at}.qkv_proj.weight"] = torch.cat([tensors[f"{at}.{x}_proj.weight"] for x in "qkv"])
@@ -82,65 +87,79 @@ def fused(tensors: Tensors) -> Tensors:
     return found
 
 
-# --- causes
+# --- other layouts, which are no tensors that are missing
 
 
 LAYOUTS: dict[str, tuple[Callable[[Tensors], Tensors], list[str]]] = {
     "inner prefix": (
         lambda t: renamed(t, ("^model", "model.language_model")),
-        ["other prefix: 'model.' in {} is 'model.language_model.' in {}, for 26 tensors"],
+        ["`model.` is `model.language_model.` in {}: 26 tensors"],
     ),
     "turned prefix": (
         lambda t: renamed(t, (r"^model\.", "language_model.model."), ("^lm_head", "language_model.lm_head")),
-        ["other prefix: no prefix in {} is 'language_model.' in {}, for 27 tensors"],
+        ["no prefix is `language_model.` in {}: 27 tensors"],
     ),
-    "no prefix": (
-        lambda t: renamed(t, (r"^model\.", "")),
-        ["other prefix: 'model.' in {} is no prefix in {}, for 26 tensors"],
-    ),
+    "no prefix": (lambda t: renamed(t, (r"^model\.", "")), ["`model.` is no prefix in {}: 26 tensors"]),
     "fused": (
         fused,
         [
-            "fused or split weights: 6 tensors (model.layers.*.self_attn.k_proj.weight, "
-            "model.layers.*.self_attn.q_proj.weight, model.layers.*.self_attn.v_proj.weight) in {} have as many "
-            "elements as 2 tensors (model.layers.*.self_attn.qkv_proj.weight) in {}",
-            "fused or split weights: 16 tensors (model.layers.*.mlp.experts.*.gate_proj.weight, "
-            "model.layers.*.mlp.experts.*.up_proj.weight) in {} have as many elements as 2 tensors "
-            "(model.layers.*.mlp.experts.gate_up_proj) in {}",
+            "`model.layers.*.self_attn.q_proj.weight`, `model.layers.*.self_attn.k_proj.weight` and "
+            "`model.layers.*.self_attn.v_proj.weight` are `model.layers.*.self_attn.qkv_proj.weight` in {}, one behind "
+            "the other: 6 tensors",
+            "`model.layers.*.mlp.experts.*.gate_proj.weight` and `model.layers.*.mlp.experts.*.up_proj.weight` are "
+            "`model.layers.*.mlp.experts.gate_up_proj` in {}, stacked by expert: 16 tensors",
         ],
     ),
     "other names": (
         lambda t: renamed(t, (r"input_layernorm\.weight", "input_layernorm.gamma")),
-        ["other names: 2 tensors (model.layers.*.input_layernorm.weight) in {} have as many elements as 2 tensors "
-         "(model.layers.*.input_layernorm.gamma) in {}"],
+        ["`weight` is `gamma` in {}: 2 tensors"],
     ),
-}  # fmt: skip
+}
+
+
+def merged(made: dict[str, Tensors], layout: Callable[[Tensors], Tensors]) -> Tensors:
+    """The merge of models in one layout, in another."""
+    plain = {
+        n: (t.float() + (made["instruct"][n].float() - made["base"][n].float())).bfloat16()
+        for n, t in made["target"].items()
+    }
+    return layout(plain)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("role", ["target", "instruct", "base"])
-def test_another_layout_is_named_in_whichever_model_it_is(tmp_path: Path, layout: str, role: str) -> None:
+@pytest.mark.parametrize("role", ["target", "instruct", "base", "instruct and base"])
+def test_another_layout_is_matched_in_whichever_model_it_is(tmp_path: Path, layout: str, role: str) -> None:
     change, says = LAYOUTS[layout]
     made = {"target": model(3), "instruct": model(2), "base": model(1)}
-    made[role] = change(made[role])
-    paths = write(tmp_path, made["target"], made["instruct"], made["base"])
-    text = refused(paths)
-    here = {"target": "instruct and base", "instruct": "target and base", "base": "target and instruct"}[role]
-    for line in says:
-        assert line.format(here, role) in text
-    assert "cannot be mapped yet" in text
-    assert "--allow-missing" not in text
-    assert len(text.splitlines()) == 2 + len(says), "nothing is told twice"
+    changed = {r: change(t) if r in role else t for r, t in made.items()}
+    paths = write(tmp_path, changed["target"], changed["instruct"], changed["base"])
+    plan = ik.apply(paths[0], paths[1:], out=tmp_path / "out", dry_run=True)
+    if role != "target":
+        lines = {line.partition("layout")[2].strip() for line in f"{plan}".splitlines() if line.startswith("layout")}
+        assert lines == {line.format(role) for line in says}
+    merge(paths)
+    wanted, found = merged(made, change if role == "target" else dict), read_model(tmp_path / "out")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], t) for name, t in wanted.items())
+    assert ik.verify(tmp_path / "out")
+    layouts = json.loads((tmp_path / "out" / "ires.json").read_bytes())["layout"]
+    assert layouts.keys() == ({"instruct", "base"} if role == "target" else set(role.split(" and ")))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_extract_names_another_layout(tmp_path: Path, layout: str) -> None:
-    change, says = LAYOUTS[layout]
-    paths = write(tmp_path, model(3), change(model(2)), model(1))
-    with pytest.raises(CheckpointError) as caught:
-        ik.extract(paths[2], paths[1], tmp_path / "out")
-    assert "cannot be mapped yet" in f"{caught.value}"
-    assert says[0].partition(":")[0] in f"{caught.value}"
+def test_extract_matches_another_layout(tmp_path: Path, layout: str) -> None:
+    """And its residual, in that of instruct, finds its place in a target of the other."""
+    change, _ = LAYOUTS[layout]
+    made = {"target": model(3), "instruct": model(2), "base": model(1)}
+    paths = write(tmp_path, made["target"], change(made["instruct"]), made["base"])
+    ik.extract(paths[2], paths[1], tmp_path / "residual", sync=False)
+    assert ik.verify(tmp_path / "residual")
+    ik.apply(paths[0], tmp_path / "residual", out=tmp_path / "out", sync=False)
+    wanted, found = merged(made, dict), read_model(tmp_path / "out")
+    assert all(torch.equal(found[name], t) for name, t in wanted.items())
+
+
+# --- causes
 
 
 def tower(seed: int) -> Tensors:
@@ -202,7 +221,7 @@ def test_the_advised_pattern_finds_nothing_else(tmp_path: Path) -> None:
 
 
 def test_refusals_in_json_name_all_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    paths = write(tmp_path, fused(model(3)), model(2), model(1))
+    paths = write(tmp_path, few(model(3)), model(2), model(1))
     command = ["apply", f"{paths[0]}", "--instruct", f"{paths[1]}", "--base", f"{paths[2]}", "-o", f"{tmp_path / 'x'}"]
     assert main([*command, "--json"]) == 2
     out, err = capsys.readouterr()
@@ -320,7 +339,7 @@ def test_a_warning_says_how_much_went_in(tmp_path: Path, how: str) -> None:
     """Elements and norm of the residual against a sum in float64; alpha changes nothing in its shares."""
     more = {"extra.weight": (10, 10)}
     base = model(1) | {n: normal(shape, 5) for n, shape in more.items()}
-    instruct = model(2) | {n: normal(shape, 6) for n, shape in more.items()}
+    instruct = model(2) | {n: base[n] + normal(shape, 6, scale=1e-3) for n, shape in more.items()}
     paths = write(tmp_path, model(3), instruct, base)
     options: dict[str, Any] = {"allow_missing": True, "sync": False, "alpha": 0.5}
     given: Any = paths[1:]
@@ -344,7 +363,7 @@ def test_a_warning_says_how_much_went_in(tmp_path: Path, how: str) -> None:
 
 def test_the_norm_of_several_residuals_is_that_of_their_sum(tmp_path: Path) -> None:
     base = model(1) | {"extra.weight": normal((10, 10), 5)}
-    instruct = model(2) | {"extra.weight": normal((10, 10), 6)}
+    instruct = model(2) | {"extra.weight": base["extra.weight"] + normal((10, 10), 6, scale=1e-3)}
     paths = write(tmp_path, model(3), instruct, base)
     for name in ("r1", "r2"):
         ik.extract(paths[2], paths[1], tmp_path / name, sync=False)
@@ -358,10 +377,9 @@ def test_the_norm_of_several_residuals_is_that_of_their_sum(tmp_path: Path) -> N
 
 
 def test_more_than_a_tenth_wants_another_word(tmp_path: Path) -> None:
-    paths = write(tmp_path, fused(model(3)), model(2), model(1))
+    paths = write(tmp_path, few(model(3)), model(2), model(1))
     text = refused(paths, allow_missing=True)
     assert "--allow-missing would leave out too much: of the residual 5 of 27 tensors went in, 27.57% of its" in text
-    assert "fused or split weights" in text
     assert "--allow-missing=any" in text
     report = merge(paths, allow_missing="any")
     assert report.warnings[-1].startswith("of the residual 5 of 27 tensors went in, 27.57% of its elements and ")
@@ -369,7 +387,7 @@ def test_more_than_a_tenth_wants_another_word(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="would leave out too much"):
         ik.load(paths[0], tmp_path / "residual", allow_missing=True)
     with pytest.raises(CheckpointError, match="would leave out too much"):
-        ik.extract(paths[2], paths[0], tmp_path / "x", allow_missing=True)
+        ik.extract(write_model(tmp_path / "b", few(model(1))), paths[1], tmp_path / "x", allow_missing=True)
     with pytest.warns(UserWarning, match=r"27\.57% of its elements"):
         ik.load(paths[0], tmp_path / "residual", allow_missing="any")
     assert ik.verify(tmp_path / "out")
@@ -404,8 +422,8 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "of the residual 27 of 28 tensors went in" in out
     assert main(["apply", f"{paths[0]}", "--allow-missing=any", f"{residual}", "-o", f"{tmp_path / 'b'}"]) == 0
     capsys.readouterr()
-    fuse = write_model(tmp_path / "fused", fused(model(3)))
-    arguments = ["apply", f"{fuse}", f"{residual}", "-o", f"{tmp_path / 'c'}", "--no-sync"]
+    little = write_model(tmp_path / "little", few(model(3)))
+    arguments = ["apply", f"{little}", f"{residual}", "-o", f"{tmp_path / 'c'}", "--no-sync"]
     assert main([*arguments, "--allow-missing"]) == 2
     assert "--allow-missing=any" in capsys.readouterr().err
     assert main([*arguments, "--allow-missing=any"]) == 0
