@@ -17,7 +17,7 @@ UNLIKE = 0.25
 what has the right name is likelier than an order of its rows that is half the same: what lies between rests on names.
 """
 PART = 0.2
-"""Cosine of the least alike sampled row of the tensors of a kind, in the median, below which these are not what they are
+"""Cosine of the least alike sampled row of tensors of a kind, in the median, below which these are not what they are
 named, however their other rows are. Of relatives it was .86 and more."""
 
 
