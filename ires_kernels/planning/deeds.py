@@ -115,6 +115,7 @@ def _check_values(role: str, other: str, aligned: Aligned, silent: Container[str
         name
         for name in aligned.failed
         if name not in silent
+        and not (names.is_head(name) and found.inputs[other].kind == "residual")  # base may have had none of its own
         and any(found.rules.factors(name) or (1,))
         and not any(match.absent for match in matcher.of(role, tensors[name]))  # else nothing is added to it
     ]
