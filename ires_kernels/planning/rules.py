@@ -19,7 +19,8 @@ DTYPES = {name.lower(): name for name, width in FLOATS.items() if width > 1}
 VOCABULARIES = ("target", "instruct", "rows")
 """What decides where the vocabularies of models disagree."""
 
-_LATER = ("renames", "trust_names")
+_LATER = ("vocabulary", "renames", "trust_names")
+"""Fields that older manifests do not have."""
 
 
 class ArgumentError(Refused):
