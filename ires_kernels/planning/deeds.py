@@ -111,13 +111,19 @@ def match(role: str, layouts: Mapping[str, Layout] | None, looks: Looks | None, 
 def _check_values(role: str, other: str, aligned: Aligned, silent: Container[str], found: Findings) -> None:
     """Refuse tensors whose values are not those of what they were matched with, where those of others are."""
     tensors, matcher = found.inputs[role].tensors, found.matcher
+
+    def is_asked(match: Match) -> bool:
+        """Whether values have a say: something is added, and not by tokens, which are looked at elsewhere."""
+        by_token = None if match.absent else _by_token(match.refs, found)
+        return not match.absent and (by_token is None or found.vocabulary.split(by_token) is None)
+
     failed = [
         name
         for name in aligned.failed
         if name not in silent
         and not (names.is_head(name) and found.inputs[other].kind == "residual")  # base may have had none of its own
         and any(found.rules.factors(name) or (1,))
-        and not any(match.absent for match in matcher.of(role, tensors[name]))  # else nothing is added to it
+        and all(map(is_asked, matcher.of(role, tensors[name])))
     ]
     by_kind: dict[tuple[str, str], list[str]] = {}
     for name in failed:

@@ -124,8 +124,6 @@ class Plan:
         del rules["dtype"]  # in place it is the target's
         if self.rules.rounding == "nearest":
             del rules["seed"]
-        if self.rules.vocabulary is None:  # as before there was such a rule
-            del rules["vocabulary"]
         return _hash({"roles": sorted(self.inputs), "own": sorted(self.roles_of_target()), "rules": rules, "tag": tag})
 
     def reads(self, role: str) -> dict[str, Operand]:
