@@ -14,6 +14,12 @@ from small_models import Tensors, normal, read_model, same, snapshot, write_mode
 
 import ires_kernels as ik
 from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.files.store import NewFile
+from ires_kernels.new_folder.run import begin, write_file
+from ires_kernels.planning.inputs import open_inputs
+from ires_kernels.planning.plan import plan_apply
+from ires_kernels.planning.rules import Rules
+from ires_kernels.streaming.options import Options
 
 SHAPES = {
     "model.embed_tokens.weight": (40, 64),
@@ -263,3 +269,71 @@ def test_the_plan_says_what_is_decoded(tmp_path: Path) -> None:
     other = write(tmp_path / "other", read_model(paths[2]), "fp8-block")
     plan_of_other = ik.apply(paths[0], (paths[1], other), out=tmp_path / "out", dry_run=True)
     assert plan_of_other.id != plan.id  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("stop", [2, 4, 6])
+def test_codes_and_scales_in_other_files_are_written_by_whoever_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    """Interrupted after some files, with codes in one and their scales in another: the same bytes in the end."""
+    paths = models(tmp_path, "fp8-block", None, None, shards=7, scale=4e-3)
+    whole = ik.apply(paths[0], (paths[1], paths[2]), out=tmp_path / "whole", sync=False)
+    places = json.loads((paths[0] / "model.safetensors.index.json").read_text())["weight_map"]
+    assert all(places[name] != places[f"{name}_scale_inv"] for name in QUANTIZED)
+    finish, finished = NewFile.finish, []
+
+    def give_up(file: NewFile) -> None:
+        finish(file)
+        finished.append(file)
+        if len(finished) == stop:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(NewFile, "finish", give_up)
+    with pytest.raises(KeyboardInterrupt):
+        ik.apply(paths[0], (paths[1], paths[2]), out=tmp_path / "out", sync=False, threads=1)
+    assert not (tmp_path / "out").exists()
+    report = ik.apply(paths[0], (paths[1], paths[2]), out=tmp_path / "out", sync=False)
+    wanted, found = read_model(tmp_path / "whole"), read_model(tmp_path / "out")
+    assert all(same(found[name], wanted[name]) for name in wanted)
+    assert report.requantized == whole.requantized  # type: ignore[union-attr]
+    assert ik.verify(tmp_path / "out")
+
+
+def test_each_file_can_be_written_alone(tmp_path: Path) -> None:
+    """As by workers on several machines: who writes scales computes the codes that are in another file for that."""
+    paths = models(tmp_path, "fp8-block", None, None, shards=7, scale=4e-3)
+    report = ik.apply(paths[0], (paths[1], paths[2]), out=tmp_path / "whole", sync=False)
+    inputs = open_inputs(dict(zip(("target", "instruct", "base"), paths, strict=True)))
+    plan, options = plan_apply(inputs, Rules.of(1)), Options.of("cpu", 1, None)
+    with begin(plan, tmp_path / "out", options, sync=False, sha256=False) as begun:
+        for name in begun.missing:
+            write_file(plan, name, tmp_path / "out", options, sync=False)
+    again = ik.apply(paths[0], (paths[1], paths[2]), out=tmp_path / "out", sync=False)
+    assert again.requantized == report.requantized  # type: ignore[union-attr]
+    wanted, found = read_model(tmp_path / "whole"), read_model(tmp_path / "out")
+    assert all(same(found[name], wanted[name]) for name in wanted)
+    assert ik.verify(tmp_path / "out")
+
+
+def test_settings_that_speak_of_codes_go_with_them(tmp_path: Path) -> None:
+    paths = models(tmp_path, "fp8-block")
+    config = json.loads((paths[0] / "config.json").read_text())
+    block = config.pop("quantization_config")
+    config["text_config"] = {"dtype": "bfloat16", "quantization_config": block, "hidden_size": 64}
+    config["expert_dtype"] = "fp4"
+    (paths[0] / "config.json").write_text(json.dumps(config))
+    (paths[0] / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
+    (paths[0] / "params.json").write_text(json.dumps({"dim": 64, "quantization": {"qformat_weight": "fp8_e4m3"}}))
+    (paths[0] / "other.json").write_text(json.dumps({"quantization": 1}))
+    ik.apply(paths[0], (paths[1], paths[2]), out=tmp_path / "out", sync=False, dtype="f16")
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert found == {
+        "model_type": "llama", "torch_dtype": "float16", "text_config": {"dtype": "float16", "hidden_size": 64},
+    }  # fmt: skip
+    assert json.loads((tmp_path / "out" / "params.json").read_text()) == {"dim": 64}
+    assert not (tmp_path / "out" / "hf_quant_config.json").exists()
+    assert json.loads((tmp_path / "out" / "other.json").read_text()) == {"quantization": 1}
+    assert ik.verify(tmp_path / "out")
+    ik.apply(paths[0], (paths[1], paths[2]), out=tmp_path / "kept", sync=False)
+    for name in ("config.json", "params.json", "hf_quant_config.json"):
+        assert (tmp_path / "kept" / name).read_bytes() == (paths[0] / name).read_bytes()
