@@ -97,6 +97,16 @@ class NotStored:
 
 
 @dataclass(frozen=True, slots=True)
+class ByToken:
+    """The rows of a residual's tensor that has one for each token."""
+
+    base: Count
+    """How many rows base has."""
+    own: tuple[tuple[Count, Count], ...] = ()
+    """The first and the number of rows that are those of instruct, and no difference."""
+
+
+@dataclass(frozen=True, slots=True)
 class Strength:
     """How much of the updates asked for with the same factors is in the stored result.
 
@@ -238,8 +248,8 @@ class Manifest:
     """Of a residual: `configs.special_ids` of instruct."""
     renamed_tokens: dict[str, Count] = field(default_factory=dict)
     """Of a residual: tokens of base in whose rows instruct has others, and their ids."""
-    own_rows: dict[str, tuple[tuple[Count, Count], ...]] = field(default_factory=dict)
-    """Of a residual: by tensor, the first row and the number of rows that are those of instruct, and no difference."""
+    by_token: dict[str, ByToken] = field(default_factory=dict)
+    """Of a residual: its tensors with a row for each token, where not all rows are differences."""
     table: dict[str, Any] = field(default_factory=dict, repr=False, compare=False, metadata={RAW: True})
     """As it stands."""
 

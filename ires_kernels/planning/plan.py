@@ -346,7 +346,7 @@ def plan_extract(
     found.warnings += _turned_round(inputs)
     found.warnings += configs.differences(inputs)
     found.notes += found.vocabulary.notes()
-    own_rows = found.vocabulary.own_rows()
+    by_token = found.vocabulary.by_token()
 
     stem = "residual-{:05}-of-{:05}" if len(groups) > 1 else "residual"
     layout = [
@@ -359,7 +359,7 @@ def plan_extract(
         "extract", dict(inputs), rules, files, placed, tuple(index), tuple(sidefiles.of_residual(instruct)),
         tuple(found.comparisons), found.not_stored, tuple(found.missing), (), tuple(found.warnings),
         tuple(found.notes),
-        sidefiles.record(base, instruct) | ({"own_rows": own_rows} if own_rows else {}), share,
+        sidefiles.record(base, instruct) | ({"by_token": by_token} if by_token else {}), share,
         layouts=found.matcher.layouts,
     )  # fmt: skip
 

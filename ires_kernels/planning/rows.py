@@ -50,6 +50,8 @@ class Donor:
 
     role: str
     rows: int
+    base: int
+    """How many rows its base has."""
     new: Mapping[int, str]
     """Its tokens whose rows are taken as they are, by id."""
     apart: AbstractSet[int]
@@ -78,7 +80,7 @@ def of_merge(counts: Mapping[str, int], donors: Sequence[Donor], rows: int, orde
         added = {}
         for donor in donors:
             there = _place(orders, donor.role, row)
-            if not 0 <= there < donor.rows or row in donor.lost:
+            if not 0 <= there < donor.rows or (exists and row in donor.lost):
                 continue
             if there in donor.new or not exists:
                 return "taken", {donor.role: there}

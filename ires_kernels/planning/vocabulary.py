@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ires_kernels.checkpoints import names, sidefiles, tokens
 from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.checkpoints.manifest import ByToken
 from ires_kernels.checkpoints.quantized import Ref
 from ires_kernels.checkpoints.tokens import Tokens
 from ires_kernels.planning.order import Order, listed
-from ires_kernels.planning.rows import Deed, Donor, Orders, Rows, Split, of_difference, of_merge
+from ires_kernels.planning.rows import Deed, Donor, Orders, Split, of_difference, of_merge
 from ires_kernels.planning.rules import Rules
 
 _SHOWN = 5
@@ -65,9 +66,10 @@ class Vocabulary:
     """Tokens of instruct that the output does without, by id."""
     names: dict[str, None] = field(default_factory=dict)
     """The tensors that were asked about."""
-    _splits: dict[str, Split] = field(default_factory=dict)
     reordered: bool = False
     """Whether the target has its tokens in another order than another model, and so keeps its tokenizer."""
+    _splits: dict[str, tuple[Split, Mapping[str, int]]] = field(default_factory=dict)
+    """By tensor, with the rows that the models have."""
     _orders: dict[str, dict[int, int]] = field(default_factory=dict)
     _known: dict[object, Split | None] = field(default_factory=dict)
     _tables: dict[str, Tokens | None] = field(default_factory=dict)
@@ -85,7 +87,7 @@ class Vocabulary:
         """
         self.names[refs[self.own].name] = None
         counts = {role: ref.shape[0] for role, ref in refs.items()}
-        stored = {role: rows for role, ref in refs.items() if (rows := self._own_rows(role, ref))}
+        stored = {role: known for role, ref in refs.items() if (known := self._stored(role, ref)) is not None}
         key = tuple(counts.items()), tuple(stored.items())
         if key not in self._known:
             same = len(set(counts.values())) == 1 and not stored
@@ -94,23 +96,24 @@ class Vocabulary:
             self._known[key] = None if found is not None and found.is_plain(counts) else found
         split, before = self._known[key], counts[self.own]
         if split is not None:
-            self._splits[refs[self.own].name] = split
+            self._splits[refs[self.own].name] = split, counts
             if split.rows > before:
                 self.grown[refs[self.own].name] = before, split.rows
         return split
 
-    def own_rows(self) -> dict[str, list[list[int]]]:
-        """The rows that a residual has of instruct, and no difference, by tensor: as its manifest keeps them."""
-        return {
-            name: [[piece.first, piece.count] for piece in split.pieces if piece.deed == "taken"]
-            for name, split in self._splits.items()
-        }
+    def by_token(self) -> dict[str, dict[str, Any]]:
+        """`Manifest.by_token` of a residual, in JSON types."""
+        found = {}
+        for name, (split, counts) in self._splits.items():
+            own = [[piece.first, piece.count] for piece in split.pieces if piece.deed == "taken"]
+            found[name] = {"base": counts["base"], "own": own}
+        return found
 
     def notes(self) -> list[str]:
         """How many rows are made in which way, and the tokens that get rows of instruct."""
         kinds: dict[str, list[str]] = {}
         whose = "instruct" if self.own == "instruct" or "instruct" in self.inputs else "the residual"
-        for name, split in self._splits.items():
+        for name, (split, _) in self._splits.items():
             words: dict[Deed, str] = {
                 "added": "are added to",
                 "taken": f"are taken from {whose}",
@@ -130,7 +133,7 @@ class Vocabulary:
         own, theirs = self._tokens("target"), self._tokens(role)
         return own is not None and theirs is not None and not theirs.ids.items() <= own.ids.items()
 
-    def _split(self, refs: Mapping[str, Ref], stored: Mapping[str, tuple[Rows, ...]]) -> Split:
+    def _split(self, refs: Mapping[str, Ref], stored: Mapping[str, ByToken]) -> Split:
         counts = {role: ref.shape[0] for role, ref in refs.items()}
         orders = {role: order for role in refs if (order := self._order(role, refs)) is not None}
         if self.own == "instruct":
@@ -138,7 +141,7 @@ class Vocabulary:
             self.taken |= new
             return of_difference(counts, new.keys(), orders)
         roles = [role for role in refs if role not in ("target", "base")]
-        donors = [self._donor(role, counts, stored.get(role, ()), orders) for role in roles]
+        donors = [self._donor(role, counts, stored.get(role), orders) for role in roles]
         self.reordered |= bool(orders)
         if orders:
             self._check_order(donors, orders)
@@ -151,16 +154,16 @@ class Vocabulary:
             self.taken |= {id_: token for id_, token in donor.new.items() if id_ < rows and id_ not in donor.lost}
         return of_merge(counts, donors, rows, orders)
 
-    def _own_rows(self, role: str, ref: Ref) -> tuple[Rows, ...]:
-        """The rows of a residual that are those of its instruct model, and no difference."""
+    def _stored(self, role: str, ref: Ref) -> ByToken | None:
+        """What a residual says of its rows, where some of them are no differences."""
         manifest = self.inputs[role].manifest
-        if self.inputs[role].kind != "residual" or manifest is None:
-            return ()
-        found, end = manifest.own_rows.get(ref.name, ()), 0
-        for first, count in found:
+        if self.inputs[role].kind != "residual" or manifest is None or ref.name not in manifest.by_token:
+            return None
+        found, end = manifest.by_token[ref.name], 0
+        for first, count in found.own:
             if first < end or not count or first + count > ref.shape[0]:
                 raise CheckpointError(
-                    f"{manifest.path}: own_rows of {ref.name!r} has [{first}, {count}], wanted rows of the "
+                    f"{manifest.path}: by_token of {ref.name!r} has [{first}, {count}], wanted rows of the "
                     f"{ref.shape[0]} in their order. Put the right file back, or extract again."
                 )
             end = first + count
@@ -202,31 +205,32 @@ class Vocabulary:
             if id_ < counts["instruct"] and (id_ >= rows or known.get(token) != id_)
         }
 
-    def _donor(self, role: str, counts: Mapping[str, int], stored: tuple[Rows, ...], orders: Orders) -> Donor:
+    def _donor(self, role: str, counts: Mapping[str, int], stored: ByToken | None, orders: Orders) -> Donor:
         """What there is to know of a model that is added: of one, or of a residual and what it has `stored`."""
         own, theirs = self._tokens("target"), self._tokens(role)
         base: Tokens | Mapping[str, int] | None = self._tokens("base")
-        apart: set[int] = set()
+        rows = counts[role]
         if role == "instruct":
             new = self._new(counts, orders)
-            apart.update(range(counts["base"], counts[role]) if not orders else (), new)
+            known_rows = counts["base"]
+            apart = {*new, *(() if orders else range(known_rows, rows))}
         else:
             manifest = self.inputs[role].manifest
             base = manifest.renamed_tokens if manifest else None
-            for first, count in stored:
-                apart.update(range(first, first + count))
+            apart, known_rows = _rows_of(stored), stored.base if stored else rows
             new = theirs.at(apart) if theirs else {}
         known = own is not None and theirs is not None and role not in orders
         lost = {own.ids[token] for token in tokens.lost(own, theirs, base)} if known and own and theirs else set()
-        return Donor(role, counts[role], new, apart, lost)
+        return Donor(role, rows, known_rows, new, apart, lost)
 
     def _decided(self, donor: Donor) -> Donor:
         """The same as the rule wants it, where tokens are in each other's way."""
         own = self._tokens("target")
         if self.rules.vocabulary == "instruct":
             return replace(donor, lost={id_ for id_ in donor.lost if id_ not in donor.new})
-        if self.rules.vocabulary == "target" and own:
-            there = {id_: token for id_, token in donor.new.items() if own.ids.get(token) == id_}
+        if self.rules.vocabulary == "target":
+            ids = own.ids if own else {}
+            there = {id_: token for id_, token in donor.new.items() if ids.get(token) == id_}
             self.left |= {id_: token for id_, token in donor.new.items() if id_ not in there}
             return replace(donor, new=there)
         if self.rules.vocabulary == "rows" and donor.role != "instruct":  # rows of a residual that cannot be added
@@ -274,15 +278,14 @@ class Vocabulary:
                 pairs = {id_: (donor.new[id_], token) for id_, (token, whose) in theirs.items() if whose == other}
                 self._clash(pairs, role, other, _ONE)
             seen |= {id_: (token, role) for id_, token in donor.new.items()}
-            end = _end(donor)
-            further = [row for row in donor.apart if row >= end]
-            if self._tokens(role) is None and further and (self._is_known() or end < rows):
+            further = range(donor.base, donor.rows)
+            if self._tokens(role) is None and further and (self._is_known() or donor.base < rows):
                 self._problem(
                     f"{role} has {len(further)} rows that base has not, and no tokenizer says whose", _MISSING
                 )
-            elif own is None and any(end <= id_ < rows for id_ in donor.new):
+            elif own is None and any(donor.base <= id_ < rows for id_ in donor.new):
                 self._problem(
-                    f"the target has {rows - end} rows that base has not, and no tokenizer says whose", _MISSING
+                    f"the target has {rows - donor.base} rows that base has not, and no tokenizer says whose", _MISSING
                 )
 
     def _clash(self, pairs: Mapping[int, tuple[str, str]], one: str, two: str, advice: str) -> None:
@@ -297,16 +300,19 @@ class Vocabulary:
         mine, theirs = self._tokens(self.own), self._tokens(role)
         if role == self.own or mine is None or theirs is None or mine.ids == theirs.ids:
             return None
+        if role == "base" and self._orders.get("instruct") == {}:  # which has been said already
+            return None
         if role not in self._orders:
-            self._orders[role] = {}
             order = Order.of(theirs, mine)
             if order.is_same:
                 return None
+            self._orders[role] = {}
             # A bias has too few values of a token to tell.
             ask = {r: names.embedding(self.inputs[r]) or refs[r] for r in (role, self.own)}
-            own_rows = {row for first, count in self._own_rows(role, ask[role]) for row in range(first, first + count)}
-            found = order.likeness(self.inputs, (role, self.own), ask, own_rows) if order.moved else None
-            if found is not None and found.agrees:
+            without = _rows_of(self._stored(role, ask[role]))
+            look = order.moved and not self.rules.trust_names
+            found = order.likeness(self.inputs, (role, self.own), ask, without) if look else None
+            if found.agrees if found else order.moved and self.rules.trust_names:
                 pairs = ((id_, theirs.ids.get(token)) for token, id_ in mine.ids.items())
                 self._orders[role] = {id_: there for id_, there in pairs if there is not None}
             else:
@@ -330,9 +336,6 @@ class Vocabulary:
                 self._problem(f"{whose}, and lacks tokens of {donor.role}: {listed(lacking)}", _LEAVE)
 
 
-def _end(donor: Donor) -> int:
-    """How many rows base has, as far as its residual tells."""
-    end = donor.rows
-    while end - 1 in donor.apart:
-        end -= 1
-    return end
+def _rows_of(stored: ByToken | None) -> set[int]:
+    """The rows of a residual that are no differences."""
+    return {row for first, count in (stored.own if stored else ()) for row in range(first, first + count)}

@@ -233,7 +233,17 @@ def test_rows_by_number(tmp_path: Path) -> None:
     ik.apply(tmp_path / "target", family.pair(), out=out, vocabulary="rows", sync=False)
     family.check(out, "+" * 22 + "t")
     ik.extract(tmp_path / "base", tmp_path / "instruct", tmp_path / "residual", vocabulary="rows", sync=False)
-    assert json.loads((tmp_path / "residual/residual.json").read_text())["own_rows"][HEAD] == [[22, 2]]
+    assert json.loads((tmp_path / "residual/residual.json").read_text())["by_token"][HEAD] == {
+        "base": 22,
+        "own": [[22, 2]],
+    }
+
+
+def test_tokens_in_the_last_rows_of_base_need_no_tokenizer_of_the_target(tmp_path: Path) -> None:
+    family = Family(tmp_path, base=(22, []), instruct=(22, CHAT), target=(22, None))
+    out = family.merged()
+    family.check(out, "+" * 20 + "ii")
+    assert "<|im_end|>" in (out / "tokenizer.json").read_text()
 
 
 @pytest.mark.parametrize(
@@ -342,6 +352,8 @@ def test_values_that_deny_another_order(tmp_path: Path) -> None:
     assert "target has another tokenizer than instruct: 20 of 20 tokens are at other ids, 0 'w0', 1 'w1'" in text
     assert re.search(r"rows of one token have a cosine of -?0\.\d\d", text)
     assert "--skip" in text
+    plan = family.plan(trust_names=True)
+    assert [step.op for step in plan.steps if step.name == HEAD] == ["add_difference"], "by the texts, then"
     out = tmp_path / "out"
     skip = re.search(r"--skip '(.*)'", text)
     assert skip
@@ -428,9 +440,9 @@ def test_own_rows_that_somebody_made_up(tmp_path: Path, rows: object) -> None:
     ik.extract(tmp_path / "base", tmp_path / "instruct", tmp_path / "residual", sync=False)
     path = tmp_path / "residual/residual.json"
     manifest = json.loads(path.read_text())
-    assert manifest["own_rows"] == {name: [[20, 2]] for name in BY_TOKEN}
-    path.write_text(json.dumps(manifest | {"own_rows": {HEAD: rows}}))
-    with pytest.raises(CheckpointError, match=r"residual\.json: .*own_rows"):
+    assert manifest["by_token"] == {name: {"base": 24, "own": [[20, 2]]} for name in BY_TOKEN}
+    path.write_text(json.dumps(manifest | {"by_token": {HEAD: {"base": 24, "own": rows}}}))
+    with pytest.raises(CheckpointError, match=r"residual\.json: .*by_token"):
         ik.apply(family.root / "target", tmp_path / "residual", out=tmp_path / "out")
 
 
@@ -470,7 +482,7 @@ def test_rows_one_by_one(counts: dict[str, int], new: dict[int, str], lost: set[
     new = {row: token for row, token in new.items() if row < counts["instruct"]}
     apart = {*new, *range(counts["base"], counts["instruct"])}
     rows = max(counts["target"], counts["instruct"]) if further else counts["target"]
-    found = of_merge(counts, [Donor("instruct", counts["instruct"], new, apart, lost)], rows, {})
+    found = of_merge(counts, [Donor("instruct", counts["instruct"], counts["base"], new, apart, lost)], rows, {})
     made: list[tuple[str, dict[str, int]]] = []
     for piece in found.pieces:
         each = {role: [r for first, n in runs for r in range(first, first + n)] for role, runs in piece.rows.items()}
@@ -478,7 +490,8 @@ def test_rows_one_by_one(counts: dict[str, int], new: dict[int, str], lost: set[
         assert piece.first == len(made)
         made += [(piece.deed, {role: places[i] for role, places in each.items()}) for i in range(piece.count)]
     for row, done in enumerate(made):
-        own, there = row < counts["target"], row < counts["instruct"] and row not in lost
+        own = row < counts["target"]
+        there = row < counts["instruct"] and not (own and row in lost)
         if there and (row in new or not own):
             assert done == ("taken", {"instruct": row})
         elif there and row < counts["base"]:
