@@ -46,7 +46,7 @@ def weights(folder: Path, *, sound: bool = True) -> dict[str, Tensor]:
         whole = numbers(ref)
         for first, count in _runs(ref.numel):
             run = numbers(ref.run(first, count))
-            assert torch.equal(run.view(torch.int32), whole[first : first + count].view(torch.int32))
+            assert torch.equal(run.view(torch.int32), whole[first : first + count].view(torch.int32))  # NaN as well
         made[name] = whole.view(ref.shape)
     return made
 
