@@ -61,6 +61,12 @@ class Codes:
             raise Undecided(f"{kind}, and there is no scale of them in any file")
         raise Undecided(f"{kind}, and there is no {self.stem}{endings[0]} in any file")
 
+    def confirm(self, form: str, *families: str) -> None:
+        """Raise Undecided where there are settings, and none of them says that weights have this format."""
+        if self.claims.formats and not self.claims.of(*families):
+            said = ", ".join(sorted({f"{claim}" for claim in self.claims.formats}))
+            raise Undecided(f"its tensors have the format {form}, and {self.claims.where} says {said}")
+
     def add(self, part: str, ref: TensorRef) -> TensorRef:
         """Take a companion for a part of the weight."""
         self.parts.append((part, ref))

@@ -22,6 +22,7 @@ def packed(codes: Codes) -> QuantizedRef:
     scale = codes.add("scale", check(codes.wanted("weight_scale"), None, *FLOAT_SCALES))
     if stated := codes.beside("weight_shape"):
         codes.add("shape", check(stated, (len(codes.ref.shape),), "I64", "I32"))
+    codes.confirm("pack-quantized", "pack-quantized", "int8")
     said = codes.claims.of("pack-quantized", "int8")
     width, bits = _width(codes, scale, stated, said)
     full = (*lead, width)
@@ -80,6 +81,7 @@ def gptq_or_awq(codes: Codes) -> QuantizedRef:
         size = group(down, groups, codes.claims.of("awq"), scale, where)
         check(zero, (groups, words), "I32")
         return codes.weight("awq", (out, down), {"bits": 4, "rows": 1, "columns": size, "scale": scale.dtype})
+    codes.confirm("gptq", "gptq")
     claim = next(iter(codes.claims.of("gptq")), Claim("gptq"))
     if claim.bits not in (2, 3, 4, 8):
         found = f"{where} says {claim.bits} bits" if where else "there is no quantization_config in a config.json"

@@ -58,6 +58,7 @@ def _scale(codes: Codes) -> TensorRef:
 
 def _fp8(codes: Codes, scale: TensorRef) -> QuantizedRef:
     full, said = codes.ref.shape, codes.claims.of("fp8", "mxfp8")
+    codes.confirm("fp8", "fp8", "mxfp8")  # before its sides, of which other settings say nothing
     codes.add("scale", check(scale, None, *FLOAT_SCALES, *EXPONENTS))
     read = "F8_E8M0" if scale.dtype in EXPONENTS else scale.dtype
     grouped = full[-1] % 32 == 0 and scale.shape == (*full[:-1], full[-1] // 32)

@@ -129,8 +129,5 @@ def _weight(codes: Codes) -> QuantizedRef:
     odd = next((name for name in codes.others if name.removeprefix(codes.stem) in _TOO_MUCH), None)
     if odd is not None:
         raise Undecided(f"{odd} changes the weight besides its scale: not decoded")
-    families = _FAMILIES.get(weight.format.name, (weight.format.name,))
-    if codes.claims.formats and not codes.claims.of(*families):
-        said = ", ".join(sorted({f"{claim}" for claim in codes.claims.formats}))
-        raise Undecided(f"its tensors have the format {weight.format}, and {codes.claims.where} says {said}")
+    codes.confirm(f"{weight.format}", *_FAMILIES.get(weight.format.name, (weight.format.name,)))
     return weight

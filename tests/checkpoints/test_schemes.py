@@ -243,7 +243,7 @@ BNB: Shapes = {f"{X}.weight": (U8, (48, 1)), f"{X}.weight.absmax": (F32, (2,)), 
         ({**W, f"{X}.scale": (F32, ())}, None, f"{X}.scale is F32, wanted F8_E8M0, or another name: not decoded"),
         ({f"{X}.weight": (torch.float8_e5m2, (4, 4)), f"{X}.weight_scale": (F32, ())}, None,
          f"{X}.weight has F8_E5M2 codes with a scale of F32, {X}.weight_scale: not decoded"),
-        (SCALED, INT8, "its tensors have the format fp8-block 128 × 128, and quantization_config in config.json says "
+        (SCALED, INT8, "its tensors have the format fp8, and quantization_config in config.json says "
                        "int8 of 8 bits in blocks of 1 × all"),
         (FORMATS["compressed-tensors mxfp4"][0], block("quark"),
          "its tensors have the format mxfp4, and quantization_config in config.json says fp8"),
@@ -287,6 +287,14 @@ BNB: Shapes = {f"{X}.weight": (U8, (48, 1)), f"{X}.weight.absmax": (F32, (2,)), 
         (GPTQ_TENSORS, None,
          f"{X}.qweight has GPTQ codes, and there is no quantization_config in a config.json: wanted one that says "
          "2, 3, 4 or 8 bits"),
+        (GPTQ_TENSORS, AWQ,
+         "its tensors have the format gptq, and quantization_config in config.json says awq of 4 bits in blocks of 1 × "
+         "32"),
+        (PACKED, FP8,
+         "its tensors have the format pack-quantized, and quantization_config in config.json says fp8 of 8 bits in "
+         "blocks of 128 × 128"),
+        ({f"{X}.weight": (F8, (256, 300)), f"{X}.weight_scale_inv": (F32, (2, 3))}, block("mxfp4"),
+         "its tensors have the format fp8, and quantization_config in config.json says mxfp4 of 4 bits"),
         (GPTQ_TENSORS, block("gptq", bits=4, group_size=64),
          f"{X}.scales has 3 groups for 96 columns, and by quantization_config in config.json groups have 64"),
         (GPTQ_TENSORS, block("gptq", bits=4, group_size=32, checkpoint_format="marlin"),
@@ -326,7 +334,7 @@ def test_settings_of_other_files_count(tmp_path: Path) -> None:
     files = {"hf_quant_config.json": json.dumps(table)}
     got = found(tmp_path, SCALED, files=files)
     said = "quantization in hf_quant_config.json says nvfp4"
-    assert got.refused == {f"{X}.weight": f"its tensors have the format fp8-block 128 × 128, and {said}"}
+    assert got.refused == {f"{X}.weight": f"its tensors have the format fp8, and {said}"}
 
 
 STATE = f"{X}.weight.quant_state.bitsandbytes__nf4"
