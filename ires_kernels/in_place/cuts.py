@@ -38,8 +38,12 @@ SIZES = Sizes()
 """Where nothing else is asked for."""
 _DTYPE = "Leave --dtype out, or write a new folder with -o OUT."
 _QUANTIZED = "Write a new folder with -o OUT, or leave such modules as they are with --skip."
-_SHAPE = "Write a new folder with -o OUT; or keep the rows of the target, with --vocabulary target."
+_OTHER = "Write a new folder with -o OUT; or keep the rows of the target, with --vocabulary target."
 _ALIAS = "Give a copy of that model, or write a new folder with -o OUT."
+
+
+_File = tuple[int, int]
+"""Device and inode."""
 
 
 class Segment(NamedTuple):
@@ -98,7 +102,7 @@ def changes(plan: Plan) -> tuple[Step, ...]:
         if step.shape != tensors[step.name].shape:
             raise CheckpointError(
                 f"cannot apply in place: {brief(step.name)} is {list(tensors[step.name].shape)} in "
-                f"{tensors[step.name].path} and would become {list(step.shape)}, which takes other bytes. {_SHAPE}"
+                f"{tensors[step.name].path} and would become {list(step.shape)}, which takes other bytes. {_OTHER}"
             )
     for name, content in plan.documents:
         if name == "config.json" and json.loads(content) != plan.inputs["target"].config:
@@ -160,15 +164,25 @@ def _check_aliases(plan: Plan, steps: Iterable[Step]) -> None:
                 )
     for step in steps:
         target = plan.inputs["target"].tensors[step.name]
-        place = [(files[target.path], target.offset + step.start)]
+        place = target.offset + step.start
         for operand in step.operands:
-            read = [(files[ref.path], ref.offset) for ref in operand.refs if isinstance(ref, TensorRef)]
-            if read != place and any(files[path] in own for path in operand.paths):
+            read = [(files[ref.path], ref.offset, ref.nbytes) for ref in operand.refs if isinstance(ref, TensorRef)]
+            other = own.keys().isdisjoint(files[path] for path in operand.paths)
+            if not other and (operand.is_decoded or not _lies_at(read, files[target.path], place)):
                 raise CheckpointError(
                     f"cannot apply in place: {brief(step.name)} needs {brief(operand.text)} of {operand.role}, "
-                    f"which is the target and would be overwritten. {_ALIAS}"
+                    f"which is the target and would be overwritten. {_OTHER if operand.role == 'target' else _ALIAS}"
                 )
 
 
-def _file(file_id: FileId) -> tuple[int, int]:
+def _lies_at(runs: Iterable[tuple[_File, int, int]], file: _File, offset: int) -> bool:
+    """Whether runs, each of (file, offset, bytes), are what the file has from `offset` on."""
+    for its, begin, nbytes in runs:
+        if (its, begin) != (file, offset):
+            return False
+        offset += nbytes
+    return True
+
+
+def _file(file_id: FileId) -> _File:
     return file_id.dev, file_id.ino

@@ -235,10 +235,14 @@ class Step:
     @property
     def is_own(self) -> bool:
         """Whether it leaves elements of the target as they are, in their place."""
-        if self.op != "copy" or self.operands[0].role != "target" or len(self.operands[0].refs) > 1:
+        if self.op != "copy" or self.operands[0].role != "target":
             return False
-        (ref,) = self.operands[0].refs
-        return (ref.tensor, ref.first) == (self.name, self.first)
+        at = self.first
+        for ref in self.operands[0].refs:
+            if (ref.tensor, ref.first) != (self.name, at):
+                return False
+            at += ref.numel
+        return True
 
 
 def by_output(steps: Iterable[Step]) -> dict[Output, list[Step]]:

@@ -186,8 +186,29 @@ def test_what_cannot_be_done_in_place(tmp_path: Path, monkeypatch: pytest.Monkey
         return [replace(first, operands=(there,)), *others]
 
     monkeypatch.setattr(deeds, "apply_steps", from_elsewhere)
-    with pytest.raises(CheckpointError, match=r"needs 'lm_head.weight\[608:640\]' of target, which is the target and"):
+    with pytest.raises(
+        CheckpointError, match=r"needs 'lm_head.weight\[608:640\]' of target, which is the target and.*Write a"
+    ):
         apply(target, (instruct, base), skip="embed|layers")
+
+    def in_pieces(ref: TensorRef, found: Findings) -> list[Step]:
+        """What there is, said in several runs, is what there is."""
+        steps = made_of_parts.steps_of_parts(ref, found)
+        return [replace(s, operands=tuple(map(halved, s.operands))) if len(steps) > 1 else s for s in steps]
+
+    def halved(operand: Operand) -> Operand:
+        (ref, *others), half = operand.refs, operand.refs[0].numel // 2
+        return replace(operand, refs=(ref.run(0, half), ref.run(half, ref.numel - half), *others))
+
+    monkeypatch.setattr(deeds, "apply_steps", made_of_parts.steps_of_parts)
+    wanted, plans = apply(copy(target, "one"), (instruct, base), **OPTIONS), []
+    for steps in (made_of_parts.steps_of_parts, in_pieces):
+        monkeypatch.setattr(deeds, "apply_steps", steps)
+        plans.append(ik.apply(target, (instruct, base), in_place=True, dry_run=True, **OPTIONS))
+    assert all(isinstance(plan, Plan) for plan in plans)
+    assert plans[0].bytes_written == plans[1].bytes_written
+    assert apply(copy(target, "two"), (instruct, base), **OPTIONS).numbers() == wanted.numbers()
+    assert visible(tmp_path / "two") == visible(tmp_path / "one")
 
     def grown(ref: TensorRef, found: Findings) -> list[Step]:
         own = made_of_parts.steps_of_parts(ref, found)
