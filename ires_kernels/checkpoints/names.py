@@ -39,6 +39,11 @@ def is_head(name: str) -> bool:
     return _HEAD.search(name) is not None
 
 
+def is_embedding(name: str) -> bool:
+    """Whether this is an embedding of tokens, by its name."""
+    return _EMBEDDING.search(name) is not None
+
+
 def is_vocabulary(name: str) -> bool:
     """Whether the first dimension is the vocabulary's: embeddings and heads."""
     return _HEAD.search(name) is not None or _EMBEDDING.search(name) is not None

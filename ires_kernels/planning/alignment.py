@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from ires_kernels.checkpoints import names
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
 from ires_kernels.checkpoints.quantized import Ref
+from ires_kernels.planning.embeddings import partners
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.fusions import Fusing, Undecided, heads, side
 from ires_kernels.planning.fusions import text as fused_text
@@ -121,6 +122,7 @@ class _Aligning:
         self._judge(self.runs)
         if not self._are_strangers():
             Moved(self.values, self.runs, self.judged, self.rules).search(pairs, self.undecided, self.found.causes)
+        self._pair_embeddings()
         self._cover(pairs)
         self._conclude(pairs)
         self.found.layout = Layout(self.runs, tuple(self.rules))
@@ -136,6 +138,18 @@ class _Aligning:
             or self.left(name)
             or (isinstance(ref, TensorRef) and names.is_recomputed(ref))
         )
+
+    def _pair_embeddings(self) -> None:
+        """Match what has a row for each token and is left: other names, and other numbers of rows or another order.
+
+        What the rows have to do with each other is for their tokens to say.
+        """
+        taken = {run.name for runs in self.runs.values() for run in runs}
+        ours = {name: ref for name, ref in self.mine.items() if self._is_open(name, ref, self.theirs)}
+        yours = {n: ref for n, ref in self.theirs.items() if n not in taken and self._is_open(n, ref, self.mine)}
+        for name, partner in partners(ours, yours, self.models[self.role], self.models[self.other]).items():
+            self.runs[name] = whole(partner, self.theirs[partner])
+            self.rules.append(Rule(f"{quoted([name])} is {quoted([partner])}", ", whatever rows they have", 1))
 
     def _rename(self) -> None:
         """Match what the user says belongs to each other."""

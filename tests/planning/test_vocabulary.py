@@ -375,6 +375,30 @@ def test_another_order_with_tokens_that_the_target_lacks(tmp_path: Path) -> None
     assert same(found[HEAD], (t + i[:20] - b).to(torch.bfloat16)[ORDER[:20]])
 
 
+# --- other names
+
+
+META = {EMBEDDING: "tok_embeddings.weight", HEAD: "output.weight", BIAS: "output.bias", MLP: "layers.0.mlp.weight"}
+
+
+@pytest.mark.parametrize("roles", [("target",), ("instruct", "base"), ("base",)])
+@pytest.mark.parametrize("words", ["prefix", "Meta"])
+def test_other_names_and_other_rows_at_once(tmp_path: Path, roles: tuple[str, ...], words: str) -> None:
+    family = Family(tmp_path, base=(22, []), instruct=(24, CHAT), target=(26, []))
+    for role in roles:
+        made = {
+            META[name] if words == "Meta" else f"language_model.{name}": t for name, t in family.tensors[role].items()
+        }
+        save_file(made, tmp_path / role / "model.safetensors", {"format": "pt"})
+    out = family.merged()
+    found = {
+        next((own for own, other in META.items() if name in (other, f"language_model.{own}")), name): t
+        for name, t in read_model(out).items()
+    }
+    save_file(found, out / "model.safetensors", {"format": "pt"})
+    family.check(out, "+" * 20 + "ii" + "tttt")
+
+
 # --- heads, configs, several residuals
 
 
