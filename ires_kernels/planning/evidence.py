@@ -41,7 +41,8 @@ RUNS, RUN = 4, 64
 of 1/16, and the 64 of a run of 1/8: what is called alike lies 8 and 4 deviations off."""
 ALIKE = 0.5
 """The correlation from which two tensors are called alike. It lies in the middle of what was measured on trained models
-(examples/continual/README.md): 0.86 and more for each row of relatives, -0.1 to 0.1 for tensors of strangers."""
+(examples/continual/README.md): 0.86 and more for each row of relatives, -0.1 to 0.1 for tensors of strangers. It is the
+correlation, which of weights is their cosine, since the cosine of any two norms is near 1."""
 FAR = 0.5
 """Norm of the difference, in units of the source's, from which two tensors that do not correlate are called unlike.
 Of strangers without a mean it is 1 or more. It is less where a mean much larger than the spread makes all tensors of a
