@@ -147,13 +147,15 @@ def _compared(model: str, base: str, steps: Iterable[Step], looks: Looks) -> Anc
 def _odd(matrices: Mapping[str, Likeness]) -> dict[str, float]:
     """Tensors whose values deny what those of most confirm, and kinds of which some of the rows do."""
     odd = {name: found.cosine for name, found in matrices.items() if found.agrees is False}
-    kinds: dict[str, dict[str, float]] = {}
-    for name, found in matrices.items():
-        if math.isfinite(found.weakest) and not names.is_vocabulary(name):  # tokens are learnt, or are not, row by row
-            kinds.setdefault(names.pattern(name), {})[name] = found.weakest
-    for kind in kinds.values():
-        if statistics.median(kind.values()) < ODD:
-            odd = kind | odd
+    suspects = {names.pattern(name) for name, found in matrices.items() if found.weakest < ODD}
+    kinds: dict[str, dict[str, float]] = {kind: {} for kind in suspects}
+    for name, found in matrices.items() if kinds else ():
+        kind = names.pattern(name)
+        if kind in kinds and math.isfinite(found.weakest):
+            kinds[kind][name] = found.weakest
+    for kind, weakest in kinds.items():
+        if statistics.median(weakest.values()) < ODD and not names.is_vocabulary(kind):  # tokens are learnt row by row
+            odd = weakest | odd
     return odd
 
 
@@ -194,6 +196,11 @@ def _pieces(
     for step in steps:
         refs = {operand.role: operand.refs for operand in step.operands}
         if own in refs and source in refs:
+            ours, theirs = refs[own], refs[source]
+            if len(ours) == len(theirs) == 1 and not (ours[0].whole or theirs[0].whole):
+                piece = _Piece(theirs[0], 0, ours[0], 0, step.count)
+                found.setdefault((theirs[0].name, ours[0].name), (step.name, [piece]))
+                continue
             for piece in _shared(_runs(inputs[source], refs[source]), _runs(inputs[own], refs[own])):
                 output, pieces = found.setdefault((piece.source.name, piece.own.name), (step.name, []))
                 if output == step.name:

@@ -203,23 +203,33 @@ def likeness(source: Sequence[float], target: Sequence[float]) -> Likeness:
     count = len(s)
     if len(t) != count:
         raise ValueError(f"{count} values of the source, {len(t)} of the target")
-    parts = [slice(start, start + RUN) for start in range(0, count - RUN + 1, RUN)] if count >= 2 * RUN else []
-    parts = [*parts[:-1], slice(parts[-1].start, count)] if parts else [slice(0, count)]
-    dots = [sum(map(mul, s[part], t[part])) for part in parts]
-    norms = [(math.hypot(*s[part]), math.hypot(*t[part])) for part in parts]
-    dot, norm_s, norm_t = sum(dots), math.hypot(*(n for n, _ in norms)), math.hypot(*(n for _, n in norms))
+    dots, norms_s, norms_t = [], [], []
+    for part in _parts(count):
+        some, others = s[part], t[part]
+        dots.append(sum(map(mul, some, others)))
+        norms_s.append(math.hypot(*some))
+        norms_t.append(math.hypot(*others))
+    dot, norm_s, norm_t = sum(dots), math.hypot(*norms_s), math.hypot(*norms_t)
     if not (norm_s * norm_t > 0 and math.isfinite(norm_s * norm_t)):
         return Likeness(count, math.nan, math.nan, math.nan, math.nan, s == t)
-    least = FAINT / math.sqrt(len(parts))
-    heard = [d / (a * b) for d, (a, b) in zip(dots, norms, strict=True) if a > least * norm_s and b > least * norm_t]
+    least = FAINT / math.sqrt(len(dots))
+    least_s, least_t = least * norm_s, least * norm_t
+    heard = [d / (a * b) for d, a, b in zip(dots, norms_s, norms_t, strict=True) if a > least_s and b > least_t]
     return Likeness(
         count,
         dot / (norm_s * norm_t),
         _correlation(dot, norm_s, norm_t, sum(s), sum(t), count),
         math.dist(s, t) / norm_s,
-        min(heard) if len(parts) > 1 and heard else math.nan,
+        min(heard) if len(dots) > 1 and heard else math.nan,
         s == t,
     )
+
+
+@lru_cache(maxsize=512)
+def _parts(count: int) -> tuple[slice, ...]:
+    """Parts of RUN of so many elements, the last one with what is left over."""
+    starts = range(0, max(count - RUN, 0) + 1, RUN)
+    return tuple(slice(start, count if start == starts[-1] else start + RUN) for start in starts)
 
 
 def _correlation(dot: float, norm_s: float, norm_t: float, sum_s: float, sum_t: float, count: int) -> float:
