@@ -18,6 +18,7 @@ from small_models import SHAPES, Tensors, normal, tensors, write_model
 import ires_kernels as ik
 from ires_kernels.checkpoints import sources
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, open_checkpoint
+from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.planning import ancestry
 from ires_kernels.planning.ancestry import Ancestry
 from ires_kernels.planning.evidence import Looks, Sample, old_places, places
@@ -433,3 +434,63 @@ def test_a_sketch_of_a_tensor_with_rows_that_base_lacks(tmp_path: Path) -> None:
 def normal_ref(base: Checkpoint, rows: int) -> TensorRef:
     """Some rows of a tensor that is there."""
     return base.tensors["embed"].run(0, rows * 64)
+
+
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": False}
+
+
+def split() -> Tensors:
+    """Two layers with q, k and v, gate and up apart."""
+    shapes = {"model.embed_tokens.weight": (200, 64), "model.norm.weight": (64,)}
+    for i in range(2):
+        parts = {"q_proj": (128, 64), "k_proj": (32, 64), "v_proj": (32, 64), "o_proj": (64, 128)}
+        shapes |= {f"model.layers.{i}.self_attn.{name}.weight": shape for name, shape in parts.items()}
+        parts = {"gate_proj": (96, 64), "up_proj": (96, 64), "down_proj": (64, 96)}
+        shapes |= {f"model.layers.{i}.mlp.{name}.weight": shape for name, shape in parts.items()}
+    return tensors(1, shapes)
+
+
+def joined(weights: Tensors) -> Tensors:
+    """The same, with q, k and v in one, and gate and up."""
+    made = {}
+    for name, t in weights.items():
+        if "q_proj" in name:
+            others = [weights[name.replace("q_proj", f"{part}_proj")] for part in "kv"]
+            made[name.replace("q_proj", "qkv_proj")] = torch.cat([t, *others])
+        elif "gate_proj" in name:
+            made[name.replace("gate", "gate_up")] = torch.cat([t, weights[name.replace("gate", "up")]])
+        elif not re.search(r"(\.k|\.v|\.up)_proj", name):
+            made[name] = t
+    return made
+
+
+def rotated(weights: Tensors) -> Tensors:
+    """The same, with the rows of each head of q and k in the other rotary order."""
+    return {
+        name: t.view(-1, 2, 8, 64).transpose(1, 2).reshape(t.shape) if re.search(r"[qk]_proj", name) else t
+        for name, t in weights.items()
+    }
+
+
+def test_a_residual_knows_its_base_and_targets_whatever_their_layouts(tmp_path: Path) -> None:
+    w, target = split(), moved(split(), 0.2, 6)
+    models = {"base": w, "joined base": joined(w), "rotated base": rotated(w), "instruct": moved(w, 0.2)}
+    models |= {"target": target, "joined target": joined(target)}
+    paths = {name: write_model(tmp_path / name, each, config=HEADS) for name, each in models.items()}
+    for i, base in enumerate(("base", "joined base", "rotated base")):
+        ik.extract(paths[base], paths["instruct"], tmp_path / f"r{i}", sync=False)
+        assert sketch_of(tmp_path / f"r{i}") == sketch_of(tmp_path / "r0")
+    for name, relation in {
+        "base": "is",
+        "joined base": "is",
+        "target": "descends",
+        "joined target": "descends",
+    }.items():
+        plan = ik.apply(paths[name], tmp_path / "r2", out=tmp_path / "out", dry_run=True)
+        assert plan.warnings == ()
+        (found,) = plan.to_dict()["ancestry"]
+        assert (found["relation"], found["odd"]) == (relation, {})
+        assert found["tensors"] == len(models[name])
+    other = write_model(tmp_path / "rotated target", rotated(target), config=HEADS)
+    with pytest.raises(CheckpointError, match=r"self_attn\.q_proj.* agree in name and shape with residual"):
+        ik.apply(other, tmp_path / "r0", out=tmp_path / "out", dry_run=True)
