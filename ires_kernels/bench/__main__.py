@@ -2,7 +2,8 @@
 
 Everything is checked against the reference arithmetic before the clock starts, contenders take turns in one run, and
 what is reported are medians and quartiles of the rounds' ratios. The cases are in kernels, quantized, merges,
-mappings and start, and those of ``gpu``, for a GPU machine, in gpu and gpu_merges.
+mappings and start; that of ``fp8``, which takes as long as those do who merge by hand, in fp8; and those of ``gpu``,
+for a GPU machine, in gpu and gpu_merges.
 Exit codes: 0 measured, whatever the numbers; 1 a result was wrong, nothing was timed; 2 wrong usage.
 """
 
@@ -78,6 +79,8 @@ def main(argv: Sequence[str] | None = None, device: Accelerator | None = None) -
             _quantized(arguments, report)
         if arguments.what in ("merge", "all"):
             _merges(arguments, report)
+        if arguments.what == "fp8":
+            _fp8(arguments, report)
         if arguments.what in ("mapped", "all"):
             _mapped(arguments, report)
         if arguments.what in ("start", "all"):
@@ -113,6 +116,7 @@ class Report:
     kernels: list[Result] = field(default_factory=list)
     quantized: list[Result] = field(default_factory=list)
     merges: list[Result] = field(default_factory=list)
+    fp8: list[Result] = field(default_factory=list)
     mapped: list[Result] = field(default_factory=list)
     start: list[Result] = field(default_factory=list)
     across: list[Comparison] = field(default_factory=list)
@@ -125,7 +129,7 @@ class Report:
 
     def comparisons(self) -> list[Comparison]:
         """Those of all results."""
-        results = (*self.kernels, *self.quantized, *self.merges, *self.mapped, *self.start)
+        results = (*self.kernels, *self.quantized, *self.merges, *self.fp8, *self.mapped, *self.start)
         return [each for result in results for each in result.comparisons()] + self.across
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,6 +142,7 @@ class Report:
             "kernels": [result.to_dict() for result in self.kernels],
             "quantized": [result.to_dict() for result in self.quantized],
             "merges": [result.to_dict() for result in self.merges],
+            "fp8": [result.to_dict() for result in self.fp8],
             "mapped": [result.to_dict() for result in self.mapped],
             "start": [result.to_dict() for result in self.start],
             "comparisons": [each.to_dict() for each in self.comparisons()],
@@ -158,7 +163,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         return [_at_least_one(part) for part in text.split(",")]
 
     parser = argparse.ArgumentParser(prog="python -m ires_kernels.bench", description=__doc__.partition("\n")[0])
-    whats = ["kernels", "quantized", "merge", "mapped", "start", "all", "gpu"]
+    whats = ["kernels", "quantized", "merge", "fp8", "mapped", "start", "all", "gpu"]
     parser.add_argument("what", nargs="?", choices=whats, default="all")
     parser.add_argument(
         "--size",
@@ -193,7 +198,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.dir and not Path(arguments.dir).is_dir():
         parser.error(f"--dir {arguments.dir}: wanted a folder that exists")
     try:
-        if arguments.what not in ("merge", "mapped", "start"):
+        if arguments.what not in ("merge", "fp8", "mapped", "start"):
             default = ON_GPU if on_gpu else ELEMENTS
             arguments.elements = (
                 default if size is None else SHAPES[size].parameters if size in SHAPES else count_of(size)
@@ -238,6 +243,8 @@ def _ahead(arguments: argparse.Namespace) -> Iterator[outlook.Outlook]:
         yield outlook.of_quantized(len(quantized.CASES), arguments.elements, _kernel_threads(arguments), rounds)
     if what in ("merge", "all"):
         yield outlook.of_merges(arguments.shapes, rounds)
+    if what == "fp8":
+        yield outlook.of_fp8(arguments.shapes, rounds)
     if what in ("mapped", "all"):
         yield outlook.of_mapped(arguments.shapes, rounds)
     if what in ("start", "all"):
@@ -320,6 +327,16 @@ def _merges(arguments: argparse.Namespace, report: Report) -> None:
     cache = "inputs dropped from the page cache" if arguments.cold else "page cache warm where the models fit"
     title = f"Whole merges, {cache}"
     print_contenders(report.console, title, report.merges, {"private MB": _private_megabytes})
+
+
+def _fp8(arguments: argparse.Namespace, report: Report) -> None:
+    from ires_kernels.bench import fp8
+
+    threads = max(arguments.threads) if arguments.threads else None
+    for shape in arguments.shapes:
+        with _models(arguments, shape, report.console) as (triple, folder), report.console.status("merging in fp8"):
+            report.fp8.append(fp8.measure(triple, folder, arguments.rounds, threads=threads))
+    print_contenders(report.console, "Merges of fp8 models, and by hand: decode, merge, encode", report.fp8)
 
 
 def _private_megabytes(result: Result, name: str) -> str:

@@ -19,6 +19,7 @@ _KERNELS = 1.6  # seconds of a round for a GB that a kernel reads and writes: al
 _QUANTIZED = 0.6  # seconds of a round for a GB of codes and target: all contenders, one thread
 _COMPILE = 10.0  # seconds of torch.compile, each time
 _MERGES, _BRIEF, _MAPPED, _THROUGH_GPU = 13.0, 5.0, 13.0, 2.1  # seconds of a round for a GB of a model
+_BY_HAND = 40.0  # seconds of a round for a GB of a model of 16 bits that is merged as one of fp8, and by hand
 _MODELS = 5.0  # seconds for a GB of a model: to write three of them, and to compare a merge
 _ON_GPU = 0.1  # seconds of a round for a GB that a workload reads and writes
 _START = 4.0  # seconds of a round of commands
@@ -70,6 +71,12 @@ def of_merges(shapes: Sequence[Shape], rounds: int) -> Outlook:
     seconds = first * (rounds * _MERGES + _MODELS) + sum(others) * (rounds * _BRIEF + _MODELS)
     disk = max(8 * first, 5 * max(others, default=0)) * 1e9
     return Outlook(f"merge: {_models(shapes)}", seconds, disk=disk)
+
+
+def of_fp8(shapes: Sequence[Shape], rounds: int) -> Outlook:
+    """Merges of fp8 models: three models of 16 bits and of 8, and by hand three more, the merged one, and a new one."""
+    sizes = [2e-9 * shape.parameters for shape in shapes]
+    return Outlook(f"fp8: {_models(shapes)}", sum(sizes) * (rounds * _BY_HAND + 2 * _MODELS), disk=9.5e9 * max(sizes))
 
 
 def of_mapped(shapes: Sequence[Shape], rounds: int) -> Outlook:

@@ -16,7 +16,7 @@ import torch
 from ires_kernels.backends import native, reference
 from ires_kernels.backends.call import Call
 from ires_kernels.bench import __main__ as bench
-from ires_kernels.bench import floor, kernels, mappings, merges, outlook, quantized, start
+from ires_kernels.bench import floor, fp8, kernels, mappings, merges, outlook, quantized, start
 from ires_kernels.bench.contenders import CHUNKED, COMPILED, EAGER, UPCAST, torch_contenders
 from ires_kernels.bench.measure import Quartiles, interleave, machine, private_memory, ratio, watch
 from ires_kernels.bench.synthetic import SHAPES, Shape, write_triple
@@ -118,6 +118,18 @@ def test_merges(tmp_path, capsys):
     assert [comparison["wanted"] for comparison in record["comparisons"]] == wanted
     assert all(comparison["at_most"] for comparison in record["comparisons"])
     assert list(work.iterdir()) == []
+
+
+def test_fp8(tmp_path):
+    path = tmp_path / "f.json"
+    arguments = ["fp8", "--size", "tiny", "--rounds", "2", "--dir", f"{tmp_path}", "--json", f"{path}"]
+    assert bench.main(arguments) == 0
+    (entry,) = json.loads(path.read_text())["fp8"]
+    assert list(entry["contenders"]) == [fp8.ONE_PASS, fp8.BY_HAND, fp8.TO_BF16, fp8.BY_HAND_TO_BF16]
+    assert 0 < entry["compared"] < entry["parameters"]
+    assert entry["fp8_bytes"] < entry["model_bytes"]
+    assert [each["wanted"] for each in entry["comparisons"]] == [0.1, 0.1]
+    assert [each.name for each in tmp_path.iterdir()] == ["f.json"]
 
 
 def test_mapped(tmp_path, capsys):
