@@ -140,8 +140,6 @@ def _scaled(weight: _Weight, index: Tensor) -> Tensor:
         scale = scale / shared if weight.format.word("global") == "divide" else scale * shared
     if name in ("nvfp4", "mxfp4"):
         return _E2M1[code] * 2.0 ** weight.format.number("lift") * scale  # the first product is exact
-    if name == "bnb-int8":
-        return _signed(code).float() * scale * _BNB_INT8
     return _E4M3[code] * scale
 
 
@@ -216,20 +214,41 @@ def fields(words: Tensor, bit: Tensor, bits: int) -> Tensor:
 
 
 def _bnb_4bit(weight: _Weight, index: Tensor) -> Tensor:
-    codes = weight.parts["codes"][index // 2 - weight.base].long() >> (1 - index % 2) * 4 & 15
-    block = index // weight.grid.columns
+    """Codes that follow each other through the whole weight, two in a byte, and so do their blocks."""
+    first, count = int(index[0]), len(index)
+    pairs = weight.parts["codes"][first // 2 - weight.base : (first + count + 1) // 2 - weight.base]
+    codes = torch.stack((pairs >> 4, pairs & 15), 1).view(-1)[first % 2 :][:count]
+    block, lengths = _blocks(first, count, weight.format.number("columns"))
     if "nested_absmax" in weight.parts:
         code, outer = weight.parts["absmax"][block].long(), block // weight.format.number("nested")
         inner = weight.floats("nested_quant_map", code) * weight.floats("nested_absmax", outer)
         absmax = inner + torch.tensor(float.fromhex(weight.format.word("offset")))
     else:
         absmax = weight.floats("absmax", block)
-    return weight.floats("quant_map", codes) * absmax
+    return weight.floats("quant_map", codes.int()) * absmax.repeat_interleave(lengths)
+
+
+def _bnb_int8(weight: _Weight, index: Tensor) -> Tensor:
+    """A scale for each row, and one factor for all."""
+    first, count = int(index[0]), len(index)
+    codes = weight.parts["codes"][first - weight.base :][:count].view(torch.int8)
+    rows, lengths = _blocks(first, count, weight.grid.width)
+    return codes.float() * weight.scale(rows).repeat_interleave(lengths) * _BNB_INT8
+
+
+def _blocks(first: int, count: int, size: int) -> tuple[Tensor, Tensor]:
+    """The blocks of this size in which elements that follow each other lie, and how many of them in each."""
+    block = torch.arange(first // size, (first + count - 1) // size + 1)
+    lengths = torch.full_like(block, size)
+    lengths[0] -= first % size
+    lengths[-1] -= (int(block[-1]) + 1) * size - (first + count)
+    return block, lengths
 
 
 _NUMBERS: dict[str, Callable[[_Weight, Tensor], Tensor]] = {
     "mxfp4-transposed": _transposed,
     "bnb-4bit": _bnb_4bit,
+    "bnb-int8": _bnb_int8,
 }
 
 

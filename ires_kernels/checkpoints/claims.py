@@ -189,13 +189,9 @@ def _lift(block: Mapping[str, Any]) -> int:
 
 def _sides(value: object) -> tuple[int, int] | tuple[None, None]:
     """The sides of a block, as [128, 128] or "128x128"; or nothing."""
-    sides = re.findall(r"\d+", value) if isinstance(value, str) else value
-    if (
-        isinstance(sides, list)
-        and len(sides) == 2
-        and all(type(side) in (int, str) and int(side) > 0 for side in sides)
-    ):
-        return int(sides[0]), int(sides[1])
+    sides = [int(side) for side in re.findall(r"\d{1,9}", value)] if isinstance(value, str) else value
+    if isinstance(sides, list) and len(sides) == 2 and all((_whole(side) or 0) > 0 for side in sides):
+        return sides[0], sides[1]
     return None, None
 
 
@@ -208,7 +204,7 @@ def _table(value: object) -> dict[str, Any]:
 
 
 def _whole(value: object) -> int | None:
-    return value if type(value) is int else None
+    return value if type(value) is int and abs(value) < 1 << 31 else None
 
 
 def _truth(value: object) -> bool | None:

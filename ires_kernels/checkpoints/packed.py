@@ -137,4 +137,4 @@ def _state(codes: Codes, state: TensorRef) -> dict[str, Any]:
 
 
 def _is_count(value: Any) -> TypeGuard[int]:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value < 1 << 31

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from small_models import write_model
 
 from ires_kernels.backends import decoding
@@ -347,6 +348,7 @@ STATE = f"{X}.weight.quant_state.bitsandbytes__nf4"
         ("[" * 60_000, f"{STATE} is not a JSON object"),
         ('{"blocksize": 64, "shape": [48, -2]}', f"{STATE} says no shape and blocksize"),
         ('{"blocksize": 0, "shape": [48, 2]}', f"{STATE} says no shape and blocksize"),
+        (f'{{"blocksize": {1 << 70}, "shape": [48, 2]}}', f"{STATE} says no shape and blocksize"),
         ('{"blocksize": 64, "shape": [48, 4]}', f"{X}.weight has 48 bytes, wanted 96 for [48, 4]"),
         ('{"blocksize": 32, "shape": [48, 2]}', f"{X}.weight.absmax is F32 [2], wanted F32 [3]"),
     ],
@@ -379,7 +381,24 @@ def test_old_exponents_of_compressed_tensors_are_lifted(tmp_path: Path) -> None:
 
 def test_settings_of_any_shape_end_in_no_other_way(tmp_path: Path) -> None:
     """What is in config.json comes from others: nothing in it ends the search but a reason."""
-    odd: list[Any] = [None, 1, -1, "x", "0x0", [], [0, 0], [128, "a"], {}, {"a": 1}, True, 1.5, [[1]], {"b": {"c": []}}]
+    odd: list[Any] = [
+        None,
+        1,
+        -1,
+        1 << 70,
+        "x",
+        "0x0",
+        [],
+        [0, 0],
+        [1 << 70, 1 << 70],
+        [128, "a"],
+        {},
+        {"a": 1},
+        True,
+        1.5,
+        [[1]],
+        {"b": {"c": []}},
+    ]
     keys = ("weight_block_size", "config_groups", "format", "fmt", "version", "bits", "group_size", "quant_algo",
             "sparsity_config", "transform_config", "checkpoint_format", "quantized_layers", "expert_dtype")  # fmt: skip
     methods = ("fp8", "compressed-tensors", "modelopt", "gptq", "awq", "bitsandbytes", "", None, 3, [1], {"a": 1})
@@ -399,6 +418,8 @@ def test_settings_of_any_shape_end_in_no_other_way(tmp_path: Path) -> None:
         (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
         got = quantized(open_checkpoint(folder))
         assert len(got.weights) + len(got.refused) == 3
+        for weight in got.weights.values():
+            assert all(isinstance(each, str) or abs(each) < 1 << 31 for _, each in weight.format.settings)
 
 
 SHAPES = [
@@ -450,3 +471,16 @@ def test_whatever_is_taken_for_a_weight_has_all_that_decoding_reads(which: str) 
                 parts["codes"] = parts["codes"][:size]
                 decoding.define(weight.format, weight.full, 0, weight.numel, parts, torch.empty(weight.numel))
                 decoding.decode(weight.format, weight.full, 0, weight.numel, parts, torch.empty(weight.numel))
+
+
+def test_of_two_spellings_of_a_model_each_has_its_own_settings(tmp_path: Path) -> None:
+    """Mistral's files lie beside those for transformers, in which the weights may be plain."""
+    files = {"params.json": json.dumps({"dim": 16, "quantization": {"qformat_weight": "fp8_e4m3"}})}
+    plain: Shapes = {f"{X}.weight": (BF16, (48, 96))}
+    folder = write_model(tmp_path / "model", bytes_of(plain), config={"model_type": "mistral"}, files=files)
+    save_file(bytes_of(FORMATS["Mistral"][0]), folder / "consolidated.safetensors")
+    model = open_checkpoint(folder)
+    assert (model.quantization, model.beside) == ("", ("consolidated.safetensors",))
+    other = open_checkpoint(folder / "consolidated.safetensors")
+    assert other.quantization == "quantization in params.json"
+    assert {f"{weight.format}" for weight in quantized(other).weights.values()} == {"fp8-tensor"}
