@@ -199,8 +199,8 @@ def _turned(weight: _Weight, rows: Tensor) -> Tensor:
         zero = fields(stored, place, bits)
         zero = zero + 1 & (1 << bits) - 1 if zeros == "v1" else zero
         value = code - zero.T[:, group]
-    scale = weight.floats("scale", _ALL, weight.format.word("scale")).view(-1, height)
-    return value.float() * scale[:, rows].T[:, group]
+    groups = torch.arange(-(-width // weight.grid.columns))
+    return value.float() * weight.scale(groups[:, None] * height + rows).T[:, group]
 
 
 def fields(words: Tensor, bit: Tensor, bits: int) -> Tensor:
