@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from quantized_models import DECODED, ENCODED, FORMATS, numbers
+from safetensors.torch import save_file
 from small_models import Tensors, normal, read_model, same, snapshot, write_model
 
 import ires_kernels as ik
@@ -95,7 +96,12 @@ def test_a_residual_of_quantized_models_is_one_of_numbers(tmp_path: Path, format
 @pytest.mark.parametrize("format", ENCODED)
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_a_residual_of_zero_leaves_every_byte_of_a_quantized_target(tmp_path: Path, format: str, rounding: str) -> None:
+    """All 256 codes are among them, NaN and -0 as well."""
     target, instruct, _ = models(tmp_path, format)
+    stored = read_model(target)
+    for name in QUANTIZED:
+        stored[name].view(torch.uint8).reshape(-1)[:256] = torch.arange(256).to(torch.uint8)
+    save_file(stored, target / "model.safetensors", metadata={"format": "pt"})
     report = ik.apply(target, (instruct, instruct), out=tmp_path / "out", sync=False, rounding=rounding)
     before, after = read_model(target), read_model(tmp_path / "out")
     assert before.keys() == after.keys()
