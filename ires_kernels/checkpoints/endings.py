@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ires_kernels.checkpoints.header import brief
 from ires_kernels.checkpoints.tokens import Tokens, text_of
 
 
@@ -105,7 +106,7 @@ def beyond(
 
 def _list(ids: Iterable[int], tokens: Tokens | None) -> str:
     table = tokens.at(ids) if tokens else {}
-    return ", ".join(f"{id_} {table[id_]!r}" if id_ in table else f"{id_}" for id_ in ids)
+    return ", ".join(f"{id_} {brief(table[id_])}" if id_ in table else f"{id_}" for id_ in ids)
 
 
 _SHOWN = 5

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from ires_kernels.checkpoints import configs, endings, references, tokens
 from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId
-from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.checkpoints.header import CheckpointError, brief
 from ires_kernels.checkpoints.names import once
 from ires_kernels.checkpoints.tokens import MAX_TOKENIZER, Tokens, as_object
 from ires_kernels.files import store
@@ -44,6 +44,7 @@ _OURS = {"ires.json", "residual.json", "SHA256SUMS", "README.ires.md"}
 _ADAPTER = "adapter_config.json"
 """Loaders that find it look for the adapter, which is no part of a merged model."""
 _GENERATION, _JINJA, _SETTINGS = "generation_config.json", "chat_template.jinja", "tokenizer_config.json"
+_TAKE = ". --vocabulary instruct takes it all the same"
 _DEPTH = 16  # folders within each other
 _SHOWN = 10
 
@@ -334,8 +335,8 @@ def _clash(own: _Parent, giver: _Parent, base: _Parent | None, vocabulary: str |
         return False
     there = theirs.at(mine.ids[token] for token in lost)
     names = [
-        f"{mine.ids[token]} {token!r}"
-        + (f" ({there[mine.ids[token]]!r} in {giver.role})" if mine.ids[token] in there else "")
+        f"{mine.ids[token]} {brief(token)}"
+        + (f" ({brief(there[mine.ids[token]])} in {giver.role})" if mine.ids[token] in there else "")
         for token in lost[:_SHOWN]
     ]
     more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
@@ -348,7 +349,7 @@ def _clash(own: _Parent, giver: _Parent, base: _Parent | None, vocabulary: str |
     said.append(
         f"the target keeps its tokenizer, for that of {giver.role} lacks {len(lost)} of its tokens or has them at "
         f"other ids: {', '.join(names)}{more}"
-        + (". Rows are merged by number, whatever token they belong to" if vocabulary == "rows" else "")
+        + (". Rows are merged by number, whatever token they belong to" if vocabulary == "rows" else _TAKE)
     )
     return True
 

@@ -84,7 +84,8 @@ def renamed(base: Tokens, donor: Tokens) -> dict[str, int]:
     new = {donor.ids[token] for token in donor.ids.keys() - base.ids.keys()}
     gone = {token: base.ids[token] for token in sorted(base.ids.keys() - donor.ids.keys(), key=base.ids.__getitem__)}
     found = {token: id_ for token, id_ in gone.items() if id_ in new and not _FREE.fullmatch(token)}
-    return found if len(found) <= _RENAMED * len(base.ids) else {}
+    words = [token for token in found if token not in base.added]  # else it is a slot, and there may be many
+    return found if len(words) <= _RENAMED * len(base.ids) else {}
 
 
 def read_json(path: Path, limit: int = MAX_CONFIG) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def _of_tokenizer_json(path: Path) -> Tokens:
     if other is None:
         return found
     text, id_ = other
-    return replace(found, odd=f"{text!r} has the id {id_!r:.20}, and loaders give it {found.ids[text]}")
+    return replace(found, odd=f"{text!r:.120} has the id {id_!r:.20}, and loaders give it {found.ids[text]}")
 
 
 def _of_tekken(path: Path) -> Tokens:
@@ -210,7 +211,7 @@ def _twice(ids: Mapping[str, int]) -> str:
         return ""
     seen: dict[int, str] = {}
     one, two = next((token, seen[id_]) for token, id_ in ids.items() if seen.setdefault(id_, token) != token)
-    return f"{two!r} and {one!r} have one id, {ids[one]}"
+    return f"{two!r:.120} and {one!r:.120} have one id, {ids[one]}"
 
 
 def _append(tokens: Tokens, more: Iterable[str]) -> Tokens:

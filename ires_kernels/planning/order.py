@@ -7,6 +7,7 @@ from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass
 
 from ires_kernels.checkpoints.checkpoint import Checkpoint
+from ires_kernels.checkpoints.header import brief
 from ires_kernels.checkpoints.quantized import Ref
 from ires_kernels.checkpoints.tokens import Tokens
 from ires_kernels.planning.evidence import RUN, Likeness, Looks, likeness, through
@@ -77,4 +78,4 @@ def listed(found: Mapping[int, str] | Collection[tuple[int, str]]) -> str:
     """Ids with their tokens, the first of them."""
     pairs = sorted(found.items() if isinstance(found, Mapping) else found)
     more = f" and {len(pairs) - _SHOWN} more" if len(pairs) > _SHOWN else ""
-    return ", ".join(f"{id_} {token!r}" for id_, token in pairs[:_SHOWN]) + more
+    return ", ".join(f"{id_} {brief(token)}" for id_, token in pairs[:_SHOWN]) + more

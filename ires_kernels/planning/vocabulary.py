@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ires_kernels.checkpoints import names, sidefiles, tokens
 from ires_kernels.checkpoints.checkpoint import Checkpoint
-from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.checkpoints.header import CheckpointError, brief
 from ires_kernels.checkpoints.manifest import ByToken
 from ires_kernels.checkpoints.quantized import Ref
 from ires_kernels.checkpoints.tokens import Tokens
@@ -291,7 +291,9 @@ class Vocabulary:
     def _clash(self, pairs: Mapping[int, tuple[str, str]], one: str, two: str, advice: str) -> None:
         if pairs:
             ids = sorted(pairs)
-            said = "; ".join(f"{id_} is {pairs[id_][0]!r} in {one}, {pairs[id_][1]!r} in {two}" for id_ in ids[:_SHOWN])
+            said = "; ".join(
+                f"{id_} is {brief(pairs[id_][0])} in {one}, {brief(pairs[id_][1])} in {two}" for id_ in ids[:_SHOWN]
+            )
             more = f"; and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else ""
             self._problem(f"{two} and {one} have added other tokens at the same ids: {said}{more}", advice)
 

@@ -128,10 +128,10 @@ def test_new_tokens_in_padded_rows_get_the_rows_of_instruct_whatever_alpha(tmp_p
 
 
 def test_a_slot_that_instruct_has_renamed(tmp_path: Path) -> None:
-    slots = ["<|reserved_special_token_0|>", "<slot>"]
-    family = Family(tmp_path, base=(24, slots), instruct=(24, CHAT), target=(24, slots))
+    slots = ["<|reserved_special_token_0|>", "<slot>", "<slot 2>"]
+    family = Family(tmp_path, base=(24, slots), instruct=(24, [*CHAT, "<|tool|>"]), target=(24, slots))
     out = family.merged()
-    family.check(out, "+" * 20 + "ii" + "++")
+    family.check(out, "+" * 20 + "iii" + "+")
     assert "<|im_end|>" in (out / "tokenizer.json").read_text()
 
 
