@@ -24,8 +24,8 @@ from ires_kernels.formats import Format, matrices
 _LARGEST = {"F8_E4M3": 448.0, "I8": 127.0}
 _RANGE = {"F8_E4M3": 448.0, "I8": 127.5}
 """What the largest of a block is divided by; of integers half a step more, as compressed-tensors has it."""
-_LIMIT = {"F8_E4M3": 464.0, "I8": 127.5}
-"""The largest |value| / scale that serves."""
+_LIMIT = {"F8_E4M3": 464.0, "I8": 128.0}
+"""The largest |value| / scale that serves; of integers that of -128, which files hold."""
 _SCALES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CAST = torch.float8_e4m3fn
 
