@@ -66,9 +66,10 @@ class _CpuSlot:
         if step.op == "convert":
             operands.append(self._cpu.zeros[step.operands[0].dtype][:count])
         self._tally = Tally() if self._cpu.counted else None
-        if out is None:
-            out = self._tensor(-1, step.dtype, count)
-        compute(step, operands, out, first, self._cpu.rules, self._tally)
+        here = out if out is not None and out.device.type == "cpu" else self._tensor(-1, step.dtype, count)
+        compute(step, operands, here, first, self._cpu.rules, self._tally)
+        if out is not None and out is not here:  # it is kept on a device that does not compute this
+            out.copy_(here)
 
     def measure(self, step: Step, first: int, count: int, largest: Tensor) -> None:
         assert step.output.encoding is not None

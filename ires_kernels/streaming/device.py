@@ -207,10 +207,10 @@ _LEAVE_OUT = "Leave it out to compute on the CPU."
 
 def processors(device: torch.device) -> Processors:
     """What computes tiles on a device that `resolve` gave."""
-    return Cpu if device.type == "cpu" else partial(_on_gpu, Cuda(device))
+    return Cpu if device.type == "cpu" else partial(on_gpu, Cuda(device))
 
 
-def _on_gpu(runtime: Runtime, steps: Sequence[Step], rules: Rules, counted: bool) -> Processor:
+def on_gpu(runtime: Runtime, steps: Sequence[Step], rules: Rules, counted: bool) -> Processor:
     """What computes the steps of a run: where some of them make codes the CPU, and else the GPU."""
     if any(step.output.encoding for step in steps):
         return Cpu(steps, rules, counted)

@@ -23,6 +23,7 @@ from typing import Any
 import made_of_parts
 import pytest
 import torch
+from quantized_models import FORMATS
 from selection import tiles
 from small_models import Tensors, normal, read_model, snapshot, triple, write_model
 from torch import Tensor
@@ -163,7 +164,7 @@ def small_tiles() -> Iterator[None]:
 def through(runtime: device.Runtime) -> Iterator[None]:
     """Compute on a stand-in, not on the CPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device, "processors", lambda _: partial(device.Gpu, runtime))
+        patch.setattr(device, "processors", lambda _: partial(device.on_gpu, runtime))
         yield
 
 
@@ -247,6 +248,50 @@ def test_all_is_as_on_the_cpu(tmp_path: Path, case: str, queues: Callable[[Any],
                            .view(torch.uint8))  # fmt: skip
     assert sum(report["overflow"] for report in found["reports"]) > 0
     assert runtime.settled >= 5
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("queues", [Late, Beside, pytest.param(Host, marks=needs_native)])
+@pytest.mark.parametrize("format", ["fp8-block", "nvfp4"])
+@pytest.mark.parametrize("own", [False, True])
+def test_quantized_weights_are_as_on_the_cpu(
+    tmp_path: Path, format: str, queues: Callable[[Any], device.Queue], threads: int, own: bool
+) -> None:
+    """Decoded by the CPU for the device, and where the target stays quantized computed there as well."""
+    make, settings = FORMATS[format]
+    paths, quantized = [], 1 - (own and format == "fp8-block")
+    for seed, role in enumerate(("target", "instruct", "base")):
+        made = {
+            "norm.weight": normal((70,), seed),
+            **{f"{n}.weight": normal((48, 64), 10 + i) for i, n in enumerate("ab")},
+        }
+        coded = {part: each for name, t in made.items() if "norm" not in name for part, each in make(name, t).items()}
+        stored = {**made, **coded} if format == "fp8-block" else {"norm.weight": made["norm.weight"], **coded}
+        chosen = seed >= quantized
+        config = {"quantization_config": settings} if chosen else {}
+        paths.append(write_model(tmp_path / role, stored if chosen else made, config=config))
+    wanted = ik.load(paths[0], (paths[1], paths[2]), threads=threads)
+    with through(StandIn(queues)):
+        found = ik.load(paths[0], (paths[1], paths[2]), threads=threads)
+        ik.apply(paths[0], (paths[1], paths[2]), out=tmp_path / "out", sync=False, threads=threads)
+    assert_equal(found, wanted)
+    assert_equal(read_model(tmp_path / "out"), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", ["fp8-block", "nvfp4"])
+def test_quantized_weights_on_a_gpu(tmp_path: Path, format: str) -> None:
+    make, settings = FORMATS[format]
+    plain = {"a.weight": normal((256, 512), 1), "norm.weight": normal((512,), 2)}
+    coded = {"norm.weight": plain["norm.weight"], **make("a.weight", plain["a.weight"])}
+    config = {"quantization_config": settings}
+    target, other = write_model(tmp_path / "target", plain), write_model(tmp_path / "other", coded, config=config)
+    pairs = [(target, (other, target)), *([(other, (target, other))] if format == "fp8-block" else [])]
+    for one, pair in pairs:
+        wanted, found = (ik.load(one, pair, alpha=0.5, device=place) for place in ("cpu", "cuda"))
+        assert {t.device.type for t in found.values()} == {"cuda"}
+        assert_equal({name: t.cpu() for name, t in found.items()}, wanted)
 
 
 @pytest.mark.usefixtures("small_tiles")
