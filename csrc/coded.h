@@ -101,20 +101,20 @@ IRES_HD uint32_t nibble(const Coded& c, uint8_t byte, int64_t column) {
     return (column & 1) != int64_t(c.high_first) ? byte >> 4 : byte & 15u;
 }
 
-// The code as a number, before anything is taken from it.
-IRES_HD float code_of(const Coded& c, const char* codes, int64_t column) {
+// The code as a number, before anything is taken from it. `table` is c.table, or a copy that is nearer.
+IRES_HD float code_of(const Coded& c, const float* table, const char* codes, int64_t column) {
     switch (c.type) {
         case CodeType::e4m3: return widen(read_at<e4m3_t>(codes, column));
         case CodeType::e5m2: return widen(read_at<e5m2_t>(codes, column));
         case CodeType::i8: return float(read_at<int8_t>(codes, column));
         case CodeType::u8_less_128: return float(int(read_at<uint8_t>(codes, column)) - 128);
-        default: return c.table[nibble(c, read_at<uint8_t>(codes, column / 2), column)];
+        default: return table[nibble(c, read_at<uint8_t>(codes, column / 2), column)];
     }
 }
 
-IRES_HD float number(const Coded& c, int64_t row, int64_t column) {
+IRES_HD float number(const Coded& c, const float* table, int64_t row, int64_t column) {
     const int64_t cell = cell_column_of(c, column);
-    float code = code_of(c, row_of_codes(c, row), column);
+    float code = code_of(c, table, row_of_codes(c, row), column);
     if (c.zero_type != ZeroType::none) code = sub(code, zero_of(c, row, cell));
     return mul(code, scale_of(c, row, cell));
 }

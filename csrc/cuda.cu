@@ -46,6 +46,14 @@ __global__ void __launch_bounds__(kThreads) strided_stochastic(const __grid_cons
     strided_elements<C, true>(table, blockIdx.x, gridDim.x, threadIdx.x);
 }
 
+__global__ void __launch_bounds__(kThreads)
+decoding(const __grid_constant__ Coded coded, int64_t first, int64_t n, char* out) {
+    __shared__ float table[16];
+    if (threadIdx.x < 16) table[threadIdx.x] = coded.table[threadIdx.x];
+    __syncthreads();
+    decode_numbers(coded, table, first, n, out, (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kDecoded);
+}
+
 template <class Table> using Kernel = void (*)(Table);
 
 template <class Table, class... M> Kernel<Table> fixed_kernel(int kernel, bool stochastic, MixList<M...>) {
@@ -132,6 +140,21 @@ void run(const Operation& op, std::vector<Item>& items, uint64_t offset, int dev
         if (i) where += "; those before it are queued, so some targets change";
         fail(error, where, op, items);
     }
+}
+
+void decode(const Coded& coded, int64_t first, int64_t n, float* out, int device, uintptr_t stream) {
+    constexpr int64_t kEach = int64_t(kThreads) * kDecoded, kMost = int64_t(kMaxBlocks) * kEach;
+    cudaError_t error = cudaSetDevice(device);
+    for (int64_t done = 0; error == cudaSuccess && done < n; done += kMost) {
+        const int64_t count = std::min(kMost, n - done);
+        decoding<<<dim3(unsigned((count + kEach - 1) / kEach)), dim3(kThreads), 0, reinterpret_cast<cudaStream_t>(stream)>>>(
+            coded, first + done, count, reinterpret_cast<char*>(out + done));
+        error = cudaGetLastError();
+    }
+    if (error == cudaSuccess) return;
+    cudaGetLastError();
+    throw std::runtime_error("decoding " + std::to_string(n) + " numbers on device " + std::to_string(device) +
+                             ": CUDA error " + std::to_string(int(error)) + " (" + cudaGetErrorString(error) + ")");
 }
 
 void copy(const Read& read, int device, uintptr_t stream) {

@@ -240,7 +240,7 @@ template <CodeType type, bool kZero>
 IRES_HD void decode_cell(const Coded& c, const Table& table, U shift, const char* codes, int64_t column, int64_t n, float scale,
                          float zero, float* out) {
     const auto one = [&](int64_t i) {
-        const float code = code_of(c, codes, column + i);
+        const float code = code_of(c, c.table, codes, column + i);
         out[i] = mul(kZero ? sub(code, zero) : code, scale);
     };
     int64_t i = 0;
@@ -257,7 +257,7 @@ template <CodeType type, bool kZero>
 void decode_row(const Coded& c, int64_t row, int64_t column, int64_t n, float* out) {
     const char* const codes = row_of_codes(c, row);
     if (c.group) {
-        for (int64_t i = 0; i < n; ++i) out[i] = number(c, row, column + i);
+        for (int64_t i = 0; i < n; ++i) out[i] = number(c, c.table, row, column + i);
         return;
     }
     const Table table(c.table);

@@ -457,5 +457,62 @@ IRES_HD void strided_elements(const Table& table, uint32_t block, uint32_t block
     }
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Quantized tensors (coded.h) that are not transposed: kDecoded neighbouring numbers a thread. Where these share a scale
+// and addresses allow it, their codes are one access; elsewhere they go one by one. `table` has what nibbles stand for,
+// where all threads of a block can look at once.
+constexpr int kDecoded = 8;
+
+template <class T, int V> IRES_HD void widen_codes(const uint32_t* w, float (&x)[V]) {
+    IRES_UNROLL
+    for (int j = 0; j < V; j += 2) {
+        const Two two = widen_two<T>(w[j / 4] >> (j % 4 * 8) & 0xffffu);
+        x[j] = two.a;
+        x[j + 1] = two.b;
+    }
+}
+
+// The numbers from `i` on of [first, first + n); `out` is where the first of all goes.
+IRES_HD void decode_numbers(const Coded& c, const float* table, int64_t first, int64_t n, char* out, int64_t i) {
+    constexpr int V = kDecoded;
+    if (i >= n) return;
+    const int64_t row = (first + i) / c.columns, column = (first + i) % c.columns, cell = column / c.block_columns;
+    const char* const p = row_of_codes(c, row) + column * code_bits(c.type) / 8;
+    char* const to = out + i * int64_t(sizeof(float));
+    const int64_t stop = (cell + 1) * c.block_columns < c.columns ? (cell + 1) * c.block_columns : c.columns;
+    const bool nibbles = c.type == CodeType::nibbles, together = i + V <= n && column + V <= stop && !c.group;
+    if (together && aligned(to, 16) && aligned(p, nibbles ? 4 : 8) && !(nibbles && column % 2 != 0)) {
+        uint32_t w[2] = {};
+        if (nibbles) load_raw<4>(p, w);
+        else load_raw<8>(p, w);
+        float x[V];
+        if (c.type == CodeType::e4m3) widen_codes<e4m3_t>(w, x);
+        else if (c.type == CodeType::e5m2) widen_codes<e5m2_t>(w, x);
+        IRES_UNROLL
+        for (int j = 0; j < V; ++j) {
+            const uint32_t byte = w[j / 4] >> (j % 4 * 8) & 0xffu;
+            if (nibbles) x[j] = table[w[0] >> (4 * (j ^ int(c.high_first))) & 15u];
+            else if (c.type == CodeType::i8) x[j] = float(int8_t(byte));
+            else if (c.type == CodeType::u8_less_128) x[j] = float(int(byte) - 128);
+        }
+        const float scale = scale_of(c, row, cell);
+        if (c.zero_type != ZeroType::none) {
+            const float zero = zero_of(c, row, cell);
+            IRES_UNROLL
+            for (int j = 0; j < V; ++j) x[j] = sub(x[j], zero);
+        }
+        uint32_t y[V];
+        IRES_UNROLL
+        for (int j = 0; j < V; ++j) y[j] = bit_cast<uint32_t>(mul(x[j], scale));
+        store_raw<4 * V>(to, y);
+    } else {
+        IRES_ROLLED
+        for (int j = 0; j < V && i + j < n; ++j) {
+            const int64_t k = first + i + j;
+            store_one(to + j * int64_t(sizeof(float)), number(c, table, k / c.columns, k % c.columns));
+        }
+    }
+}
+
 }  // namespace gpu
 }  // namespace ires

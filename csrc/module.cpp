@@ -32,6 +32,10 @@ struct Bytes {
 
 Bytes bytes(const py::handle& h) {
     if (h.is_none()) return {};
+    if (py::isinstance<py::tuple>(h)) {  // (pointer, bytes), on a device
+        const py::tuple t = py::reinterpret_borrow<py::tuple>(h);
+        return {static_cast<const char*>(pointer(t[0])), t[1].cast<int64_t>()};
+    }
     Py_buffer view;
     if (PyObject_GetBuffer(h.ptr(), &view, PyBUF_SIMPLE) != 0) throw py::error_already_set();
     const Bytes found{static_cast<const char*>(view.buf), int64_t(view.len)};
@@ -269,6 +273,19 @@ void decode(const py::tuple& layout, const py::tuple& parts, int64_t first, int6
     ires::decode(c, first, n, reinterpret_cast<float*>(out), threads, isa);
 }
 
+#if defined(IRES_CUDA)
+// Parts on the device, without a group index, which is looked at here.
+void cuda_decode(const py::tuple& layout, const py::tuple& parts, int64_t first, int64_t n, uintptr_t out, int device,
+                 uintptr_t stream) {
+    if (!parts[5].is_none()) throw py::value_error("a group index is decoded on the CPU");
+    const ires::Coded c = coded(layout, parts);
+    if (c.transposed) throw py::value_error("a transposed tensor is decoded on the CPU");
+    need_codes(c, first, n, bytes(parts[0]));
+    const py::gil_scoped_release release;
+    ires::gpu::decode(c, first, n, reinterpret_cast<float*>(out), device, stream);
+}
+#endif
+
 // Values and codes of n numbers from `first` on, as pointers.
 void encode(const py::tuple& layout, const py::handle& scales, int64_t first, int64_t n, uintptr_t values, uintptr_t out,
             const std::optional<std::pair<uint64_t, uint64_t>>& draw, int threads, const std::string& isa) {
@@ -337,6 +354,8 @@ PYBIND11_MODULE(_native, m) {
 #if defined(IRES_CUDA)
     m.def("cuda_run", &cuda_run, py::arg("op"), py::arg("items"), py::arg("factors"), py::arg("stochastic"), py::arg("seed"),
           py::arg("offset"), py::arg("device"), py::arg("stream"));
+    m.def("cuda_decode", &cuda_decode, py::arg("layout"), py::arg("parts"), py::arg("first"), py::arg("n"), py::arg("out"),
+          py::arg("device"), py::arg("stream"));
     m.def("cuda_driver", &ires::gpu::driver_version);
     m.attr("cuda_least_driver") = ires::gpu::least_driver_version();
     m.attr("cuda_built") = true;

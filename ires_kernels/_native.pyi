@@ -19,6 +19,9 @@ def cuda_run(
     device: int,
     stream: int,
 ) -> None: ...
+def cuda_decode(
+    layout: tuple[object, ...], parts: tuple[object, ...], first: int, n: int, out: int, device: int, stream: int
+) -> None: ...
 def load_tile(
     reads: list[tuple[int, int, int, int, int]],
     op: int,

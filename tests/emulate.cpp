@@ -151,3 +151,30 @@ extern "C" int64_t emulate(int code, int inputs, const double* factors, int stoc
 }
 
 extern "C" const char* emulate_error() { return error; }
+
+// Parts as in csrc/coded.h; codes begin `skipped` bytes into their tensor and have so many. Returns the bytes written.
+extern "C" int64_t emulate_decode(const int* kinds, const float* table, const int64_t* sizes, const char* codes, int64_t bytes,
+                                  const char* scale, const char* zero, const char* over, int64_t first, int64_t n, float* out) {
+    Coded c{};
+    c.type = CodeType(kinds[0]);
+    c.high_first = kinds[1] != 0;
+    c.scale_type = ScaleType(kinds[2]);
+    c.zero_type = ZeroType(kinds[3]);
+    c.second = Second(kinds[4]);
+    memcpy(c.table, table, sizeof c.table);
+    c.matrices = sizes[0], c.rows = sizes[1], c.columns = sizes[2], c.row_bytes = sizes[3];
+    c.block_rows = sizes[4], c.block_columns = sizes[5], c.skipped = sizes[6], c.seconds = sizes[7];
+    c.codes = codes, c.scale = scale, c.zero = zero, c.over = over;
+    const auto begin = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
+    spans = {{begin(codes), begin(codes) + uintptr_t(bytes)}, {begin(out), begin(out) + uintptr_t(n) * 4}};
+    std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
+    written = 0;
+    try {
+        for (int64_t i = 0; i < n; i += gpu::kDecoded)
+            gpu::decode_numbers(c, c.table, first, n, reinterpret_cast<char*>(out), i);
+        return int64_t(written);
+    } catch (const std::exception& e) {
+        std::snprintf(error, sizeof error, "%s", e.what());
+        return -1;
+    }
+}

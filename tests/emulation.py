@@ -8,6 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from torch import Tensor
+
+from ires_kernels.backends.coded import Layout
+
 ROOT = Path(__file__).parent.parent
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-fno-strict-aliasing"]
 WORDS = (32760 - 40) // 8  # of the larger table
@@ -29,7 +34,7 @@ class Emulator:
         source = str(ROOT / "tests/emulate.cpp")
         subprocess.run([compiler, *FLAGS, f"-I{ROOT / 'csrc'}", source, "-o", str(library)], check=True)
         self._library = ctypes.CDLL(str(library))
-        self._library.emulate.restype = ctypes.c_int64
+        self._library.emulate.restype = self._library.emulate_decode.restype = ctypes.c_int64
         self._library.emulate_error.restype = ctypes.c_char_p
 
     def run(
@@ -72,6 +77,27 @@ class Emulator:
         if launches < 0:
             raise RuntimeError(self._library.emulate_error().decode())
         return Emulated(launches, *counts)
+
+    def decode(self, layout: Layout, parts: tuple[Any, ...], first: int, out: Tensor) -> int:
+        """What `_native.cuda_decode` does with parts that are memoryviews; returns the bytes written."""
+        codes, skipped, scale, zero, over, _ = parts
+        i64, kept = ctypes.c_int64, [np.frombuffer(view or b"0", np.uint8) for view in (codes, scale, zero, over)]
+        pointers = [ctypes.c_void_p(array.ctypes.data) for array in kept]
+        kinds = (layout.codes, layout.high_first, layout.scale, layout.zero, layout.second)
+        written: int = self._library.emulate_decode(
+            _array(ctypes.c_int, kinds),
+            _array(ctypes.c_float, layout.table or (0.0,) * 16),
+            _array(i64, [*layout.shape, *layout.block, skipped, len(kept[3]) // 4]),
+            pointers[0],
+            i64(len(codes)),
+            *pointers[1:],
+            i64(first),
+            i64(len(out)),
+            ctypes.c_void_p(out.data_ptr()),
+        )
+        if written < 0:
+            raise RuntimeError(self._library.emulate_error().decode())
+        return written
 
 
 def _array(kind: Any, values: Sequence[Any]) -> Any:

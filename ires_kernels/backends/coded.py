@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from ires_kernels.formats import Format, matrices, row_bytes, span
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The numbers are those of the enumerations in csrc/coded.h.
 _CODES = {"F8_E4M3": 0, "F8_E5M2": 1, "I8": 2, "U8": 3, "nibbles": 4}
@@ -16,6 +19,10 @@ _SECOND = {"": 0, "multiply": 1, "divide": 2}
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _INT4 = tuple(float(code - 8) for code in range(16))
+
+
+Part = TypeVar("Part", memoryview, "Tensor")
+"""Bytes, of the host or of a device."""
 
 
 class Layout(NamedTuple):
@@ -79,15 +86,15 @@ def encoded(format: Format, full: tuple[int, ...]) -> Layout | None:
 
 
 def stored(
-    format: Format, full: tuple[int, ...], first: int, count: int, parts: Mapping[str, memoryview]
-) -> tuple[object, ...]:
+    format: Format, full: tuple[int, ...], first: int, count: int, parts: Mapping[str, Part]
+) -> tuple[Part, int, Part | None, Part | None, Part | None, Part | None]:
     """The parts in the order of `coded` in csrc/module.cpp, and where the bytes of codes begin in their tensor."""
     begin = span(format, full, first, count)[0]
     scale, zero, shared, order = (parts.get(part) for part in ("scale", "zero_point", "global", "g_idx"))
     return parts["codes"], begin, scale, zero, shared, order
 
 
-def fits(layout: Layout, parts: Mapping[str, memoryview]) -> bool:
+def fits(layout: Layout, parts: Mapping[str, Part]) -> bool:
     """Whether the loops take a second scale like this one: one number, or one for each matrix."""
     shared = parts.get("global")
     return shared is None or shared.nbytes in (4, 4 * layout.shape[0])

@@ -38,6 +38,17 @@ def decode(format: Format, full: tuple[int, ...], first: int, count: int, parts:
         define(format, full, first, count, parts, out)
 
 
+def decode_on_device(
+    format: Format, full: tuple[int, ...], first: int, parts: Mapping[str, Tensor], out: Tensor
+) -> bool:
+    """`decode` on a GPU that has the parts, as bytes; False where its backend has no kernel for the format."""
+    if choose(out.device) is native:
+        return native.decode_on_device(format, full, first, parts, out)
+    from ires_kernels.backends import triton  # which takes a while, and may not be there
+
+    return triton.decode_on_device(format, full, first, parts, out)
+
+
 def run(call: Call, coded: Mapping[int, Coded]) -> None:
     """Compute a call on one item whose operands at these places are decoded on the way, on the CPU.
 

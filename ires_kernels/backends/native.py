@@ -184,6 +184,24 @@ def decode(
     return True
 
 
+def decode_on_device(
+    format: Format, full: tuple[int, ...], first: int, parts: Mapping[str, Tensor], out: Tensor
+) -> bool:
+    """`decoding.decode_on_device`: formats whose rows follow each other.
+
+    No GPU has run this kernel yet: what its threads do is held to the definition on a CPU, and it is compiled.
+    """
+    layout = coded.layout(format, full)
+    if layout is None or layout.transposed or "g_idx" in parts or not coded.fits(layout, parts):
+        return False
+    codes, begin, *others = coded.stored(format, full, first, len(out), parts)
+    pointers = [None if part is None else (part.data_ptr(), part.nbytes) for part in (codes, *others)]
+    stored = (pointers[0], begin, *pointers[1:])
+    stream = torch.cuda.current_stream(out.device).cuda_stream
+    _native.cuda_decode(layout, stored, first, len(out), out.data_ptr(), out.device.index, stream)
+    return True
+
+
 def measure(format: Format, full: tuple[int, ...], first: int, values: Tensor, largest: Tensor) -> bool:
     """`encoding.measure` of contiguous values; False where the loops do not encode the format."""
     layout = coded.encoded(format, full)

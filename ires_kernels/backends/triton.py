@@ -21,7 +21,7 @@ from __future__ import annotations
 import itertools
 import math
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -29,9 +29,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ires_kernels.backends import reference
+from ires_kernels.backends import coded, reference
 from ires_kernels.backends.call import Call
 from ires_kernels.backends.choice import BackendStatus
+from ires_kernels.formats import Format, span
 
 try:
     import triton
@@ -303,3 +304,30 @@ def _interpreted() -> bool:
 
 def _release() -> tuple[int, ...]:
     return tuple(map(int, triton.__version__.split(".")[:2]))
+
+
+def decode_on_device(
+    format: Format, full: tuple[int, ...], first: int, parts: Mapping[str, Tensor], out: Tensor
+) -> bool:
+    """`decoding.decode_on_device`: formats without zero points, whose rows follow each other.
+
+    No GPU has run this kernel yet: it is held to the definition in Triton's interpreter.
+    """
+    layout = coded.layout(format, full)
+    if layout is None or layout.transposed or layout.zero or "g_idx" in parts or not coded.fits(layout, parts):
+        return False
+    _, rows, columns, stride = layout.shape
+    block_rows, block_columns = layout.block
+    scale, over = parts["scale"], parts.get("global", parts["scale"][:0])
+    dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(format.word("scale"), torch.uint8)
+    table = torch.tensor(layout.table or (0.0,), dtype=torch.float32).to(out.device)
+    sizes = (columns, stride, rows, block_rows, block_columns, -(-rows // block_rows), -(-columns // block_columns))
+    with _on(out.device):
+        target = _target(out.device)
+        kernels.decoded[(_blocks(len(out)),)](
+            out, parts["codes"], scale.view(dtype), over.view(torch.float32), table,
+            len(out), first, span(format, full, first, len(out))[0], *sizes, int(len(over) > 4),
+            CODES=layout.codes, E8M0=format.word("scale") == "F8_E8M0", SECOND=layout.second, CASTS=target.casts,
+            BLOCK=kernels.BLOCK, num_warps=target.warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    return True

@@ -440,3 +440,67 @@ def strided(
         RANDOM,
         CASTS,
     )
+
+
+_DECODED = ["n", "first", "skipped", "columns", "row_bytes", "rows", "block_rows", "block_columns"]
+_DECODED += ["grid_rows", "grid_columns", "each"]
+
+
+@triton.jit(do_not_specialize=_DECODED)
+def decoded(
+    out,
+    codes,
+    scale,
+    over,
+    table,
+    n: tl.int64,
+    first: tl.int64,
+    skipped: tl.int64,
+    columns: tl.int64,
+    row_bytes: tl.int64,
+    rows: tl.int64,
+    block_rows: tl.int64,
+    block_columns: tl.int64,
+    grid_rows: tl.int64,
+    grid_columns: tl.int64,
+    each: tl.int64,
+    CODES: tl.constexpr,
+    E8M0: tl.constexpr,
+    SECOND: tl.constexpr,
+    CASTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Numbers [first, first + n) of a quantized tensor without zeros, as csrc/coded.h has them.
+
+    `codes` begin `skipped` bytes into their tensor; CODES and SECOND are its CodeType and Second. `table` has what
+    nibbles stand for, the low one first; `over` is one second scale, or one for each matrix, `each` being 0 or 1.
+    """
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < n
+    row = (first + at) // columns
+    column = first + at - row * columns
+    matrix = row // rows
+    cell = (matrix * grid_rows + (row - matrix * rows) // block_rows) * grid_columns + column // block_columns
+    stored = tl.load(scale + cell, mask=mask, other=0)
+    if E8M0:
+        bits = stored.to(tl.uint32) << 23
+        bits = tl.where(stored == 0, 0x00400000, tl.where(stored == 255, 0x7FC00000, bits))
+        s = bits.to(tl.uint32).to(tl.float32, bitcast=True)
+    else:
+        s = widen(stored, False, CASTS)
+    if SECOND == 1:
+        s = s * tl.load(over + matrix * each, mask=mask, other=1.0)
+    elif SECOND == 2:
+        s = tl.div_rn(s, tl.load(over + matrix * each, mask=mask, other=1.0))
+    if CODES == 4:
+        byte = tl.load(codes + (row * row_bytes - skipped) + column // 2, mask=mask, other=0).to(tl.int32)
+        x = tl.load(table + ((byte >> ((column & 1) * 4).to(tl.int32)) & 15), mask=mask, other=0.0)
+    else:
+        byte = tl.load(codes + (row * row_bytes - skipped) + column, mask=mask, other=0)
+        if CODES == 0:
+            x = widen(byte, False, CASTS)
+        elif CODES == 2:
+            x = byte.to(tl.int8, bitcast=True).to(tl.float32)
+        else:
+            x = (byte.to(tl.int32) - 128).to(tl.float32)
+    tl.store(out + at, x * s, mask=mask)

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from coded_weights import CASES, of_run, stored
 from oracle import STORAGE, assert_same, sample, short
 from torch import Tensor
 
 import ires_kernels as ik
-from ires_kernels.backends import native, reference
+from ires_kernels.backends import decoding, native, reference
 from ires_kernels.backends.call import Call
 from ires_kernels.backends.choice import choose
 
@@ -45,7 +46,7 @@ def name(value: object) -> str:
 
 
 def factors(op: str, operands: int) -> tuple[float, ...]:
-    wanted = {"subtract": 0, "add": operands - 2}.get(op, 1)
+    wanted = {"subtract": 0, "add": operands - 2, "add_difference": (operands - 2) // 2}.get(op, 1)
     return tuple(itertools.islice(itertools.cycle((0.3, -0.7, 1.1, 1e-40)), wanted))
 
 
@@ -333,6 +334,28 @@ def test_more_residuals_than_fit() -> None:
     with pytest.raises(ValueError, match=r"3001 operands .* pass fewer residuals"):
         ik.add_(t, [torch.ones(5, dtype=BF16, device=DEVICE)] * 3000, 0.5)
     assert not t.any()
+
+
+@gpu
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_quantized_weights(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IRES_BACKEND", backend)
+    for format, full in CASES:
+        parts, count = stored(format, full), math.prod(full)
+        for first, size in ((0, count), (7, 1), (16, count // 2), (1, count - 1)):
+            run = of_run(format, full, parts, first, size)
+            wanted, got = torch.empty(size), torch.empty(size, device=DEVICE)
+            decoding.define(format, full, first, size, run, wanted)
+            there = {name: torch.frombuffer(view, dtype=torch.uint8).to(DEVICE) for name, view in run.items()}
+            if decoding.decode_on_device(format, full, first, there, got):
+                assert_same(got.cpu(), wanted, f"{format} of {full} from {first} on")
+
+
+@gpu
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_several_pairs(stochastic: bool) -> None:
+    for mix in ((BF16,) * 6, (BF16, HALF, FLOAT, BF16, E4M3, HALF, BF16, BF16)):
+        compare("add_difference", [data(mix, n) for n in SIZES], stochastic=stochastic)
 
 
 def test_a_cuda_error_says_what_was_asked() -> None:

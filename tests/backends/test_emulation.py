@@ -16,11 +16,12 @@ from typing import Any, cast
 
 import pytest
 import torch
+from coded_weights import CASES, of_run, stored
 from emulation import WORDS, Emulated, Emulator
 from oracle import NARROW, STORAGE, assert_same, sample, short
 from torch import Tensor
 
-from ires_kernels.backends import native, reference
+from ires_kernels.backends import coded, decoding, native, reference
 from ires_kernels.backends.call import Call
 
 pytestmark = pytest.mark.xdist_group("emulation")  # what is built is built once
@@ -338,3 +339,24 @@ def test_gpu_tensors_go_to_the_gpu_kernels(emulator: Emulator, monkeypatch: pyte
     assert log == ["enter cuda:3", (3, 103), "leave cuda:3"]
     for row, want in zip(rows, wanted, strict=True):
         assert_same(row[0], want)
+
+
+def test_quantized_weights(emulator: Emulator) -> None:
+    """What a thread of a GPU decodes: runs that begin anywhere, whose codes and numbers lie at any address."""
+    for format, full in CASES:
+        layout, count = coded.layout(format, full), math.prod(full)
+        if layout is None or layout.transposed or format.number("ordered"):
+            continue
+        parts = stored(format, full)
+        for first, size, shift in (
+            (0, count, 0),
+            (1, count - 1, 4),
+            (16, count // 2, 0),
+            (32, 333, 8),
+            (count - 65, 65, 12),
+        ):
+            run = of_run(format, full, parts, first, size)
+            wanted, got = torch.empty(size), place(torch.full((size,), 7.0), shift)
+            decoding.define(format, full, first, size, run, wanted)
+            assert emulator.decode(layout, coded.stored(format, full, first, size, run), first, got) == 4 * size
+            assert_same(got, wanted, f"{format} of {full} from {first} on")

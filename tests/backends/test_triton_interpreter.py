@@ -7,6 +7,7 @@ with those tests of the contract that are quick enough.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -15,12 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from coded_weights import CASES, of_run, stored
 from oracle import NARROW, STORAGE, assert_same, philox, rounds, sample, short
 from torch import Tensor
 
-from ires_kernels.backends import reference
+from ires_kernels.backends import decoding, reference
 from ires_kernels.backends import triton as backend
 from ires_kernels.backends.call import Call, Tally
+from ires_kernels.formats import Format
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -212,6 +215,22 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         x = sample(torch.float64 if wide else torch.float32, 500, seed=1)
         compare("scale", [new(x.dtype, 500)], [(x,)], (factor,), False)
         compare("scale", [new(torch.float64, 500)], [(x,)], (factor,), False)
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_quantized_weights(case: tuple[Format, tuple[int, ...]]) -> None:
+        format, full = case
+        parts, count = stored(format, full), math.prod(full)
+        for first, size in ((0, min(count, 5000)), (7, 1), (count - 2101, 2101 if count > 2101 else count)):
+            if first < 0:
+                continue
+            run = of_run(format, full, parts, first, size)
+            wanted, got = torch.empty(size), torch.empty(size)
+            decoding.define(format, full, first, size, run, wanted)
+            tensors = {name: torch.frombuffer(view, dtype=torch.uint8) for name, view in run.items()}
+            if backend.decode_on_device(format, full, first, tensors, got):
+                assert_same(got, wanted, f"{format} of {full} from {first} on")
+            else:
+                assert format.word("zero_point") or format.name == "mxfp4-transposed"
 
     def test_a_tally_is_that_of_the_reference() -> None:
         operands = tuple(sample(torch.bfloat16, 3000, seed=i) for i in range(3))
