@@ -82,25 +82,24 @@ def warning(
 
 def beyond(
     rows: int, generation: Mapping[str, Any], config: Mapping[str, Any], tokens: Tokens | None, template: str | None
-) -> list[str]:
-    """What has an id for which an embedding of so many rows has none; arguments as those of `warning`."""
-    found = []
+) -> dict[int | str, str]:
+    """What has an id beyond the rows of an embedding, by the id or by what has it; other arguments as of `warning`."""
+    found: dict[int | str, str] = {}
     for file, table in (("generation_config.json", generation), ("config.json", config)):
         for key, value in table.items():
-            outside = [id_ for id_ in ids(value) if id_ >= rows] if key.endswith("token_id") else []
-            if outside:
-                found.append(f"{key} of {file} is {_list(outside, tokens)}, and the embedding has {rows} rows")
+            for id_ in ids(value) if key.endswith("token_id") else []:
+                if id_ >= rows:
+                    text = f"{key} of {file} is {_list([id_], tokens)}, and the embedding has {rows} rows"
+                    found.setdefault(id_, text)
     if tokens is not None:
         eos = text_of(tokens.settings.get("eos_token"))
-        needed = {tokens.ids[token]: token for token in (*marks(template or "", tokens), eos) if token in tokens.ids}
-        words = {id_: token for token, id_ in tokens.ids.items() if id_ >= rows and token not in tokens.added}
+        needed = {tokens.ids[token] for token in (*marks(template or "", tokens), eos) if token in tokens.ids}
+        words = {id_ for token, id_ in tokens.ids.items() if id_ >= rows and token not in tokens.added}
         for what, named in (("the chat template", needed), ("the tokenizer", words)):
-            outside = sorted(id_ for id_ in named if id_ >= rows)
+            outside = sorted(id_ for id_ in named if id_ >= rows and id_ not in found)
             if outside:
-                some = (
-                    f"{_list(outside[:_SHOWN], tokens)}{f' and {len(outside) - _SHOWN} more' * (len(outside) > _SHOWN)}"
-                )
-                found.append(f"{what} has {some}, and the embedding has {rows} rows")
+                more = f" and {len(outside) - _SHOWN} more" if len(outside) > _SHOWN else ""
+                found[what] = f"{what} has {_list(outside[:_SHOWN], tokens)}{more}, and the embedding has {rows} rows"
     return found
 
 

@@ -153,8 +153,15 @@ def of_model(
     special, table, template = configs.special_ids(config), holder.tokens_or_none(), _template_of(files, holder)
     generation = _generation_of(files)
     ending = endings.warning(generation, special, table, template)
-    beyond = [] if rows is None else endings.beyond(rows, generation, special, table, template)
-    return Chosen(files, left, [*said, *([ending] if ending else [])], beyond)
+    said += [ending] if ending else []
+    problems: list[str] = []
+    if rows is not None:
+        mine = own.json(_GENERATION) or {}, own.special_ids, own.tokens_or_none(), own.template
+        before = endings.beyond(rows, *mine)
+        for key, text in endings.beyond(rows, generation, special, table, template).items():
+            # What the target lives with is no fault of the merge.
+            (said if key in before else problems).append(text)
+    return Chosen(files, left, said, problems)
 
 
 def of_residual(instruct: Checkpoint) -> list[SideFile]:
