@@ -27,7 +27,7 @@ _WITHOUT_INFLUENCE = re.compile(
     r"(.*_)?dtype|.*version.*|_.*|.*name_or_path|use_cache|.*dropout.*|.*_drop|.*_pdrop|layerdrop|initializer.*|.*init_std"
     r"|initializer_range|.*token_(id|index)s?|(.*_)?vocab_size.*|max_position_embeddings|n_positions|n_ctx|seq_length"
     r"|model_max_length|output_(attentions|hidden_states|scores|past|router_logits)|return_dict|use_return_dict|torchscript|id2label|label2id|num_labels|problem_type"
-    r"|finetuning_task|task_specific_params|.*quantization.*|auto_map|.*attn_implementation|(use_)?flash_attn.*"
+    r"|finetuning_task|task_specific_params|.*quantization.*|compression_config.*|auto_map|.*attn_implementation|(use_)?flash_attn.*"
     r"|gradient_checkpointing|.*aux_loss.*|.*z_loss.*|.*jitter.*|pretraining_tp|tokenizer_class|processor_class"
     r"|temperature|top_[kp]|do_sample|num_beams|.*length_penalty|repetition_penalty|(max|min)(_new)?_(length|tokens)"
     r"|pruned_heads|tf_legacy_loss|use_bfloat16|bf16|fp16|fp32|transformers\.js_config|custom_pipelines|use_mems.*"

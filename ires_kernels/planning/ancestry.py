@@ -198,7 +198,7 @@ def _pieces(
         if own in refs and source in refs:
             ours, theirs = refs[own], refs[source]
             if len(ours) == len(theirs) == 1 and not (ours[0].whole or theirs[0].whole):
-                piece = _Piece(theirs[0], 0, ours[0], 0, step.count)
+                piece = _Piece(theirs[0], 0, ours[0], 0, step.taken)
                 found.setdefault((theirs[0].name, ours[0].name), (step.name, [piece]))
                 continue
             for piece in _shared(_runs(inputs[source], refs[source]), _runs(inputs[own], refs[own])):

@@ -74,6 +74,7 @@ def test_what_is_quantized_is_decoded_on_every_side(tmp_path: Path, format: str,
     assert found.keys() == SHAPES.keys()
     assert all(same(found[name], wanted[name]) for name in wanted)
     assert report.tensors == len(SHAPES)  # type: ignore[union-attr]
+    assert not report.warnings
     assert "quantization" not in (tmp_path / "out" / "config.json").read_text()
     assert ik.verify(tmp_path / "out")
     loaded = ik.load(paths[0], (paths[1], paths[2]), dtype=dtype, alpha=0.5)
@@ -151,6 +152,17 @@ def test_only_blocks_that_have_grown_get_new_scales(tmp_path: Path) -> None:
     assert after[scale][1, 1] == wanted / 448
     assert after[name].float()[20, 20] == 448
     assert all(same(before[n], after[n]) for n in before if n not in (name, scale) and "proj" in n)
+
+
+def test_settings_by_their_older_name_are_no_difference(tmp_path: Path) -> None:
+    paths = models(tmp_path, None, "int8-channel", "int8-channel")
+    for path in paths[1:]:
+        config = json.loads((path / "config.json").read_text())
+        config["compression_config"] = config.pop("quantization_config")
+        (path / "config.json").write_text(json.dumps(config))
+    report = ik.apply(paths[0], (paths[1], paths[2]), out=tmp_path / "out", sync=False)
+    assert not report.warnings
+    assert report.tensors == len(SHAPES)  # type: ignore[union-attr]
 
 
 def test_stochastic_rounding_reaches_codes(tmp_path: Path) -> None:
@@ -269,6 +281,7 @@ def test_the_plan_says_what_is_decoded(tmp_path: Path) -> None:
     assert "+ 1 * (instruct - base), fp8-block 16 × 16/mxfp8/BF16 → codes of fp8-block 16 × 16" in f"{plan}"
     assert "+ 1 * (instruct - base), fp8-block 16 × 16/mxfp8/BF16 → scales of fp8-block" in f"{plan}"
     assert "matched" not in f"{plan}"
+    assert [each.matrices for each in plan.ancestry] == [4, 4]  # type: ignore[union-attr]
     table = {each["name"]: each["inputs"] for each in plan.to_dict()["tensors"]}
     assert table[QUANTIZED[0]]["instruct"]["format"] == "mxfp8"
     other = write(tmp_path / "other", read_model(paths[2]), "fp8-block")
