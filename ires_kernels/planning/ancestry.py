@@ -140,11 +140,11 @@ def _compared(model: str, base: str, steps: Iterable[Step], looks: Looks) -> Anc
         len(matrices),
         len(matrices) + len(others),
         all(found.equal for found in (*matrices.values(), *others)),
-        _odd(matrices) if cosine >= ALIKE else {},
+        _odd(matrices, looks.inputs[model]) if cosine >= ALIKE else {},
     )
 
 
-def _odd(matrices: Mapping[str, Likeness]) -> dict[str, float]:
+def _odd(matrices: Mapping[str, Likeness], model: Checkpoint) -> dict[str, float]:
     """Tensors whose values deny what those of most confirm, and kinds of which some of the rows do."""
     odd = {name: found.cosine for name, found in matrices.items() if found.agrees is False}
     suspects = {names.pattern(name) for name, found in matrices.items() if found.weakest < ODD}
@@ -153,8 +153,10 @@ def _odd(matrices: Mapping[str, Likeness]) -> dict[str, float]:
         kind = names.pattern(name)
         if kind in kinds and math.isfinite(found.weakest):
             kinds[kind][name] = found.weakest
-    for kind, weakest in kinds.items():
-        if statistics.median(weakest.values()) < ODD and not names.is_vocabulary(kind):  # tokens are learnt row by row
+    for weakest in kinds.values():
+        ref = model.tensors.get(next(iter(weakest), ""))
+        by_token = ref is not None and names.is_by_token(ref, model)  # which are learnt row by row
+        if not by_token and statistics.median(weakest.values()) < ODD:
             odd = weakest | odd
     return odd
 

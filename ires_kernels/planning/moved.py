@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from ires_kernels.checkpoints import names as vocabulary
 from ires_kernels.planning.fusions import Undecided
 from ires_kernels.planning.layout import Rule, Runs, compressed, quoted
 from ires_kernels.planning.rewrites import Judgement, kinds, split
@@ -47,7 +46,7 @@ class Moved:
             name: partner
             for name, partner in single.items()
             if self.judged.verdicts.get(partner) is False
-            and not vocabulary.is_vocabulary(name)  # whose rows belong to tokens
+            and not self.values.is_by_token(partner)
             and self.values.theirs[partner].numel == self.values.mine[name].numel
         }
         for names in kinds({name: self.values.mine[name] for name in denied}).values():

@@ -43,9 +43,13 @@ class Values:
         """Tensors of kinds of which some sampled rows are others: one alone may have learnt something."""
         kinds: dict[str, dict[str, float]] = {}
         for name, found in compared.items():
-            if math.isfinite(found.weakest) and len(self.theirs[name].shape) > 1 and not names.is_vocabulary(name):
+            if math.isfinite(found.weakest) and len(self.theirs[name].shape) > 1 and not self.is_by_token(name):
                 kinds.setdefault(names.pattern(name), {})[name] = found.weakest
         return {name for kind in kinds.values() if statistics.median(kind.values()) < PART for name in kind}
+
+    def is_by_token(self, name: str) -> bool:
+        """Whether a source tensor has a row for each token, of which nobody may have trained some."""
+        return self.looks is not None and names.is_by_token(self.theirs[name], self.looks.inputs[self.other])
 
     def compare(self, runs: Mapping[str, Runs]) -> dict[str, Likeness]:
         """How alike the sampled elements of every source tensor are to what was matched with them."""

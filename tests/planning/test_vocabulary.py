@@ -523,3 +523,20 @@ def test_rows_one_by_one(counts: dict[str, int], new: dict[int, str], lost: set[
         else:
             assert done == ("kept", {"target": row})
     assert len(made) == rows
+
+
+def test_rows_that_nobody_has_trained_speak_against_no_head(tmp_path: Path) -> None:
+    """Of one name and shape in all models, where the last rows are noise, each model's own."""
+    made = {
+        "tok_embeddings.weight": normal((64, 64), 1),
+        "output.weight": normal((64, 64), 2),
+        "w": normal((64, 64), 3),
+    }
+    for seed, role in enumerate(("base", "instruct", "target")):
+        own = {name: t + normal(t.shape, 50 * seed, scale=1e-3) for name, t in made.items()}
+        own["output.weight"][56:] = normal((8, 64), 7 + seed)
+        write_model(tmp_path / role, own, config={"vocab_size": 64, "tie_word_embeddings": False})
+    plan = ik.apply(tmp_path / "target", (tmp_path / "instruct", tmp_path / "base"), out=tmp_path / "o", dry_run=True)
+    assert isinstance(plan, Plan)
+    assert {step.op for step in plan.steps} == {"add_difference"}
+    assert not plan.warnings
