@@ -17,7 +17,10 @@ ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "sanitize"
 CHECKS = "address,undefined,float-cast-overflow"
 TESTS = (
-    *(f"tests/backends/test_{name}.py" for name in ("numerics", "stochastic", "stats", "counting", "decoding", "encoding")),
+    *(
+        f"tests/backends/test_{name}.py"
+        for name in ("numerics", "stochastic", "stats", "counting", "decoding", "encoding")
+    ),
     *(f"tests/tensors/test_{name}.py" for name in ("ops", "checks")),
     "tests/new_folder/test_merge.py",
     "tests/streaming/test_load.py",

@@ -61,9 +61,10 @@ def owners(plan: Plan) -> dict[str, str]:
 
 
 def below(folder: Path) -> set[str]:
-    """Files of a folder beside weights, manifest and config."""
+    """Files of a folder beside weights, manifest, config and card."""
     names = {f"{path.relative_to(folder)}" for path in folder.rglob("*") if path.is_file()}
-    return names - {"model.safetensors", "ires.json", "residual.json", "residual.safetensors", "config.json"}
+    made = {"model.safetensors", "ires.json", "residual.json", "residual.safetensors", "config.json", "README.md"}
+    return names - made
 
 
 def test_the_parts_of_a_sentence_model(tmp_path: Path) -> None:
