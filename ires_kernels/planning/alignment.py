@@ -9,27 +9,30 @@ strangers: of these names decide, and that they are strangers is said elsewhere,
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ires_kernels.checkpoints import names
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
 from ires_kernels.checkpoints.quantized import Ref
 from ires_kernels.planning.embeddings import partners
-from ires_kernels.planning.evidence import Looks
+from ires_kernels.planning.evidence import FEWEST, Looks
 from ires_kernels.planning.fusions import Fusing, Undecided, heads, side
 from ires_kernels.planning.fusions import text as fused_text
 from ires_kernels.planning.layout import Layout, Rule, Run, Runs, quoted
-from ires_kernels.planning.moved import Moved
-from ires_kernels.planning.rewrites import Judgement, Renaming, kinds, split
+from ires_kernels.planning.moved import Moved, bias_of
+from ires_kernels.planning.rewrites import Doubt, Judge, Judgement, Renaming, kinds, split
 from ires_kernels.planning.values import Values
 
 STRANGERS = 0.1
 """Share of the matrices that agree below which models are strangers, of which no tensor is told apart from others."""
+_MOST_TRIED = 4096
+"""Pairs of tensors of one shape that are compared by their values: 200 ms."""
 _MOST_PAIRS = 256
 """Of kinds of tensors that are compared by all of their rows."""
-_COMPLETE = "Download or save that model again, with all its experts."
+_COMPLETE = "Download or save that model again, with all its parts."
 _RENAME = "Each of these is to give every tensor another one: correct --rename."
 
 
@@ -48,6 +51,7 @@ class Aligned:
     """Of some of these what is the matter with them."""
     problems: list[tuple[str, str, tuple[str, ...]]] = field(default_factory=list)
     """What is not there or cannot be decided, the way out, and the names of what it is about."""
+    notes: list[str] = field(default_factory=list)
     strangers: bool = False
 
 
@@ -95,8 +99,9 @@ class _Aligning:
         self.runs: dict[str, Runs] = {}
         self.rules: list[Rule] = []
         self.found = Aligned()
-        self.judged = Judgement({}, {})
+        self.judged = Judgement({}, {}, set())
         self.undecided: list[Undecided] = []
+        self.doubts: list[Doubt] = []
 
     def run(self) -> Aligned:
         self._rename()
@@ -123,6 +128,7 @@ class _Aligning:
         if not self._are_strangers():
             Moved(self.values, self.runs, self.judged, self.rules).search(pairs, self.undecided, self.found.causes)
         self._pair_embeddings()
+        self._doubt(ours, yours)
         self._cover(pairs)
         self._conclude(pairs)
         self.found.layout = Layout(self.runs, tuple(self.rules))
@@ -183,20 +189,28 @@ class _Aligning:
 
     def _match(self, ours: dict[str, Ref], yours: dict[str, Ref]) -> None:
         """Find partners of other names, and what is made of several tensors."""
-        renaming = Renaming(ours, yours, self.mine, self.values.judge)
-        renamed = renaming.run()
-        for name, partner in renamed.names.items():
-            self.runs[name] = whole(partner, self.theirs[partner])
+        tokens = [{r.shape[0] for r in t.values() if r.shape and names.is_vocabulary(r.name)} for t in (ours, yours)]
+        renamed = Renaming(ours, yours, self.mine, self.values.judge, (tokens[0], tokens[1])).run()
         self.rules += [Rule(rule.text(), "", count) for rule, count in renamed.rules]
-        ours = {name: ref for name, ref in ours.items() if name not in renamed.names}
-        used = set(renamed.names.values())
+        partners = renamed.names
+        ours = {name: ref for name, ref in ours.items() if name not in partners}
+        used = set(partners.values())
+        alike = by_values(ours, {n: ref for n, ref in yours.items() if n not in used}, self._judge_strictly)
+        partners |= alike
+        for (one, other), count in _kinds_of(alike).items():
+            self.rules.append(Rule(f"{quoted([one])} is {quoted([other])}", ", by their values", count))
+        partners |= _biases(partners, {n for n in ours if n not in partners}, yours)
+        for name, partner in partners.items():
+            self.runs[name] = whole(partner, self.theirs[partner])
+        ours = {name: ref for name, ref in ours.items() if name not in partners}
+        used = set(partners.values())
         words = {word: name for word, name in renamed.words.items() if name not in used}
         groups = heads(self.models[self.role].config) or heads(self.models[self.other].config)
         for gathered in (True, False):
             sides = side(ours), side(yours, words)
             fusing = Fusing(
                 *(sides if gathered else sides[::-1]),
-                self.values.judge,
+                self._judge_strictly,
                 gathered=gathered,
                 groups=groups,
                 trusted=self.values.looks is None,
@@ -206,14 +220,27 @@ class _Aligning:
             self.runs.update(fused.runs)
             for each, count in fused.wholes:
                 self.rules.append(Rule(*fused_text(each, gathered), count))
+            self.found.notes += [
+                f"experts of {quoted([kind])} are near copies of each other in {self.other}: taken by index, as values "
+                "cannot confirm their order"
+                for kind in fused.copies
+            ]
             self.found.problems += [(text, _COMPLETE, about) for text, about in fused.problems.items()]
             gone = {run.name for its in fused.runs.values() for run in its}
             ours = {name: ref for name, ref in ours.items() if name not in fused.runs}
             words = {word: name for word, name in words.items() if name not in gone}
             self.undecided += fused.undecided
         self.undecided += _alike(ours, {word: self.theirs[name] for word, name in words.items()}, words)
+        self.doubts = renamed.doubts
+
+    def _judge_strictly(self, runs: Mapping[str, Runs]) -> Judgement:
+        return self.values.judge(runs, strict=True)
+
+    def _doubt(self, ours: Mapping[str, Ref], yours: Mapping[str, Ref]) -> None:
+        """Say what may be one of several."""
+        ours = {name: ref for name, ref in ours.items() if name not in self.runs}
         open_kinds = {split(name)[0] for name in ours}
-        for doubt in renamed.doubts:
+        for doubt in self.doubts:
             if doubt.pattern in open_kinds:
                 what = f"two ways to match {quoted(['.'.join(doubt.pattern)])} with a tensor of {self.other}"
                 text = f"{what}: {' or '.join(map(_tick, doubt.choices))}, and their values are too alike to tell"
@@ -283,6 +310,53 @@ def is_reshaped(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
         return False
     squeezed = [tuple(length for length in shape if length > 1) for shape in (one, other)]
     return squeezed[0] == squeezed[1] or (len(one) != len(other) and (one[0] == other[0] or one[-1] == other[-1]))
+
+
+def by_values(mine: Mapping[str, Ref], theirs: Mapping[str, Ref], judge: Judge) -> dict[str, str]:
+    """Tensors of one shape that values alone tell to be each other, the one and no other; first of the same numbers."""
+    found: dict[str, str] = {}
+    for with_numbers in (True, False):
+        groups: dict[tuple[object, ...], tuple[list[str], list[str]]] = {}
+        for which, tensors in enumerate((mine, theirs)):
+            for name, ref in tensors.items():
+                if name not in (found, found.values())[which] and ref.numel >= FEWEST:
+                    key = (ref.shape, split(name)[1] if with_numbers else ())
+                    groups.setdefault(key, ([], []))[which].append(name)
+        for ours, yours in groups.values():
+            if 0 < len(ours) * len(yours) <= _MOST_TRIED:
+                found |= _mutual(ours, {name: theirs[name] for name in yours}, judge)
+    return found
+
+
+def _mutual(mine: Sequence[str], theirs: Mapping[str, Ref], judge: Judge) -> dict[str, str]:
+    """The pairs that are nearer to each other than half as far as to any other, and agree."""
+    near: dict[tuple[str, str], float] = {}
+    for one in mine:
+        for other, ref in theirs.items():
+            judged = judge({one: whole(other, ref)})
+            if judged.agrees:
+                near[one, other] = judged.distances.get(other, math.inf)
+    found = {}
+    for (one, other), distance in near.items():
+        rivals = [far for (a, b), far in near.items() if (a == one) != (b == other)]
+        if all(2 * distance < far for far in rivals):
+            found[one] = other
+    return found
+
+
+def _kinds_of(pairs: Mapping[str, str]) -> Counter[tuple[str, str]]:
+    return Counter((names.pattern(one), names.pattern(other)) for one, other in pairs.items())
+
+
+def _biases(partners: Mapping[str, str], mine: Collection[str], theirs: Mapping[str, Ref]) -> dict[str, str]:
+    """The biases that are left, each matched with that of what its weight was matched with."""
+    used = {*partners.values()}
+    found = {}
+    for name, partner in partners.items():
+        one, other = bias_of(name), bias_of(partner)
+        if one in mine and other in theirs and other not in used:
+            found[one] = other
+    return found
 
 
 def _alike(mine: Mapping[str, Ref], theirs: Mapping[str, Ref], words: Mapping[str, str]) -> list[Undecided]:

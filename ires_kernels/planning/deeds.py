@@ -105,6 +105,7 @@ def match(role: str, layouts: Mapping[str, Layout] | None, looks: Looks | None, 
         for text, advice, about in each.problems:
             found.problem(text, advice, about)
             found.told.update(about)
+        found.notes += each.notes
         _check_values(role, other, each, silent, found)
 
 

@@ -55,6 +55,8 @@ class Fused(NamedTuple):
     """And how many tensors each explains."""
     problems: dict[str, tuple[str, ...]]
     """What is missing, and the names of all tensors that it is about."""
+    copies: list[str]
+    """What is stacked of parts that are too near to each other for values to confirm their order."""
     undecided: list[Undecided]
     """What fits by its shapes, and of which values allow no arrangement."""
 
@@ -102,30 +104,60 @@ class Fusing:
         """`gathered`: wholes are of the model that gives the layout. `trusted`: without values, names decide."""
         self.wholes, self.parts, self.judge = wholes.kinds, parts.kinds, judge
         self.gathered, self.groups, self.trusted, self.where = gathered, groups, trusted, where
+        self._incomplete: dict[str, tuple[str, ...]] = {}
         self._in_module: dict[Components, list[Kind]] = {}
         for part in self.parts:
             self._in_module.setdefault(_module(part.pattern), []).append(part)
-        self.found = Fused({}, [], {}, [])
+        self.found = Fused({}, [], {}, [], [])
         self._experts_of: dict[tuple[Kind, int], dict[Digits, dict[str, str]]] = {}
         self._arranged: dict[tuple[Components, frozenset[str]], tuple[tuple[str, ...], int]] = {}
 
     def run(self) -> Fused:
-        """All that can be told, weights before biases, which follow them."""
-        order = sorted(self.wholes, key=lambda kind: (kind.pattern[-1] == "bias", -math.prod(kind.shape)))
+        """All that can be told, weights before biases, which follow them; and wholes of which parts are missing."""
+        order = sorted(self.wholes, key=lambda kind: (_is_bias(kind.pattern), -math.prod(kind.shape)))
         for near in (True, False):
             for kind in order:
                 if kind in self.wholes:
                     self._look(kind, near)
+        for kind in self.wholes:
+            self._lacks(kind)
         return self.found
+
+    def _lacks(self, kind: Kind) -> None:
+        """Say of a whole that some of its parts are there, and others not."""
+        stars, rows = kind.pattern.count("*"), math.prod(kind.shape)
+        parts = [
+            part
+            for part in self._in_module.get(_module(kind.pattern), [])
+            if part in self.parts and part.pattern.count("*") == stars and part.pattern[-1] == kind.pattern[-1]
+        ]
+        fit = [part for part in parts if part.shape[1:] == kind.shape[1:] and _rank(_stem(part.pattern)) < len(_ORDER)]
+        have = sum(math.prod(part.shape) for part in fit)
+        if fit and have < rows and {*self.parts[fit[0]]} & {*self.wholes[kind]} and not self._is_undecided(kind):
+            left = f"{(rows - have) // math.prod(kind.shape[1:])} of {kind.shape[0]} rows"
+            text = (
+                f"{quoted(['.'.join(kind.pattern)])} has more than {quoted('.'.join(part.pattern) for part in fit)}: "
+                f"of {left} the other part is missing{self.where}"
+            )
+            about = [*self.wholes[kind].values(), *(name for part in fit for name in self.parts[part].values())]
+            self.found.problems[text] = tuple(about)
+
+    def _is_undecided(self, kind: Kind) -> bool:
+        names = {*self.wholes[kind].values()}
+        sides = (side for each in self.found.undecided for side in (*each.mine, *each.theirs))
+        return any(name in names for side in sides for name in side)
 
     def _look(self, kind: Kind, near: bool) -> None:
         rejected = []
+        self._incomplete = {}
         for axis, parts in self._possible(kind, near):
             chosen = self._arrange(kind, parts, axis, near)
             if chosen is not None:
                 self._take(chosen)
                 return
             rejected.append(Whole(kind, parts, 1, axis))
+        if not rejected:
+            self.found.problems.update(self._incomplete)
         self.found.undecided.extend(map(self._undecided, rejected))
 
     def _undecided(self, whole: Whole) -> Undecided:
@@ -147,7 +179,8 @@ class Fusing:
             if parts[0].shape != kind.shape and any(digits in self.parts[parts[0]] for digits in self.wholes[kind]):
                 yield None, parts
         more = [part for part in there if part.pattern.count("*") == stars + 1]
-        for axis in range(stars + 1):
+        self._incomplete = {}
+        for axis in reversed(range(stars + 1)):
             counts = {p: self._experts(kind, p, axis) for p in more}
             for count in sorted({c for c in counts.values() if c}):
                 alike = [p for p in more if counts[p] == count]
@@ -189,14 +222,13 @@ class Fusing:
                         )
                         about = (kind, self.wholes), *((each, self.parts) for each in parts)
                         names = tuple(name for each, table in about for name in table[each].values())
-                        self.found.problems[text] = names
+                        self._incomplete[text] = names
                     return False
         return True
 
     def _subsets(self, kind: Kind, parts: list[Kind], count: int) -> Iterator[tuple[Kind, ...]]:
         """Up to four kinds of parts, of each `count`."""
-        is_bias = kind.pattern[-1] == "bias"
-        parts = [part for part in parts if (part.pattern[-1] == "bias") == is_bias]
+        parts = [part for part in parts if _is_bias(part.pattern) == _is_bias(kind.pattern)]
         if len(parts) > _MOST_KINDS:
             return
         wanted = math.prod(kind.shape)
@@ -209,7 +241,7 @@ class Fusing:
         """The order and the groups that values confirm, or that names tell where values tell nothing."""
         stems = {part: _stem(part.pattern) for part in parts}
         known = self._arranged.get((_module(kind.pattern), frozenset(stems.values())))
-        if known is not None and kind.pattern[-1] == "bias":
+        if known is not None and _is_bias(kind.pattern):
             by_stem = {stem: part for part, stem in stems.items()}
             follows = Whole(kind, tuple(by_stem[stem] for stem in known[0]), known[1], axis)
             return follows if self._of(follows).agrees is not False else None
@@ -221,14 +253,17 @@ class Fusing:
         silent = True
         for numbers in (first, rest):
             survivors = []
+            unseen = False
             for groups in dict.fromkeys(numbers):
                 for order in orders:
                     whole = Whole(kind, order, groups, axis)
-                    verdict = self._of(whole).agrees
-                    silent = silent and verdict is None
-                    survivors += [whole] if verdict and self._holds(whole) else []
+                    judged = self._of(whole)
+                    silent = silent and judged.agrees is None
+                    if judged.agrees and False not in judged.verdicts.values() and self._holds(whole):
+                        survivors.append(whole)
+                        unseen = unseen or bool(judged.unseen)
             if survivors:
-                return survivors[0]
+                return None if len(survivors) > 1 and unseen else survivors[0]
             if silent:
                 break
         sure = all(_rank(stem) < len(_ORDER) for stem in stems.values()) or len(parts) == 1
@@ -246,7 +281,18 @@ class Fusing:
         return self.judge(runs)
 
     def _holds(self, whole: Whole) -> bool:
-        return not any(verdict is False for verdict in self._of(whole, all_sampled=True).verdicts.values())
+        return False not in self._of(whole, all_sampled=True).verdicts.values()
+
+    def _is_any_order(self, whole: Whole) -> bool:
+        """Whether experts could as well be in another order, as far as values tell: the first two changed about."""
+        digits = next(digits for digits in self.wholes[whole.kind] if self._has(whole, digits))
+        names = self._names(whole, digits)
+        size = len(whole.parts)
+        if len(names) < 2 * size:
+            return False
+        turned = [*names[size : 2 * size], *names[:size], *names[2 * size :]]
+        judged = self.judge(self._runs(whole, digits, turned))
+        return bool(judged.agrees) and False not in judged.verdicts.values()
 
     def _names(self, whole: Whole, digits: Digits) -> list[str]:
         """The names of the parts of a whole, in their order; experts one behind the other."""
@@ -259,9 +305,9 @@ class Fusing:
         names = self._names(whole, digits)
         return bool(names) and all(names)
 
-    def _runs(self, whole: Whole, digits: Digits) -> dict[str, Runs]:
-        """Of what the tensors of the model that gives the layout are made."""
-        name, names = self.wholes[whole.kind][digits], self._names(whole, digits)
+    def _runs(self, whole: Whole, digits: Digits, names: list[str] | None = None) -> dict[str, Runs]:
+        """Of what the tensors of the model that gives the layout are made; `names` in place of those of the parts."""
+        name, names = self.wholes[whole.kind][digits], names or self._names(whole, digits)
         sizes = [math.prod(part.shape) // whole.groups for part in whole.parts]
         pieces = [
             (part, group * size, size)
@@ -279,6 +325,7 @@ class Fusing:
 
     def _take(self, whole: Whole) -> None:
         table, count = self.wholes[whole.kind], 0
+        near_copies = whole.axis is not None and self._is_any_order(whole)
         gone: set[str] = set()
         for digits in [digits for digits in table if self._has(whole, digits)]:
             found = self._runs(whole, digits)
@@ -293,6 +340,8 @@ class Fusing:
             if not place[kind]:
                 del place[kind]
         self.found.wholes.append((whole, count))
+        if whole.axis is not None and near_copies:
+            self.found.copies.append(".".join(whole.kind.pattern))
         stems = tuple(_stem(part.pattern) for part in whole.parts)
         self._arranged[_module(whole.kind.pattern), frozenset(stems)] = stems, whole.groups
 
@@ -336,6 +385,10 @@ def _module(pattern: Components) -> Components:
 def _stem(pattern: Components) -> str:
     """What a part is called in its module."""
     return pattern[-2] if pattern[-1] in ("weight", "bias") and len(pattern) > 1 else pattern[-1]
+
+
+def _is_bias(pattern: Components) -> bool:
+    return pattern[-1].endswith("bias")
 
 
 def _rank(stem: str) -> int:

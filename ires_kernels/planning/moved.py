@@ -95,12 +95,12 @@ class Moved:
         made = self._made(found, mine, theirs)
         if made is None:
             return False
-        judged = self.values.judge(made)
-        if any(verdict is False for verdict in judged.verdicts.values()):
+        judged = self.values.judge(made, strict=True)
+        if not judged.agrees or False in judged.verdicts.values():
             return False
         self.runs.update(made)
         self.judged.verdicts.update(judged.verdicts)
-        biases = [tuple(_bias(name) for name in side) for side in (mine, theirs)]
+        biases = [tuple(bias_of(name) for name in side) for side in (mine, theirs)]
         if all(name in self.values.mine for name in biases[0]) and all(n in self.values.theirs for n in biases[1]):
             self.runs.update(self._made(found, *biases) or {})
         return True
@@ -129,6 +129,6 @@ class Moved:
         return dict(zip(mine, runs, strict=True))
 
 
-def _bias(name: str) -> str:
+def bias_of(name: str) -> str:
     """The name of the bias of a weight."""
-    return f"{name.removesuffix('weight')}bias" if name.endswith(".weight") else f"{name}_bias"
+    return f"{name.removesuffix('weight')}bias" if name.endswith("weight") else f"{name}_bias"

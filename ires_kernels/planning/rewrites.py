@@ -8,6 +8,7 @@ rule, and decide between several; where neither values nor numbers of tensors do
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -40,6 +41,8 @@ class Judgement(NamedTuple):
     """By name of a source tensor; None: they say nothing."""
     distances: dict[str, float]
     """How far what was taken from it is from its own place, in units of its norm."""
+    unseen: set[str]
+    """Those of which some part that is taken was not looked at."""
 
     @property
     def agrees(self) -> bool | None:
@@ -160,9 +163,16 @@ def difference(mine: Components, theirs: Components) -> Rewrite:
 class Renaming:
     """The search for rules among tensors that have no partner of their name."""
 
-    def __init__(self, mine: Mapping[str, Ref], theirs: Mapping[str, Ref], known: Iterable[str], judge: Judge) -> None:
-        """`known`: names of all tensors of the model that gives the layout."""
-        self.judge = judge
+    def __init__(
+        self,
+        mine: Mapping[str, Ref],
+        theirs: Mapping[str, Ref],
+        known: Iterable[str],
+        judge: Judge,
+        tokens: tuple[Collection[int], Collection[int]] = ((), ()),
+    ) -> None:
+        """`known`: names of all tensors of the model that gives the layout. `tokens`: rows of embeddings, of both."""
+        self.judge, self.tokens = judge, tokens
         patterns = {split(name)[0] for name in known}
         self.known = {pattern[:end] for pattern in patterns for end in range(1, len(pattern) + 1)}
         self.mine, self.theirs = kinds(mine), kinds(theirs)
@@ -198,7 +208,18 @@ class Renaming:
         rules: dict[Rewrite, list[Pair]] = {}
         self._of_mine, self._of_theirs = {}, {}
         for shape, ours in mine_of.items():
-            for one, other in self._candidates(ours, by_shape.get(shape, [])):
+            yours = by_shape.get(shape, [])
+            if shape and shape[0] in self.tokens[0]:  # and of another number of tokens
+                yours = [
+                    *yours,
+                    *(
+                        other
+                        for there, others in by_shape.items()
+                        if there != shape and there[1:] == shape[1:] and there and there[0] in self.tokens[1]
+                        for other in others
+                    ),
+                ]
+            for one, other in self._candidates(ours, yours):
                 rule = difference(one.pattern, self.words[other])
                 if rule.old.count("*") == rule.new.count("*"):
                     have = self.theirs[other]
@@ -272,9 +293,7 @@ class Renaming:
         key = pair.mine, pair.theirs
         if key not in self._judged:
             chosen = sampled(pair.numbers)
-            size = 1
-            for side in pair.mine.shape:
-                size *= side
+            size = math.prod(pair.theirs.shape)
             ours, yours = self.mine[pair.mine], self.theirs[pair.theirs]
             self._judged[key] = self.judge({ours[d]: (Run(yours[d], 0, size),) for d in chosen} if size else {})
         return self._judged[key]
