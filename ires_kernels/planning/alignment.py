@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ires_kernels.checkpoints import names
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
 from ires_kernels.checkpoints.quantized import Ref
 from ires_kernels.planning.embeddings import partners
-from ires_kernels.planning.evidence import FEWEST, Looks
+from ires_kernels.planning.evidence import FAR, FEWEST, Looks
 from ires_kernels.planning.fusions import Fusing, Undecided, heads, side
 from ires_kernels.planning.fusions import text as fused_text
 from ires_kernels.planning.layout import Layout, Rule, Run, Runs, quoted
@@ -199,7 +199,7 @@ class _Aligning:
         partners |= alike
         for (one, other), count in _kinds_of(alike).items():
             self.rules.append(Rule(f"{quoted([one])} is {quoted([other])}", ", by their values", count))
-        partners |= _biases(partners, {n for n in ours if n not in partners}, yours)
+        partners |= _following(partners, ours, yours, self.values.judge)
         for name, partner in partners.items():
             self.runs[name] = whole(partner, self.theirs[partner])
         ours = {name: ref for name, ref in ours.items() if name not in partners}
@@ -231,6 +231,9 @@ class _Aligning:
             words = {word: name for word, name in words.items() if name not in gone}
             self.undecided += fused.undecided
         self.undecided += _alike(ours, {word: self.theirs[name] for word, name in words.items()}, words)
+        theirs_left = {name: self.theirs[name] for name in words.values()}
+        following = _following(partners, ours, theirs_left, self.values.judge, self.runs)
+        self.runs.update((name, whole(partner, self.theirs[partner])) for name, partner in following.items())
         self.doubts = renamed.doubts
 
     def _judge_strictly(self, runs: Mapping[str, Runs]) -> Judgement:
@@ -320,7 +323,7 @@ def by_values(mine: Mapping[str, Ref], theirs: Mapping[str, Ref], judge: Judge) 
         for which, tensors in enumerate((mine, theirs)):
             for name, ref in tensors.items():
                 if name not in (found, found.values())[which] and ref.numel >= FEWEST:
-                    key = (ref.shape, split(name)[1] if with_numbers else ())
+                    key = (ref.shape, name.rpartition(".")[2] == "bias", split(name)[1] if with_numbers else ())
                     groups.setdefault(key, ([], []))[which].append(name)
         for ours, yours in groups.values():
             if 0 < len(ours) * len(yours) <= _MOST_TRIED:
@@ -334,7 +337,7 @@ def _mutual(mine: Sequence[str], theirs: Mapping[str, Ref], judge: Judge) -> dic
     for one in mine:
         for other, ref in theirs.items():
             judged = judge({one: whole(other, ref)})
-            if judged.agrees:
+            if judged.agrees and (len(ref.shape) > 1 or judged.distances.get(other, math.inf) < FAR):
                 near[one, other] = judged.distances.get(other, math.inf)
     found = {}
     for (one, other), distance in near.items():
@@ -348,15 +351,48 @@ def _kinds_of(pairs: Mapping[str, str]) -> Counter[tuple[str, str]]:
     return Counter((names.pattern(one), names.pattern(other)) for one, other in pairs.items())
 
 
-def _biases(partners: Mapping[str, str], mine: Collection[str], theirs: Mapping[str, Ref]) -> dict[str, str]:
-    """The biases that are left, each matched with that of what its weight was matched with."""
-    used = {*partners.values()}
-    found = {}
+def _following(
+    partners: Mapping[str, str],
+    mine: Mapping[str, Ref],
+    theirs: Mapping[str, Ref],
+    judge: Judge,
+    fused: Mapping[str, Runs] | None = None,
+) -> dict[str, str]:
+    """What is left of modules whose other tensors have partners, in the modules of those: a bias with its weight."""
+    modules: dict[str, set[str]] = {}
     for name, partner in partners.items():
-        one, other = bias_of(name), bias_of(partner)
-        if one in mine and other in theirs and other not in used:
-            found[one] = other
+        one, other = name.split("."), partner.split(".")
+        while one and other and one[-1] == other[-1]:
+            one, other = one[:-1], other[:-1]
+            modules.setdefault(".".join(one), set()).add(".".join(other))
+        modules.setdefault(bias_of(name).rpartition(".")[0], set()).add(bias_of(partner).rpartition(".")[0])
+    for name, runs in (fused or {}).items():
+        for source in {run.name for run in runs}:
+            modules.setdefault(_around(name), set()).add(_around(source))
+    used = {*partners.values()}
+    found: dict[str, str] = {}
+    for name, ref in mine.items():
+        if name in partners:
+            continue
+        parts = name.split(".")
+        for end in range(len(parts) - 1, 0, -1):
+            there = modules.get(".".join(parts[:end]))
+            if there:
+                wanted = [f"{module}." if module else "" for module in there]
+                names = [n for w in wanted if (n := w + ".".join(parts[end:])) in theirs and n not in used]
+                if len(names) == 1 and theirs[names[0]].shape == ref.shape:
+                    judged = judge({name: whole(names[0], theirs[names[0]])})
+                    if judged.agrees is not False:
+                        found[name] = names[0]
+                        used.add(names[0])
+                break
     return found
+
+
+def _around(name: str) -> str:
+    """The module around a projection."""
+    parts = name.split(".")
+    return ".".join(parts[: -2 if parts[-1] in ("weight", "bias") else -1])
 
 
 def _alike(mine: Mapping[str, Ref], theirs: Mapping[str, Ref], words: Mapping[str, str]) -> list[Undecided]:

@@ -9,7 +9,7 @@ is possible holds is for values to say. Reshaped tensors are wholes of a single 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations, permutations
 from typing import NamedTuple
 
@@ -24,6 +24,9 @@ _MOST_IN_ALL = 100
 """Kinds of parts among which those of a whole are looked for."""
 _ORDER = ("q", "query", "k", "key", "v", "value", "gate", "w1", "up", "w3", "v1")
 """Words in names of parts, in the order in which they are fused where nothing else tells."""
+
+
+Place = Callable[[Components], Components]
 
 
 class Whole(NamedTuple):
@@ -105,6 +108,7 @@ class Fusing:
         self.wholes, self.parts, self.judge = wholes.kinds, parts.kinds, judge
         self.gathered, self.groups, self.trusted, self.where = gathered, groups, trusted, where
         self._incomplete: dict[str, tuple[str, ...]] = {}
+        self._there: dict[Components, list[Kind]] = {}
         self._in_module: dict[Components, list[Kind]] = {}
         for part in self.parts:
             self._in_module.setdefault(_module(part.pattern), []).append(part)
@@ -115,10 +119,13 @@ class Fusing:
     def run(self) -> Fused:
         """All that can be told, weights before biases, which follow them; and wholes of which parts are missing."""
         order = sorted(self.wholes, key=lambda kind: (_is_bias(kind.pattern), -math.prod(kind.shape)))
-        for near in (True, False):
+        for place in (_module, _layer, _anywhere):
+            self._there = {}
+            for part in self.parts:
+                self._there.setdefault(place(part.pattern), []).append(part)
             for kind in order:
                 if kind in self.wholes:
-                    self._look(kind, near)
+                    self._look(kind, place)
         for kind in self.wholes:
             self._lacks(kind)
         return self.found
@@ -147,11 +154,11 @@ class Fusing:
         sides = (side for each in self.found.undecided for side in (*each.mine, *each.theirs))
         return any(name in names for side in sides for name in side)
 
-    def _look(self, kind: Kind, near: bool) -> None:
+    def _look(self, kind: Kind, place: Place) -> None:
         rejected = []
         self._incomplete = {}
-        for axis, parts in self._possible(kind, near):
-            chosen = self._arrange(kind, parts, axis, near)
+        for axis, parts in self._possible(kind, place):
+            chosen = self._arrange(kind, parts, axis, place is _module)
             if chosen is not None:
                 self._take(chosen)
                 return
@@ -167,13 +174,13 @@ class Fusing:
         mine, theirs = (wholes, parts) if self.gathered else (parts, wholes)
         return Undecided(mine, theirs, whole.axis is not None)
 
-    def _possible(self, kind: Kind, near: bool) -> Iterator[tuple[int | None, tuple[Kind, ...]]]:
+    def _possible(self, kind: Kind, place: Place) -> Iterator[tuple[int | None, tuple[Kind, ...]]]:
         """Kinds of parts whose rows add up to the whole's, with the place of the experts' number."""
         stars = kind.pattern.count("*")
-        there = self._in_module.get(_module(kind.pattern), []) if near else self.parts
+        there = [part for part in self._there.get(place(kind.pattern), []) if part in self.parts]
         if len(there) > _MOST_IN_ALL:
             return
-        there = [part for part in there if part in self.parts and _fits(kind, part)]
+        there = [part for part in there if _fits(kind, part)]
         same = [part for part in there if part.pattern.count("*") == stars]
         for parts in self._subsets(kind, same, 1):
             if parts[0].shape != kind.shape and any(digits in self.parts[parts[0]] for digits in self.wholes[kind]):
@@ -380,6 +387,16 @@ def _module(pattern: Components) -> Components:
     while end > 0 and pattern[end - 1] == "*":
         end -= 1
     return pattern[: max(end, 0)]
+
+
+def _layer(pattern: Components) -> Components:
+    """The layer that it is in, or of a stack of experts the one around that."""
+    stars = [i for i, part in enumerate(pattern) if part == "*" and "expert" not in pattern[i - 1]]
+    return pattern[: stars[-1] + 1] if stars else pattern[:1]
+
+
+def _anywhere(_: Components) -> Components:
+    return ()
 
 
 def _stem(pattern: Components) -> str:

@@ -108,7 +108,8 @@ class Moved:
     def _made(self, found: Found, mine: tuple[str, ...], theirs: tuple[str, ...]) -> dict[str, Runs] | None:
         """What tensors of these rows are made of; of stacked experts each has the order of the first."""
         refs, others = [self.values.mine[name] for name in mine], [self.values.theirs[name] for name in theirs]
-        stack = refs[0].shape[0] if len(refs) == 1 == len(others) and len(refs[0].shape) == 3 else 1
+        alone = len(refs) == 1 == len(others) and len(refs[0].shape) == len(others[0].shape)
+        stack = refs[0].shape[0] if alone and len(refs[0].shape) == 3 else 1
         width, rest = divmod(sum(ref.numel for ref in refs), stack * len(found.rows))
         if rest or any(ref.numel % width for ref in (*refs, *others)):
             return None

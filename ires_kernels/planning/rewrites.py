@@ -221,6 +221,8 @@ class Renaming:
                 ]
             for one, other in self._candidates(ours, yours):
                 rule = difference(one.pattern, self.words[other])
+                if {one.pattern[-1], other.pattern[-1]} == {"weight", "bias"}:
+                    continue  # what is added is never what is multiplied with
                 if rule.old.count("*") == rule.new.count("*"):
                     have = self.theirs[other]
                     numbers = tuple(digits for digits in self.mine[one] if digits in have)
@@ -317,7 +319,7 @@ class Renaming:
                     ways.setdefault(pair.mine, []).append(pair)
         for kind, pairs in ways.items():
             if len(pairs) > 1:
-                options = tuple(self._rule(pair).option() for pair in pairs)
+                options = tuple(difference(pair.mine.pattern, pair.theirs.pattern).option() for pair in pairs)
                 choices = tuple(".".join(pair.theirs.pattern) for pair in pairs)
                 self.found.doubts.append(Doubt(kind.pattern, choices, options))
 

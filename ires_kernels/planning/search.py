@@ -54,7 +54,9 @@ def search(looks: Looks, mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> Fo
     """Look for the rows of `mine` in `theirs`, which have as many elements."""
     import numpy as np
 
-    sides = [_stacked(mine), _stacked(theirs)]
+    alone = len(mine) == 1 == len(theirs) and len(mine[0].ref.shape) == len(theirs[0].ref.shape)
+    in_depth = any(len(each.ref.shape) == 3 for each in (*mine, *theirs))
+    sides = [_flat(side) if in_depth and not alone else _stacked(side) for side in (mine, theirs)]
     width = _width(sides[0], sides[1])
     if width >= _COLUMNS // 4:
         rows = [sum(math.prod(shape) // width for _, shape in side) for side in sides]
@@ -77,6 +79,11 @@ Side = list[tuple[Tensor, tuple[int, ...]]]
 def _stacked(tensors: Sequence[Tensor]) -> Side:
     """Each with the shape of what is compared: of stacked experts the first one."""
     return [(each, each.ref.shape[-2:] if len(each.ref.shape) == 3 else each.ref.shape) for each in tensors]
+
+
+def _flat(tensors: Sequence[Tensor]) -> Side:
+    """Each as a matrix."""
+    return [(each, (each.ref.numel // each.ref.shape[-1], each.ref.shape[-1])) for each in tensors]
 
 
 def _width(*sides: Side) -> int:

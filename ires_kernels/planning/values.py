@@ -21,6 +21,7 @@ PART = 0.2
 named, however their other rows are. Of relatives it was .86 and more."""
 _SPOTS = (1, 9, 13, 15)
 """Sixteenths of a region where it is sampled, as `evidence.places` samples a tensor."""
+_GOLDEN = (5**0.5 - 1) / 2
 _FEW, _MANY = 8, 512
 """Regions of a tensor that are told apart, with several samples each; and those that are sampled at all, once each."""
 
@@ -126,10 +127,10 @@ class Values:
                 ours += met.values
             return [likeness(values, ours)] if values else []
         if len(places) <= _FEW:
-            groups = [[spot for share in _SPOTS for spot in _spot(placed, share)] for placed in places]
+            groups = [[spot for place in _places(placed[0]) for spot in _spot(placed, place)] for placed in places]
         else:
             chosen = places[:: -(-len(places) // _MANY)]
-            groups = [[spot for i, placed in enumerate(chosen) for spot in _spot(placed, _SPOTS[i % 4])]]
+            groups = [[spot for i, placed in enumerate(chosen) for spot in _spot(placed, _places(placed[0])[i % 4])]]
         likenesses = (self._likeness(looks, ref, group) for group in groups)
         return [found for found in likenesses if found is not None]
 
@@ -146,10 +147,19 @@ class Values:
         return likeness(sample.values, ours) if sample is not None and ours else None
 
 
-def _spot(placed: Placed, share: int) -> Iterator[tuple[int, int, str, int]]:
+def _places(run: Run) -> Sequence[int]:
+    """Where a run is sampled; of one that has many pieces many of them, at no regular distance."""
+    if run.times <= len(_SPOTS):
+        return [run.numel * share // 16 for share in _SPOTS]
+    if run.times <= RUN:
+        return [repeat * run.size for repeat in range(run.times)]
+    return [int(i * _GOLDEN % 1 * run.times) * run.size for i in range(RUN)]
+
+
+def _spot(placed: Placed, offset: int) -> Iterator[tuple[int, int, str, int]]:
     """Some elements of a run: where they begin in the source, how many, which tensor takes them, and where there."""
     run, target, start = placed
-    offset = min(run.numel * share // 16, max(run.numel - RUN, 0))
+    offset = min(offset, max(run.numel - RUN, 0))
     left = min(RUN, run.numel)
     while left:
         repeat, inner = divmod(offset, run.size)
