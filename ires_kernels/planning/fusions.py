@@ -177,10 +177,10 @@ class Fusing:
     def _possible(self, kind: Kind, place: Place) -> Iterator[tuple[int | None, tuple[Kind, ...]]]:
         """Kinds of parts whose rows add up to the whole's, with the place of the experts' number."""
         stars = kind.pattern.count("*")
-        there = [part for part in self._there.get(place(kind.pattern), []) if part in self.parts]
-        if len(there) > _MOST_IN_ALL:
+        candidates = self._there.get(place(kind.pattern), [])
+        if len(candidates) > _MOST_IN_ALL:
             return
-        there = [part for part in there if _fits(kind, part)]
+        there = [part for part in candidates if part in self.parts and _fits(kind, part)]
         same = [part for part in there if part.pattern.count("*") == stars]
         for parts in self._subsets(kind, same, 1):
             if parts[0].shape != kind.shape and any(digits in self.parts[parts[0]] for digits in self.wholes[kind]):
