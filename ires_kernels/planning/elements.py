@@ -100,8 +100,10 @@ def decoded(ref: QuantizedRef, first: int, count: int, read: Read) -> Sequence[f
     found: list[float] = []
     for segment in segments:
         position = segment.row * row_bytes(form, ref.full) * 8 + segment.column * form.bits - begin * 8
-        places = range(position, position + segment.length * form.bits, form.bits)
-        codes = [stored[place // 8] >> place % 8 & (1 << form.bits) - 1 for place in places]
+        codes: Sequence[int] = stored[position // 8 : position // 8 + segment.length]
+        if form.bits < 8:
+            places = range(position, position + segment.length * form.bits, form.bits)
+            codes = [stored[place // 8] >> place % 8 & (1 << form.bits) - 1 for place in places]
         scale = scales[segment.block]
         values: Sequence[float]
         if form.name in ("nvfp4", "mxfp4"):

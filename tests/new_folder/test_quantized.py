@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ import pytest
 import torch
 from quantized_models import DECODED, ENCODED, FORMATS, numbers
 from safetensors.torch import save_file
+from selection import tiles
 from small_models import Tensors, normal, read_model, same, snapshot, write_model
 
 import ires_kernels as ik
+from ires_kernels.backends import encoding
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files.store import NewFile
 from ires_kernels.new_folder.run import begin, write_file
@@ -154,6 +158,44 @@ def test_only_blocks_that_have_grown_get_new_scales(tmp_path: Path) -> None:
     assert all(same(before[n], after[n]) for n in before if n not in (name, scale) and "proj" in n)
 
 
+@pytest.mark.parametrize("format", ["fp8-block", "fp8-tensor", "mxfp8", "int8-channel"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_tiles_and_threads_change_no_byte(tmp_path: Path, format: str, rounding: str) -> None:
+    """Blocks lie across tiles, and several threads need the scales of one weight."""
+    paths = models(tmp_path, format, "fp8-block", shards=2, scale=4e-3)
+    made = {}
+    for size, threads in ((1 << 19, 1), (80, 3), (1000, 2)):
+        with tiles(elements=size, copied=96):
+            out = tmp_path / f"{size}"
+            report = ik.apply(
+                paths[0], (paths[1], paths[2]), out=out, sync=False, rounding=rounding, threads=threads, seed=3
+            )
+        made[size] = read_model(out), report
+    (wanted, first), *others = made.values()
+    assert first.requantized.new_scales > 0 or format == "mxfp8"  # type: ignore[union-attr]
+    for found, report in others:
+        assert all(same(found[name], wanted[name]) for name in wanted)
+        assert report.counts.lost == first.counts.lost  # type: ignore[union-attr]
+        assert report.requantized.noise == pytest.approx(first.requantized.noise, rel=1e-9)  # type: ignore[union-attr]
+
+
+def test_a_disk_that_fails_while_scales_are_found_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = models(tmp_path, "fp8-block", shards=2)
+    measure = encoding.measure
+
+    def broken(*arguments: Any) -> None:
+        measure(*arguments)
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "a file")
+
+    monkeypatch.setattr(encoding, "measure", broken)
+    with pytest.raises(OSError, match=r"tensor 'model.layers.0.mlp.(up|down)_proj.weight(_scale_inv)?'"):
+        ik.apply(paths[0], (paths[1], paths[2]), out=tmp_path / "out", sync=False, threads=3)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    ik.apply(paths[0], (paths[1], paths[2]), out=tmp_path / "out", sync=False)
+    assert ik.verify(tmp_path / "out")
+
+
 def test_settings_by_their_older_name_are_no_difference(tmp_path: Path) -> None:
     paths = models(tmp_path, None, "int8-channel", "int8-channel")
     for path in paths[1:]:
@@ -209,10 +251,17 @@ def test_skipping_any_part_of_a_weight_keeps_all_of_it(tmp_path: Path, format: s
 @pytest.mark.parametrize("sides", [(0, 1, 0), (0, 1, 1)])
 def test_sources_of_an_update_in_place_may_be_quantized(tmp_path: Path, sides: tuple[int, ...]) -> None:
     paths = models(tmp_path, *("fp8-block" if side else None for side in sides))
-    wanted = merged(*map(numbers, paths), torch.bfloat16)  # type: ignore[call-arg]
-    ik.apply(paths[0], (paths[1], paths[2]), in_place=True, sync=False)
+    before, wanted = read_model(paths[0]), merged(*map(numbers, paths), torch.bfloat16)  # type: ignore[call-arg]
+    report = ik.apply(paths[0], (paths[1], paths[2]), in_place=True, sync=False, undo="all")
     found = read_model(paths[0])
     assert all(same(found[name], wanted[name]) for name in wanted)
+    assert report.tensors == len(SHAPES)  # type: ignore[union-attr]
+    again = ik.apply(paths[0], (paths[1], paths[2]), in_place=True, sync=False)
+    assert again.tensors == report.tensors  # type: ignore[union-attr]
+    found = read_model(paths[0])
+    assert all(same(found[name], wanted[name]) for name in wanted), "the same again changes nothing"
+    ik.rollback(paths[0])
+    assert all(same(read_model(paths[0])[name], before[name]) for name in before)
 
 
 def test_a_quantized_target_is_not_updated_in_place(tmp_path: Path) -> None:
