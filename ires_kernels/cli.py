@@ -22,7 +22,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 import ires_kernels as ik
-from ires_kernels.checkpoints import hub
+from ires_kernels.checkpoints import hub, roles
 from ires_kernels.checkpoints.folders import MERGE_ADAPTER
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files import interrupts, trust
@@ -30,7 +30,7 @@ from ires_kernels.files.hidden import unfinished
 from ires_kernels.files.plain import plain, plain_lines
 from ires_kernels.files.plain import table as columns
 from ires_kernels.files.store import LostError, StoreError, is_unfinished, partial_path
-from ires_kernels.planning.inputs import check_adapter, kind_of
+from ires_kernels.planning.inputs import check_model
 from ires_kernels.planning.plan import VERSION, size
 from ires_kernels.planning.rules import DTYPES, VOCABULARIES, ArgumentError
 from ires_kernels.streaming.tiles import ComputeError
@@ -195,6 +195,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="REGEX=A[,A…]",
         help="other factors, one for each residual, for tensors in whose name REGEX is found; the first found decides",
     )
+    apply.add_argument(
+        "--pair",
+        action="append",
+        default=[],
+        metavar="I:B[:A]",
+        help="an instruct model and its base, and a factor for their difference; repeatable: all are added in one pass",
+    )
     where = apply.add_mutually_exclusive_group(required=True)
     where.add_argument("-o", "--out", metavar="OUT", help="the new folder to write")
     where.add_argument("--in-place", action="store_true", help="change the files of TARGET, with no second copy")
@@ -233,6 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     for role in ("target", "instruct", "base"):
         verify.add_argument(f"--{role}", metavar="PATH", help=f"where the {role} model is now, if it was moved")
     verify.add_argument("--residual", metavar="PATH", action="append", default=[], help="as above; all, in order")
+    verify.add_argument("--pair", metavar="I:B", action="append", default=[], help="as above; all, in order")
     verify.add_argument(
         "--trust-inputs",
         action="store_true",
@@ -389,6 +397,38 @@ def _residual(text: str) -> tuple[str, float | None]:
     return text, None
 
 
+def _pair(text: str) -> tuple[tuple[str, str], float | None]:
+    """The models and the factor of INSTRUCT:BASE or INSTRUCT:BASE:ALPHA, of which models that exist may have colons."""
+    models, factor = text, None
+    if _parted(text) is None:
+        models, factor = _residual(text)
+    found = _parted(models)
+    if found is None:
+        raise ArgumentError(
+            f"{text}: is no pair, wanted INSTRUCT:BASE or INSTRUCT:BASE:ALPHA: two models with a colon between them, "
+            "and a number as the factor."
+        )
+    return found, factor
+
+
+def _parted(text: str) -> tuple[str, str] | None:
+    """The two sides of the colon that parts models; None where none does."""
+    places = [match.start() for match in re.finditer(":(?!//)", text)][::-1]
+    sides = [(text[:at], text[at + 1 :]) for at in places if text[:at] and text[at + 1 :]]
+    there = [pair for pair in sides if all(os.path.lexists(path) or hub.is_remote(path) for path in pair)]
+    if there:
+        return there[0]
+    return sides[0] if len(sides) == 1 and not _is_number(sides[0][1]) else None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _extract(arguments: argparse.Namespace) -> int:
     with _progress(arguments, "extract") as progress:
         result = ik.extract(
@@ -399,31 +439,32 @@ def _extract(arguments: argparse.Namespace) -> int:
 
 def _apply(arguments: argparse.Namespace) -> int:
     pair = arguments.instruct is not None and arguments.base is not None
-    if pair == bool(arguments.residuals) or (arguments.instruct is None) != (arguments.base is None):
-        arguments.parser.error("give one or more residuals, or --instruct and --base")
+    ways = [pair, bool(arguments.pair), bool(arguments.residuals)]
+    if ways.count(True) != 1 or (arguments.instruct is None) != (arguments.base is None):
+        arguments.parser.error("give one or more residuals, or --instruct and --base, or one or more --pair")
     if not arguments.in_place and (arguments.undo or arguments.tag):
         arguments.parser.error("--keep-undo, --no-undo and --tag go with --in-place")
     if arguments.in_place:
         hub.check_local(arguments.target)
     common = 1.0 if arguments.alpha is None else arguments.alpha
     alpha: float | list[float] = common
-    residuals: tuple[hub.StrPath, ...] | list[str]
+    residuals: tuple[hub.StrPath, ...] | list[str] | list[tuple[str, str]]
     if pair:
         residuals = (hub.local(arguments.instruct), hub.local(arguments.base))
         for role, path in zip(("instruct", "base"), residuals, strict=True):
-            kind = kind_of(path, follow_links=arguments.follow_links)
-            check_adapter(kind, path, role)
-            if kind != "model":  # or two residuals would pass
-                raise ArgumentError(f"{path}: is a residual, wanted a model as {role}.")
+            check_model(path, role, follow_links=arguments.follow_links)
     else:
+        pairs = [_pair(text) for text in arguments.pair]
         specs = [_residual(text) for text in arguments.residuals]
-        if arguments.alpha is not None and all(factor is not None for _, factor in specs):
+        given = [factor for _, factor in (pairs or specs)]
+        if arguments.alpha is not None and all(factor is not None for factor in given):
+            what = "pairs" if pairs else "residuals"
             raise ArgumentError(
-                f"{arguments.residuals[0]} has a factor of its own, and --alpha {arguments.alpha:g} is for residuals "
-                "that have none. Leave one of the two out."
+                f"{[*arguments.pair, *arguments.residuals][0]} has a factor of its own, and --alpha "
+                f"{arguments.alpha:g} is for {what} that have none. Leave one of the two out."
             )
-        residuals = [path for path, _ in specs]
-        alpha = [common if factor is None else factor for _, factor in specs]
+        residuals = [models for models, _ in pairs] or [path for path, _ in specs]
+        alpha = [common if factor is None else factor for factor in given]
     with _progress(arguments, "apply") as progress:
         result = ik.apply(
             arguments.target,
@@ -466,7 +507,9 @@ def _verify(arguments: argparse.Namespace) -> int:
     if len(residuals) == 1:
         given["residual"] = residuals[0]
     else:
-        given |= {f"residual-{number}": path for number, path in enumerate(residuals, 1)}
+        given |= dict(zip(roles.of_residuals(len(residuals)), residuals, strict=True))
+    pairs = [path for text in arguments.pair for path in _pair(text)[0]]
+    given |= dict(zip(roles.of_pairs(len(pairs) // 2), pairs, strict=True))
     with _progress(arguments, "verify") as progress:
         report = ik.verify(
             arguments.out,

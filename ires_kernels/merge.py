@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ires_kernels.checking import guards
 from ires_kernels.checking.verification import verify
-from ires_kernels.checkpoints import configs, hub
+from ires_kernels.checkpoints import configs, hub, roles
 from ires_kernels.checkpoints.checkpoint import is_shard
 from ires_kernels.checkpoints.header import CheckpointError, brief
 from ires_kernels.files import hidden, interrupts
@@ -23,7 +23,7 @@ from ires_kernels.memory import writing
 from ires_kernels.new_folder.run import write_folder
 from ires_kernels.planning import ancestry
 from ires_kernels.planning.evidence import Looks
-from ires_kernels.planning.inputs import StrPath, check_flags, check_path, open_inputs, roles_of_apply
+from ires_kernels.planning.inputs import Pair, StrPath, check_flags, check_path, open_inputs, roles_of_apply
 from ires_kernels.planning.plan import Plan, plan_apply, plan_extract, related
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.records import state
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Status", "apply", "extract", "inspect", "load", "resume", "rollback", "status", "verify"]
 
+Added = StrPath | Sequence[StrPath] | Sequence[Pair]
 Renames = Iterable[str | tuple[str, str]] | Mapping[str, str]
 Factors = Iterable[tuple[str, float | Sequence[float]]] | Mapping[str, float | Sequence[float]]
 
@@ -123,7 +124,7 @@ def extract(
 
 def apply(
     target: StrPath,
-    residual: StrPath | Sequence[StrPath],
+    residual: Added,
     *,
     out: StrPath | None = None,
     in_place: bool = False,
@@ -159,12 +160,12 @@ def apply(
     >>> report.tensors, round(report.strengths[0].realised, 2)  # as much of alpha as survived rounding, of 1
     (7, 1.0)
 
-    residual       a residual folder; several of them, added in this order and rounded once; or the pair of models
-                   (instruct, base), whose difference is taken on the way. The tokenizer, chat template,
-                   generation_config.json and processors come from the instruct model or the first residual that has
-                   them, else from the target; the target keeps its tokenizer where it has tokens of its own, or where
-                   its vocabulary is another and stays
-    alpha          a factor for all residuals, or one for each
+    residual       a residual folder; the pair of models (instruct, base), whose difference is taken on the way; or a
+                   list of either, which are added in this order and rounded once. The tokenizer, chat template,
+                   generation_config.json and processors come from the first instruct model or residual that has them,
+                   else from the target; the target keeps its tokenizer where it has tokens of its own, or where its
+                   vocabulary is another and stays
+    alpha          a factor for all residuals or pairs, or one for each
     alphas         pairs of a regular expression and factors, as alpha: the first one found in a tensor's name decides
     skip           regular expressions found in the names of tensors that are copied as they are
     dtype          f32, bf16, f16 or f64 for all float tensors of the output; None keeps the target's
@@ -293,7 +294,7 @@ def rollback(path: StrPath, *, lock: bool = True, adopt: bool = False) -> str:
 
 def load(
     target: StrPath,
-    residual: StrPath | Sequence[StrPath],
+    residual: Added,
     *,
     alpha: float | Sequence[float] = 1.0,
     alphas: Factors = (),
@@ -380,7 +381,7 @@ def _rules_of_apply(
     trust_names: bool,
 ) -> Rules:
     return Rules.of(
-        1 if "instruct" in paths else len(paths) - 1,
+        len(roles.added(paths)),
         alpha=alpha,
         alphas=alphas,
         skip=skip,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
+from ires_kernels.checkpoints import roles
 from ires_kernels.checkpoints.checkpoint import FileId
 from ires_kernels.checkpoints.header import CheckpointError, read_header
 from ires_kernels.files.samples import sample
@@ -200,7 +201,7 @@ def check_begun(
         for shard in checkpoint.shards:
             name = shard.path.name
             if name in known and known[name] != sample(shard.path, plan.id):
-                kind = "residual" if role.startswith("residual") else f"{role} model"
+                kind = "residual" if roles.is_residual(role) else f"{role} model"
                 raise StoreError(
                     f"{shard.path}: is not the file of the {kind} that this was begun with, but has other bytes. "
                     "Put that one back, then go on; or roll back."

@@ -93,7 +93,8 @@ def verify(
     >>> bool(ik.verify("merged/"))
     True
 
-    inputs         paths by role (target, instruct, base, residual, residual-1, …) in place of the recorded ones
+    inputs         paths by role (target, instruct, base, residual, residual-1, instruct-1, base-1, …) in place of the
+                   recorded ones
     hashes_only    compare hashes of tensors and files with the manifest, without the inputs. It is all that can be done
                    after an update in place, unless `inputs` has a copy of the target as it was
     follow_links   accept files of the folders that are links out of them
@@ -173,7 +174,11 @@ def _opened(paths: Mapping[str, StrPath], given: Mapping[str, StrPath], follow_l
         except CheckpointError as error:
             if role in given:
                 raise
-            option = "--residual, once for each," if role.startswith("residual-") else f"--{role}"
+            option = f"--{role}"
+            if role.startswith("residual-"):
+                option = "--residual, once for each,"
+            elif "-" in role:
+                option = "--pair INSTRUCT:BASE, once for each,"
             raise CheckpointError(
                 *error.lines[:-1],
                 f"{error.lines[-1]} By the manifest this is the {role}: if it has moved, say where it is with {option} "

@@ -88,12 +88,12 @@ def local(path: StrPath) -> StrPath:
     return path if gone is None else _snapshot(f"{gone}")
 
 
-def locals_of(paths: StrPath | Sequence[StrPath]) -> StrPath | Sequence[StrPath]:
-    """`local` of a path, or of each of a list or a tuple of them; what is neither stays what it is."""
+def locals_of(paths: Any) -> Any:
+    """`local` of a path, or of each in lists and tuples of them; what is neither stays what it is."""
     if isinstance(paths, (str, os.PathLike)):
         return local(paths)
     if isinstance(paths, (list, tuple)):
-        return type(paths)(map(local, paths))
+        return type(paths)(map(locals_of, paths))
     return paths
 
 

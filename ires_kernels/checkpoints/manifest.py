@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from ires_kernels.checkpoints import roles
 from ires_kernels.checkpoints.decode import APART, KEY, RAW, Count, Time, Wanted, decode
 from ires_kernels.checkpoints.header import CheckpointError, brief, parse_json
 from ires_kernels.files import trust
@@ -286,23 +287,23 @@ class Manifest:
         """
         self.demand(("operation", "inputs", "rules", "files", "tensors"))
         operation = self.operation
-        residuals = [f"residual-{number}" for number in range(1, len(self.inputs))]
+        others = len(self.inputs) - 1
         shapes: dict[str, list[list[str]]] = {
             "extract": [["base", "instruct"]],
-            "apply": [["target", "instruct", "base"], ["target", "residual"], ["target", *residuals]],
+            "apply": [["target", *given] for given in (roles.of_pairs(others // 2), roles.of_residuals(others))],
         }
         if operation not in shapes:
             raise CheckpointError(f"{self.path}: operation is {brief(operation)}, wanted apply or extract. {_ADVICE}")
-        roles = next((names for names in shapes[operation] if set(names) == self.inputs.keys()), None)
-        if roles is None:
-            wanted = " or ".join(", ".join(names) for names in shapes[operation][:2])
+        named = next((names for names in shapes[operation] if set(names) == self.inputs.keys()), None)
+        if named is None:
+            wanted = " or ".join(", ".join(names) for names in shapes[operation])
             raise CheckpointError(f"{self.path}: inputs are {brief(list(self.inputs))}, wanted {wanted}. {_ADVICE}")
-        count = 0 if operation == "extract" else 1 if "instruct" in roles else len(roles) - 1
+        count = 0 if operation == "extract" else len(roles.added(named))
         if self.rules is None or len(self.rules.alpha) != count:
             raise CheckpointError(f"{self.path}: rules.alpha has not {count} factors. {_ADVICE}")
         if operation == "extract" and self.rules.dtype is None:
             raise CheckpointError(f"{self.path}: rules.dtype is null, wanted that of the residual. {_ADVICE}")
-        return {role: self.inputs[role] for role in roles}
+        return {role: self.inputs[role] for role in named}
 
 
 def parse(raw: bytes, path: Path) -> Manifest:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ires_kernels.checkpoints import configs, endings, references, tokens
+from ires_kernels.checkpoints import configs, endings, references, roles, tokens
 from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId
 from ires_kernels.checkpoints.header import CheckpointError, brief
 from ires_kernels.checkpoints.names import once
@@ -110,13 +110,14 @@ def of_model(
     """
     parents = {role: _Parent(role, checkpoint) for role, checkpoint in inputs.items()}
     own, *others = parents.values()
-    donors = [parent for parent in others if parent.role != "base"]
+    donors = [parent for parent in others if not roles.is_base(parent.role)]
     said: list[str] = []
 
     def first(group: Group) -> _Parent | None:
         return next((donor for donor in donors if donor.has(group)), None)
 
-    giver, base = first("tokenizer"), parents.get("base")
+    giver = first("tokenizer")
+    base = parents.get(roles.base_of((giver or donors[0]).role)) if donors else None
     if giver is None and base is not None and base.has("tokenizer") and not own.has("tokenizer"):
         said.append("neither instruct nor the target has a tokenizer, and that of base is not taken")
     absent = f"not in {' and '.join(donor.role for donor in donors)}"

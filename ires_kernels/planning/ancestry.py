@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ires_kernels.checkpoints import names
+from ires_kernels.checkpoints import names, roles
 from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.quantized import QuantizedRef, Ref
 from ires_kernels.dtypes import FLOATS
@@ -85,9 +85,14 @@ def compare(inputs: Mapping[str, Checkpoint], steps: Sequence[Step], looks: Look
     steps  of the plan: tensors that are not merged are not compared
     Raises CheckpointError for a file that changed, and OSError.
     """
-    bases = [role for role in inputs if role == "base" or role.startswith("residual")]
-    models = [role for role in ("instruct", "target") if role in inputs]
-    found = (_compared(model, base, steps, looks) for base in bases for model in models)
+    pairs = [
+        (model, base)
+        for base in inputs
+        if roles.is_base(base) or roles.is_residual(base)
+        for model in (roles.instruct_of(base), "target")
+        if model in inputs
+    ]
+    found = (_compared(model, base, steps, looks) for model, base in pairs)
     return tuple(each for each in found if each is not None)
 
 
@@ -98,7 +103,7 @@ def warnings(found: Iterable[Ancestry], inputs: Mapping[str, Checkpoint]) -> Ite
             yield (
                 f"{each.model} and {each.base} look unrelated: the median cosine of {each.matrices} sampled tensors is "
                 f"{each.cosine:.2f} (related models: {ALIKE:g} to 1), their distance {each.distance:.2f} times the "
-                f"base's norm. {_MEANS[each.model]}"
+                f"base's norm. {_MEANS['target' if each.model == 'target' else 'instruct']}"
             )
         elif each.odd:
             kinds: dict[str, list[float]] = {}
@@ -134,7 +139,7 @@ def _compared(model: str, base: str, steps: Iterable[Step], looks: Looks) -> Anc
     cosine = statistics.median(found.cosine for found in matrices.values())
     return Ancestry(
         model,
-        base if base == "base" else f"the base of {base}",
+        base if roles.is_base(base) else f"the base of {base}",
         cosine,
         statistics.median(found.distance for found in matrices.values()),
         len(matrices),

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-from ires_kernels.checkpoints import configs, names
+from ires_kernels.checkpoints import configs, names, roles
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, is_factor, shard_number
 from ires_kernels.checkpoints.folders import MERGE_ADAPTER, listed
 from ires_kernels.checkpoints.header import brief
@@ -100,7 +100,7 @@ def match(role: str, layouts: Mapping[str, Layout] | None, looks: Looks | None, 
         }
     found.matcher.layouts = {other: each.layout for other, each in aligned.items()}
     # What is zero in base, or too little to tell, may have become anything in its descendants.
-    silent = aligned["base"].silent if "base" in aligned else set()
+    silent = {name for other, each in aligned.items() if roles.is_base(other) for name in each.silent}
     for other, each in aligned.items():
         for text, advice, about in each.problems:
             found.problem(text, advice, about)
@@ -171,14 +171,23 @@ def apply_steps(ref: Ref, found: Findings) -> list[Step]:
 
 def _apply_steps(ref: Ref, match: Match, found: Findings) -> list[Step]:
     """What becomes of a run of the elements of `ref`: one thing, or of a tensor with a row for each token several."""
-    by_token = None if match.absent else _by_token(match.refs, found)
+    refs = _of_whole_pairs(match, found)
+    by_token = _by_token(refs, found) if len(refs) > 1 else None
     split = found.vocabulary.split(by_token) if by_token else None
     if by_token is None or split is None:
         return [_apply_step(ref, match, found)]
+    if match.absent:
+        found.absent(ref.name, match.refs, match.absent)
     if isinstance(ref, QuantizedRef) and found.rules.dtype is None:
         found.about(ref.name, "is quantized in the target, and has not the rows of the other models", _DTYPE)
         return [_keep(ref, match, "not mergeable", found)]
     return _rows_of_merge(ref, by_token, split, found)
+
+
+def _of_whole_pairs(match: Match, found: Findings) -> dict[str, tuple[Ref, ...]]:
+    """What was matched, without the halves of pairs of which the other half has nothing."""
+    halves = {role for each in roles.added(found.inputs) for role in each if not set(match.absent).isdisjoint(each)}
+    return {role: refs for role, refs in match.refs.items() if role not in halves}
 
 
 def _rows_of_merge(ref: Ref, tensors: Mapping[str, Ref], split: Split, found: Findings) -> list[Step]:
@@ -186,16 +195,12 @@ def _rows_of_merge(ref: Ref, tensors: Mapping[str, Ref], split: Split, found: Fi
     rules = found.rules
     dtype = rules.dtype or ref.dtype
     stream = found.matcher.stream(found.matcher.original(ref.name))
-    residuals = [role for role in found.inputs if role.startswith("residual")]
-    given = rules.factors(ref.name)
     steps = []
     for part in _parts(Output(ref.name, dtype, (split.rows, *ref.shape[1:])), tensors, split, stream):
-        roles = [operand.role for operand in part.operands]
-        factors = tuple(a for role, a in zip(residuals, given, strict=True) if role in roles) if residuals else given
+        factors, op = added(ref.name, [operand.role for operand in part.operands], found)
         if part.op != "add":
             steps.append(part)
         elif any(factors):
-            op: Op = "add_difference" if "instruct" in roles else "add"
             steps.append(replace(part, op=op, factors=factors))
         else:
             own = _copy_op(part.operands[0], dtype)
@@ -242,21 +247,26 @@ def _apply_step(ref: Ref, match: Match, found: Findings) -> Step:
         return _keep(ref, match, f"a buffer that loaders compute again, not in {' and '.join(absent)}", found)
     if absent:
         found.absent(name, match.refs, absent)
-        if "instruct" in found.inputs:
+        match = match._replace(refs=_of_whole_pairs(match, found))
+        if len(match.refs) == 1:
             return _keep(ref, match, f"not in {' and '.join(absent)}", found)
     if not _numbers(name, match.refs, found):
         return _keep(ref, match, "not mergeable", found)
     if ref.dtype not in FLOATS:
         return _keep(ref, match, f"{ref.dtype}, equal in instruct and base", found)
-    given = rules.factors(name)
-    residuals = [role for role in found.inputs if role.startswith("residual")]
-    factors = tuple(a for role, a in zip(residuals, given, strict=True) if role in match.refs) if residuals else given
+    factors, op = added(name, match.refs, found)
     if not any(factors):
         return _keep(ref, match, ALPHA_0, found)
-    op: Op = "add_difference" if "instruct" in found.inputs else "add"
     stream = found.matcher.stream(found.matcher.original(name))
     step = _step(ref, match, op, rules.dtype or ref.dtype, factors, stream)
     return step if rules.dtype or not isinstance(ref, QuantizedRef) else _encoded(step, ref, found)
+
+
+def added(name: str, there: Container[str], found: Findings) -> tuple[tuple[float, ...], Op]:
+    """The factors of what is added to a tensor, as far as it is there, and the operation that adds it."""
+    given = list(zip(roles.added(found.inputs), found.rules.factors(name), strict=True))
+    factors = tuple(factor for each, factor in given if all(role in there for role in each))
+    return factors, "add_difference" if any(len(each) == 2 for each, _ in given) else "add"
 
 
 def _encoded(step: Step, weight: QuantizedRef, found: Findings) -> Step:
@@ -371,7 +381,7 @@ def grown_config(inputs: Mapping[str, Checkpoint], found: Findings) -> dict[str,
     ]
     if others or left:
         found.problem(f"the embeddings get {after} rows, and {', '.join(left) or 'others of them'} would not", _GROWN)
-    donor = next(checkpoint for role, checkpoint in inputs.items() if role not in ("target", "base"))
+    donor = next(checkpoint for role, checkpoint in inputs.items() if role != "target" and not roles.is_base(role))
     known = donor.manifest.special_ids if donor.manifest and donor.kind == "residual" else None
     special = configs.special_ids(donor.config) if known is None else known
     return configs.grown(target.config, after, special) if target.config is not None else None
@@ -416,12 +426,16 @@ def _numbers(name: str, matched: Mapping[str, tuple[Ref, ...]], found: Findings)
     dtypes = {role: ref.dtype for role, ref in tensors.items()}
     if all(dtype in FLOATS for dtype in dtypes.values()):
         return True
-    pair = [ref for role in ("instruct", "base") for ref in matched.get(role, ()) if isinstance(ref, TensorRef)]
-    if len(set(dtypes.values())) > 1 or len(pair) != 2:
+    pairs = [
+        Comparison(name, (each[0], each[1]), (refs[0], refs[1]))
+        for each in roles.added(matched)
+        if len(refs := [ref for role in each for ref in matched[role] if isinstance(ref, TensorRef)]) == len(each) == 2
+    ]
+    if len(set(dtypes.values())) > 1 or not pairs or len(pairs) < len(roles.added(matched)):
         listed = ", ".join(f"{dtype} in {role}" for role, dtype in dtypes.items())
         found.about(name, f"is {listed}", _INTEGERS)
         return False
-    found.comparisons.append(Comparison(name, ("instruct", "base"), (pair[0], pair[1])))
+    found.comparisons += pairs
     return True
 
 

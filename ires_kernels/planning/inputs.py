@@ -1,11 +1,13 @@
-"""Who is who among the paths of a merge: target, instruct, base, residual, residual-1, …"""
+"""Who is who among the paths of a merge: target, instruct, base, residual, residual-1, … (checkpoints/roles.py)."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
+from ires_kernels.checkpoints import roles
 from ires_kernels.checkpoints.checkpoint import Checkpoint, Kind, open_checkpoint
 from ires_kernels.checkpoints.folders import MERGE_ADAPTER
 from ires_kernels.checkpoints.header import CheckpointError, brief
@@ -13,6 +15,8 @@ from ires_kernels.files.hidden import unfinished
 from ires_kernels.planning.rules import ArgumentError
 
 StrPath = str | os.PathLike[str]
+Pair = tuple[StrPath, StrPath]
+"""Of models: instruct and base."""
 
 _ADVICE = {
     "model": "Residuals are added to models: give several of them to apply.",
@@ -26,7 +30,7 @@ def open_inputs(paths: Mapping[str, StrPath], *, follow_links: bool = False) -> 
     for role, path in paths.items():
         check_path(path, role)
         checkpoint = open_checkpoint(path, follow_links=follow_links)
-        wanted = "residual" if role.startswith("residual") else "model"
+        wanted = "residual" if roles.is_residual(role) else "model"
         check_adapter(checkpoint.kind, path, role)
         if checkpoint.kind != wanted:
             raise CheckpointError(f"{path}: is a {checkpoint.kind}, wanted a {wanted} as {role}. {_ADVICE[wanted]}")
@@ -35,34 +39,60 @@ def open_inputs(paths: Mapping[str, StrPath], *, follow_links: bool = False) -> 
 
 
 def roles_of_apply(
-    target: StrPath, residual: StrPath | Sequence[StrPath], *, follow_links: bool = False
+    target: StrPath, residual: StrPath | Sequence[StrPath] | Sequence[Pair], *, follow_links: bool = False
 ) -> dict[str, StrPath]:
-    """Roles for one residual, several, or a tuple of two models (instruct, base)."""
+    """Roles for one residual, several, a tuple of two models (instruct, base), or a list of such pairs."""
     check_path(target, "target")
     if isinstance(residual, (str, os.PathLike)):
         return {"target": target, "residual": residual}
     if not isinstance(residual, Sequence) or isinstance(residual, bytes):
         raise TypeError(
             f"residual is {type(residual).__name__} {brief(residual)}, wanted the path of a residual, a list of them, "
-            "or the tuple of models (instruct, base)"
+            "or the tuple of models (instruct, base), or a list of such tuples"
         )
-    paths = list(residual)
+    if any(isinstance(each, (tuple, list)) for each in residual):
+        return {"target": target} | _roles_of_pairs(residual, follow_links)
+    paths = cast(list[StrPath], list(residual))
     for i, path in enumerate(paths):
         check_path(path, f"residual[{i}]")
     kinds = [kind_of(path, follow_links=follow_links) for path in paths]
     for kind, path in zip(kinds, paths, strict=True):
         check_adapter(kind, path, "residual" if "residual" in kinds or len(paths) != 2 else "instruct or base")
     if kinds == ["model", "model"] and isinstance(residual, tuple):
-        return {"target": target, "instruct": paths[0], "base": paths[1]}
+        return {"target": target, **dict(zip(roles.of_pairs(1), paths, strict=True))}
     if not paths or "model" in kinds:
         given = ", ".join(f"{path} is a {kind}" for path, kind in zip(paths, kinds, strict=True)) or "nothing is given"
         raise ArgumentError(
             f"{given}; wanted one or more residual folders, or the pair of models (instruct, base): "
-            "a tuple in Python, --instruct and --base on the command line."
+            "a tuple in Python, --instruct and --base on the command line; or several pairs: a list of tuples in "
+            "Python, --pair INSTRUCT:BASE on the command line."
         )
-    if len(paths) == 1:
-        return {"target": target, "residual": paths[0]}
-    return {"target": target, **{f"residual-{number}": path for number, path in enumerate(paths, 1)}}
+    return {"target": target, **dict(zip(roles.of_residuals(len(paths)), paths, strict=True))}
+
+
+def _roles_of_pairs(pairs: Sequence[object], follow_links: bool) -> dict[str, StrPath]:
+    paths: list[StrPath] = []
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise ArgumentError(
+                f"residual[{i}] is {brief(pair)}, wanted a pair of models (instruct, base) as the others are: "
+                "residuals are not mixed with pairs. Extract a residual from each pair, or give all as pairs."
+            )
+        for what, path in zip(("instruct", "base"), pair, strict=True):
+            check_path(path, f"{what} of residual[{i}]")
+            paths.append(path)
+    named = dict(zip(roles.of_pairs(len(pairs)), paths, strict=True))
+    for role, path in named.items():
+        check_model(path, role, follow_links=follow_links)
+    return named
+
+
+def check_model(path: StrPath, role: str, *, follow_links: bool = False) -> None:
+    """Refuse what is no model, or an adapter; a model that is being updated in place is one."""
+    kind = kind_of(path, follow_links=follow_links)
+    check_adapter(kind, path, role)
+    if kind != "model":  # or two residuals would pass
+        raise ArgumentError(f"{path}: is a {kind}, wanted a model as {role}.")
 
 
 def check_adapter(kind: Kind, path: StrPath, role: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import xxhash
 
-from ires_kernels.checkpoints import configs, names, settings, sidefiles
+from ires_kernels.checkpoints import configs, names, roles, settings, sidefiles
 from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.header import build_header, tensor_bytes
 from ires_kernels.checkpoints.quantized import QuantizedRef, Ref
@@ -65,7 +65,7 @@ class Plan:
 
     operation: Literal["apply", "extract"]
     inputs: dict[str, Checkpoint]
-    """By role: target, instruct, base, residual (or residual-1, residual-2, …)."""
+    """By role: target, then instruct and base or residual, or of several pairs or residuals instruct-1, base-1, …."""
     rules: Rules
     files: tuple[OutputFile, ...]
     steps: tuple[Step, ...]
@@ -234,12 +234,13 @@ def plan_apply(
     layouts: Mapping[str, Layout] | None = None,
     looks: Looks | None = None,
 ) -> Plan:
-    """Plan target + alpha * residuals, or target + alpha * (instruct - base).
+    """Plan target + alpha * residuals, or target + alpha * (instruct - base) of one pair or several.
 
     `copies`: second copies in the target of its embedding, and the embedding's name (`reader.second_copies`).
     `layouts`: `Plan.layouts` of a plan of the same models, where that is known; else values are looked at, by `looks`.
 
-    `inputs` holds target first, then instruct and base, or residuals. Raises CheckpointError with up to ten problems.
+    `inputs` holds target first, then instruct and base of each pair, or residuals. Raises CheckpointError with up to
+    ten problems.
     """
     target = inputs["target"]
     found = _findings(inputs, rules, copies)
@@ -398,11 +399,13 @@ def _share(planned: Iterable[Step], found: Findings) -> Share | None:
 
 
 def _turned_round(inputs: Mapping[str, Checkpoint]) -> list[str]:
-    """A warning where base, and not instruct, has what makes a model an instruct model."""
-    pair = [inputs[role] for role in ("base", "instruct") if role in inputs]
-    if [sidefiles.has_template(model) for model in pair] != [True, False]:
-        return []
-    return ["base has a chat template and instruct has none: are they the wrong way round?"]
+    """A warning for each base that has, and whose instruct has not, what makes a model an instruct model."""
+    return [
+        f"{base} has a chat template and {instruct} has none: are they the wrong way round?"
+        for instruct in inputs
+        if roles.is_instruct(instruct) and (base := roles.base_of(instruct)) in inputs
+        if sidefiles.has_template(inputs[base]) and not sidefiles.has_template(inputs[instruct])
+    ]
 
 
 def size(count: float) -> str:
@@ -422,7 +425,7 @@ def _deed(step: Step) -> str:
         "copy": f"copied: {step.reason or f'from {step.operands[0].role}'}",
         "convert": f"converted: {step.reason or f'from {step.operands[0].role}'}",
         "add": f"+ ({factors}) * residual",
-        "add_difference": f"+ {factors} * (instruct - base)",
+        "add_difference": f"+ {factors if len(step.factors) == 1 else f'({factors})'} * (instruct - base)",
         "subtract": "instruct - base",
     }[step.op]
     encoding = step.output.encoding

@@ -46,7 +46,7 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Donor:
-    """A model whose rows are added to those of the target: instruct, or one of several residuals."""
+    """A model whose rows are added to those of the target: instruct or a residual, or one of several."""
 
     role: str
     rows: int
@@ -58,6 +58,8 @@ class Donor:
     """Its rows that are no difference, or cannot be made one; those of `new` are among them."""
     lost: AbstractSet[int]
     """Ids of tokens of the target that it does not have there."""
+    subtracted: str = ""
+    """The role of its base, if that is subtracted on the way."""
 
 
 def of_difference(counts: Mapping[str, int], new: Collection[int], orders: Orders) -> Split:
@@ -77,19 +79,20 @@ def of_merge(counts: Mapping[str, int], donors: Sequence[Donor], rows: int, orde
 
     def made(row: int) -> tuple[Deed, dict[str, int]]:
         exists = row < counts["target"]
-        added = {}
+        added: dict[str, int] = {}
         for donor in donors:
             there = _place(orders, donor.role, row)
             if not 0 <= there < donor.rows or (exists and row in donor.lost):
                 continue
             if there in donor.new or not exists:
                 return "taken", {donor.role: there}
-            if there not in donor.apart:
+            if there in donor.apart:
+                continue
+            below = _place(orders, donor.subtracted, row) if donor.subtracted else -1
+            if donor.subtracted and 0 <= below < counts[donor.subtracted]:
+                added |= {donor.role: there, donor.subtracted: below}
+            elif not donor.subtracted:
                 added[donor.role] = there
-        if added and "base" in counts:
-            added["base"] = _place(orders, "base", row)
-            if not 0 <= added["base"] < counts["base"]:
-                added = {}
         return ("added", {"target": row, **added}) if added else ("kept", {"target": row})
 
     edges = [edge for donor in donors for ids in (donor.new, donor.apart, donor.lost) for edge in _edges(ids)]

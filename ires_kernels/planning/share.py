@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from ires_kernels.checkpoints import roles
 from ires_kernels.checkpoints.checkpoint import TensorRef
 from ires_kernels.dtypes import FLOATS
+from ires_kernels.planning import deeds
 from ires_kernels.planning.findings import Findings
-from ires_kernels.planning.steps import Op, Output, Step, operands
+from ires_kernels.planning.steps import Output, Step, operands
 
 
 class Share(NamedTuple):
@@ -47,7 +49,7 @@ def share(steps: Iterable[Step], found: Findings) -> Share | None:
     """How much of the residual, stored or taken on the way, finds a place; None where nothing is missing."""
     if not found.missing:
         return None
-    given = [role for role in found.inputs if role == "instruct" or role.startswith("residual")]
+    given = [each[0] for each in roles.added(found.inputs)]
     each = [operand for step in steps if not step.reason for operand in step.operands]
     used = {(operand.role, name) for operand in each for name in operand.tensors}
     inside = [found.inputs[role].tensors[name] for role, name in used if role in given]
@@ -59,7 +61,7 @@ def share(steps: Iterable[Step], found: Findings) -> Share | None:
         lost = {r: ref for r, ref in refs.items() if r in given and (r, name) not in used and ref.dtype in FLOATS}
         outside += lost.values()
         if lost:
-            left += _update(name, lost | {r: ref for r, ref in refs.items() if r == "base"}, found)
+            left += _update(name, lost | {r: ref for r, ref in refs.items() if roles.is_base(r)}, found)
     elements = sum(ref.numel for ref in inside)
     everything = elements + sum(ref.numel for ref in outside)
     known = {step.name for step in left} == {ref.name for ref in outside}
@@ -70,14 +72,9 @@ def _update(name: str, refs: Mapping[str, TensorRef], found: Findings) -> list[S
     """The update that a tensor would make, on top of itself; nothing where there is no difference to take."""
     if len({ref.shape for ref in refs.values()}) > 1 or not all(ref.dtype in FLOATS for ref in refs.values()):
         return []
-    first, *_ = given = operands({role: (ref,) for role, ref in refs.items()})
-    factors = found.rules.factors(name)
-    if "instruct" in refs:
-        op: Op = "add_difference"
-        if "base" not in refs:
-            return []
-    else:
-        op = "add"
-        residuals = [role for role in found.inputs if role.startswith("residual")]
-        factors = tuple(factor for role, factor in zip(residuals, factors, strict=True) if role in refs)
+    whole = [each for each in roles.added(found.inputs) if all(role in refs for role in each)]
+    if not whole:
+        return []
+    first, *_ = given = operands({role: (refs[role],) for each in whole for role in each})
+    factors, op = deeds.added(name, refs, found)
     return [Step(Output(name, "F32", first.refs[0].shape), op, (first, *given), factors)]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from ires_kernels.checkpoints import names, sidefiles, tokens
+from ires_kernels.checkpoints import names, roles, sidefiles, tokens
 from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.header import CheckpointError, brief
 from ires_kernels.checkpoints.manifest import ByToken
@@ -112,7 +112,7 @@ class Vocabulary:
     def notes(self) -> list[str]:
         """How many rows are made in which way, and the tokens that get rows of instruct."""
         kinds: dict[str, list[str]] = {}
-        whose = "instruct" if self.own == "instruct" or "instruct" in self.inputs else "the residual"
+        whose = "instruct" if any(map(roles.is_instruct, self.inputs)) else "the residual"
         for name, (split, _) in self._splits.items():
             words: dict[Deed, str] = {
                 "added": "are added to",
@@ -137,15 +137,15 @@ class Vocabulary:
         counts = {role: ref.shape[0] for role, ref in refs.items()}
         orders = {role: order for role in refs if (order := self._order(role, refs)) is not None}
         if self.own == "instruct":
-            new = self._new(counts, orders)
+            new = self._new("instruct", counts, orders)
             self.taken |= new
             return of_difference(counts, new.keys(), orders)
-        roles = [role for role in refs if role not in ("target", "base")]
-        donors = [self._donor(role, counts, stored.get(role), orders) for role in roles]
+        givers = [each[0] for each in roles.added(refs)]
+        donors = [self._donor(role, counts, stored.get(role), orders) for role in givers]
         self.reordered |= bool(orders)
         if orders:
             self._check_order(donors, orders)
-        self._check_readable(roles)
+        self._check_readable(givers)
         if self.rules.vocabulary is None:
             self._check(donors, counts)
         rows = self._rows([donor for donor in donors if donor.role not in orders], counts["target"])
@@ -191,28 +191,30 @@ class Vocabulary:
     def _problem(self, text: str, advice: str) -> None:
         self.problems.setdefault(Problem(text, advice))
 
-    def _new(self, counts: Mapping[str, int], orders: Orders) -> dict[int, str]:
+    def _new(self, instruct: str, counts: Mapping[str, int], orders: Orders) -> dict[int, str]:
         """The tokens of instruct that base does not have at their ids; or the target, where base has no tokenizer."""
-        theirs, base = self._tokens("instruct"), self._tokens("base") or self._tokens("target")
+        below = roles.base_of(instruct)
+        theirs, base = self._tokens(instruct), self._tokens(below) or self._tokens("target")
         if theirs is None:
             return {}
-        known, rows = base.ids if base else theirs.ids, counts["base"]
+        known, rows = base.ids if base else theirs.ids, counts[below]
         if orders:  # of texts, wherever they are
-            return {id_: token for token, id_ in theirs.ids.items() if id_ < counts["instruct"] and token not in known}
+            return {id_: token for token, id_ in theirs.ids.items() if id_ < counts[instruct] and token not in known}
         return {
             id_: token
             for token, id_ in theirs.ids.items()
-            if id_ < counts["instruct"] and (id_ >= rows or known.get(token) != id_)
+            if id_ < counts[instruct] and (id_ >= rows or known.get(token) != id_)
         }
 
     def _donor(self, role: str, counts: Mapping[str, int], stored: ByToken | None, orders: Orders) -> Donor:
         """What there is to know of a model that is added: of one, or of a residual and what it has `stored`."""
         own, theirs = self._tokens("target"), self._tokens(role)
-        base: Tokens | Mapping[str, int] | None = self._tokens("base")
+        below = roles.base_of(role) if roles.is_instruct(role) else ""
+        base: Tokens | Mapping[str, int] | None = self._tokens(below)
         rows = counts[role]
-        if role == "instruct":
-            new = self._new(counts, orders)
-            known_rows = counts["base"]
+        if below:
+            new = self._new(role, counts, orders)
+            known_rows = counts[below]
             apart = {*new, *(() if orders else range(known_rows, rows))}
         else:
             manifest = self.inputs[role].manifest
@@ -221,7 +223,7 @@ class Vocabulary:
             new = theirs.at(apart) if theirs else {}
         known = own is not None and theirs is not None and role not in orders
         lost = {own.ids[token] for token in tokens.lost(own, theirs, base)} if known and own and theirs else set()
-        return Donor(role, rows, known_rows, new, apart, lost)
+        return Donor(role, rows, known_rows, new, apart, lost, below)
 
     def _decided(self, donor: Donor) -> Donor:
         """The same as the rule wants it, where tokens are in each other's way."""
@@ -233,7 +235,7 @@ class Vocabulary:
             there = {id_: token for id_, token in donor.new.items() if ids.get(token) == id_}
             self.left |= {id_: token for id_, token in donor.new.items() if id_ not in there}
             return replace(donor, new=there)
-        if self.rules.vocabulary == "rows" and donor.role != "instruct":  # rows of a residual that cannot be added
+        if self.rules.vocabulary == "rows" and not donor.subtracted:  # rows of a residual that cannot be added
             return replace(donor, new=dict.fromkeys(donor.apart, ""))
         return donor
 
@@ -258,11 +260,11 @@ class Vocabulary:
                 wanted = max(wanted, donor.rows)
         return wanted
 
-    def _check_readable(self, roles: Iterable[str]) -> None:
+    def _check_readable(self, givers: Iterable[str]) -> None:
         """Find tokenizers that would decide, and cannot be read; where none can be, all is as if there were none."""
-        found = [self._tokens(role) for role in ("target", *roles)]
+        found = [self._tokens(role) for role in ("target", *givers)]
         for role, error in self._unreadable.items():
-            if role != "base" and (any(found) or self.rules.vocabulary is not None):
+            if not roles.is_base(role) and (any(found) or self.rules.vocabulary is not None):
                 self._problem(f"the tokens of {role} cannot be told: {error}", _UNREADABLE)
 
     def _check(self, donors: Sequence[Donor], counts: Mapping[str, int]) -> None:
@@ -302,7 +304,7 @@ class Vocabulary:
         mine, theirs = self._tokens(self.own), self._tokens(role)
         if role == self.own or mine is None or theirs is None or mine.ids == theirs.ids:
             return None
-        if role == "base" and self._orders.get("instruct") == {}:  # which has been said already
+        if roles.is_base(role) and self._orders.get(roles.instruct_of(role)) == {}:  # which has been said
             return None
         if role not in self._orders:
             order = Order.of(theirs, mine)

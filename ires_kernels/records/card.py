@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from ires_kernels.checkpoints import hub
+from ires_kernels.checkpoints import hub, roles
 from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files.opening import MAX_CONFIG, check_link, read_bytes
@@ -75,7 +75,9 @@ def command(plan: Plan) -> str:
     if "instruct" in named:
         words += ["--instruct", named["instruct"], "--base", named["base"], "--alpha", f"{rules.alpha[0]:g}"]
     else:
-        words += [f"{named[r]}:{a:g}" for r, a in zip((r for r in named if r != "target"), rules.alpha, strict=True)]
+        for each, factor in zip(roles.added(named), rules.alpha, strict=True):
+            words += ["--pair"] if len(each) == 2 else []
+            words.append(":".join([*(named[role] for role in each), f"{factor:g}"]))
     return " ".join([*words, *_options(rules), "-o", "OUT"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from ires_kernels.checkpoints import roles
 from ires_kernels.checkpoints.manifest import Input, Stamp, Update
 
 _MOST = 5  # updates that are listed
@@ -34,15 +35,17 @@ def on_top(updates: Sequence[Update]) -> tuple[str, ...]:
 def parts(update: Update) -> list[Part]:
     """What an update has added, in its order."""
     inputs = update.inputs
-    if {"instruct", "base"} <= inputs.keys():
-        pair = inputs["instruct"], inputs["base"]
-        added: list[tuple[str, tuple[Input, ...]]] = [(f"instruct {pair[0].path} - base {pair[1].path}", pair)]
-    else:
-        roles = sorted((role for role in inputs if role.startswith("residual")), key=lambda role: (len(role), role))
-        added = [(f"residual {inputs[role].path}", (inputs[role],)) for role in roles]
+    ordered = sorted(inputs, key=lambda role: (len(role), role))
+    added = [tuple(inputs[role] for role in each if role in inputs) for each in roles.added(ordered)]
     alphas = update.rules.alpha if update.rules else ()
     own = bool(update.rules and update.rules.alphas)
-    return [Part(what, sources, alpha, own) for (what, sources), alpha in zip(added, alphas, strict=False)]
+    return [Part(_named(sources), sources, alpha, own) for sources, alpha in zip(added, alphas, strict=False)]
+
+
+def _named(sources: Sequence[Input]) -> str:
+    """What an update has added, in words."""
+    kinds = ("instruct", "base") if len(sources) > 1 else ("residual",)
+    return " - ".join(f"{kind} {source.path}" for kind, source in zip(kinds, sources, strict=True))
 
 
 def _described(update: Update) -> str:

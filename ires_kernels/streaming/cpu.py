@@ -124,11 +124,16 @@ def compute(step: Step, operands: Sequence[Tensor], out: Tensor, first: int, rul
     }
     t, *others = operands
     if step.op == "add_difference":
-        ops.add_difference(t, others[0], others[1], step.factors[0], **options)
+        ops.add_difference(t, *_pairs(others), step.factors, **options)
     elif step.op == "add":
         ops.add(t, others, step.factors, **options)
     else:  # "convert" is minus 0: it leaves every value as it is, -0 as well, and counts what the new dtype overflows
         ops.subtract(t, others[0], **options)
+
+
+def _pairs(others: Sequence[Tensor]) -> tuple[Any, Any]:
+    """The minuends and the subtrahends of one pair, or of each of several."""
+    return (others[0], others[1]) if len(others) == 2 else (others[0::2], others[1::2])
 
 
 def zeros(steps: Iterable[Step], tile: int, device: torch.device) -> dict[str, Tensor]:

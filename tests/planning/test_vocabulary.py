@@ -506,7 +506,9 @@ def test_rows_one_by_one(counts: dict[str, int], new: dict[int, str], lost: set[
     new = {row: token for row, token in new.items() if row < counts["instruct"]}
     apart = {*new, *range(counts["base"], counts["instruct"])}
     rows = max(counts["target"], counts["instruct"]) if further else counts["target"]
-    found = of_merge(counts, [Donor("instruct", counts["instruct"], counts["base"], new, apart, lost)], rows, {})
+    found = of_merge(
+        counts, [Donor("instruct", counts["instruct"], counts["base"], new, apart, lost, "base")], rows, {}
+    )
     made: list[tuple[str, dict[str, int]]] = []
     for piece in found.pieces:
         each = {role: [r for first, n in runs for r in range(first, first + n)] for role, runs in piece.rows.items()}
