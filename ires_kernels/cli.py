@@ -221,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
         help="in place: keep no old bytes; faster, but to be killed or to lose power on the way ruins TARGET",
     )
     apply.add_argument("--tag", default="", metavar="TEXT", help="in place: to apply the same once more on purpose")
-    _merge_options(apply, dtype=None, kept="of all float tensors (default: as in the target)")
+    _merge_options(apply, dtype=None, kept="of all tensors of floats or codes (default: as in the target)")
     # argparse takes -1e-3 for an option, if it is not told that this is a number.
     apply._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
     apply.set_defaults(run=_apply, parser=apply)

@@ -168,7 +168,8 @@ def apply(
     alpha          a factor for all residuals or pairs, or one for each
     alphas         pairs of a regular expression and factors, as alpha: the first one found in a tensor's name decides
     skip           regular expressions found in the names of tensors that are copied as they are
-    dtype          f32, bf16, f16 or f64 for all float tensors of the output; None keeps the target's
+    dtype          f32, bf16, f16 or f64 for all float tensors of the output, and for quantized ones, which become plain
+                   weights; None keeps the target's, and the format of what it has quantized
     allow_missing  copy from the target what the other models lack, and leave out what the target lacks; up to a tenth
                    of the residual's elements, or with "any" whatever there is. A warning says how much went in
     vocabulary     where the tokenizers of models disagree, which is an error otherwise: "target" keeps the tokenizer of

@@ -92,10 +92,14 @@ def test_a_residual_of_quantized_models_is_one_of_numbers(tmp_path: Path, format
     found, one, two = read_model(tmp_path / "residual"), numbers(instruct), numbers(base)
     assert found.keys() == SHAPES.keys()
     assert all(same(found[name], one[name].float() - two[name].float()) for name in SHAPES)
-    ik.apply(target, tmp_path / "residual", out=tmp_path / "one", sync=False)
-    ik.apply(target, (instruct, base), out=tmp_path / "two", sync=False)
-    one, two = read_model(tmp_path / "one"), read_model(tmp_path / "two")
-    assert all(same(one[name], two[name]) for name in SHAPES)
+    coded = write(tmp_path / "coded", read_model(target), "fp8-block")
+    for own in (target, coded):
+        out = tmp_path / f"of {own.name}"
+        ik.apply(own, tmp_path / "residual", out=out, sync=False)
+        ik.apply(own, (instruct, base), out=tmp_path / f"{out} again", sync=False)
+        one, two = read_model(out), read_model(tmp_path / f"{out} again")
+        assert one.keys() == read_model(own).keys()
+        assert all(same(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize("format", ENCODED)
