@@ -2,7 +2,7 @@
 
 Tensors: `subtract`, `add`, `scale`, `add_difference`, and their in-place forms with a trailing underscore.
 Checkpoints: `extract`, `apply`, `load`, `inspect`, `verify`; after an interruption `status`, `resume`, `rollback`.
-Between the two: `mapped`, the tensors of a checkpoint as the pages of its files.
+Between the two: `mapped`, the tensors of a checkpoint as the pages of its files; `apply_`, to a module in memory.
 
 Names are loaded when they are first used, and torch with those that compute.
 """
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ires_kernels.backends.call import Tally
     from ires_kernels.backends.choice import BackendStatus, backends
     from ires_kernels.checking.verification import verify
+    from ires_kernels.live.update import apply_
     from ires_kernels.memory.mapping import mapped
     from ires_kernels.merge import apply, extract, load, resume, rollback
     from ires_kernels.records.state import status
@@ -33,6 +34,7 @@ __all__ = [
     "add_difference",
     "add_difference_",
     "apply",
+    "apply_",
     "backends",
     "extract",
     "inspect",
@@ -50,6 +52,7 @@ __all__ = [
 _HOMES = {
     "backends.call": ("Tally",),
     "backends.choice": ("BackendStatus", "backends"),
+    "live.update": ("apply_",),
     "memory.mapping": ("mapped",),
     "checking.verification": ("verify",),
     "merge": ("apply", "extract", "load", "resume", "rollback"),

@@ -28,6 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "new_folder": {"checking", "checkpoints", "files", "planning", "records", "streaming"},
     "in_place": {"backends", "checking", "checkpoints", "dtypes", "files", "planning", "records", "streaming"},
     "memory": {"checkpoints", "dtypes", "files", "in_place", "planning", "records", "tensors"},
+    "live": {"checking", "checkpoints", "files", "planning", "streaming"},
     "merge": {
         "checking",
         "checkpoints",
@@ -41,7 +42,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "cli": {"__init__", "checkpoints", "files", "planning", "streaming"},
     "__main__": {"cli"},
-    "__init__": {"backends", "checking", "memory", "merge", "records", "tensors"},
+    "__init__": {"backends", "checking", "live", "memory", "merge", "records", "tensors"},
 }
 """What each room, or module beside them, may import of this package. Nobody imports what is not here."""
 EXECUTORS = {"new_folder", "in_place"}

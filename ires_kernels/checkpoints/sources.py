@@ -69,14 +69,20 @@ class Files:
     No more than MOST_OPEN stay open beyond those in use: a process may open some thousand files or fewer.
     """
 
-    def __init__(self, file_ids: Mapping[Path, FileId], uses: Iterable[Path]) -> None:
+    def __init__(
+        self, file_ids: Mapping[Path, FileId], uses: Iterable[Path], memory: Mapping[Path, Source] | None = None
+    ) -> None:
+        """`memory`: what is no file, and there for as long as this is, by the path that it is called."""
         self._file_ids = file_ids
+        self._memory = memory or {}
         self._uses = Counter(uses)
         self._held: Counter[Path] = Counter()
         self._open: dict[Path, LocalFile] = {}
 
-    def open(self, path: Path) -> LocalFile:
+    def open(self, path: Path) -> Source:
         """A source to be used at once: the next call may close it."""
+        if path in self._memory:
+            return self._memory[path]
         source = self._open.get(path)
         if source is None:
             if len(self._open) >= MOST_OPEN:
@@ -88,7 +94,7 @@ class Files:
                 raise CheckpointError(f"{path}: changed after it was validated. Wait for its writer, then start again.")
         return source
 
-    def hold(self, path: Path) -> LocalFile:
+    def hold(self, path: Path) -> Source:
         """A source that stays open until `release`."""
         source = self.open(path)
         self._held[path] += 1

@@ -24,12 +24,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import mul
+from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
 from ires_kernels.checkpoints.quantized import QuantizedRef, Ref
-from ires_kernels.checkpoints.sources import Files
+from ires_kernels.checkpoints.sources import Files, Source
 from ires_kernels.dtypes import FLOATS
 from ires_kernels.planning.elements import decoded, is_known, numbers
 
@@ -250,14 +251,15 @@ class Looks:
     changed, and OSError.
     """
 
-    def __init__(self, inputs: Mapping[str, Checkpoint]) -> None:
+    def __init__(self, inputs: Mapping[str, Checkpoint], memory: Mapping[Path, Source] | None = None) -> None:
+        """`memory`: of models that are in no files, by their paths."""
         self.inputs = inputs
         self.bytes_read = 0
         self._known: dict[tuple[str, str, tuple[Run, ...]], Sample | None] = {}
         self._following: dict[str, tuple[Sequence[Ref], Mapping[str, int]]] = {}
         self._asked: dict[str, int] = {}  # up to which of them
         self._compared: dict[tuple[str, str, str, str], Likeness | None] = {}
-        self._files = Files({path: of for model in inputs.values() for path, of in model.file_ids.items()}, ())
+        self._files = Files({path: of for model in inputs.values() for path, of in model.file_ids.items()}, (), memory)
 
     def of(self, role: str, ref: Ref) -> Sample | None:
         """A tensor at its own places; for one of a residual what base had in its place, where that is known."""

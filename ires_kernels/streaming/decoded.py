@@ -13,7 +13,7 @@ import torch
 from ires_kernels.backends.decoding import decode
 from ires_kernels.checkpoints.checkpoint import TensorRef
 from ires_kernels.checkpoints.quantized import QuantizedRef, Ref
-from ires_kernels.checkpoints.sources import LocalFile
+from ires_kernels.checkpoints.sources import Source
 from ires_kernels.formats import ACROSS, matrices
 from ires_kernels.streaming.pieces import Reader
 
@@ -25,7 +25,7 @@ class Decoded:
     parts, whole and in their order, and behind them of the codes, from the first byte that holds one to the last.
     """
 
-    def __init__(self, ref: QuantizedRef, sources: Mapping[Path, LocalFile]) -> None:
+    def __init__(self, ref: QuantizedRef, sources: Mapping[Path, Source]) -> None:
         self.ref = ref
         self._codes = sources[ref.path]
         self._sources = sources

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 from ires_kernels.checkpoints.checkpoint import TensorRef
 from ires_kernels.checkpoints.quantized import QuantizedRef
-from ires_kernels.checkpoints.sources import LocalFile
+from ires_kernels.checkpoints.sources import LocalFile, Source
 from ires_kernels.planning.steps import Operand
 
 
@@ -43,7 +43,7 @@ class Reader(Protocol):
         """
 
 
-def reader(operand: Operand, sources: Mapping[Path, LocalFile], width: int) -> Reader:
+def reader(operand: Operand, sources: Mapping[Path, Source], width: int) -> Reader:
     """The reader of an operand whose elements take `width` bytes, out of its files, which are open."""
     refs = [ref for ref in operand.refs if isinstance(ref, TensorRef)]
     if operand.is_decoded:
@@ -53,7 +53,7 @@ def reader(operand: Operand, sources: Mapping[Path, LocalFile], width: int) -> R
     return _Many(refs, sources, width)
 
 
-def _decoded(operand: Operand, sources: Mapping[Path, LocalFile]) -> Reader:
+def _decoded(operand: Operand, sources: Mapping[Path, Source]) -> Reader:
     """The reader of weights of which some are quantized. What makes numbers of them is loaded here, with torch."""
     from ires_kernels.streaming.decoded import Decoded, Several
 
@@ -67,7 +67,7 @@ def _decoded(operand: Operand, sources: Mapping[Path, LocalFile]) -> Reader:
 class _One:
     """Elements that follow each other in one file."""
 
-    def __init__(self, source: LocalFile, offset: int, width: int) -> None:
+    def __init__(self, source: Source, offset: int, width: int) -> None:
         self._source = source
         self._offset = offset
         self._width = width
@@ -77,8 +77,10 @@ class _One:
         self._source.read_into(view, self._offset + first * self._width)
         return (view,)
 
-    def reads(self, first: int, count: int) -> list[Read]:
+    def reads(self, first: int, count: int) -> list[Read] | None:
         source, width = self._source, self._width
+        if not isinstance(source, LocalFile):
+            return None
         return [Read(source.fd, self._offset + first * width, count * width, source.path)]
 
 
@@ -89,7 +91,7 @@ class _Many:
     three quarters of the speed of one run, from the page cache; with a call for each row at a third.
     """
 
-    def __init__(self, refs: Iterable[TensorRef], sources: Mapping[Path, LocalFile], width: int) -> None:
+    def __init__(self, refs: Iterable[TensorRef], sources: Mapping[Path, Source], width: int) -> None:
         refs = [ref for ref in refs if ref.nbytes]
         numbers = {path: number for number, path in enumerate(sources)}
         self._sources = list(sources.values())
@@ -117,9 +119,12 @@ class _Many:
             self._sources[here].read_views(views, at)
         return (whole,)
 
-    def reads(self, first: int, count: int) -> list[Read]:
+    def reads(self, first: int, count: int) -> list[Read] | None:
+        files = [source for source in self._sources if isinstance(source, LocalFile)]
+        if len(files) < len(self._sources):
+            return None
         return [
-            Read(self._sources[number].fd, offset, nbytes, self._sources[number].path)
+            Read(files[number].fd, offset, nbytes, files[number].path)
             for number, offset, _, nbytes in self._cut(first, count)
         ]
 

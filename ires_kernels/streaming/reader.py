@@ -9,7 +9,7 @@ import xxhash
 
 from ires_kernels.checkpoints import names
 from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId, TensorRef
-from ires_kernels.checkpoints.sources import Files
+from ires_kernels.checkpoints.sources import Files, Source
 from ires_kernels.files import interrupts
 from ires_kernels.planning.steps import Comparison
 
@@ -42,12 +42,15 @@ def differing(
     return different, digests
 
 
-def second_copies(inputs: Mapping[str, Checkpoint]) -> dict[str, str]:
-    """Names of tensors that are an embedding again, byte for byte, in all models that have them, and its name."""
+def second_copies(inputs: Mapping[str, Checkpoint], memory: Mapping[Path, Source] | None = None) -> dict[str, str]:
+    """Names of tensors that are an embedding again, byte for byte, in all models that have them, and its name.
+
+    memory  of models that are in no files, by their paths
+    """
     found = names.second_copies(inputs)
     file_ids = all_file_ids(inputs)
     copies = {}
-    files = Files(file_ids, (ref.path for models in found.values() for _, *pair in models for ref in pair))
+    files = Files(file_ids, (ref.path for models in found.values() for _, *pair in models for ref in pair), memory)
     try:
         for name, models in found.items():
             if all(one.nbytes == two.nbytes and _equal(files, (one, two)) for _, one, two in models):

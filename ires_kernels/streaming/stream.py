@@ -33,7 +33,7 @@ from ires_kernels.backends.call import threads as kernel_threads
 from ires_kernels.checkpoints.checkpoint import FileId, TensorRef
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.checkpoints.quantized import QuantizedRef
-from ires_kernels.checkpoints.sources import Files
+from ires_kernels.checkpoints.sources import Files, Source
 from ires_kernels.dtypes import FLOATS
 from ires_kernels.files import interrupts
 from ires_kernels.files.store import NO_THREAD
@@ -141,13 +141,17 @@ def fill(
     processors: Processors = on_cpu,
     threads: int | None = None,
     progress: Progress | None = None,
+    memory: Mapping[Path, Source] | None = None,
 ) -> Outcome:
-    """`run` into contiguous tensors by name, on the processor's device. Inputs of the roles `hashed` are hashed."""
+    """`run` into contiguous tensors by name, on the processor's device. Inputs of the roles `hashed` are hashed.
+
+    memory  of models that are in no files, by their paths
+    """
     import torch
 
     flat = {name: tensor.reshape(-1) for name, tensor in tensors.items()}
     into = {name: (elements, elements.view(torch.uint8)) for name, elements in flat.items()}
-    asked = _Asked(steps, file_ids, rules, _nothing, into)
+    asked = _Asked(steps, file_ids, rules, _nothing, into, memory=memory or {})
     return _Engine(asked, _How(processors, threads, hashed, counted=False), _Told(Outcome(), progress)).run()
 
 
@@ -225,8 +229,8 @@ class _Tensor:
         # The bytes of a whole copy are hashed once, as those of the result.
         self.is_copy = len(parts) == 1 and parts[0].copied
         self.is_written = all(part.out is None for part in parts)
-        # Whether a device may read it itself: it stays there, and its operands are stored as they are.
-        self.is_loaded = not self.is_written and not any(_is_decoded(part.step) for part in parts)
+        # Whether a device may read it itself: it stays there, and its operands are in files as they are.
+        self.is_loaded = not self.is_written and all(r.reads(0, 0) is not None for part in parts for r in part.readers)
         self.hasher = xxhash.xxh3_128() if self.is_written else None
         apart = not (self.is_copy and self.is_written)
         for part in parts:
@@ -288,6 +292,7 @@ class _Asked:
     """Tensors that are filled, by name: their elements and their bytes. The results of all others are written."""
     stops: Container[tuple[str, int]] | None = None
     done: Mapping[str, Done] = field(default_factory=dict)
+    memory: Mapping[Path, Source] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -321,7 +326,7 @@ class _Engine:
         # With stops, windows begin and end where tiles do: those of copies have one size on all processors.
         copied = self.processor.copy if asked.stops is None else tiles.get().copied
         self.sizes = self.processor.tile, copied
-        self.files = Files(asked.file_ids, _uses(steps))
+        self.files = Files(asked.file_ids, _uses(steps), asked.memory)
         self.todo = sum((0 if self._stays(step) else step.nbytes) + step.read_bytes for step in steps)
         self.read: list[int] = []  # bytes by thread, so that counting needs no lock
         self.written: list[int] = []
@@ -468,12 +473,17 @@ class _Engine:
             _, (step, *more) = self.waiting[self._next_file()][0]
             room -= _packed(step)
             alike = (step.op, step.factors) == (part.step.op, part.step.factors)
-            if more or not alike or room < 0 or not 0 < _length(step) <= part.tile or _is_decoded(step):
+            if more or not alike or room < 0 or not 0 < _length(step) <= part.tile or self._is_made(step):
                 return
             tensor = self._start()
             assert tensor is not None
             tensor.claimed = 1
             yield tensor
+
+    def _is_made(self, step: Step) -> bool:
+        """Whether an operand is made of codes, or in memory, so that the processor does not read it itself."""
+        memory = self.asked.memory
+        return any(operand.is_decoded or not memory.keys().isdisjoint(operand.paths) for operand in step.operands)
 
     def _unclaimed(self) -> _Tensor | None:
         """The first tensor under way that has a tile left."""
@@ -656,11 +666,6 @@ class _Engine:
         for tensor in active:
             with tensor.turned:
                 tensor.turned.notify_all()
-
-
-def _is_decoded(step: Step) -> bool:
-    """Whether an operand is made of codes, which the processor does not read itself."""
-    return any(operand.is_decoded for operand in step.operands)
 
 
 def _length(step: Step) -> int:

@@ -1,0 +1,244 @@
+"""A residual added to a model in memory, all of it or nothing, and taken back to the bit."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ires_kernels.checking import guards
+from ires_kernels.checkpoints import configs, hub, roles
+from ires_kernels.checkpoints.checkpoint import Checkpoint
+from ires_kernels.checkpoints.header import CheckpointError, brief
+from ires_kernels.files import interrupts
+from ires_kernels.files.plain import Refused, plain
+from ires_kernels.live import tensors as held
+from ires_kernels.live.snapshot import Snapshot
+from ires_kernels.planning import ancestry
+from ires_kernels.planning.evidence import Looks
+from ires_kernels.planning.inputs import Pair, StrPath, check_flags, open_inputs, roles_of_apply
+from ires_kernels.planning.plan import Plan, plan_apply
+from ires_kernels.planning.rules import ArgumentError, Rules
+from ires_kernels.planning.steps import Step
+from ires_kernels.streaming import stream
+from ires_kernels.streaming.options import Options
+from ires_kernels.streaming.outcome import Outcome
+from ires_kernels.streaming.reader import second_copies
+from ires_kernels.streaming.stream import Progress
+
+_newest: WeakKeyDictionary[nn.Module, weakref.ref[Applied]] = WeakKeyDictionary()
+"""The last update of each module that was not taken back."""
+
+
+class Applied:
+    """What `apply_` did to a module, and how to take it back. As a context manager it is taken back at the end.
+
+    It holds the bits from before, which take as much memory as the module's parameters and buffers; they go with it.
+    """
+
+    def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor], before: Snapshot, changed: Sequence[str]):
+        self.changed = tuple(changed)
+        """The names of the tensors that were changed."""
+        self.nbytes = before.nbytes
+        """Bytes of memory that are held for `undo`."""
+        self._module = module
+        self._tensors = {name: tensors[name] for name in changed}
+        self._before: Snapshot | None = before
+        self._versions = self._seen()
+        known = _newest.get(module)
+        self._under = known() if known is not None else None
+        _newest[module] = weakref.ref(self)
+
+    def undo(self, *, force: bool = False) -> None:
+        """Give every parameter and buffer the bits that it had. Again it does nothing.
+
+        force  also where they have changed since, by an optimiser or by another `apply_`: that is lost
+
+        Raises ArgumentError where they have, and where they have another dtype or shape now.
+        """
+        if self._before is None:
+            return
+        for name, tensor in self._tensors.items():
+            info = self._before.infos[name]
+            if (held.DTYPES.get(tensor.dtype), tuple(tensor.shape)) != (info.dtype, info.shape):
+                raise ArgumentError(
+                    f"{brief(name)} is {tensor.dtype} of shape {list(tensor.shape)} now, and was {info.dtype} of shape "
+                    f"{list(info.shape)}: no bits can be given back. Undo before the model is converted."
+                )
+        if self._versions != self._seen() and not force:
+            raise ArgumentError(
+                f"{type(self._module).__name__} has changed since this was applied, by an optimiser or another apply_. "
+                "Undo that first, or give force=True, with which it is lost."
+            )
+        with interrupts.held():
+            self._before.put_back(self._tensors, self.changed)
+            self._before = None
+            known = _newest.get(self._module)
+            if known is not None and known() is self:
+                del _newest[self._module]
+                if self._under is not None and self._under._before is not None:
+                    self._under._versions = self._under._seen()
+                    _newest[self._module] = weakref.ref(self._under)
+        self._under = None
+
+    def __enter__(self) -> Applied:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        state = "undone" if self._before is None else f"{len(self.changed)} tensors changed, {self.nbytes} bytes kept"
+        return f"<apply_ to {type(self._module).__name__}: {state}>"
+
+    def _seen(self) -> list[int]:
+        return [tensor._version for tensor in self._tensors.values()]
+
+
+def apply_(
+    module: nn.Module,
+    residual: StrPath | Sequence[StrPath] | Sequence[Pair],
+    alpha: float | Sequence[float] = 1.0,
+    *,
+    alphas: Iterable[tuple[str, float | Sequence[float]]] | Mapping[str, float | Sequence[float]] = (),
+    skip: Iterable[str] | str = (),
+    allow_missing: bool | str = False,
+    rounding: str = "nearest",
+    seed: int = 0,
+    vocabulary: str | None = None,
+    renames: Iterable[str | tuple[str, str]] | Mapping[str, str] = (),
+    trust_names: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    follow_links: bool = False,
+) -> Applied:
+    """Add alpha * residual to the parameters and buffers of a module, in place, on the devices where they are.
+
+    >>> from safetensors.torch import save_file
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False)).eval()
+    >>> before = model[0].weight.detach().clone()
+    >>> save_file({"0.weight": before}, "base.safetensors")
+    >>> save_file({"0.weight": before + 1}, "instruct.safetensors")
+    >>> with ik.apply_(model, ("instruct.safetensors", "base.safetensors"), 0.5):
+    ...     torch.allclose(model[0].weight, before + 0.5)
+    True
+    >>> torch.equal(model[0].weight, before)
+    True
+
+    residual  as for `apply`: a residual folder, the pair of models (instruct, base), or a list of either
+
+    Tensors are matched as for files, and get the bits that the files of `apply` would have: by name, in another layout,
+    or in parts; what is tied is changed once; buffers that are not persistent are left alone. Parameters stay the same
+    objects, with their requires_grad; their version counters tell autograd. Everything is checked first, and where
+    something fails later, or is interrupted, the module gets back the bits that it had.
+
+    Returns what can take it back: ``with ik.apply_(model, residual, 0.7): …`` does so at the end. For that a copy of
+    the module's tensors stays in the memory of the CPU; without the returned object it is freed at once. What an
+    optimiser has of the model, such as moments and float32 copies of its weights, does not know of the update: make it
+    anew. The other arguments, and errors, as for `apply`; and ArgumentError for a module whose tensors are on the meta
+    device, quantized, sharded, or of torch.inference_mode.
+    """
+    check_flags(follow_links=follow_links)
+    module = held.inner(module)
+    options = Options.of("cpu", threads, progress)
+    paths = roles_of_apply("", hub.locals_of(residual), follow_links=follow_links)
+    del paths["target"]
+    rules = Rules.of(
+        len(roles.added(paths)),
+        alpha=alpha,
+        alphas=alphas,
+        skip=skip,
+        allow_missing=allow_missing,
+        rounding=rounding,
+        seed=seed,
+        vocabulary=vocabulary,
+        renames=renames,
+        trust_names=trust_names,
+    )
+    sources = open_inputs(paths, follow_links=follow_links)
+    tensors = held.of(module, [source.tensors for source in sources.values()])
+    if module.training:
+        warnings.warn(
+            f"{type(module).__name__} is in training mode: an optimiser's state does not know of this update",
+            stacklevel=2,
+        )
+    before = Snapshot(type(module).__name__, tensors)
+    inputs = {"target": before.checkpoint(held.config(module)), **sources}
+    try:
+        plan, said = _plan(inputs, rules, before, tensors)
+        for text in said:
+            warnings.warn(plain(before.named(text)), stacklevel=2)
+        changed = list(dict.fromkeys(step.name for step in plan.steps if not step.is_own))
+        with interrupts.held():
+            try:
+                _fill(plan, {name: tensors[name] for name in changed}, before, options)
+            except BaseException:
+                before.put_back(tensors, changed)
+                raise
+    except Refused as error:
+        error.args = (before.named(f"{error}"),)
+        raise
+    return Applied(module, tensors, before, changed)
+
+
+def _plan(
+    inputs: Mapping[str, Checkpoint], rules: Rules, before: Snapshot, tensors: Mapping[str, Tensor]
+) -> tuple[Plan, list[str]]:
+    """What is done, and what is to be said of it. Refuses what would give a tensor another shape."""
+    memory = {before.path: before}
+    with Looks(inputs, memory) as looks:
+        plan = plan_apply(inputs, rules, second_copies(inputs, memory), looks=looks)
+        kin = ancestry.compare(inputs, plan.steps, looks)
+    for step in plan.steps:
+        if step.shape != tuple(tensors[step.name].shape):
+            raise CheckpointError(
+                f"{brief(step.name)} has shape {list(tensors[step.name].shape)} in the module, and would get "
+                f'{list(step.shape)}. Call resize_token_embeddings first, or give vocabulary="target".'
+            )
+    guards.compare(plan)
+    guards.check_companions(plan)
+    left_out = [plan.share.text()] if plan.share else []
+    return plan, [*configs.differences(inputs), *ancestry.warnings(kin, inputs), *left_out]
+
+
+def _fill(plan: Plan, tensors: Mapping[str, Tensor], before: Snapshot, options: Options) -> None:
+    """Carry out the steps of these tensors, device by device, and make sure of what was read."""
+    from ires_kernels.streaming import device as devices
+
+    by_device: dict[torch.device, list[Step]] = {}
+    for step in plan.steps:
+        if step.name in tensors:
+            by_device.setdefault(tensors[step.name].device, []).append(step)
+    outcome = Outcome()
+    for device, steps in by_device.items():
+        mine = {step.name: tensors[step.name].detach() for step in steps}
+        into = {
+            name: t if t.is_contiguous() else torch.empty(t.shape, dtype=t.dtype, device=device)
+            for name, t in mine.items()
+        }
+        found = stream.fill(
+            into,
+            steps,
+            guards.file_ids(plan),
+            plan.rules,
+            hashed=[role for role, checkpoint in plan.inputs.items() if checkpoint.kind == "residual"],
+            processors=Options.of(devices.resolve(device), None, None).processors,
+            threads=options.threads,
+            progress=options.progress,
+            memory={before.path: before},
+        )
+        outcome.update(found)
+        for name, tensor in mine.items():
+            if into[name] is not tensor:
+                tensor.copy_(into[name])
+            else:
+                torch.autograd.graph.increment_version(tensor)
+    guards.check_residuals(plan, outcome.inputs, options.threads)
+    guards.check_unchanged(plan, outcome.inputs, but={"target"}, threads=options.threads)

@@ -1,0 +1,311 @@
+"""`apply_`: what `apply` would write, in a module, and what was there before again."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import signal
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from small_models import same, write_model
+from torch import Tensor, nn
+
+import ires_kernels as ik
+from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.planning.rules import ArgumentError
+from ires_kernels.streaming import stream
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+Files = tuple[nn.Module, Path, Path]
+
+LLAMA: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {**LLAMA, "tie_word_embeddings": False}),
+    "tied llama": ("LlamaForCausalLM", {**LLAMA, "tie_word_embeddings": True}),
+    "qwen2": ("Qwen2ForCausalLM", LLAMA),
+    "gemma": ("GemmaForCausalLM", {**LLAMA, "head_dim": 8}),
+    "mixtral": ("MixtralForCausalLM", {**LLAMA, "num_local_experts": 4}),
+    "gpt2": ("GPT2LMHeadModel", {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
+                                 "bos_token_id": 1, "eos_token_id": 2}),
+    "t5": ("T5ForConditionalGeneration", {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2,
+                                          "num_heads": 4, "decoder_start_token_id": 0}),
+    "bert": ("BertForMaskedLM", {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                                 "num_attention_heads": 4, "max_position_embeddings": 64}),
+    "mamba": ("MambaForCausalLM", {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+}  # fmt: skip
+
+
+def relative(model: nn.Module, seed: int) -> nn.Module:
+    """A model that was trained a little further."""
+    torch.manual_seed(seed)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.004)
+    return other
+
+
+def family(folder: Path, name: str) -> Any:
+    """The target of a family; its folder and those of instruct and base are written."""
+    kind, settings = FAMILIES[name]
+    cls = getattr(transformers, kind)
+    torch.manual_seed(1)
+    base = cls(cls.config_class(**settings)).to(torch.bfloat16).eval()
+    target = relative(base, 3)
+    for role, model in {"base": base, "instruct": relative(base, 2), "target": target}.items():
+        model.save_pretrained(folder / role)  # type: ignore[operator]
+    return cls.from_pretrained(folder / "target", dtype=torch.bfloat16)
+
+
+def output(model: Any) -> Tensor:
+    """What a model says: of a language model some tokens and their scores."""
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        if not model.can_generate():
+            return model(input_ids=ids).logits
+        said = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False,
+            output_scores=True, return_dict_in_generate=True,
+        )  # fmt: skip
+    return torch.stack(said.scores)
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    assert [name for name, tensor in wanted.items() if not same(found[name], tensor)] == []
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_module_gets_what_the_files_get_and_back_what_it_had(tmp_path: Path, name: str) -> None:
+    model = family(tmp_path, name)
+    pair = (tmp_path / "instruct", tmp_path / "base")
+    ik.apply(tmp_path / "target", pair, out=tmp_path / "out", alpha=0.7)
+    loaded = type(model).from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    before, said = bits(model), output(model)
+    parameters, pointers = [*model.parameters()], [p.data_ptr() for p in model.parameters()]
+    with ik.apply_(model, pair, 0.7) as applied:
+        assert_same(bits(model), bits(loaded))
+        assert torch.equal(output(model), output(loaded))
+        assert not torch.equal(output(model), said)
+        assert applied.changed
+    assert_same(bits(model), before)
+    assert torch.equal(output(model), said)
+    assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
+    assert [p.data_ptr() for p in model.parameters()] == pointers
+
+
+def small(folder: Path, dtype: torch.dtype = torch.float32) -> Files:
+    """A module, and files of instruct and base for it."""
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.Linear(32, 8)).to(dtype).eval()
+    base = bits(model)
+    instruct = {n: t + torch.randn_like(t) * 0.01 if t.is_floating_point() else t for n, t in base.items()}
+    write_model(folder / "base", base)
+    write_model(folder / "instruct", instruct)
+    return model, folder / "instruct", folder / "base"
+
+
+def test_a_residual_in_a_folder_with_factors_and_rounding(tmp_path: Path) -> None:
+    model, instruct, base = small(tmp_path, torch.bfloat16)
+    write_model(tmp_path / "target", bits(model))
+    ik.extract(base, instruct, tmp_path / "residual")
+    rules: dict[str, Any] = {"alphas": [("0", 0.25)], "skip": "running", "rounding": "stochastic", "seed": 7}
+    wanted = ik.load(tmp_path / "target", tmp_path / "residual", alpha=-1.5, **rules)
+    applied = ik.apply_(model, tmp_path / "residual", -1.5, **rules)
+    assert_same(bits(model), {**wanted})
+    assert "1.running_mean" not in applied.changed
+
+
+def test_several_pairs(tmp_path: Path) -> None:
+    model, instruct, base = small(tmp_path)
+    write_model(tmp_path / "target", bits(model))
+    wanted = ik.load(tmp_path / "target", [(instruct, base), (base, instruct)], alpha=[0.5, 0.25])
+    ik.apply_(model, [(instruct, base), (base, instruct)], [0.5, 0.25])
+    assert_same(bits(model), {**wanted})
+
+
+def test_parameters_stay_what_they_are(tmp_path: Path) -> None:
+    model, instruct, base = small(tmp_path)
+    weight = model[0].weight  # type: ignore[index]
+    weight.requires_grad_(False)
+    versions = {name: tensor._version for name, tensor in model.named_parameters()}
+    loss = model(torch.randn(4, 64)).sum()
+    ik.apply_(model, (instruct, base))
+    assert not weight.requires_grad
+    assert all(tensor._version > versions[name] for name, tensor in model.named_parameters())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_strided_and_empty_parameters(tmp_path: Path) -> None:
+    model, instruct, base = small(tmp_path)
+    wanted = ik.load(base, (instruct, base), alpha=0.5)
+    model[0].weight.data = model[0].weight.data.t().contiguous().t()  # type: ignore[index, union-attr, operator]
+    assert not model[0].weight.is_contiguous()  # type: ignore[index, union-attr, operator]
+    before = bits(model)
+    applied = ik.apply_(model, (instruct, base), 0.5)
+    assert_same(bits(model), wanted)
+    applied.undo()
+    assert_same(bits(model), before)
+
+
+def test_one_within_another_is_undone_first(tmp_path: Path) -> None:
+    model, instruct, base = small(tmp_path)
+    before = bits(model)
+    one = ik.apply_(model, (instruct, base))
+    between = bits(model)
+    two = ik.apply_(model, (instruct, base), 0.5)
+    with pytest.raises(ArgumentError, match="Undo that first"):
+        one.undo()
+    two.undo()
+    two.undo()
+    assert_same(bits(model), between)
+    one.undo()
+    assert_same(bits(model), before)
+
+
+def test_what_an_optimiser_did_is_not_lost_by_mistake(tmp_path: Path) -> None:
+    model, instruct, base = small(tmp_path)
+    before = bits(model)
+    applied = ik.apply_(model, (instruct, base))
+    with torch.no_grad():
+        model[0].weight.add_(1)  # type: ignore[index, union-attr, operator]
+    with pytest.raises(ArgumentError, match="force=True"):
+        applied.undo()
+    applied.undo(force=True)
+    assert_same(bits(model), before)
+
+
+def test_a_module_of_another_dtype_is_not_undone(tmp_path: Path) -> None:
+    model, instruct, base = small(tmp_path)
+    applied = ik.apply_(model, (instruct, base))
+    model.half()
+    with pytest.raises(ArgumentError, match=r"float16 of shape \[32, 64\] now, and was F32"):
+        applied.undo(force=True)
+
+
+def test_a_failure_leaves_the_module_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, instruct, base = small(tmp_path)
+    before = bits(model)
+    fill = stream.fill
+
+    def fail_after(*arguments: Any, **options: Any) -> Any:
+        fill(*arguments, **options)
+        assert not torch.equal(model[0].weight, before["0.weight"])  # type: ignore[index, union-attr, arg-type]
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(stream, "fill", fail_after)
+    with pytest.raises(OSError, match="Input/output error"):
+        ik.apply_(model, (instruct, base))
+    assert_same(bits(model), before)
+
+
+def test_an_interrupt_leaves_the_module_as_it_was(tmp_path: Path) -> None:
+    model, instruct, base = small(tmp_path)
+    before = bits(model)
+    with pytest.raises(KeyboardInterrupt):
+        ik.apply_(model, (instruct, base), progress=lambda *_: signal.raise_signal(signal.SIGINT))
+    assert_same(bits(model), before)
+
+
+def test_a_damaged_residual_leaves_the_module_as_it_was(tmp_path: Path) -> None:
+    model, instruct, base = small(tmp_path)
+    ik.extract(base, instruct, tmp_path / "residual")
+    with open(tmp_path / "residual/residual.safetensors", "r+b") as file:
+        file.seek(-3, 2)
+        file.write(b"abc")
+    before = bits(model)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        ik.apply_(model, tmp_path / "residual")
+    assert_same(bits(model), before)
+
+
+def test_a_shape_that_does_not_fit_is_refused_in_the_name_of_the_module(tmp_path: Path) -> None:
+    model, instruct, base = small(tmp_path)
+    model[2] = nn.Linear(32, 9)  # type: ignore[operator]
+    before = bits(model)
+    with pytest.raises(CheckpointError, match=r"'2.weight' has shape .* in target \(Sequential\)"):
+        ik.apply_(model, (instruct, base))
+    assert_same(bits(model), before)
+
+
+def cut_of_one(model: Any) -> None:
+    weight = torch.randn(33, 64)
+    model[0].weight.data, model[2].weight.data = weight[:32], weight.view(-1)[-8 * 32 :].view(8, 32)
+    model[0].weight.data = weight[1:]
+
+
+BAD: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "meta": (lambda model: model.to("meta"), "on the meta device"),
+    "expanded": (lambda model: setattr(model[0].weight, "data", torch.zeros(1, 1).expand(32, 64)), "expanded"),
+    "overlapping": (cut_of_one, "share some of their memory"),
+    "sparse": (lambda model: setattr(model[0], "weight", nn.Parameter(torch.eye(4).to_sparse())), "sparse_coo"),
+    "quantized": (lambda model: setattr(model, "is_quantized", True), "Sequential is quantized"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_modules_that_cannot_be_changed(tmp_path: Path, kind: str) -> None:
+    model, instruct, base = small(tmp_path)
+    make, message = BAD[kind]
+    make(model)
+    with pytest.raises(ArgumentError, match=message):
+        ik.apply_(model, (instruct, base))
+
+
+def test_tensors_of_inference_mode(tmp_path: Path) -> None:
+    _, instruct, base = small(tmp_path)
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(64, 32)).eval()
+    with pytest.raises(ArgumentError, match="inference_mode"):
+        ik.apply_(model, (instruct, base), allow_missing="any")
+
+
+def test_what_is_no_module(tmp_path: Path) -> None:
+    model, instruct, base = small(tmp_path)
+    with pytest.raises(TypeError, match=r"wanted a torch\.nn\.Module"):
+        ik.apply_(model.state_dict(), (instruct, base))  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="no parameters"):
+        ik.apply_(nn.Module(), (instruct, base))
+
+
+def test_training_mode_is_warned_of(tmp_path: Path) -> None:
+    model, instruct, base = small(tmp_path)
+    with pytest.warns(UserWarning, match="training mode"):
+        ik.apply_(model.train(), (instruct, base))
+
+
+def test_what_is_around_a_module_is_looked_through(tmp_path: Path) -> None:
+    model, instruct, base = small(tmp_path)
+    wanted = ik.load(base, (instruct, base))
+    ik.apply_(torch.compile(model, backend="eager"), (instruct, base))  # type: ignore[arg-type]
+    assert_same(bits(model), wanted)
+
+
+def test_the_old_bits_are_held_as_long_as_they_may_be_wanted(tmp_path: Path) -> None:
+    model, instruct, base = small(tmp_path)
+    applied = ik.apply_(model, (instruct, base))
+    assert applied.nbytes == sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert "bytes kept" in repr(applied)
+    memory = applied._before
+    assert memory is not None
+    del applied
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ik.apply_(model, (instruct, base)).undo()
