@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
 
-from ires_kernels.checkpoints import configs, names, roles
+from ires_kernels.checkpoints import names, roles
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, is_factor, shard_number
 from ires_kernels.checkpoints.folders import MERGE_ADAPTER, listed
 from ires_kernels.checkpoints.header import brief
@@ -16,16 +14,14 @@ from ires_kernels.checkpoints.quantized import QuantizedRef, Ref
 from ires_kernels.dtypes import FLOATS
 from ires_kernels.planning import absences
 from ires_kernels.planning.alignment import Aligned, align
+from ires_kernels.planning.by_token import ALPHA_0, differing_rows, merged_rows, tensors_by_token
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.findings import CODES, Findings
 from ires_kernels.planning.layout import Layout
 from ires_kernels.planning.matching import Match
-from ires_kernels.planning.rows import Split
-from ires_kernels.planning.steps import Comparison, Encoding, Op, Operand, Output, Step, operands
+from ires_kernels.planning.steps import Comparison, Encoding, Op, Output, Step, operands
 
-ALPHA_0 = "alpha is 0"
 ONLY_TARGET = "only in the target"
-OWN_TOKENS = "rows of tokens, or of none, that only the target has"
 _BESIDE = "kept with the codes"
 
 _SHAPES = "Operands are not broadcast: take models of one architecture, or leave such tensors as they are with --skip."
@@ -48,7 +44,6 @@ _DTYPE = (
     "such modules as they are with --skip."
 )
 _SECOND = "Give both the same --skip and --alpha-for: models that load one tensor for the two would load either."
-_GROWN = "All that has a row for each token grows together: skip none of it, or keep its rows with --vocabulary target."
 _TIED = (
     "One tensor cannot take the updates of two. Save the target with an output head of its own "
     "(tie_word_embeddings=False), or leave the head out with --skip lm_head."
@@ -115,7 +110,7 @@ def _check_values(role: str, other: str, aligned: Aligned, silent: Container[str
 
     def is_asked(match: Match) -> bool:
         """Whether values have a say: something is added, and not by tokens, which are looked at elsewhere."""
-        by_token = None if match.absent else _by_token(match.refs, found)
+        by_token = None if match.absent else tensors_by_token(match.refs, found)
         return not match.absent and (by_token is None or found.vocabulary.split(by_token) is None)
 
     failed = [
@@ -172,7 +167,7 @@ def apply_steps(ref: Ref, found: Findings) -> list[Step]:
 def _apply_steps(ref: Ref, match: Match, found: Findings) -> list[Step]:
     """What becomes of a run of the elements of `ref`: one thing, or of a tensor with a row for each token several."""
     refs = _of_whole_pairs(match, found)
-    by_token = _by_token(refs, found) if len(refs) > 1 else None
+    by_token = tensors_by_token(refs, found) if len(refs) > 1 else None
     split = found.vocabulary.split(by_token) if by_token else None
     if by_token is None or split is None:
         return [_apply_step(ref, match, found)]
@@ -181,49 +176,13 @@ def _apply_steps(ref: Ref, match: Match, found: Findings) -> list[Step]:
     if isinstance(ref, QuantizedRef) and found.rules.dtype is None:
         found.about(ref.name, "is quantized in the target, and has not the rows of the other models", _DTYPE)
         return [_keep(ref, match, "not mergeable", found)]
-    return _rows_of_merge(ref, by_token, split, found)
+    return merged_rows(ref, by_token, split, found)
 
 
 def _of_whole_pairs(match: Match, found: Findings) -> dict[str, tuple[Ref, ...]]:
     """What was matched, without the halves of pairs of which the other half has nothing."""
     halves = {role for each in roles.added(found.inputs) for role in each if not set(match.absent).isdisjoint(each)}
     return {role: refs for role, refs in match.refs.items() if role not in halves}
-
-
-def _rows_of_merge(ref: Ref, tensors: Mapping[str, Ref], split: Split, found: Findings) -> list[Step]:
-    """The steps that make the rows of a tensor with a row for each token."""
-    rules = found.rules
-    dtype = rules.dtype or ref.dtype
-    stream = found.matcher.stream(found.matcher.original(ref.name))
-    steps = []
-    for part in _parts(Output(ref.name, dtype, (split.rows, *ref.shape[1:])), tensors, split, stream):
-        factors, op = added(ref.name, [operand.role for operand in part.operands], found)
-        if part.op != "add":
-            steps.append(part)
-        elif any(factors):
-            steps.append(replace(part, op=op, factors=factors))
-        else:
-            own = _copy_op(part.operands[0], dtype)
-            steps.append(replace(part, op=own, operands=part.operands[:1], reason=ALPHA_0))
-    return steps
-
-
-def _parts(output: Output, tensors: Mapping[str, Ref], split: Split, stream: int) -> Iterable[Step]:
-    """A step for each piece, which copies what is taken or kept, and adds what is added."""
-    width = math.prod(output.shape[1:])
-    for piece in split.pieces:
-        read = tuple(
-            Operand(role, tuple(tensors[role].run(first * width, count * width) for first, count in runs))
-            for role, runs in piece.rows.items()
-        )
-        op: Op = "add" if piece.deed == "added" else _copy_op(read[0], output.dtype)
-        reason = OWN_TOKENS if piece.deed == "kept" else ""
-        yield Step(output, op, read, (), stream, reason, piece.first * width, piece.count * width)
-
-
-def _copy_op(operand: Operand, dtype: str) -> Op:
-    same = operand.dtype == dtype and not any(isinstance(ref, QuantizedRef) for ref in operand.refs)
-    return "copy" if same else "convert"
 
 
 def companion_steps(ref: TensorRef, made: Iterable[Step], found: Findings) -> list[Step]:
@@ -254,19 +213,12 @@ def _apply_step(ref: Ref, match: Match, found: Findings) -> Step:
         return _keep(ref, match, "not mergeable", found)
     if ref.dtype not in FLOATS:
         return _keep(ref, match, f"{ref.dtype}, equal in instruct and base", found)
-    factors, op = added(name, match.refs, found)
+    factors, op = found.added(name, match.refs)
     if not any(factors):
         return _keep(ref, match, ALPHA_0, found)
     stream = found.matcher.stream(found.matcher.original(name))
     step = _step(ref, match, op, rules.dtype or ref.dtype, factors, stream)
     return step if rules.dtype or not isinstance(ref, QuantizedRef) else _encoded(step, ref, found)
-
-
-def added(name: str, there: Container[str], found: Findings) -> tuple[tuple[float, ...], Op]:
-    """The factors of what is added to a tensor, as far as it is there, and the operation that adds it."""
-    given = list(zip(roles.added(found.inputs), found.rules.factors(name), strict=True))
-    factors = tuple(factor for each, factor in given if all(role in there for role in each))
-    return factors, "add_difference" if any(len(each) == 2 for each, _ in given) else "add"
 
 
 def _encoded(step: Step, weight: QuantizedRef, found: Findings) -> Step:
@@ -293,13 +245,11 @@ def extract_steps(ref: Ref, found: Findings) -> list[Step]:
 
 def _differences(ref: Ref, match: Match, found: Findings) -> list[Step]:
     """The difference of a run of the elements of `ref`; of rows of tokens that base does not have, they themselves."""
-    stream, dtype = found.matcher.stream(ref.name), found.rules.dtype or "F32"
-    by_token = _by_token(match.refs, found)
+    by_token = tensors_by_token(match.refs, found)
     split = found.vocabulary.split(by_token) if by_token else None
     if by_token is None or split is None:
-        return [_step(ref, match, "subtract", dtype, (), stream)]
-    parts = _parts(Output(ref.name, dtype, ref.shape), by_token, split, stream)
-    return [replace(part, op="subtract") if part.op == "add" else part for part in parts]
+        return [_step(ref, match, "subtract", found.rules.dtype or "F32", (), found.matcher.stream(ref.name))]
+    return differing_rows(ref, by_token, split, found)
 
 
 def _lack(ref: Ref, match: Match, found: Findings) -> str | None:
@@ -367,43 +317,6 @@ def check_tied_head(inputs: Mapping[str, Checkpoint], steps: Iterable[Step], fou
             )
 
 
-def grown_config(inputs: Mapping[str, Checkpoint], found: Findings) -> dict[str, Any] | None:
-    """config.json of the target; where its embedding gets more rows, with their number and the ids of instruct."""
-    target, grown = inputs["target"], found.vocabulary.grown
-    embeddings = {name: rows for name, rows in grown.items() if names.is_vocabulary(name)}
-    if not embeddings:
-        return target.config
-    (before, after), *others = dict.fromkeys(embeddings.values())
-    left = [
-        ref.name
-        for ref in target.tensors.values()
-        if names.is_vocabulary(ref.name) and ref.shape and ref.shape[0] == before and ref.name not in grown
-    ]
-    if others or left:
-        found.problem(f"the embeddings get {after} rows, and {', '.join(left) or 'others of them'} would not", _GROWN)
-    donor = next(checkpoint for role, checkpoint in inputs.items() if role != "target" and not roles.is_base(role))
-    known = donor.manifest.special_ids if donor.manifest and donor.kind == "residual" else None
-    special = configs.special_ids(donor.config) if known is None else known
-    return configs.grown(target.config, after, special) if target.config is not None else None
-
-
-def other_vocabulary(inputs: Mapping[str, Checkpoint], steps: Iterable[Step], found: Findings) -> str | None:
-    """A tensor that was left as it is though a model whose tokenizer it would get has other rows, or tokens, for it."""
-    for step in steps:
-        if step.reason and names.is_vocabulary(step.name) and step.shape and step.name not in found.vocabulary.names:
-            for role, checkpoint in list(inputs.items())[1:]:
-                rows = names.rows(checkpoint, step.name)
-                if rows is not None and (rows != step.shape[0] or found.vocabulary.lacks(role)):
-                    return step.name
-    return None
-
-
-def _by_token(matched: Mapping[str, tuple[Ref, ...]], found: Findings) -> dict[str, Ref] | None:
-    """By role what has a row for each token; None where it is something else."""
-    tensors = {role: refs[0] for role, refs in matched.items() if len(refs) == 1 and refs[0].dtype in FLOATS}
-    return tensors if len(tensors) == len(matched) and found.is_by_token(tensors) else None
-
-
 def _numbers(name: str, matched: Mapping[str, tuple[Ref, ...]], found: Findings) -> bool:
     """Whether tensors fit each other, element by element; what is not floating point is left to be compared."""
     several = next(((role, refs) for role, refs in matched.items() if len({ref.dtype for ref in refs}) > 1), None)
@@ -411,7 +324,7 @@ def _numbers(name: str, matched: Mapping[str, tuple[Ref, ...]], found: Findings)
         dtypes = dict.fromkeys(ref.dtype for ref in several[1])
         found.about(name, f"is made of {' and '.join(dtypes)} in {several[0]}", _MIXED)
         return False
-    by_token = _by_token(matched, found) is not None  # however many rows they have
+    by_token = tensors_by_token(matched, found) is not None  # however many rows they have
     tensors = {role: refs[0] for role, refs in matched.items()}
     first, *others = ((role, refs[0]) for role, refs in matched.items() if len(refs) == 1)
     for role, ref in others:

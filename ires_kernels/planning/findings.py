@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ires_kernels.checkpoints import names
+from ires_kernels.checkpoints import names, roles
 from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.folders import listed
 from ires_kernels.checkpoints.header import CheckpointError, brief
@@ -16,7 +16,7 @@ from ires_kernels.planning.matching import Matcher
 from ires_kernels.planning.numbers import Numbers
 from ires_kernels.planning.quantized import Modules
 from ires_kernels.planning.rules import Rules
-from ires_kernels.planning.steps import Comparison
+from ires_kernels.planning.steps import Comparison, Op
 from ires_kernels.planning.vocabulary import Vocabulary
 
 CODES = (
@@ -106,6 +106,12 @@ class Findings:
             return f"skipped by {pattern!r}"
         pattern = self._skipped.get(name) or self.modules.skipped(name)
         return None if pattern is None else f"skipped by {pattern!r}, with its quantized module"
+
+    def added(self, name: str, there: Container[str]) -> tuple[tuple[float, ...], Op]:
+        """The factors of what is added to a tensor, as far as it is there, and the operation that adds it."""
+        given = list(zip(roles.added(self.inputs), self.rules.factors(name), strict=True))
+        factors = tuple(factor for each, factor in given if all(role in there for role in each))
+        return factors, "add_difference" if any(len(each) == 2 for each, _ in given) else "add"
 
     def is_by_token(self, tensors: Mapping[str, Ref]) -> bool:
         """Whether matched tensors have a row for each token: by their names, or as they differ as embeddings do."""

@@ -23,7 +23,7 @@ from ires_kernels.checkpoints.quantized import QuantizedRef, Ref
 from ires_kernels.checkpoints.sidefiles import SideFile
 from ires_kernels.dtypes import STORAGE
 from ires_kernels.files.plain import table
-from ires_kernels.planning import ancestry, deeds
+from ires_kernels.planning import ancestry, by_token, deeds
 from ires_kernels.planning.absences import Absence, grouped
 from ires_kernels.planning.ancestry import Ancestry
 from ires_kernels.planning.evidence import Looks
@@ -259,13 +259,13 @@ def plan_apply(
     found.check_patterns()
     share = _share(everything, found)
     if (not found.missing or rules.allow_missing) and all(
-        step.reason not in ("", deeds.ALPHA_0) for step in everything
+        step.reason not in ("", by_token.ALPHA_0) for step in everything
     ):
         firsts = [f"{role} has {next(iter(models[role].tensors), '')!r} …" for role in list(inputs)[:2]]
         found.problem(f"no tensor would be merged: the {', '.join(firsts)}", _NOTHING)
     found.refuse("apply")
 
-    foreign = deeds.other_vocabulary(models, everything, found)
+    foreign = by_token.other_vocabulary(models, everything, found)
     if foreign is not None:
         found.warnings.append(
             f"{foreign} stays as it is, and the other models have other rows or tokens for it: the target keeps its "
@@ -274,7 +274,7 @@ def plan_apply(
     found.warnings += _turned_round(inputs)
     found.warnings += configs.differences(inputs)
     found.notes += found.vocabulary.notes()
-    config = deeds.grown_config(inputs, found)
+    config = by_token.grown_config(inputs, found)
     rows = [step.shape[0] for step in everything if names.is_vocabulary(step.name) and step.shape]
     sides = sidefiles.of_model(
         inputs,
@@ -347,7 +347,7 @@ def plan_extract(
     found.warnings += _turned_round(inputs)
     found.warnings += configs.differences(inputs)
     found.notes += found.vocabulary.notes()
-    by_token = found.vocabulary.by_token()
+    stored = found.vocabulary.by_token()
 
     stem = "residual-{:05}-of-{:05}" if len(groups) > 1 else "residual"
     layout = [
@@ -360,7 +360,7 @@ def plan_extract(
         "extract", dict(inputs), rules, files, placed, tuple(index), tuple(sidefiles.of_residual(instruct)),
         tuple(found.comparisons), found.not_stored, tuple(found.missing), (), tuple(found.warnings),
         tuple(found.notes),
-        sidefiles.record(base, instruct) | ({"by_token": by_token} if by_token else {}), share,
+        sidefiles.record(base, instruct) | ({"by_token": stored} if stored else {}), share,
         layouts=found.matcher.layouts,
     )  # fmt: skip
 

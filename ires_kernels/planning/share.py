@@ -8,7 +8,6 @@ from typing import NamedTuple
 from ires_kernels.checkpoints import roles
 from ires_kernels.checkpoints.checkpoint import TensorRef
 from ires_kernels.dtypes import FLOATS
-from ires_kernels.planning import deeds
 from ires_kernels.planning.findings import Findings
 from ires_kernels.planning.steps import Output, Step, operands
 
@@ -76,5 +75,5 @@ def _update(name: str, refs: Mapping[str, TensorRef], found: Findings) -> list[S
     if not whole:
         return []
     first, *_ = given = operands({role: (refs[role],) for each in whole for role in each})
-    factors, op = deeds.added(name, refs, found)
+    factors, op = found.added(name, refs)
     return [Step(Output(name, "F32", first.refs[0].shape), op, (first, *given), factors)]
