@@ -19,11 +19,12 @@ from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
 from ires_kernels.checkpoints.quantized import Ref
 from ires_kernels.planning.embeddings import partners
 from ires_kernels.planning.evidence import FAR, FEWEST, Looks
-from ires_kernels.planning.fusions import Fusing, Undecided, heads, side
+from ires_kernels.planning.fusions import Crossed, Fusing, Undecided, heads, side
 from ires_kernels.planning.fusions import text as fused_text
 from ires_kernels.planning.layout import Layout, Rule, Run, Runs, quoted
 from ires_kernels.planning.moved import Moved, bias_of
 from ires_kernels.planning.rewrites import Doubt, Judge, Judgement, Renaming, kinds, split
+from ires_kernels.planning.search import Tensor, crossed
 from ires_kernels.planning.values import Values
 
 STRANGERS = 0.1
@@ -32,6 +33,7 @@ _MOST_TRIED = 4096
 """Pairs of tensors of one shape that are compared by their values: 200 ms."""
 _MOST_PAIRS = 256
 """Of kinds of tensors that are compared by all of their rows."""
+_TRANSPOSED = "Rows alone can be put into another order: take models that one exporter has saved."
 _COMPLETE = "Download or save that model again, with all its parts."
 _RENAME = "Each of these is to give every tensor another one: correct --rename."
 
@@ -220,6 +222,8 @@ class _Aligning:
             self.runs.update(fused.runs)
             for each, count in fused.wholes:
                 self.rules.append(Rule(*fused_text(each, gathered), count))
+            for crossed_with in fused.crossed:
+                self._cross(crossed_with, gathered)
             self.found.notes += [
                 f"experts of {quoted([kind])} are near copies of each other in {self.other}: taken by index, as values "
                 "cannot confirm their order"
@@ -235,6 +239,22 @@ class _Aligning:
         following = _following(partners, ours, theirs_left, self.values.judge, self.runs)
         self.runs.update((name, whole(partner, self.theirs[partner])) for name, partner in following.items())
         self.doubts = renamed.doubts
+
+    def _cross(self, crossed_with: Crossed, gathered: bool) -> None:
+        """Say of a whole that it is stored transposed, where its values tell."""
+        if self.values.looks is None or self.values.is_residual:
+            return
+        sides = (self.role, self.mine), (self.other, self.theirs)
+        (role, wholes), (other, parts) = sides if gathered else sides[::-1]
+        whole_there = Tensor(role, wholes[crossed_with.whole])
+        causes = [
+            crossed(self.values.looks, whole_there, crossed_with.shape, Tensor(other, parts[name]))
+            for name in crossed_with.parts
+        ]
+        if causes[0]:
+            theirs = quoted(names.pattern(name) for name in crossed_with.parts)
+            text = f"{quoted([names.pattern(crossed_with.whole)])} of {role} {causes[0]}, against {theirs} of {other}"
+            self.found.problems.append((text, _TRANSPOSED, crossed_with.names))
 
     def _judge_strictly(self, runs: Mapping[str, Runs]) -> Judgement:
         return self.values.judge(runs, strict=True)
@@ -360,6 +380,8 @@ def _following(
 ) -> dict[str, str]:
     """What is left of modules whose other tensors have partners, in the modules of those: a bias with its weight."""
     modules: dict[str, set[str]] = {}
+    if mine.keys() <= partners.keys():
+        return {}
     for name, partner in partners.items():
         one, other = name.split("."), partner.split(".")
         while one and other and one[-1] == other[-1]:

@@ -49,6 +49,19 @@ class Undecided(NamedTuple):
     stacked: bool
 
 
+class Crossed(NamedTuple):
+    """A whole that has as many elements as some parts, and other columns: perhaps it is stored transposed."""
+
+    whole: str
+    """The first of its kind."""
+    shape: tuple[int, int]
+    """Of what it has of the first expert."""
+    parts: tuple[str, ...]
+    """The first expert's."""
+    names: tuple[str, ...]
+    """Of all that it is about."""
+
+
 class Fused(NamedTuple):
     """What was found."""
 
@@ -58,6 +71,7 @@ class Fused(NamedTuple):
     """And how many tensors each explains."""
     problems: dict[str, tuple[str, ...]]
     """What is missing, and the names of all tensors that it is about."""
+    crossed: list[Crossed]
     copies: list[str]
     """What is stacked of parts that are too near to each other for values to confirm their order."""
     undecided: list[Undecided]
@@ -112,7 +126,7 @@ class Fusing:
         self._in_module: dict[Components, list[Kind]] = {}
         for part in self.parts:
             self._in_module.setdefault(_module(part.pattern), []).append(part)
-        self.found = Fused({}, [], {}, [], [])
+        self.found = Fused({}, [], {}, [], [], [])
         self._experts_of: dict[tuple[Kind, int], dict[Digits, dict[str, str]]] = {}
         self._arranged: dict[tuple[Components, frozenset[str]], tuple[tuple[str, ...], int]] = {}
 
@@ -128,7 +142,33 @@ class Fusing:
                     self._look(kind, place)
         for kind in self.wholes:
             self._lacks(kind)
+            self.found.crossed.extend(self._crossed(kind))
         return self.found
+
+    def _crossed(self, kind: Kind) -> Iterator[Crossed]:
+        """What it could be made of, but for its columns: stacked experts."""
+        stars = kind.pattern.count("*")
+        there = self._in_module.get(_module(kind.pattern), [])
+        there = [p for p in there if p in self.parts and len(p.shape) == 2 and p.pattern.count("*") == stars + 1]
+        for axis in range(stars + 1) if len(kind.shape) in (2, 3) else ():
+            for part in there:
+                count = self._experts(kind, part, axis)
+                alike = [
+                    p for p in there if p != part and p.shape == part.shape and self._experts(kind, p, axis) == count
+                ]
+                for parts in ((part,), *((part, other) for other in alike)):
+                    if _fits(kind, part) or count * sum(math.prod(p.shape) for p in parts) != math.prod(kind.shape):
+                        continue
+                    digits = next(d for d in self.wholes[kind] if d in self._by_expert(part, axis))
+                    first = (*digits[:axis], "0", *digits[axis:])
+                    if all(first in self.parts[each] for each in parts):
+                        names = [self.wholes[kind].values(), *(self.parts[each].values() for each in parts)]
+                        yield Crossed(
+                            self.wholes[kind][digits],
+                            (math.prod(kind.shape) // count // kind.shape[-1], kind.shape[-1]),
+                            tuple(self.parts[each][first] for each in parts),
+                            tuple(name for each in names for name in each),
+                        )
 
     def _lacks(self, kind: Kind) -> None:
         """Say of a whole that some of its parts are there, and others not."""

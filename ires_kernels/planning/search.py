@@ -141,6 +141,20 @@ def _bijection(best: NDArray[np.int64], cosine: Matrix) -> NDArray[np.int64] | N
     return order if not free and len(np.unique(order)) == len(order) else None
 
 
+def crossed(looks: Looks, whole: Tensor, shape: tuple[int, int], part: Tensor) -> str:
+    """How the rows of `part` are columns of `whole`, whose share of the first expert has this shape; "" if not."""
+    import numpy as np
+
+    rows = shape[0]
+    if part.ref.shape[-1] != rows or max(*shape, *part.ref.shape) > _MOST_ROWS:
+        return ""
+    count = min(rows, _COLUMNS)
+    best, cosine = _nearest(_rows(looks, [(part, part.ref.shape)], rows, 0, count), _block(looks, whole, shape, count))
+    if (cosine >= _NEAR).mean() < _MOST:
+        return ""
+    return "is stored transposed" + ("" if (np.diff(best) == 1).mean() >= _MOST else f", {_pattern(best)}")
+
+
 def _columns(looks: Looks, mine: Side, theirs: Side) -> str:
     """What of the order of columns explains that no rows were found, in words; "" if nothing does."""
     import numpy as np
