@@ -3,6 +3,7 @@
 Tensors: `subtract`, `add`, `scale`, `add_difference`, and their in-place forms with a trailing underscore.
 Checkpoints: `extract`, `apply`, `load`, `inspect`, `verify`; after an interruption `status`, `resume`, `rollback`.
 Between the two: `mapped`, the tensors of a checkpoint as the pages of its files; `apply_`, to a module in memory.
+Residuals as values, to be scaled and added up: `Residual`.
 
 Names are loaded when they are first used, and torch with those that compute.
 """
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
     from ires_kernels.merge import apply, extract, load, resume, rollback
     from ires_kernels.records.state import status
     from ires_kernels.records.summary import inspect
+    from ires_kernels.residual import Residual
     from ires_kernels.tensors.ops import add, add_, add_difference, add_difference_, scale, scale_, subtract
 
     __version__: str
 
 __all__ = [
     "BackendStatus",
+    "Residual",
     "Tally",
     "add",
     "add_",
@@ -58,6 +61,7 @@ _HOMES = {
     "merge": ("apply", "extract", "load", "resume", "rollback"),
     "records.state": ("status",),
     "records.summary": ("inspect",),
+    "residual": ("Residual",),
     "tensors.ops": ("add", "add_", "add_difference", "add_difference_", "scale", "scale_", "subtract"),
 }
 

@@ -25,6 +25,7 @@ from ires_kernels.planning import ancestry
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.inputs import Pair, StrPath, check_flags, check_path, open_inputs, roles_of_apply
 from ires_kernels.planning.plan import Plan, plan_apply, plan_extract, related
+from ires_kernels.planning.recipe import Recipe, written_out
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.records import state
 from ires_kernels.records.operation import UNDO, other_files, same_plan
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Status", "apply", "extract", "inspect", "load", "resume", "rollback", "status", "verify"]
 
-Added = StrPath | Sequence[StrPath] | Sequence[Pair]
+Added = StrPath | Recipe | Sequence[StrPath | Recipe] | Sequence[Pair | Recipe]
 Renames = Iterable[str | tuple[str, str]] | Mapping[str, str]
 Factors = Iterable[tuple[str, float | Sequence[float]]] | Mapping[str, float | Sequence[float]]
 
@@ -161,10 +162,10 @@ def apply(
     (7, 1.0)
 
     residual       a residual folder; the pair of models (instruct, base), whose difference is taken on the way; or a
-                   list of either, which are added in this order and rounded once. The tokenizer, chat template,
-                   generation_config.json and processors come from the first instruct model or residual that has them,
-                   else from the target; the target keeps its tokenizer where it has tokens of its own, or where its
-                   vocabulary is another and stays
+                   list of either, which are added in this order and rounded once; or a `Residual`, which is a sum of
+                   them. The tokenizer, chat template, generation_config.json and processors come from the first
+                   instruct model or residual that has them, else from the target; the target keeps its tokenizer where
+                   it has tokens of its own, or where its vocabulary is another and stays
     alpha          a factor for all residuals or pairs, or one for each
     alphas         pairs of a regular expression and factors, as alpha: the first one found in a tensor's name decides
     skip           regular expressions found in the names of tensors that are copied as they are
@@ -194,8 +195,9 @@ def apply(
         raise ArgumentError("undo and tag go with in_place=True: a new folder needs neither. Leave them out.")
     if in_place:
         hub.check_local(target)
-    target, residual = hub.local(target), hub.locals_of(residual)
-    paths = roles_of_apply(target, residual, follow_links=follow_links)
+    added, alpha, alphas = written_out(residual, alpha, alphas)
+    target = hub.local(target)
+    paths = roles_of_apply(target, hub.locals_of(added), follow_links=follow_links)
     rules = _rules_of_apply(
         paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed, vocabulary, renames, trust_names
     )
@@ -329,8 +331,9 @@ def load(
     no room for the result. Nothing is counted: of NaN, overflow and lost updates `apply` alone tells.
     """
     check_flags(follow_links=follow_links)
-    target, residual = hub.local(target), hub.locals_of(residual)
-    paths = roles_of_apply(target, residual, follow_links=follow_links)
+    added, alpha, alphas = written_out(residual, alpha, alphas)
+    target = hub.local(target)
+    paths = roles_of_apply(target, hub.locals_of(added), follow_links=follow_links)
     rules = _rules_of_apply(
         paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed, vocabulary, renames, trust_names
     )

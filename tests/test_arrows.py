@@ -40,9 +40,10 @@ ARROWS: dict[str, set[str]] = {
         "records",
         "streaming",
     },
+    "residual": {"checkpoints", "memory", "merge", "planning", "records", "streaming"},
     "cli": {"__init__", "checkpoints", "files", "planning", "streaming"},
     "__main__": {"cli"},
-    "__init__": {"backends", "checking", "live", "memory", "merge", "records", "tensors"},
+    "__init__": {"backends", "checking", "live", "memory", "merge", "records", "residual", "tensors"},
 }
 """What each room, or module beside them, may import of this package. Nobody imports what is not here."""
 EXECUTORS = {"new_folder", "in_place"}

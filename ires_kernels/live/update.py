@@ -23,6 +23,7 @@ from ires_kernels.planning import ancestry
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.inputs import Pair, StrPath, check_flags, open_inputs, roles_of_apply
 from ires_kernels.planning.plan import Plan, plan_apply
+from ires_kernels.planning.recipe import Recipe, written_out
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.steps import Step
 from ires_kernels.streaming import stream
@@ -104,7 +105,7 @@ class Applied:
 
 def apply_(
     module: nn.Module,
-    residual: StrPath | Sequence[StrPath] | Sequence[Pair],
+    residual: StrPath | Recipe | Sequence[StrPath | Recipe] | Sequence[Pair | Recipe],
     alpha: float | Sequence[float] = 1.0,
     *,
     alphas: Iterable[tuple[str, float | Sequence[float]]] | Mapping[str, float | Sequence[float]] = (),
@@ -148,7 +149,8 @@ def apply_(
     check_flags(follow_links=follow_links)
     module = held.inner(module)
     options = Options.of("cpu", threads, progress)
-    paths = roles_of_apply("", hub.locals_of(residual), follow_links=follow_links)
+    added, alpha, alphas = written_out(residual, alpha, alphas)
+    paths = roles_of_apply("", hub.locals_of(added), follow_links=follow_links)
     del paths["target"]
     rules = Rules.of(
         len(roles.added(paths)),
