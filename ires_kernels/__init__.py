@@ -1,7 +1,8 @@
 """Exact, in-place, memory-speed arithmetic for checkpoints of large language models.
 
 Tensors: `subtract`, `add`, `scale`, `add_difference`, and their in-place forms with a trailing underscore.
-Checkpoints: `extract`, `apply`, `load`, `inspect`, `verify`; after an interruption `status`, `resume`, `rollback`.
+Checkpoints: `extract`, `apply`, `merge`, `load`, `inspect`, `verify`; after an interruption `status`, `resume` and
+`rollback`.
 Between the two: `mapped`, the tensors of a checkpoint as the pages of its files; `apply_`, to a module in memory.
 Residuals as values, to be scaled and added up: `Residual`.
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from ires_kernels.checking.verification import verify
     from ires_kernels.live.update import apply_
     from ires_kernels.memory.mapping import mapped
-    from ires_kernels.merge import apply, extract, load, resume, rollback
+    from ires_kernels.merging import apply, extract, load, merge, resume, rollback
     from ires_kernels.records.state import status
     from ires_kernels.records.summary import inspect
     from ires_kernels.residual import Residual
@@ -43,6 +44,7 @@ __all__ = [
     "inspect",
     "load",
     "mapped",
+    "merge",
     "resume",
     "rollback",
     "scale",
@@ -58,7 +60,7 @@ _HOMES = {
     "live.update": ("apply_",),
     "memory.mapping": ("mapped",),
     "checking.verification": ("verify",),
-    "merge": ("apply", "extract", "load", "resume", "rollback"),
+    "merging": ("apply", "extract", "load", "merge", "resume", "rollback"),
     "records.state": ("status",),
     "records.summary": ("inspect",),
     "residual": ("Residual",),

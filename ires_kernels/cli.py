@@ -30,6 +30,7 @@ from ires_kernels.files.hidden import unfinished
 from ires_kernels.files.plain import plain, plain_lines
 from ires_kernels.files.plain import table as columns
 from ires_kernels.files.store import LostError, StoreError, is_unfinished, partial_path
+from ires_kernels.planning import recipes
 from ires_kernels.planning.inputs import check_model
 from ires_kernels.planning.plan import VERSION, size
 from ires_kernels.planning.rules import DTYPES, VOCABULARIES, ArgumentError
@@ -202,29 +203,18 @@ def _parser() -> argparse.ArgumentParser:
         metavar="I:B[:A]",
         help="an instruct model and its base, and a factor for their difference; repeatable: all are added in one pass",
     )
-    where = apply.add_mutually_exclusive_group(required=True)
-    where.add_argument("-o", "--out", metavar="OUT", help="the new folder to write")
-    where.add_argument("--in-place", action="store_true", help="change the files of TARGET, with no second copy")
-    undo = apply.add_mutually_exclusive_group()
-    undo.add_argument(
-        "--keep-undo",
-        dest="undo",
-        action="store_const",
-        const="all",
-        help="in place: keep all old bytes, so that `ires rollback` can take back the finished update",
-    )
-    undo.add_argument(
-        "--no-undo",
-        dest="undo",
-        action="store_const",
-        const="none",
-        help="in place: keep no old bytes; faster, but to be killed or to lose power on the way ruins TARGET",
-    )
-    apply.add_argument("--tag", default="", metavar="TEXT", help="in place: to apply the same once more on purpose")
+    _destination(apply)
     _merge_options(apply, dtype=None, kept="of all tensors of floats or codes (default: as in the target)")
     # argparse takes -1e-3 for an option, if it is not told that this is a number.
     apply._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
     apply.set_defaults(run=_apply, parser=apply)
+
+    merge = commands.add_parser("merge", help="do what a recipe in YAML asks for, or an ires.json again")
+    merge.add_argument("recipe", metavar="RECIPE", help="recipe.yml, or the ires.json of an output")
+    _destination(merge)
+    _run_options(merge)
+    _trust_inputs(merge)
+    merge.set_defaults(run=_merge, parser=merge, target=None)
 
     inspect = commands.add_parser("inspect", help="describe a model, a residual or a .safetensors file")
     inspect.add_argument("path", metavar="PATH")
@@ -241,11 +231,7 @@ def _parser() -> argparse.ArgumentParser:
         verify.add_argument(f"--{role}", metavar="PATH", help=f"where the {role} model is now, if it was moved")
     verify.add_argument("--residual", metavar="PATH", action="append", default=[], help="as above; all, in order")
     verify.add_argument("--pair", metavar="I:B", action="append", default=[], help="as above; all, in order")
-    verify.add_argument(
-        "--trust-inputs",
-        action="store_true",
-        help="read the inputs where the manifest says that they are, though it was not signed with your key",
-    )
+    _trust_inputs(verify)
     _follow_links(verify)
     _common_options(verify)
     verify.set_defaults(run=_verify)
@@ -271,6 +257,28 @@ def _parser() -> argparse.ArgumentParser:
     _key_option(status)
     status.set_defaults(run=_status)
     return parser
+
+
+def _destination(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("-o", "--out", metavar="OUT", help="the new folder to write")
+    where.add_argument("--in-place", action="store_true", help="change the files of TARGET, with no second copy")
+    undo = parser.add_mutually_exclusive_group()
+    undo.add_argument(
+        "--keep-undo",
+        dest="undo",
+        action="store_const",
+        const="all",
+        help="in place: keep all old bytes, so that `ires rollback` can take back the finished update",
+    )
+    undo.add_argument(
+        "--no-undo",
+        dest="undo",
+        action="store_const",
+        const="none",
+        help="in place: keep no old bytes; faster, but to be killed or to lose power on the way ruins TARGET",
+    )
+    parser.add_argument("--tag", default="", metavar="TEXT", help="in place: to apply the same once more on purpose")
 
 
 def _merge_options(parser: argparse.ArgumentParser, *, dtype: str | None, kept: str) -> None:
@@ -314,6 +322,18 @@ def _merge_options(parser: argparse.ArgumentParser, *, dtype: str | None, kept: 
     )
     parser.add_argument("--rounding", choices=["nearest", "stochastic"], default="nearest")
     parser.add_argument("--seed", type=int, default=0, help="of stochastic rounding (default: 0)")
+    _run_options(parser)
+
+
+def _trust_inputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-inputs",
+        action="store_true",
+        help="read the inputs where the manifest says that they are, though it was not signed with your key",
+    )
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-sync", action="store_true", help="do not wait for the disk: a power cut may ruin the output"
     )
@@ -442,8 +462,7 @@ def _apply(arguments: argparse.Namespace) -> int:
     ways = [pair, bool(arguments.pair), bool(arguments.residuals)]
     if ways.count(True) != 1 or (arguments.instruct is None) != (arguments.base is None):
         arguments.parser.error("give one or more residuals, or --instruct and --base, or one or more --pair")
-    if not arguments.in_place and (arguments.undo or arguments.tag):
-        arguments.parser.error("--keep-undo, --no-undo and --tag go with --in-place")
+    _check_destination(arguments)
     if arguments.in_place:
         hub.check_local(arguments.target)
     common = 1.0 if arguments.alpha is None else arguments.alpha
@@ -481,6 +500,29 @@ def _apply(arguments: argparse.Namespace) -> int:
     return _print_result(arguments, result)
 
 
+def _merge(arguments: argparse.Namespace) -> int:
+    _check_destination(arguments)
+    if arguments.in_place:  # which is to be known if this fails
+        asked = recipes.read(arguments.recipe, trust_inputs=arguments.trust_inputs, follow_links=arguments.follow_links)
+        arguments.target = asked.paths["target"]
+    with _progress(arguments, "merge") as progress:
+        result = ik.merge(
+            arguments.recipe,
+            out=arguments.out,
+            in_place=arguments.in_place,
+            undo=arguments.undo or "ring",
+            tag=arguments.tag,
+            trust_inputs=arguments.trust_inputs,
+            **_how(arguments, progress),
+        )
+    return _print_result(arguments, result)
+
+
+def _check_destination(arguments: argparse.Namespace) -> None:
+    if not arguments.in_place and (arguments.undo or arguments.tag):
+        arguments.parser.error("--keep-undo, --no-undo and --tag go with --in-place")
+
+
 def _options(arguments: argparse.Namespace, progress: Progress | None) -> dict[str, Any]:
     return {
         "skip": arguments.skip,
@@ -490,6 +532,13 @@ def _options(arguments: argparse.Namespace, progress: Progress | None) -> dict[s
         "vocabulary": arguments.vocabulary,
         "renames": arguments.rename,
         "trust_names": arguments.trust_names,
+        **_how(arguments, progress),
+    }
+
+
+def _how(arguments: argparse.Namespace, progress: Progress | None) -> dict[str, Any]:
+    """How a merge is carried out, whatever is asked for."""
+    return {
         "sync": not arguments.no_sync,
         "sha256": arguments.sha256,
         "device": arguments.device,
@@ -643,11 +692,12 @@ def _progress(arguments: argparse.Namespace, what: str) -> Iterator[Progress | N
 
 def _path(arguments: argparse.Namespace | None) -> Path | None:
     """What a command writes, None if it only reads."""
-    if arguments is None or arguments.run not in (_extract, _apply, _resume, _rollback):
+    if arguments is None or arguments.run not in (_extract, _apply, _merge, _resume, _rollback):
         return None
     if arguments.run in (_resume, _rollback):
         return Path(arguments.path)
-    return Path(arguments.target if getattr(arguments, "in_place", False) else arguments.out)
+    path = arguments.target if getattr(arguments, "in_place", False) else arguments.out
+    return None if path is None else Path(path)
 
 
 def _unfinished(arguments: argparse.Namespace | None) -> str:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ires_kernels import merge
+from ires_kernels import merging
 from ires_kernels.checkpoints import hub
 from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
@@ -95,7 +95,7 @@ class Residual(Recipe):
             what = "was opened: its folder is there" if self._folder() else "is scaled, or a sum"
             raise ArgumentError(f"this residual {what}, and is not saved. {_SUM}")
         instruct, base = self.terms[0][1]
-        return merge.extract(base, instruct, path, **options)
+        return merging.extract(base, instruct, path, **options)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, **options: Any) -> str:
         """Upload it to a model on the Hub, which is made if it is not there; returns the address of the commit.

@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "in_place": {"backends", "checking", "checkpoints", "dtypes", "files", "planning", "records", "streaming"},
     "memory": {"checkpoints", "dtypes", "files", "in_place", "planning", "records", "tensors"},
     "live": {"checking", "checkpoints", "files", "planning", "streaming"},
-    "merge": {
+    "merging": {
         "checking",
         "checkpoints",
         "files",
@@ -40,10 +40,10 @@ ARROWS: dict[str, set[str]] = {
         "records",
         "streaming",
     },
-    "residual": {"checkpoints", "memory", "merge", "planning", "records", "streaming"},
+    "residual": {"checkpoints", "memory", "merging", "planning", "records", "streaming"},
     "cli": {"__init__", "checkpoints", "files", "planning", "streaming"},
     "__main__": {"cli"},
-    "__init__": {"backends", "checking", "live", "memory", "merge", "records", "residual", "tensors"},
+    "__init__": {"backends", "checking", "live", "memory", "merging", "records", "residual", "tensors"},
 }
 """What each room, or module beside them, may import of this package. Nobody imports what is not here."""
 EXECUTORS = {"new_folder", "in_place"}
@@ -58,7 +58,7 @@ NO_TORCH = {
     "checking",
     "in_place",
     "new_folder",
-    "merge",
+    "merging",
     "cli",
 }
 """What commands that compute nothing go through: they import torch nowhere, but for the names of its types."""

@@ -181,6 +181,7 @@ class Asked:
     vocabulary: str | None = None
     renames: tuple[tuple[str, str], ...] = ()
     trust_names: bool = False
+    recipe: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,6 +122,7 @@ class Plan:
         """
         rules = self.rules.to_dict()
         del rules["dtype"]  # in place it is the target's
+        rules.pop("recipe", None)  # in other words the same
         if self.rules.rounding == "nearest":
             del rules["seed"]
         return _hash({"roles": sorted(self.inputs), "own": sorted(self.roles_of_target()), "rules": rules, "tag": tag})

@@ -19,7 +19,7 @@ DTYPES = {name.lower(): name for name, width in FLOATS.items() if width > 1}
 VOCABULARIES = ("target", "instruct", "rows")
 """What decides where the vocabularies of models disagree."""
 
-_LATER = ("vocabulary", "renames", "trust_names")
+_LATER = ("vocabulary", "renames", "trust_names", "recipe")
 """Fields that older manifests do not have."""
 
 
@@ -49,6 +49,8 @@ class Rules:
     """Parts of names in the layout of the output, and what they are in the other models."""
     trust_names: bool = False
     """Whether tensors are matched by their names and shapes, and no values compared."""
+    recipe: str = ""
+    """The text that asked for all this, where one did."""
 
     @classmethod
     def of(
@@ -65,6 +67,7 @@ class Rules:
         vocabulary: str | None = None,
         renames: Iterable[str | Sequence[str]] | Mapping[str, str] = (),
         trust_names: bool = False,
+        recipe: str = "",
     ) -> Rules:
         """Check arguments for a merge of so many residuals. A single alpha serves all; `alphas` hold one for each.
 
@@ -80,6 +83,8 @@ class Rules:
             raise ArgumentError(f"vocabulary is {brief(vocabulary)}, wanted one of {', '.join(VOCABULARIES)}.")
         if not isinstance(trust_names, bool):
             raise TypeError(f"trust_names is {type(trust_names).__name__} {brief(trust_names)}, wanted True or False")
+        if not isinstance(recipe, str):
+            raise TypeError(f"recipe is {type(recipe).__name__} {brief(recipe)}, wanted a text")
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed is {type(seed).__name__}, wanted an integer")
         if not 0 <= seed < 1 << 64:
@@ -95,6 +100,7 @@ class Rules:
             vocabulary,
             _renames(renames),
             trust_names,
+            recipe,
         )
 
     @classmethod

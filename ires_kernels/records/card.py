@@ -7,6 +7,7 @@ over where all models with a card say the same one; else the card says which mod
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +24,8 @@ NAME = "README.md"
 BESIDE = "README.ires.md"
 """Where the target has a card, which is kept."""
 _LICENCE = ("license", "license_name", "license_link")
+_PATH = re.compile(r"(?<![^\s'\"\[{,])(?:/|~|\.\.?/)[^\n'\",\]}#]*[^\s'\",\]}#]")
+"""A path in a recipe that does not begin with a name, to the end of what it may be."""
 _ROWS = ("merged", "lost to rounding", "warning")
 
 
@@ -51,7 +54,7 @@ def build(plan: Plan, report: Report, digests: Mapping[str, str | None]) -> byte
     ]
     for role, checkpoint in plan.inputs.items():
         lines.append(f"| {role} | {_cell(_pinned(checkpoint))} | {digests.get(role) or 'not all of it was read'} |")
-    lines += ["", "```sh", command(plan), "```", ""]
+    lines += ["", "```sh", command(plan), "```", "", *_recipe(plan.rules.recipe)]
     for key, value in report.rows():
         if key in _ROWS or key.startswith("alpha"):
             for checkpoint in plan.inputs.values():
@@ -69,6 +72,8 @@ def build(plan: Plan, report: Report, digests: Mapping[str, str | None]) -> byte
 
 def command(plan: Plan) -> str:
     """The command that makes it again, with ids or names of folders in place of paths."""
+    if plan.rules.recipe:
+        return "ires merge recipe.yml -o OUT"
     named = {role: shlex.quote(_pinned(checkpoint)) for role, checkpoint in plan.inputs.items()}
     rules = plan.rules
     words = ["ires", "apply", named["target"]]
@@ -79,6 +84,19 @@ def command(plan: Plan) -> str:
             words += ["--pair"] if len(each) == 2 else []
             words.append(":".join([*(named[role] for role in each), f"{factor:g}"]))
     return " ".join([*words, *_options(rules), "-o", "OUT"])
+
+
+def _recipe(text: str) -> list[str]:
+    """The text that asked for it, with names of folders in place of paths of this machine."""
+    if not text:
+        return []
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return ["with recipe.yml:", "", f"{fence}yaml", _PATH.sub(_last_part, text).rstrip("\n"), fence, ""]
+
+
+def _last_part(match: re.Match[str]) -> str:
+    return match[0].rstrip("/").rpartition("/")[2]
 
 
 def _options(rules: Rules) -> list[str]:

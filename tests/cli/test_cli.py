@@ -17,7 +17,7 @@ import torch
 from small_models import normal, read_model, snapshot, triple, write_model
 
 import ires_kernels as ik
-from ires_kernels import cli, merge
+from ires_kernels import cli, merging
 from ires_kernels.cli import main
 from ires_kernels.files.store import MARKER
 
@@ -145,7 +145,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(root: Path, capsys: pytest
     ("command", "text"),
     [
         ("", "required"),
-        ("merge", "invalid choice"),
+        ("mix", "invalid choice"),
         ("apply target -o out", "give one or more residuals, or --instruct and --base"),
         ("apply target residual --instruct instruct --base base -o out", "give one or more residuals"),
         ("apply target residual --instruct instruct -o out", "give one or more residuals"),
@@ -235,7 +235,7 @@ def test_an_interrupt_exits_with_130(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merge.stream, "run", interrupt)
+    monkeypatch.setattr(merging.stream, "run", interrupt)
     code, out, err = run(capsys, "extract", "base", "instruct", "-o", "residual")
     assert (code, out) == (130, "")
     assert err == "ires: interrupted.\nresidual was not written and nothing is left of it.\n"

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ires_kernels.checking import guards
 from ires_kernels.checking.verification import verify
@@ -21,7 +21,7 @@ from ires_kernels.in_place.rollback import roll_back_kept, roll_back_update
 from ires_kernels.in_place.run import carry_on_as_asked, resume_update, update_model
 from ires_kernels.memory import writing
 from ires_kernels.new_folder.run import write_folder
-from ires_kernels.planning import ancestry
+from ires_kernels.planning import ancestry, recipes
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.inputs import Pair, StrPath, check_flags, check_path, open_inputs, roles_of_apply
 from ires_kernels.planning.plan import Plan, plan_apply, plan_extract, related
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["Status", "apply", "extract", "inspect", "load", "resume", "rollback", "status", "verify"]
+__all__ = ["Status", "apply", "extract", "inspect", "load", "merge", "resume", "rollback", "status", "verify"]
 
 Added = StrPath | Recipe | Sequence[StrPath | Recipe] | Sequence[Pair | Recipe]
 Renames = Iterable[str | tuple[str, str]] | Mapping[str, str]
@@ -182,17 +182,8 @@ def apply(
 
     The others as for `extract`, and the same errors.
     """
-    check_flags(in_place=in_place, sync=sync, sha256=sha256, dry_run=dry_run, follow_links=follow_links, lock=lock)
-    if not isinstance(tag, str):
-        raise TypeError(f"tag is {type(tag).__name__} {brief(tag)}, wanted a text")
-    if (out is None) == (not in_place):
-        raise ArgumentError("give either out, a new folder, or in_place=True.")
-    if out is not None:
-        check_path(out, "out")
-    if undo not in UNDO:
-        raise ArgumentError(f"undo is {undo!r}, wanted one of {', '.join(UNDO)}.")
-    if out is not None and (undo != "ring" or tag):
-        raise ArgumentError("undo and tag go with in_place=True: a new folder needs neither. Leave them out.")
+    where = Destination(out, in_place, undo, tag, sync, sha256, dry_run, follow_links, lock)
+    where.check()
     if in_place:
         hub.check_local(target)
     added, alpha, alphas = written_out(residual, alpha, alphas)
@@ -201,24 +192,103 @@ def apply(
     rules = _rules_of_apply(
         paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed, vocabulary, renames, trust_names
     )
-    options = Options.of(device, threads, progress, lock, idle=dry_run)
-    begun = state.find_update(Path(target)) if in_place else None
+    return _applied(paths, rules, where, Options.of(device, threads, progress, lock, idle=dry_run))
+
+
+def merge(
+    recipe: StrPath,
+    *,
+    out: StrPath | None = None,
+    in_place: bool = False,
+    sync: bool = True,
+    sha256: bool = False,
+    undo: str = "ring",
+    tag: str = "",
+    device: str | torch.device = "cpu",
+    threads: int | None = None,
+    progress: Progress | None = None,
+    dry_run: bool = False,
+    follow_links: bool = False,
+    lock: bool = True,
+    trust_inputs: bool = False,
+) -> Report | Plan:
+    """Do what a recipe asks for, as `apply` would: a file of YAML, or the ires.json of an output, to make it again.
+
+    >>> text = "{target: target, pairs: [{instruct: instruct, base: base, alpha: 0.7}]}"
+    >>> with open("recipe.yml", "w") as file:
+    ...     _ = file.write(text)
+    >>> report = ik.merge("recipe.yml", out="merged/")
+    >>> report.tensors
+    7
+
+    recipe        of mergekit, with merge_method: task_arithmetic; or with the keys target, and pairs or residuals. Both
+                  may have skip, alphas, rounding, seed, dtype, vocabulary, renames, trust_names and allow_missing, as
+                  arguments of `apply`. Paths begin in its folder. The output keeps its text in ires.json
+    trust_inputs  read the inputs where an ires.json says that they are, though it was not signed with your key: a
+                  stranger's may name any file
+
+    The others and the errors as for `apply`; what is not supported is an ArgumentError that names line and key.
+    """
+    where = Destination(out, in_place, undo, tag, sync, sha256, dry_run, follow_links, lock)
+    where.check()
+    check_flags(trust_inputs=trust_inputs)
+    check_path(recipe, "recipe")
+    paths, rules = recipes.read(recipe, trust_inputs=trust_inputs, follow_links=follow_links)
+    if in_place:
+        repo = hub.repo_of(paths["target"])
+        hub.check_local(paths["target"] if repo is None else f"{repo}")
+    return _applied(paths, rules, where, Options.of(device, threads, progress, lock, idle=dry_run))
+
+
+class Destination(NamedTuple):
+    """Where the output of `apply` goes and how, as its arguments say."""
+
+    out: StrPath | None
+    in_place: bool
+    undo: str
+    tag: str
+    sync: bool
+    sha256: bool
+    dry_run: bool
+    follow_links: bool
+    lock: bool
+
+    def check(self) -> None:
+        """Refuse arguments of wrong kinds, and those that do not go together."""
+        flags = ("in_place", "sync", "sha256", "dry_run", "follow_links", "lock")
+        check_flags(**{flag: getattr(self, flag) for flag in flags})
+        if not isinstance(self.tag, str):
+            raise TypeError(f"tag is {type(self.tag).__name__} {brief(self.tag)}, wanted a text")
+        if (self.out is None) == (not self.in_place):
+            raise ArgumentError("give either out, a new folder, or in_place=True.")
+        if self.out is not None:
+            check_path(self.out, "out")
+        if self.undo not in UNDO:
+            raise ArgumentError(f"undo is {self.undo!r}, wanted one of {', '.join(UNDO)}.")
+        if self.out is not None and (self.undo != "ring" or self.tag):
+            raise ArgumentError("undo and tag go with in_place=True: a new folder needs neither. Leave them out.")
+
+
+def _applied(paths: Mapping[str, StrPath], rules: Rules, where: Destination, options: Options) -> Report | Plan:
+    target, sync, sha256, dry_run = paths["target"], where.sync, where.sha256, where.dry_run
+    begun = state.find_update(Path(target)) if where.in_place else None
     if begun is None or begun.phase is None:
-        inputs = open_inputs(paths, follow_links=follow_links)
+        inputs = open_inputs(paths, follow_links=where.follow_links)
         copies = second_copies(inputs)
         with Looks(inputs) as looks:
             plan = _warned(plan_apply(inputs, rules, copies, looks=looks), looks)
-        if out is None:
+        if where.out is None:
+            undo, tag = where.undo, where.tag
             return update_model(plan, copies, options, undo=undo, sync=sync, sha256=sha256, tag=tag, dry_run=dry_run)
         if is_shard(plan.inputs["target"].path):
             raise CheckpointError(
                 f"{target}: is one of several shards, and would be no model on its own. Give its folder, or "
                 "in_place=True (--in-place) to change just this file."
             )
-        return write_folder(plan, Path(out), options, sync=sync, sha256=sha256, dry_run=dry_run)
+        return write_folder(plan, Path(where.out), options, sync=sync, sha256=sha256, dry_run=dry_run)
     if begun.is_mapped:
         raise StoreError(f"{target}: {unclosed(begun.operation)}. {way_out(begun.path, begun.where, begun.operation)}")
-    asked = {"undo": undo, "sync": sync, "sha256": sha256, "tag": tag}
+    asked = {"undo": where.undo, "sync": sync, "sha256": sha256, "tag": where.tag}
     return carry_on_as_asked(Path(target), paths, rules, options, dry_run=dry_run, **asked)
 
 
