@@ -29,6 +29,14 @@ class Scales(NamedTuple):
     blocks: int
 
 
+class Coding(NamedTuple):
+    """What a tile of new codes needs besides its operands."""
+
+    scales: Scales
+    before: memoryview
+    """The codes of its elements until now."""
+
+
 class Coder:
     """The scales of one weight, for the steps of a run that make its codes and its scales.
 
@@ -49,6 +57,11 @@ class Coder:
             if self.found is None:
                 self.found = self._measured(step, readers, slot, tile, is_stopped)
             return self.found
+
+    def coding(self, before: memoryview) -> Coding:
+        """What a tile of new codes needs, when the scales are there; `before` are the codes that it had."""
+        assert self.found is not None
+        return Coding(self.found, before)
 
     def _measured(
         self, step: Step, readers: Sequence[Reader], slot: Slot, tile: int, is_stopped: Callable[[], bool]
@@ -76,14 +89,6 @@ class Result(NamedTuple):
     """What was added to the target's for that."""
     stored: Tensor
     """Room for what the codes stand for."""
-
-
-class Coding(NamedTuple):
-    """What a tile of new codes needs besides its operands."""
-
-    scales: Scales
-    before: memoryview
-    """The codes of its elements until now."""
 
 
 def store(

@@ -564,9 +564,7 @@ class _Engine:
         written = 0 if part.stays or at < tensor.done else written
         result = None
         if part.coder is not None:
-            from ires_kernels.streaming.encoded import Coding
-
-            coding = Coding(scales, seen[0][-1])
+            coding = part.coder.coding(seen[0][-1])
         if part.out is not None:
             slot.start(step, step.first + first, count, part.out[first : first + count], coding)
         elif part.copied or (at < tensor.done and part.overwrites):
