@@ -27,7 +27,7 @@ LAYOUTS = {
     "per head": Layout(prefix="gpt_neox.", qkv="heads", mlp="up gate"),
     "permuted rows, other words": Layout(words="meta", rotary=True),
     "padded": Layout(padding=56),
-    "all": Layout("", "meta", "heads", "up gate", rotary=True),
+    "all": Layout("", "meta", "heads", "up gate", rotary=True, padding=24),
 }
 
 

@@ -45,6 +45,7 @@ def layouts(draw: st.DrawFn, sizes: Sizes) -> Layout:
         mlp=draw(st.sampled_from(["apart", "gate up", "up gate"])) if not sizes.experts else "apart",
         stacked=bool(sizes.experts) and draw(st.booleans()),
         rotary=draw(st.booleans()),
+        padding=draw(st.sampled_from([0, 0, 8])),
     )
 
 
@@ -137,7 +138,7 @@ _ONE_BY_ONE = {
     "up gate": Layout(mlp="up gate"),
     "rotary": Layout(rotary=True),
     "padding": Layout(padding=8),
-    "all": Layout("language_model.", "meta", "groups", "up gate", rotary=True),
+    "all": Layout("language_model.", "meta", "groups", "up gate", rotary=True, padding=8),
 }
 
 
