@@ -109,12 +109,12 @@ class Layout:
     padding: int = 0
     """Rows of the vocabulary that no token has."""
 
-    def of(self, model: Tensors, sizes: Sizes, seed: int = 0) -> Tensors:
-        """A model of the plain layout in this one; `seed` of its padding."""
+    def of(self, model: Tensors, sizes: Sizes) -> Tensors:
+        """A model of the plain layout in this one. Relatives have the same padding, since nothing trains it."""
         made = dict(model)
         if self.padding:
             for i, name in enumerate(("model.embed_tokens.weight", "lm_head.weight")):
-                made[name] = torch.cat([made[name], normal((self.padding, sizes.hidden), 10 * seed + i)])
+                made[name] = torch.cat([made[name], normal((self.padding, sizes.hidden), i)])
         if self.rotary:
             for name in [name for name in made if re.search(r"\.[qk]_proj\.", name)]:
                 made[name] = turns(made[name], sizes.head)

@@ -25,14 +25,6 @@ from ires_kernels.planning.evidence import FEWEST
 from ires_kernels.planning.plan import Plan
 
 _PARTS = 8
-_PENDING = frozenset(
-    (
-        *("hunyuan_v1_moe", "hunyuan_vl", "hy_v4_vl", "inkling2", "inkling2_loop", "inkling2_loop_text"),
-        *("inkling2_text", "kimi_k25", "lara_mini", "mistral_large4", "mistral_large4_text", "nemo_speechlm"),
-        *("qianfan_ocr", "rf_detr", "step3p7", "tipsv2_text_model"),
-    )
-)
-"""Types of which something is not found yet."""
 _CAUSE = r"transposed|alternate|every second"
 
 
@@ -117,7 +109,10 @@ def wrong(kind: str, folder: Path, values: dict[str, Tensor]) -> Iterator[str]:
                 plan = ik.apply(*given, **options, dry_run=True)
             ik.apply(*given, **options, sync=False)
         except CheckpointError as error:
-            if possible(target, places) or not re.search(_CAUSE, str(error)):
+            named = {name for problem in error.problems for name in problem["tensors"]}
+            small = bool(named) and all((target | source)[name].numel() < FEWEST for name in named)
+            # Of what is so small values tell nothing: without a name in common it is refused, rightly.
+            if not small and (possible(target, places) or not re.search(_CAUSE, str(error))):
                 yield f"{what}: {str(error)[:2000]}"
             continue
         if not possible(target, places):
@@ -133,8 +128,8 @@ def wrong(kind: str, folder: Path, values: dict[str, Tensor]) -> Iterator[str]:
 
 @pytest.mark.parametrize("part", [pytest.param(i, marks=[pytest.mark.slow] if i % 2 else []) for i in range(_PARTS)])
 def test_what_transformers_converts_is_matched(part: int, scratch: Path, values: dict[str, Tensor]) -> None:
-    kinds = [kind for kind in model_types()[part::_PARTS] if kind not in _PENDING and conversion(kind) is not None]
-    assert len(kinds) >= 100 / _PARTS
+    kinds = [kind for kind in model_types()[part::_PARTS] if conversion(kind) is not None]
+    assert len(kinds) >= 120 / _PARTS
     told = list(itertools.chain.from_iterable(wrong(kind, scratch / kind, values) for kind in kinds))
     assert not told, "\n".join(told)
 

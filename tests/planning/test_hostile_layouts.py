@@ -174,6 +174,18 @@ def test_layers_in_another_order_are_not_merged(scratch: Path) -> None:
 # Values that prove nothing
 
 
+def test_experts_that_are_near_copies_are_taken_by_their_index(scratch: Path) -> None:
+    models = family(MIXTRAL)
+    for model in models.values():
+        for name in list(model):
+            if ".experts." in name:
+                first = model[re.sub(r"experts\.\d", "experts.0", name)].float()
+                model[name] = (first + normal(first.shape, len(name), torch.float32, 1e-4)).bfloat16()
+    found = Models(scratch, MIXTRAL, models).change(SOURCES, laid_out(Layout(stacked=True), MIXTRAL))
+    found.check()
+    assert re.search(r"experts.*index|index.*experts", f"{found.plan()}"), f"{found.plan()}"
+
+
 @pytest.mark.parametrize("prefix", ["model.", "model.language_model."])
 def test_tensors_of_zeros_are_taken_by_their_names(prefix: str, scratch: Path) -> None:
     models = family(replace(LLAMA, bias=True))
@@ -270,6 +282,27 @@ def test_linear_weights_that_are_transposed(roles: Iterable[str], scratch: Path)
     Models(scratch, LLAMA).change(roles, changed).refused(r"(o_proj|mlp).*transposed")
 
 
+def as_columns(kind: str) -> Change:
+    """Experts as in the files of Llama-4 and of gpt-oss: [E, H, 2 I], gate beside up or in turns; down is [E, I, H]."""
+
+    def changed(model: Tensors) -> Tensors:
+        made = Layout(stacked=True).of(model, MIXTRAL)
+        for name in [name for name in made if ".experts." in name]:
+            tensor = made[name]
+            if kind == "gpt-oss" and "gate_up" in name:
+                tensor = tensor.view(4, 2, -1, MIXTRAL.hidden).transpose(1, 2).reshape(tensor.shape)
+            made[name] = tensor.transpose(1, 2).contiguous()
+        return made
+
+    return changed
+
+
+@SIDES
+@pytest.mark.parametrize("kind", ["Llama-4", "gpt-oss"])
+def test_experts_by_columns(kind: str, roles: Iterable[str], scratch: Path) -> None:
+    Models(scratch, MIXTRAL).change(roles, as_columns(kind)).refused(r"experts.*(transposed|column)")
+
+
 # Words that mean another thing
 
 
@@ -281,6 +314,22 @@ def test_w1_and_w2_of_the_first_qwen(roles: Iterable[str], scratch: Path) -> Non
 
 
 # Parts that do not add up
+
+
+def flat(model: Tensors) -> Tensors:
+    """Experts one below the other in two dimensions, as in the files of DBRX."""
+    made = Layout(stacked=True).of(model, MIXTRAL)
+    for name in [name for name in made if name.endswith("gate_up_proj")]:
+        gate_up = made.pop(name)
+        at = name.removesuffix("gate_up_proj")
+        made[f"{at}w1"], made[f"{at}v1"] = (t.flatten(0, 1).contiguous() for t in gate_up.chunk(2, 1))
+        made[f"{at}w2"] = made.pop(f"{at}down_proj").transpose(1, 2).flatten(0, 1).contiguous()
+    return made
+
+
+@SIDES
+def test_flat_experts_whose_down_is_transposed(roles: Iterable[str], scratch: Path) -> None:
+    Models(scratch, MIXTRAL).change(roles, flat).refused(r"(w2|down_proj).*transposed")
 
 
 @SIDES
@@ -309,6 +358,19 @@ def test_heads_that_do_not_fit(roles: Iterable[str], scratch: Path) -> None:
     found = Models(scratch, LLAMA).change(roles, laid_out(Layout(qkv="groups"), LLAMA))
     found.config |= {"num_attention_heads": 5, "num_key_value_heads": 3, "head_dim": 7}
     found.never_wrong(r"wqkv|[qkv]_proj")
+
+
+@SIDES
+def test_a_tensor_of_which_half_is_used(roles: Iterable[str], scratch: Path) -> None:
+    """One model has no v_proj, the others have q, k and v in one."""
+    fused = laid_out(Layout(qkv="rows"), LLAMA)
+    others = SOURCES if roles == TARGET else TARGET
+
+    def without(model: Tensors) -> Tensors:
+        return {name: t for name, t in model.items() if "v_proj" not in name}
+
+    found = Models(scratch, LLAMA).change(others, fused).change(roles, without)
+    found.refused(r"qkv_proj|v_proj")
 
 
 # The same words for other things

@@ -68,9 +68,8 @@ class World:
 
     def tensors(self, role: str, layout: Layout, padding: int) -> Tensors:
         """A model in a layout; the padding of its own, cut to a number of rows."""
-        seed = list(self.models).index(role)
         rows = self.sizes.vocabulary + padding
-        made = layout.of(self.models[role], self.sizes, seed)
+        made = layout.of(self.models[role], self.sizes)
         return {
             name: t[:rows] if t.shape[0] == self.sizes.vocabulary + layout.padding else t for name, t in made.items()
         }
