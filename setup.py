@@ -141,6 +141,7 @@ def extension():
         "cuda",
         "decode",
         "encode",
+        "fit",
         "kernel",
         "lanes",
         "schedule",

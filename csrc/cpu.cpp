@@ -230,6 +230,13 @@ Stored count_stored(int64_t n, const float* target, const float* update, const f
     return find_loops(isa).count_stored(n, target, update, values, stored);
 }
 
+Fit fit(const FitRun& run, const std::string& isa) {
+    const IeeeMode mode;
+    Fit found;
+    find_loops(isa).fit(run, &found);
+    return found;
+}
+
 void run_memory(const Item& item, int threads, const std::string& isa) {
     const Loops& loops = find_loops(isa);
     std::atomic<bool> known{true};

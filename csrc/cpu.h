@@ -33,6 +33,26 @@ struct Stored {
     double noise = 0;  // of (stored - value)^2
 };
 
+constexpr int kFitSteps = 8, kFitAlphas = 8;
+
+// How the update instruct - base fits a target that descends from the base too, by fit.h.
+struct Fit {
+    uint64_t elements = 0;                // target, instruct and base are finite; all else is of these
+    uint64_t both = 0, conflicts = 0;     // drift and update are not 0; have different signs
+    uint64_t within[kFitSteps] = {};      // the update is at most 2^k - 1 ulps
+    double base = 0, drift = 0, update = 0, cross = 0;  // sums of squares, and of drift * update
+    double moved[kFitAlphas] = {};        // sums of moved * update, by alpha
+};
+
+struct FitRun {
+    int64_t n;
+    DType out_type;  // of the target; not f64, and no input is
+    DType in_types[3];
+    const void* in[3];  // target, instruct, base
+    const float* alphas;
+    int count;
+};
+
 // A run of consecutive elements. Pointers need no alignment. `out` may equal an input exactly.
 struct Run {
     int64_t n;
@@ -63,6 +83,7 @@ struct Loops {
     // Codes that stay: those of values that are `again` what the codes of `before` stand for. And what was stored.
     void (*keep)(int64_t n, const float* values, const float* again, const uint8_t* before, uint8_t* codes);
     Stored (*count_stored)(int64_t n, const float* target, const float* update, const float* values, const float* stored);
+    void (*fit)(const FitRun&, Fit*);
 };
 
 #if defined(__x86_64__)
@@ -86,6 +107,7 @@ void measure(const Coded& coded, int64_t first, int64_t n, const float* values, 
 void keep(int64_t n, const float* values, const float* again, const uint8_t* before, uint8_t* codes, const std::string& isa);
 Stored count_stored(int64_t n, const float* target, const float* update, const float* values, const float* stored,
                     const std::string& isa);
+Fit fit(const FitRun& run, const std::string& isa);
 void run_memory(const Item& item, int threads, const std::string& isa);
 
 }  // namespace ires

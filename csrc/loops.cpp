@@ -457,6 +457,16 @@ void run(const Operation& op, const Run& run, Tally* tally) {
     in_double(op, run) ? run_blocks<double>(op, run, tally) : run_blocks<float>(op, run, tally);
 }
 
+}  // namespace
+}  // namespace IRES_ISA
+}  // namespace ires
+
+#include "fit.h"  // which takes its numbers by blocks as well
+
+namespace ires {
+namespace IRES_ISA {
+namespace {
+
 // ---------------------------------------------------------------------------------------------------------------------
 // The bytes that a run touches, with xor for arithmetic. 64 elements a step; sizes in bytes an element.
 template <int kOut, int... kIn> struct Memory {
@@ -491,7 +501,7 @@ bool memory(const Run& run, int inputs) {
 }  // namespace
 
 extern const Loops loops;
-const Loops loops = {&run, &memory, &decode, &encode, &measure, &keep, &count_stored};
+const Loops loops = {&run, &memory, &decode, &encode, &measure, &keep, &count_stored, &fit};
 
 }  // namespace IRES_ISA
 }  // namespace ires

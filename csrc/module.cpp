@@ -325,6 +325,28 @@ py::tuple count_stored(int64_t n, uintptr_t target, uintptr_t update, uintptr_t 
     return py::make_tuple(found.lost, found.nan_out, found.dot, found.norm2, found.noise);
 }
 
+// Types and pointers of target, instruct and base.
+py::tuple fit(int64_t n, int out_type, const py::tuple& types, const py::tuple& pointers, const std::vector<float>& alphas,
+              const std::string& isa) {
+    using namespace ires;
+    if (types.size() != 3 || pointers.size() != 3 || alphas.size() > size_t(kFitAlphas)) throw py::value_error("three operands");
+    FitRun run{n, dtype(py::int_(out_type)), {}, {}, alphas.data(), int(alphas.size())};
+    bool wide = run.out_type == DType::f64;
+    for (size_t k = 0; k < 3; ++k) {
+        run.in_types[k] = dtype(types[k]), run.in[k] = pointer(pointers[k]);
+        wide |= run.in_types[k] == DType::f64;
+    }
+    if (wide || n < 0) throw py::value_error("f64 is not counted here");
+    Fit found;
+    {
+        const py::gil_scoped_release release;
+        found = ires::fit(run, isa);
+    }
+    return py::make_tuple(found.elements, found.both, found.conflicts, std::vector<uint64_t>(found.within, found.within + kFitSteps),
+                          found.base, found.drift, found.update, found.cross,
+                          std::vector<double>(found.moved, found.moved + alphas.size()));
+}
+
 void memory_loop(const py::tuple& t, int threads, const std::string& isa) {
     const ires::Item one = item(t);
     const py::gil_scoped_release release;
@@ -349,6 +371,7 @@ PYBIND11_MODULE(_native, m) {
           py::arg("isa"));
     m.def("count_stored", &count_stored, py::arg("n"), py::arg("target"), py::arg("update"), py::arg("values"),
           py::arg("stored"), py::arg("isa"));
+    m.def("fit", &fit, py::arg("n"), py::arg("out_type"), py::arg("types"), py::arg("pointers"), py::arg("alphas"), py::arg("isa"));
     m.def("memory_loop", &memory_loop, py::arg("item"), py::arg("threads"), py::arg("isa"));
     m.def("isas", &ires::isas);
 #if defined(IRES_CUDA)
