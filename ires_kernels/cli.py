@@ -216,6 +216,22 @@ def _parser() -> argparse.ArgumentParser:
     _trust_inputs(merge)
     merge.set_defaults(run=_merge, parser=merge, target=None)
 
+    compare = commands.add_parser("compare", help="say how far target and instruct are from base, and how that fits")
+    compare.add_argument("target", metavar="TARGET", help="folder or .safetensors file of the model to add to")
+    compare.add_argument("--instruct", required=True, metavar="PATH", help="the instruct model")
+    compare.add_argument("--base", required=True, metavar="PATH", help="the base model of both")
+    compare.add_argument(
+        "--alpha", type=float, default=1.0, metavar="A", help="of which to say what rounding would leave (default: 1)"
+    )
+    _matching_options(compare)
+    _follow_links(compare)
+    compare.add_argument("--threads", type=int, metavar="N", help="default: one per CPU, 8 at most; more was slower")
+    compare.add_argument("--json", action="store_true", help="print the result as JSON")
+    compare.add_argument("--quiet", action="store_true", help="print nothing but errors, and JSON if asked for")
+    _key_option(compare)
+    compare._negative_number_matcher = apply._negative_number_matcher
+    compare.set_defaults(run=_compare)
+
     inspect = commands.add_parser("inspect", help="describe a model, a residual or a .safetensors file")
     inspect.add_argument("path", metavar="PATH")
     inspect.add_argument("--tensors", action="store_true", help="list every tensor")
@@ -283,6 +299,14 @@ def _destination(parser: argparse.ArgumentParser) -> None:
 
 def _merge_options(parser: argparse.ArgumentParser, *, dtype: str | None, kept: str) -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default=dtype, help=f"dtype {kept}")
+    _matching_options(parser)
+    parser.add_argument("--rounding", choices=["nearest", "stochastic"], default="nearest")
+    parser.add_argument("--seed", type=int, default=0, help="of stochastic rounding (default: 0)")
+    _run_options(parser)
+
+
+def _matching_options(parser: argparse.ArgumentParser) -> None:
+    """Which tensors belong together, and which are left out."""
     parser.add_argument(
         "--skip",
         action="append",
@@ -320,9 +344,6 @@ def _merge_options(parser: argparse.ArgumentParser, *, dtype: str | None, kept: 
     parser.add_argument(
         "--trust-names", action="store_true", help="match tensors by names and shapes alone, and compare no values"
     )
-    parser.add_argument("--rounding", choices=["nearest", "stochastic"], default="nearest")
-    parser.add_argument("--seed", type=int, default=0, help="of stochastic rounding (default: 0)")
-    _run_options(parser)
 
 
 def _trust_inputs(parser: argparse.ArgumentParser) -> None:
@@ -498,6 +519,24 @@ def _apply(arguments: argparse.Namespace) -> int:
             **_options(arguments, progress),
         )
     return _print_result(arguments, result)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    with _progress(arguments, "compare") as progress:
+        report = ik.compare(
+            arguments.target,
+            (arguments.instruct, arguments.base),
+            alpha=arguments.alpha,
+            skip=arguments.skip,
+            allow_missing=arguments.allow_missing,
+            vocabulary=arguments.vocabulary,
+            renames=arguments.rename,
+            trust_names=arguments.trust_names,
+            threads=arguments.threads,
+            progress=progress,
+            follow_links=arguments.follow_links,
+        )
+    return _print_result(arguments, report)
 
 
 def _merge(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""How two updates of one base fit together, as sums: target - base, and instruct - base. Needs no torch to be loaded."""
+"""How two updates of one base, target - base and instruct - base, fit together, as sums. Loads no torch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class Fit:
         for name in ("elements", "both", "conflicts", "base", "drift", "update", "cross", "exact"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.within = [a + b for a, b in zip(self.within, other.within, strict=True)]
-        self.moved = [a + b for a, b in zip(self.moved or [0.0] * len(other.moved), other.moved, strict=False)]
+        if other.moved:
+            self.moved = [a + b for a, b in zip(self.moved or [0.0] * len(other.moved), other.moved, strict=True)]
         return self
 
     @property

@@ -15,7 +15,13 @@ _CODES = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 
 def fit(
-    target: Tensor, instruct: Tensor, base: Tensor, alphas: tuple[float, ...], dtype: torch.dtype, *, coded: bool = False
+    target: Tensor,
+    instruct: Tensor,
+    base: Tensor,
+    alphas: tuple[float, ...],
+    dtype: torch.dtype,
+    *,
+    coded: bool = False,
 ) -> Fit:
     """Compare contiguous tensors of one size, whose target is stored as `dtype`, for so many alphas, 8 at most.
 
@@ -30,9 +36,7 @@ def fit(
 
 
 @reference.subnormals_kept()
-def definition(
-    target: Tensor, instruct: Tensor, base: Tensor, alphas: tuple[float, ...], dtype: torch.dtype
-) -> Fit:
+def definition(target: Tensor, instruct: Tensor, base: Tensor, alphas: tuple[float, ...], dtype: torch.dtype) -> Fit:
     """All of a Fit but `exact`."""
     total = Fit(moved=[0.0] * len(alphas))
     for start in range(0, target.numel(), reference.PIECE):
@@ -41,9 +45,7 @@ def definition(
     return total
 
 
-def _piece(
-    target: Tensor, instruct: Tensor, base: Tensor, alphas: tuple[float, ...], dtype: torch.dtype
-) -> Fit:
+def _piece(target: Tensor, instruct: Tensor, base: Tensor, alphas: tuple[float, ...], dtype: torch.dtype) -> Fit:
     compute = torch.float64 if torch.float64 in {dtype, target.dtype, instruct.dtype, base.dtype} else torch.float32
     t, x, y = (values.to(compute) for values in (target, instruct, base))
     measured = t.isfinite() & x.isfinite() & y.isfinite()

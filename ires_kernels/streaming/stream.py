@@ -155,6 +155,22 @@ def fill(
     return _Engine(asked, _How(processors, threads, hashed, counted=False), _Told(Outcome(), progress)).run()
 
 
+def look(
+    steps: Sequence[Step],
+    file_ids: Mapping[Path, FileId],
+    processors: Processors,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Show the operands of `steps` to a processor that makes nothing of them; returns bytes read. Errors as of `run`.
+
+    Nothing is hashed and nothing written: what the processor learns is its own.
+    """
+    asked = _Asked(steps, file_ids, Rules(), _nothing, kept=False)
+    return _Engine(asked, _How(processors, threads, (), counted=False), _Told(Outcome(), progress)).run().bytes_read
+
+
 def hashes(
     refs: Mapping[str, TensorRef | Operand],
     file_ids: Mapping[Path, FileId],
@@ -221,7 +237,7 @@ class _Part:
 class _Tensor:
     """An output under way, shared by the threads that work on its tiles."""
 
-    def __init__(self, output: Output, parts: Sequence[_Part], done: int) -> None:
+    def __init__(self, output: Output, parts: Sequence[_Part], done: int, kept: bool) -> None:
         self.output = output
         self.parts = parts
         self.done = done  # its first bytes, which an earlier run has written
@@ -231,7 +247,7 @@ class _Tensor:
         self.is_written = all(part.out is None for part in parts)
         # Whether a device may read it itself: it stays there, and its operands are in files as they are.
         self.is_loaded = not self.is_written and all(r.reads(0, 0) is not None for part in parts for r in part.readers)
-        self.hasher = xxhash.xxh3_128() if self.is_written else None
+        self.hasher = xxhash.xxh3_128() if self.is_written and kept else None
         apart = not (self.is_copy and self.is_written)
         for part in parts:
             part.hashers = [xxhash.xxh3_128() if apart and wanted else None for wanted in part.wanted]
@@ -293,6 +309,8 @@ class _Asked:
     stops: Container[tuple[str, int]] | None = None
     done: Mapping[str, Done] = field(default_factory=dict)
     memory: Mapping[Path, Source] = field(default_factory=dict)
+    kept: bool = True
+    """False: there are no results."""
 
 
 @dataclass(frozen=True)
@@ -417,7 +435,7 @@ class _Engine:
                 tally = replace(done.tallies.get(step.label, Tally())) if done else Tally()
                 more = self.how.hashed, tally, self._stays(step), self._coder(step)
                 parts.append(_Part(step, readers, self.sizes, out, *more))
-            tensor = _Tensor(output, parts, done.stop if done else 0)
+            tensor = _Tensor(output, parts, done.stop if done else 0, self.asked.kept)
             self.active[tensor] = None
             if tensor.tiles:
                 return tensor
@@ -425,8 +443,8 @@ class _Engine:
         return None
 
     def _stays(self, step: Step) -> bool:
-        """Whether it writes over the target what that has, which is not written then."""
-        return self.asked.stops is not None and step.is_own
+        """Whether nothing is written: no results are kept, or it would write over the target what that has."""
+        return not self.asked.kept or (self.asked.stops is not None and step.is_own)
 
     def _reader(self, step: Step, operand: Operand) -> Reader:
         """Opens the files of an operand, for as long as its tensor is under way."""

@@ -1,4 +1,4 @@
-"""How two updates of one base fit together: the definition beside the compiled loops, and beside numbers made by hand."""
+"""How two updates of one base fit together: the definition beside the compiled loops, and numbers made by hand."""
 
 from __future__ import annotations
 

@@ -1,0 +1,268 @@
+"""What `compare` found, for people and for machines: does a residual fit a target?"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ires_kernels.backends.fit import Fit
+from ires_kernels.files.plain import plain, plain_lines, table
+from ires_kernels.planning.plan import Plan, size
+from ires_kernels.records.report import copied
+
+MEASURED = (0.14, 0.20)
+"""Relative drift of matrices of the targets in examples/continual/results that a residual was added to: the rows
+cpt, cpt-v1.1 and cpt-registry, "whole distance"."""
+CURVE = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+"""Alphas of the curve in a picture, beside the one that is asked."""
+
+_WIDTH, _BAR = 80, 6
+_NAME = 24
+_LISTED = 40
+_NUMBER = re.compile(r"^(.*?)\.?\b(\d+)\.(.+)$")
+_ENDING = re.compile(r"\.(weight|scale)$")
+
+
+class Place(NamedTuple):
+    """Where a tensor is in a model, told by its name."""
+
+    layer: str
+    """The name up to its first number; empty outside of layers."""
+    kind: str
+    """The rest of it, with * for further numbers."""
+
+
+def place(name: str) -> Place:
+    """The layer and kind of a tensor.
+
+    >>> place("model.layers.3.mlp.experts.17.down_proj.weight")
+    Place(layer='model.layers.3', kind='mlp.experts.*.down_proj')
+    """
+    name = _ENDING.sub("", name)
+    found = _NUMBER.match(name)
+    if found is None:
+        return Place("", name)
+    stack, number, kind = found.groups()
+    return Place(f"{stack}.{number}".lstrip("."), re.sub(r"(?<=\.)\d+(?=\.|$)", "*", kind))
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """How target - base and instruct - base fit together; ``print(report)`` is a table."""
+
+    paths: dict[str, Path]
+    alphas: tuple[float, ...]
+    """The one that was asked, and those of the curve."""
+    tensors: dict[str, Fit]
+    matrices: frozenset[str]
+    """Of the tensors, those with rows and columns, or more."""
+    not_compared: dict[str, str]
+    """Tensors of the target, and why."""
+    seconds: float
+    bytes_read: int
+    warnings: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        tensors: Mapping[str, Fit],
+        alphas: tuple[float, ...],
+        seconds: float,
+        bytes_read: int,
+        warnings: Iterable[str] = (),
+    ) -> FitReport:
+        """Warnings are those of the models; what the sums say comes to them."""
+        paths = {role: checkpoint.path for role, checkpoint in plan.inputs.items()}
+        matrices = frozenset(step.name for step in plan.steps if len(step.shape) > 1 and step.name in tensors)
+        report = cls(paths, alphas, dict(tensors), matrices, copied(plan.steps), seconds, bytes_read)
+        return replace(report, warnings=(*warnings, *_warnings(report)))
+
+    @property
+    def alpha(self) -> float:
+        return self.alphas[0]
+
+    @cached_property
+    def total(self) -> Fit:
+        return _sum(self.tensors.values())
+
+    @cached_property
+    def matrix_total(self) -> Fit:
+        """Of matrices alone: the weights of norms, which are about 1, would make a small model's drift look smaller."""
+        return _sum(fit for name, fit in self.tensors.items() if name in self.matrices)
+
+    @cached_property
+    def layers(self) -> dict[str, Fit]:
+        """By layer, in the order of the model; what is outside of layers is under its own name."""
+        return _grouped(self.tensors, lambda at: at.layer or at.kind)
+
+    @cached_property
+    def kinds(self) -> dict[str, Fit]:
+        return _grouped(self.tensors, lambda at: at.kind)
+
+    @cached_property
+    def cells(self) -> dict[Place, Fit]:
+        """By layer and kind."""
+        groups: dict[Place, list[Fit]] = {}
+        for name, fit in self.tensors.items():
+            groups.setdefault(place(name), []).append(fit)
+        return {at: _sum(fits) for at, fits in groups.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it in JSON types; shares are of 1, and what cannot be told is None."""
+        return {
+            "paths": {role: f"{path}" for role, path in self.paths.items()},
+            "alpha": self.alpha,
+            "seconds": self.seconds,
+            "bytes_read": self.bytes_read,
+            "total": self._numbers(self.total),
+            "matrices": self._numbers(self.matrix_total),
+            "curve": [
+                {"alpha": alpha, "effective_alpha": effective}
+                for alpha, effective in zip(self.alphas, self.total.effective(self.alphas), strict=True)
+            ],
+            "layers": {name: self._numbers(fit) for name, fit in self.layers.items()},
+            "kinds": {name: self._numbers(fit) for name, fit in self.kinds.items()},
+            "tensors": {name: self._numbers(fit) for name, fit in self.tensors.items()},
+            "not_compared": self.not_compared,
+            "warnings": list(self.warnings),
+        }
+
+    def _numbers(self, fit: Fit) -> dict[str, Any]:
+        return {
+            "elements": fit.elements,
+            "drift": fit.relative_drift,
+            "size": fit.relative_size,
+            "cosine": fit.cosine,
+            "sign_conflicts": fit.conflict_share,
+            "within_an_ulp": fit.small_share,
+            "effective_alpha": fit.effective(self.alphas)[0],
+            "ulps": dict(fit.histogram()),
+        }
+
+    def __str__(self) -> str:
+        kinds = self.kinds
+        shown = dict(sorted(kinds.items(), key=lambda each: -each[1].elements)[:_LISTED])
+        groups = _layers_in_few_rows(self.layers)
+        lines = [self._table({"all": self.total}, "kind of tensor", {k: f for k, f in kinds.items() if k in shown})]
+        lines += [f"and {len(kinds) - len(shown)} more kinds: --json has all"] if len(kinds) > len(shown) else []
+        lines += [self._table({}, "layers", groups)] if len(groups) > 1 else []
+        return plain_lines(*(line for part in lines for line in part.split("\n")), *table(self.rows()).split("\n"))
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What is below the table."""
+        total, drift = self.total, self.matrix_total.relative_drift
+        rows = [("read", f"{size(self.bytes_read)} in {self.seconds:.2f} s")]
+        rows.append(("drift", "|target - base| / |base|" + (f", of matrices {drift:.3g}" if drift is not None else "")))
+        rows.append(("", _range()))
+        rows.append(("size", "|instruct - base| / |base|"))
+        rows.append(("cosine, signs", "of target - base and instruct - base; signs: share of weights that differ"))
+        rows.append(("≤1ulp", "share of weights that instruct changes by one step of their dtype, or none"))
+        effective = total.effective(self.alphas)[0]
+        left = "not known: the target stores codes" if effective is None else f"{effective:.6g}"
+        rows.append((f"alpha {self.alpha:g}", f"effective {left}, rounded to nearest"))
+        rows += [("not compared", f"{n} tensors, {why}") for why, n in Counter(self.not_compared.values()).items()]
+        return rows + [("warning", line) for line in self.warnings]
+
+    def _table(self, first: Mapping[str, Fit], title: str, fits: Mapping[str, Fit]) -> str:
+        """80 columns, with bars of drift and size on one scale."""
+        rows = {**first, **fits}
+        largest = max([r for f in rows.values() for r in (f.relative_drift, f.relative_size) if r], default=1.0)
+        lines = Table(box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False, show_edge=False)
+        lines.add_column(title, overflow="ellipsis", no_wrap=True, max_width=_NAME, min_width=_NAME)
+        for head in (f"{'drift':<{_BAR}}", f"{'size':<{_BAR}}"):
+            lines.add_column(head, no_wrap=True)
+            lines.add_column("", justify="right", no_wrap=True)
+        for head in ("cosine", "signs", "≤1ulp", " alpha"):
+            lines.add_column(head, justify="right", no_wrap=True)
+        for name, fit in rows.items():
+            lines.add_row(
+                Text(plain(name)),
+                bar(fit.relative_drift, largest), _short(fit.relative_drift),
+                bar(fit.relative_size, largest), _short(fit.relative_size),
+                _short(fit.cosine), _percent(fit.conflict_share), _percent(fit.small_share),
+                _short(fit.effective(self.alphas)[0]),
+            )  # fmt: skip
+        out = StringIO()
+        Console(file=out, width=_WIDTH, color_system=None, highlight=False).print(lines)
+        return "\n".join(line.rstrip() for line in out.getvalue().rstrip().split("\n"))
+
+
+def bar(value: float | None, largest: float) -> str:
+    """A bar of eighths of a letter, as long as the value is large."""
+    eighths = round(8 * _BAR * (value or 0) / largest)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def _layers_in_few_rows(layers: Mapping[str, Fit], most: int = 8) -> dict[str, Fit]:
+    """Layers in their order, neighbours together where there are many."""
+    names = [name for name in layers if name.rpartition(".")[2].isdigit()]
+    if len(names) <= most:
+        return {name: layers[name] for name in names}
+    length = -(-len(names) // most)
+    groups = [names[i : i + length] for i in range(0, len(names), length)]
+    titles = [g[0] if len(g) == 1 else f"{g[0]} – {g[-1].rpartition('.')[2]}" for g in groups]
+    return {title: _sum(layers[name] for name in group) for title, group in zip(titles, groups, strict=True)}
+
+
+def _warnings(report: FitReport) -> Iterable[str]:
+    total, alpha, drift = report.total, report.alpha, report.matrix_total.relative_drift
+    if not total.update:
+        yield "the residual is 0: instruct and base hold the same numbers. Are they two different models?"
+    if not total.drift:
+        yield "the target holds the numbers of base: was it trained further?"
+    if drift is not None and drift > MEASURED[1]:
+        yield (
+            f"the matrices of the target are {drift:.3g} of base's norm away from it, and {_range()}: what a residual "
+            "keeps beyond that is not known here. Try the merged model, at several alphas, before you rely on it"
+        )
+    effective = total.effective((alpha,))[0] if total.moved else None
+    if effective is not None and alpha and abs(effective / alpha - 1) > 0.01:
+        yield (
+            f"rounding to nearest leaves {effective:.3g} of alpha {alpha:g}: --rounding stochastic keeps it on "
+            "average, and --dtype f32 keeps all of it"
+        )
+
+
+def _range() -> str:
+    """What examples/continual measured."""
+    low, high = MEASURED
+    return f"examples/continual measured targets at {low:.2f} to {high:.2f}, of 1.4 M parameters"
+
+
+def _sum(fits: Iterable[Fit]) -> Fit:
+    total = Fit()
+    for fit in fits:
+        total += fit
+    return total
+
+
+def _grouped(tensors: Mapping[str, Fit], key: Any) -> dict[str, Fit]:
+    groups: dict[str, list[Fit]] = {}
+    for name, fit in tensors.items():
+        groups.setdefault(key(place(name)), []).append(fit)
+    return {name: _sum(fits) for name, fits in sorted(groups.items(), key=lambda each: _natural(each[0]))}
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    """For an order in which 10 comes behind 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.1e}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
