@@ -21,8 +21,8 @@ Refs = Mapping[str, TensorRef]
 
 _NAMES = (
     "Neither structure nor values tell how such tensors belong together: save all models again with one class of one "
-    "library, so that their names agree. With transformers 5 and the class that config.json names: CLASS.from_pretrained(PATH, dtype='auto')"
-    ".save_pretrained(NEW, save_original_format=False)."
+    "library, so that their names agree. With transformers 5 and the class that config.json names: "
+    "CLASS.from_pretrained(PATH, dtype='auto').save_pretrained(NEW, save_original_format=False)."
 )
 _DEPTH, _PREFIXES = 4, 8  # components of a prefix; prefixes of one kind of name that are looked at
 _WORDS = 20  # of a pattern
