@@ -1,8 +1,8 @@
 """Exact, in-place, memory-speed arithmetic for checkpoints of large language models.
 
 Tensors: `subtract`, `add`, `scale`, `add_difference`, and their in-place forms with a trailing underscore.
-Checkpoints: `extract`, `apply`, `merge`, `load`, `compare`, `inspect`, `verify`; after an interruption `status`,
-`resume`, `rollback`.
+Checkpoints: `extract`, `apply`, `merge`, `load`, `weights`, `compare`, `inspect`, `verify`; after an interruption
+`status`, `resume`, `rollback`.
 Between the two: `mapped`, the tensors of a checkpoint as the pages of its files; `apply_`, to a module in memory.
 Residuals as values, to be scaled and added up: `Residual`.
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ires_kernels.checking.verification import verify
     from ires_kernels.live.update import apply_
     from ires_kernels.memory.mapping import mapped
-    from ires_kernels.merging import apply, compare, extract, load, merge, resume, rollback
+    from ires_kernels.merging import apply, compare, extract, load, merge, resume, rollback, weights
     from ires_kernels.records.state import status
     from ires_kernels.records.summary import inspect
     from ires_kernels.residual import Residual
@@ -53,6 +53,7 @@ __all__ = [
     "status",
     "subtract",
     "verify",
+    "weights",
 ]
 
 _HOMES = {
@@ -61,7 +62,7 @@ _HOMES = {
     "live.update": ("apply_",),
     "memory.mapping": ("mapped",),
     "checking.verification": ("verify",),
-    "merging": ("apply", "compare", "extract", "load", "merge", "resume", "rollback"),
+    "merging": ("apply", "compare", "extract", "load", "merge", "resume", "rollback", "weights"),
     "records.state": ("status",),
     "records.summary": ("inspect",),
     "residual": ("Residual",),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from ires_kernels.checkpoints.checkpoint import is_shard
 from ires_kernels.checkpoints.header import CheckpointError, brief
 from ires_kernels.files import hidden, interrupts
 from ires_kernels.files.ownership import StoreError
-from ires_kernels.files.plain import plain
 from ires_kernels.files.store import discard
 from ires_kernels.in_place.rollback import roll_back_kept, roll_back_update
 from ires_kernels.in_place.run import carry_on_as_asked, resume_update, update_model
@@ -26,22 +24,22 @@ from ires_kernels.planning import ancestry, recipes
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.inputs import Pair, StrPath, check_flags, check_path, open_inputs, roles_of_apply
 from ires_kernels.planning.plan import Plan, plan_apply, plan_extract, related
-from ires_kernels.planning.recipe import Recipe, written_out
 from ires_kernels.planning.rules import ArgumentError, Rules
+from ires_kernels.planning.sums import Sum, written_out
 from ires_kernels.records import state
 from ires_kernels.records.operation import UNDO, other_files, same_plan
 from ires_kernels.records.report import Report
 from ires_kernels.records.state import Status, status, unclosed, way_out
 from ires_kernels.records.summary import inspect
-from ires_kernels.streaming import stream
 from ires_kernels.streaming.options import Options
 from ires_kernels.streaming.reader import second_copies
 from ires_kernels.streaming.stream import Progress
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
+    from ires_kernels.live.loading import Weights
     from ires_kernels.records.fit import FitReport
 
 __all__ = [
@@ -56,9 +54,10 @@ __all__ = [
     "rollback",
     "status",
     "verify",
+    "weights",
 ]
 
-Added = StrPath | Recipe | Sequence[StrPath | Recipe] | Sequence[Pair | Recipe]
+Added = StrPath | Sum | Sequence[StrPath | Sum] | Sequence[Pair | Sum]
 Renames = Iterable[str | tuple[str, str]] | Mapping[str, str]
 Factors = Iterable[tuple[str, float | Sequence[float]]] | Mapping[str, float | Sequence[float]]
 
@@ -398,6 +397,7 @@ def load(
     threads: int | None = None,
     progress: Progress | None = None,
     follow_links: bool = False,
+    module: nn.Module | None = None,
 ) -> dict[str, Tensor]:
     """Merge while loading: a state dict of what `apply` would write, on the device, and nothing on the disk.
 
@@ -409,6 +409,10 @@ def load(
     files leave out because it is the embedding is there under its name too, and is the same tensor, as in
     ``model.state_dict()``; so ``load_state_dict`` of a causal language model takes the result, and ``assign=True`` does
     without a copy. What else a model shares, or names otherwise than its files do, is for its loader to tell.
+
+    module  gets the tensors as its parameters and buffers, with the dtypes that they have, and need have no memory
+            before: its parameters may be on the meta device. What it ties stays tied; requires_grad is kept. It is
+            checked before anything is computed, and has to have the names that the files have
 
     Results are computed where they stay: beyond them it takes a few windows a thread. On a GPU all work is over on
     return, so any stream may use them; up to 128 MiB of pinned host memory stay for the next call, until
@@ -422,37 +426,18 @@ def load(
     rules = _rules_of_apply(
         paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed, vocabulary, renames, trust_names
     )
-    from ires_kernels.streaming import device as devices
+    from ires_kernels.live import assigning, loading
     from ires_kernels.streaming import statedict
 
-    inputs = open_inputs(paths, follow_links=follow_links)
-    with Looks(inputs) as looks:
-        plan = plan_apply(inputs, rules, second_copies(inputs), looks=looks)
-        kin = ancestry.compare(inputs, plan.steps, looks)
-    place = devices.resolve(device)
-    options = Options.of(place, threads, progress)
-    left_out = [plan.share.text()] if plan.share else []
-    for text in (*configs.differences(plan.inputs), *ancestry.warnings(kin, inputs), *left_out):
-        warnings.warn(plain(text), stacklevel=2)
-    guards.compare(plan)
-    guards.check_companions(plan)
-    tensors = statedict.allocate(plan.steps, place)
-    outcome = stream.fill(
-        tensors,
-        plan.steps,
-        guards.file_ids(plan),
-        plan.rules,
-        hashed=[role for role, checkpoint in plan.inputs.items() if checkpoint.kind == "residual"],
-        processors=options.processors,
-        threads=threads,
-        progress=progress,
-    )
-    guards.check_residuals(plan, outcome.inputs, threads)
-    guards.check_unchanged(plan, outcome.inputs, threads=threads)
-    shared = statedict.shared_head(plan.inputs["target"])
-    if shared is not None:
-        head, embedding = shared
+    weights = loading.planned(paths, rules, device, threads, progress, follow_links=follow_links)
+    head, embedding = statedict.shared_head(weights.target) or ("", "")
+    if module is not None:
+        assigning.check(module, weights.metadata, head)
+    tensors = weights.all()
+    if head:
         tensors[head] = tensors[embedding]
+    if module is not None:
+        assigning.assign(module, tensors)
     return tensors
 
 
@@ -514,6 +499,50 @@ def compare(
     found, read = fits(plan.steps, guards.file_ids(plan), alphas, threads=options.threads, progress=options.progress)
     guards.check_unchanged(plan, {})
     return FitReport.of(plan, found, alphas, time.monotonic() - start, read, known)
+
+
+def weights(
+    target: StrPath,
+    residual: Added,
+    *,
+    alpha: float | Sequence[float] = 1.0,
+    alphas: Factors = (),
+    skip: Iterable[str] | str = (),
+    dtype: str | None = None,
+    allow_missing: bool | str = False,
+    rounding: str = "nearest",
+    seed: int = 0,
+    vocabulary: str | None = None,
+    renames: Renames = (),
+    trust_names: bool = False,
+    device: str | torch.device = "cpu",
+    threads: int | None = None,
+    progress: Progress | None = None,
+    follow_links: bool = False,
+) -> Weights:
+    """The tensors of a merged model one after the other, for what takes pairs of names and tensors, such as a server.
+
+    >>> weights = ik.weights("target/", ("instruct/", "base/"), alpha=0.7)
+    >>> weights.metadata["model.norm.weight"]
+    (torch.bfloat16, (16,))
+    >>> for name, tensor in weights:
+    ...     assert (tensor.dtype, tensor.shape) == weights.metadata[name]
+
+    Names, order and bits are those of the files that `apply` would write. Some 256 MiB are computed at a time, and no
+    more is held here; nothing is written. Where a residual turns out to be damaged, or a file changed, the iteration
+    ends with CheckpointError, and what was taken is not to be used. Arguments as for `load`; progress is told for each
+    of these parts anew.
+    """
+    check_flags(follow_links=follow_links)
+    added, alpha, alphas = written_out(residual, alpha, alphas)
+    target = hub.local(target)
+    paths = roles_of_apply(target, hub.locals_of(added), follow_links=follow_links)
+    rules = _rules_of_apply(
+        paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed, vocabulary, renames, trust_names
+    )
+    from ires_kernels.live import loading
+
+    return loading.planned(paths, rules, device, threads, progress, follow_links=follow_links)
 
 
 def _rules_of_apply(

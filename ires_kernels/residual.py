@@ -18,18 +18,18 @@ from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.inputs import Pair, StrPath, check_path, open_inputs
 from ires_kernels.planning.plan import Plan, plan_extract
-from ires_kernels.planning.recipe import Recipe
 from ires_kernels.planning.rules import ArgumentError, Rules
+from ires_kernels.planning.sums import Sum
 from ires_kernels.streaming.reader import second_copies
 
 if TYPE_CHECKING:
     from ires_kernels.records.report import Report
 
-_SUM = "It is a recipe, which apply, load and apply_ take as it is."
+_SUM = "It is a sum, which apply, load and apply_ take as it is."
 
 
 @dataclass(frozen=True)
-class Residual(Recipe):
+class Residual(Sum):
     """A residual, or a sum of residuals with factors, wherever `apply`, `load` and `apply_` take a residual.
 
     >>> r = ik.Residual.of("instruct/", "base/")  # or Residual.open("residual/")

@@ -34,6 +34,7 @@ ARROWS: dict[str, set[str]] = {
         "checkpoints",
         "files",
         "in_place",
+        "live",
         "memory",
         "new_folder",
         "planning",

@@ -81,6 +81,11 @@ def is_recomputed(ref: Ref) -> bool:
     }[looks]
 
 
+def is_recomputed_name(name: str) -> bool:
+    """Whether this is the name of such a buffer, as far as a name can tell."""
+    return any(pattern.search(name) for pattern, _ in _RECOMPUTED)
+
+
 def empty(checkpoint: Checkpoint, models: Iterable[Checkpoint] = ()) -> list[TensorRef]:
     """Tensors without elements that should have some: by their name, as their like have in the model, or in others."""
     without = [ref for ref in checkpoint.tensors.values() if not ref.numel]

@@ -39,13 +39,13 @@ def of(module: nn.Module, known: Sequence[Container[str]] = ()) -> dict[str, Ten
         raise TypeError(f"module is {type(module).__name__} {brief(module)}, wanted a torch.nn.Module")
     if getattr(module, "is_quantized", False):
         raise ArgumentError(f"{type(module).__name__} is quantized: {_QUANTIZED}")
-    named: dict[object, list[tuple[str, Tensor]]] = {}
-    for name, tensor in _named(module):
+    alike: dict[object, list[tuple[str, Tensor]]] = {}
+    for name, tensor in named(module):
         _check(name, tensor)
-        named.setdefault(_place(tensor), []).append((name, tensor))
-    if not named:
+        alike.setdefault(_place(tensor), []).append((name, tensor))
+    if not alike:
         raise ArgumentError(f"{type(module).__name__} has no parameters and no buffers.")
-    found = dict(max(names, key=lambda each: sum(each[0] in some for some in known)) for names in named.values())
+    found = dict(max(names, key=lambda each: sum(each[0] in some for some in known)) for names in alike.values())
     _check_apart(found.items())
     return found
 
@@ -60,13 +60,21 @@ def config(module: nn.Module) -> dict[str, Any] | None:
     return table if isinstance(table, dict) else None
 
 
-def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """In the order of a state dict, and as the module has them, whatever hooks would make of that."""
+def named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers, under each of their names."""
+    return ((name, tensor) for name, _, _, tensor in placed(module))
+
+
+def placed(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Name, the module that has it, under which key, and the tensor.
+
+    In the order of a state dict, and as the module has them, whatever hooks would make of that.
+    """
     for prefix, part in module.named_modules(remove_duplicate=False):
         kept = [item for item in part._buffers.items() if item[0] not in part._non_persistent_buffers_set]
         for name, tensor in (*part._parameters.items(), *kept):
             if tensor is not None:
-                yield f"{prefix}.{name}" if prefix else name, tensor
+                yield f"{prefix}.{name}" if prefix else name, part, name, tensor
 
 
 def _check(name: str, tensor: Tensor) -> None:

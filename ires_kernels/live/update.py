@@ -23,9 +23,9 @@ from ires_kernels.planning import ancestry
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.inputs import Pair, StrPath, check_flags, open_inputs, roles_of_apply
 from ires_kernels.planning.plan import Plan, plan_apply
-from ires_kernels.planning.recipe import Recipe, written_out
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.steps import Step
+from ires_kernels.planning.sums import Sum, written_out
 from ires_kernels.streaming import stream
 from ires_kernels.streaming.options import Options
 from ires_kernels.streaming.outcome import Outcome
@@ -105,7 +105,7 @@ class Applied:
 
 def apply_(
     module: nn.Module,
-    residual: StrPath | Recipe | Sequence[StrPath | Recipe] | Sequence[Pair | Recipe],
+    residual: StrPath | Sum | Sequence[StrPath | Sum] | Sequence[Pair | Sum],
     alpha: float | Sequence[float] = 1.0,
     *,
     alphas: Iterable[tuple[str, float | Sequence[float]]] | Mapping[str, float | Sequence[float]] = (),

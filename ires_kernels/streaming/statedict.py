@@ -19,17 +19,22 @@ _WITH_HEAD = re.compile(r"(ForCausalLM|ForConditionalGeneration|LMHeadModel)$")
 _BODY = re.compile(r"(^|(?<=\.))(model|transformer)\.")
 
 
-def allocate(steps: Sequence[Step], device: torch.device) -> dict[str, Tensor]:
-    """Uninitialised tensors for the results, in the order of the steps.
-
-    Raises CheckpointError for a dtype that torch does not have, MemoryError when the device is too small.
-    """
+def check_dtypes(steps: Sequence[Step]) -> None:
+    """Raise CheckpointError for a dtype that torch does not have."""
     for step in steps:
         if step.dtype not in TORCH_DTYPES:
             raise CheckpointError(
                 f"tensor {step.name!r} of {step.operands[0].paths[0]} is {step.dtype}, for which torch "
                 f"{torch.__version__} has no dtype. Merge it into a folder with apply."
             )
+
+
+def allocate(steps: Sequence[Step], device: torch.device) -> dict[str, Tensor]:
+    """Uninitialised tensors for the results, in the order of the steps.
+
+    Raises CheckpointError for a dtype that torch does not have, MemoryError when the device is too small.
+    """
+    check_dtypes(steps)
     tensors = {}
     with torch.inference_mode(False):  # worker threads, which are in no such mode, will write to them
         for output in by_output(steps):

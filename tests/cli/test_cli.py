@@ -17,9 +17,10 @@ import torch
 from small_models import normal, read_model, snapshot, triple, write_model
 
 import ires_kernels as ik
-from ires_kernels import cli, merging
+from ires_kernels import cli
 from ires_kernels.cli import main
 from ires_kernels.files.store import MARKER
+from ires_kernels.streaming import stream
 
 
 @pytest.fixture
@@ -235,7 +236,7 @@ def test_an_interrupt_exits_with_130(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merging.stream, "run", interrupt)
+    monkeypatch.setattr(stream, "run", interrupt)
     code, out, err = run(capsys, "extract", "base", "instruct", "-o", "residual")
     assert (code, out) == (130, "")
     assert err == "ires: interrupted.\nresidual was not written and nothing is left of it.\n"

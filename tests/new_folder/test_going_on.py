@@ -11,7 +11,7 @@ import pytest
 from small_models import snapshot, triple
 
 import ires_kernels as ik
-from ires_kernels import merging
+from ires_kernels.checking import guards
 from ires_kernels.files import store
 from ires_kernels.files.store import StoreError
 
@@ -62,7 +62,7 @@ def test_an_unfinished_new_folder_can_be_taken_back(tmp_path: Path, monkeypatch:
     base, instruct, _ = triple(tmp_path, shards=2, files={"tokenizer.json": "{}"})
     before = snapshot(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(merging.guards, "check_unchanged", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(guards, "check_unchanged", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             ik.extract(base, instruct, tmp_path / "r")
     assert ik.status(tmp_path / "r").state == "unfinished"

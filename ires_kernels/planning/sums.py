@@ -16,7 +16,7 @@ Term = tuple[float, StrPath | Pair]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Sum:
     """A sum of residuals with factors, of which nothing is computed before it is added to a model.
 
     Then the factor of each residual is its own, times the alpha that is asked for, and the sum is rounded once.
@@ -36,8 +36,8 @@ class Recipe:
     def __neg__(self) -> Self:
         return self * -1.0
 
-    def __add__(self, other: Recipe) -> Self:
-        if not isinstance(other, Recipe):
+    def __add__(self, other: Sum) -> Self:
+        if not isinstance(other, Sum):
             return NotImplemented
         terms: dict[object, Term] = {}
         for factor, source in (*self.terms, *other.terms):
@@ -46,19 +46,19 @@ class Recipe:
             terms[key] = before + factor, source
         return replace(self, terms=tuple(terms.values()))
 
-    def __sub__(self, other: Recipe) -> Self:
-        return self + -other if isinstance(other, Recipe) else NotImplemented
+    def __sub__(self, other: Sum) -> Self:
+        return self + -other if isinstance(other, Sum) else NotImplemented
 
 
 def written_out(residual: Any, alpha: Any, alphas: Any) -> tuple[Any, Any, Any]:
-    """What is added and its factors, with paths and pairs in place of recipes; what has none stays what it is.
+    """What is added and its factors, with paths and pairs in place of sums; what has none stays what it is.
 
     Raises ArgumentError where there are not as many factors as residuals.
     """
     given = list(residual) if isinstance(residual, (list, tuple)) else [residual]
-    if not any(isinstance(each, Recipe) for each in given):
+    if not any(isinstance(each, Sum) for each in given):
         return residual, alpha, alphas
-    own = [each.terms if isinstance(each, Recipe) else ((1.0, each),) for each in given]
+    own = [each.terms if isinstance(each, Sum) else ((1.0, each),) for each in given]
     sources = [source for terms in own for _, source in terms]
     entries = alphas.items() if isinstance(alphas, Mapping) else alphas
     if not isinstance(entries, Iterable) or isinstance(entries, str):
@@ -72,7 +72,7 @@ def written_out(residual: Any, alpha: Any, alphas: Any) -> tuple[Any, Any, Any]:
 
 
 def _times(value: Any, own: Sequence[Sequence[Term]]) -> Any:
-    """The factors of all terms, where `value` is one for all recipes or one for each."""
+    """The factors of all terms, where `value` is one for all sums or one for each."""
     several = isinstance(value, Sequence) and not isinstance(value, str)
     values = list(value) if several else [value] * len(own)
     if len(values) != len(own):

@@ -1,0 +1,120 @@
+"""Merging while loading: tensors of what `apply` would write, all at once or one by one, and nothing on a disk."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from ires_kernels.checking import guards
+from ires_kernels.checkpoints import configs
+from ires_kernels.files.plain import plain
+from ires_kernels.planning import ancestry
+from ires_kernels.planning.evidence import Looks
+from ires_kernels.planning.inputs import StrPath, open_inputs
+from ires_kernels.planning.plan import Plan, plan_apply
+from ires_kernels.planning.rules import Rules
+from ires_kernels.planning.steps import Step, by_output
+from ires_kernels.streaming import device as devices
+from ires_kernels.streaming import statedict, stream
+from ires_kernels.streaming.cpu import TORCH_DTYPES
+from ires_kernels.streaming.options import Options
+from ires_kernels.streaming.outcome import Outcome
+from ires_kernels.streaming.reader import second_copies
+from ires_kernels.streaming.stream import Progress
+
+BATCH = 256 << 20
+"""Bytes of tensors that are computed at a time, or one tensor that has more."""
+
+
+class Weights:
+    """The tensors of a merged model, which are computed as they are asked for: pairs of names and tensors.
+
+    What each of them is can be asked before: `metadata`. As often as it is iterated over, all of it is computed again.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device, threads: int | None, progress: Progress | None) -> None:
+        self.metadata: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        """By name, in the order in which they come."""
+        outputs = by_output(plan.steps)
+        statedict.check_dtypes(plan.steps)
+        for output in outputs:
+            self.metadata[output.name] = TORCH_DTYPES[output.dtype], output.shape
+        self.device = device
+        self.nbytes = sum(step.nbytes for step in plan.steps)
+        """Of all of them."""
+        self.target = plan.inputs["target"]
+        self._plan = plan
+        self._options = Options.of(device, threads, progress)
+
+    def __len__(self) -> int:
+        return len(self.metadata)
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Pairs of name and tensor, each a new tensor on the device.
+
+        Raises CheckpointError at the end where a residual is damaged, or where a file has changed meanwhile: then
+        what was taken is not to be used.
+        """
+        outcome, at = Outcome(), 0
+        batches: list[tuple[int, list[Step]]] = []
+        for parts in by_output(self._plan.steps).values():
+            batches.append((at // BATCH, parts))
+            at += sum(step.nbytes for step in parts)
+        for _, batch in groupby(batches, key=lambda each: each[0]):
+            found, learnt = self._fill([step for _, parts in batch for step in parts])
+            outcome.update(learnt)
+            while found:
+                name = next(iter(found))
+                yield name, found.pop(name)
+        self._check(outcome)
+
+    def all(self) -> dict[str, Tensor]:
+        """All of them, by name."""
+        tensors, outcome = self._fill(self._plan.steps)
+        self._check(outcome)
+        return tensors
+
+    def _fill(self, steps: tuple[Step, ...] | list[Step]) -> tuple[dict[str, Tensor], Outcome]:
+        tensors = statedict.allocate(steps, self.device)
+        outcome = stream.fill(
+            tensors,
+            steps,
+            guards.file_ids(self._plan),
+            self._plan.rules,
+            hashed=[role for role, checkpoint in self._plan.inputs.items() if checkpoint.kind == "residual"],
+            processors=self._options.processors,
+            threads=self._options.threads,
+            progress=self._options.progress,
+        )
+        return tensors, outcome
+
+    def _check(self, outcome: Outcome) -> None:
+        guards.check_residuals(self._plan, outcome.inputs, self._options.threads)
+        guards.check_unchanged(self._plan, outcome.inputs, threads=self._options.threads)
+
+
+def planned(
+    paths: Mapping[str, StrPath],
+    rules: Rules,
+    device: str | torch.device,
+    threads: int | None,
+    progress: Progress | None,
+    *,
+    follow_links: bool,
+) -> Weights:
+    """What `apply` would write, by its inputs and rules, with its warnings for who called the caller."""
+    inputs = open_inputs(paths, follow_links=follow_links)
+    with Looks(inputs) as looks:
+        plan = plan_apply(inputs, rules, second_copies(inputs), looks=looks)
+        kin = ancestry.compare(inputs, plan.steps, looks)
+    weights = Weights(plan, devices.resolve(device), threads, progress)
+    left_out = [plan.share.text()] if plan.share else []
+    for text in (*configs.differences(plan.inputs), *ancestry.warnings(kin, inputs), *left_out):
+        warnings.warn(plain(text), stacklevel=3)
+    guards.compare(plan)
+    guards.check_companions(plan)
+    return weights
