@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 from small_models import triple
 
+import ires_kernels as ik
 from ires_kernels.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -36,3 +38,18 @@ def test_the_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, title: str
         words = shlex.split(line, comments=True)
         if words[:1] == ["ires"]:
             assert main(words[1:]) == 0, line
+
+
+def test_the_files_of_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, instruct, target = triple(tmp_path)
+    target.rename(tmp_path / "served")
+    ik.extract(base, instruct, tmp_path / "RESIDUAL")
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r"^```sh\n(.*?)^```", (ROOT / "docs/serving.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert block
+    copy, *commands = (shlex.split(line, comments=True) for line in block[1].splitlines())
+    assert (copy[0], *copy[-2:]) == ("cp", "served/", "next/")
+    shutil.copytree("served", "next")
+    assert [words[1] for words in commands] == ["apply", "verify"]
+    for words in commands:
+        assert main(words[1:]) == 0
