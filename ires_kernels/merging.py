@@ -460,7 +460,7 @@ def compare(
 
     >>> report = ik.compare("target/", ("instruct/", "base/"), alpha=0.7)
     >>> report.total.cosine is not None, sorted(report.kinds)[:2]
-    (True, ['lm_head', 'mlp.down_proj'])
+    (True, ['lm_head', 'mlp'])
 
     All weights are read once. Of each tensor, layer and kind of tensor, and of all together: how far target and
     instruct are from base, relative to its norm; the cosine of these two differences, and how often their signs differ;
