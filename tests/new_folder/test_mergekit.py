@@ -1,0 +1,105 @@
+"""Recipes give what mergekit gives, which is installed into a virtual environment of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import normal, read_model
+
+import ires_kernels as ik
+
+# With what it needs and tests have not; torch and transformers are those of the tests.
+PACKAGES = ["mergekit==0.1.5", "immutables", "click", "pydantic", "pydantic-core", "annotated-types"]
+PACKAGES += ["typing-inspection", "accelerate", "peft"]
+FLOAT32 = "dtype: float32\nout_dtype: bfloat16\nmerge_method: task_arithmetic\nbase_model: base\n"
+GRADIENT = "{weight: [{filter: mlp, value: [0.1, 0.9, 0.4]}, {filter: norm, value: -1.5}, {value: [0.6, 0.3]}]}"
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mergekit")
+    venv.create(folder, with_pip=True)
+    found = folder / "bin/python"
+    done = subprocess.run(
+        [found, "-m", "pip", "install", "-q", "--no-deps", *PACKAGES], capture_output=True, text=True, timeout=600
+    )
+    if done.returncode:
+        pytest.skip(f"mergekit cannot be installed: {done.stderr[-300:]}")
+    (library,) = folder.glob("lib/python*/site-packages")
+    (library / "tests.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    done = subprocess.run([found, "-c", "import mergekit.merge"], capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        pytest.skip(f"mergekit cannot be imported: {done.stderr[-300:]}")
+    return found
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny Llama of four layers and two models that were trained further, in the current folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    base = {name: t.clone() for name, t in model.state_dict().items()}
+    for seed, name in enumerate(("base", "chat", "code")):
+        for i, (key, t) in enumerate(model.state_dict().items()):
+            t.copy_((base[key].float() + seed * normal(t.shape, 100 * seed + i, torch.float32, 1e-3)).to(t.dtype))
+        model.save_pretrained(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def differing(models: Path, python: Path, text: str) -> tuple[int, int]:
+    """How many elements of the two outputs differ, and of how many.
+
+    None by more than one unit in the last place; or, where terms cancel, than the last bits of these in float32.
+    """
+    (models / "recipe.yml").write_text(FLOAT32 + text)
+    command = [python, "-m", "mergekit.scripts.run_yaml", "recipe.yml", "theirs"]
+    command += ["--no-copy-tokenizer", "--no-write-model-card", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=models)
+    assert done.returncode == 0, done.stderr
+    ik.merge("recipe.yml", out="ours", sync=False)
+    theirs, ours = read_model(models / "theirs"), read_model(models / "ours")
+    assert theirs.keys() == ours.keys()
+    assert {t.dtype for t in theirs.values()} == {torch.bfloat16}
+    count = 0
+    for name, t in theirs.items():
+        one, two = t.float(), ours[name].float()
+        assert ((one - two).abs() <= one.abs() / 128 + 1e-7).all(), name
+        count += int((one != two).sum())
+    return count, sum(t.numel() for t in theirs.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weight", ["0.3", GRADIENT], ids=["number", "gradient"])
+@pytest.mark.filterwarnings("ignore")
+def test_one_model_bit_for_bit(models: Path, python: Path, weight: str) -> None:
+    """Both compute base + weight · (model − base) in float32, operation by operation, and round once."""
+    parameters = weight if weight.startswith("{") else f"{{weight: {weight}}}"
+    count, _ = differing(models, python, f"models: [{{model: chat, parameters: {parameters}}}]\n")
+    assert count == 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_several_models(models: Path, python: Path) -> None:
+    """They differ where sums in float32 do: mergekit adds up the differences, multiplies that sum by lambda and adds it
+    to base; here each goes on top of base in its turn, and lambda is a part of its factor. After rounding to bfloat16
+    few elements show it."""
+    count, elements = differing(
+        models,
+        python,
+        f"models: [{{model: chat, parameters: {GRADIENT}}}, {{model: code, parameters: {{weight: [0.2, 0.7]}}}}]\n"
+        "parameters: {lambda: 0.7}\n",
+    )
+    assert count < elements / 1000
