@@ -30,7 +30,7 @@ from ires_kernels.files.hidden import unfinished
 from ires_kernels.files.plain import plain, plain_lines
 from ires_kernels.files.plain import table as columns
 from ires_kernels.files.store import LostError, StoreError, is_unfinished, partial_path
-from ires_kernels.planning import recipes
+from ires_kernels.planning import recipe_files
 from ires_kernels.planning.inputs import check_model
 from ires_kernels.planning.plan import VERSION, size
 from ires_kernels.planning.rules import DTYPES, VOCABULARIES, ArgumentError
@@ -542,7 +542,9 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _merge(arguments: argparse.Namespace) -> int:
     _check_destination(arguments)
     if arguments.in_place:  # which is to be known if this fails
-        asked = recipes.read(arguments.recipe, trust_inputs=arguments.trust_inputs, follow_links=arguments.follow_links)
+        asked = recipe_files.read(
+            arguments.recipe, trust_inputs=arguments.trust_inputs, follow_links=arguments.follow_links
+        )
         arguments.target = asked.paths["target"]
     with _progress(arguments, "merge") as progress:
         result = ik.merge(

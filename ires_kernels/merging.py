@@ -20,7 +20,7 @@ from ires_kernels.in_place.rollback import roll_back_kept, roll_back_update
 from ires_kernels.in_place.run import carry_on_as_asked, resume_update, update_model
 from ires_kernels.memory import writing
 from ires_kernels.new_folder.run import write_folder
-from ires_kernels.planning import ancestry, recipes
+from ires_kernels.planning import ancestry, recipe_files
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.inputs import Pair, StrPath, check_flags, check_path, open_inputs, roles_of_apply
 from ires_kernels.planning.plan import Plan, plan_apply, plan_extract, related
@@ -247,7 +247,7 @@ def merge(
     where.check()
     check_flags(trust_inputs=trust_inputs)
     check_path(recipe, "recipe")
-    paths, rules = recipes.read(recipe, trust_inputs=trust_inputs, follow_links=follow_links)
+    paths, rules = recipe_files.read(recipe, trust_inputs=trust_inputs, follow_links=follow_links)
     if in_place:
         repo = hub.repo_of(paths["target"])
         hub.check_local(paths["target"] if repo is None else f"{repo}")

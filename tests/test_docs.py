@@ -53,3 +53,14 @@ def test_the_files_of_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [words[1] for words in commands] == ["apply", "verify"]
     for words in commands:
         assert main(words[1:]) == 0
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_recipes_of_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    blocks = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs/merging.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    triple(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yml").write_text(blocks[number])
+    assert main(["merge", "recipe.yml", "-o", "out", "--quiet"]) == 0
+    assert main(["verify", "out", "--quiet"]) == 0

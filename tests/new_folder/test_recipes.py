@@ -16,7 +16,7 @@ from small_models import Tensors, normal, read_model, same, snapshot, tensors, w
 import ires_kernels as ik
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.cli import main
-from ires_kernels.planning import recipes
+from ires_kernels.planning import recipe_files
 from ires_kernels.planning.rules import ArgumentError
 
 CONFIG = {"model_type": "llama", "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
@@ -121,9 +121,9 @@ parameters:
 def test_patterns_find_their_names_and_no_others() -> None:
     everything = [f"model.layers.{i}.{part}.weight" for i in range(90) for part in ("mlp.up", "mlp.upper", "q")]
     those = [name for name in everything if ".up." in name] + ["model.layers.3.q.weight"]
-    found = list(recipes._patterns(those, everything))
+    found = list(recipe_files._patterns(those, everything))
     assert found == [r"^(model\.layers\.\d+\.mlp\.up\.weight|model\.layers\.3\.q\.weight)$"]
-    many = list(recipes._patterns([name for name in everything if name != "model.layers.3.q.weight"], everything))
+    many = list(recipe_files._patterns([name for name in everything if name != "model.layers.3.q.weight"], everything))
     assert all(len(pattern) < 10_000 for pattern in many)
     matched = [name for name in everything if any(re.search(pattern, name) for pattern in many)]
     assert matched == [name for name in everything if name != "model.layers.3.q.weight"]
@@ -175,9 +175,9 @@ def test_whose_tokenizer() -> None:
     for source, whose in (("base", "target"), ("chat", "instruct")):
         plan = f"{TASK}{models}tokenizer_source: {source}\n"
         Path("recipe.yml").write_text(plan)
-        assert recipes.read("recipe.yml").rules.vocabulary == whose
+        assert recipe_files.read("recipe.yml").rules.vocabulary == whose
     Path("recipe.yml").write_text("target: target\npairs: [{instruct: chat, base: base}]\nvocabulary: rows\n")
-    assert recipes.read("recipe.yml").rules.vocabulary == "rows"
+    assert recipe_files.read("recipe.yml").rules.vocabulary == "rows"
 
 
 def test_paths_begin_in_the_folder_of_the_recipe(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ _WEIGHT = "a number, a list of numbers as a gradient over the layers, or a list 
 _ROOM = 8000  # characters of a pattern
 
 
-class Recipe(NamedTuple):
+class Merge(NamedTuple):
     """What a recipe asks for."""
 
     paths: dict[str, StrPath]
@@ -49,7 +49,7 @@ class _Added(NamedTuple):
     at: Node
 
 
-def read(path: StrPath, *, trust_inputs: bool = False, follow_links: bool = False) -> Recipe:
+def read(path: StrPath, *, trust_inputs: bool = False, follow_links: bool = False) -> Merge:
     """The recipe in a file, or that of the output whose ires.json this is.
 
     Raises ArgumentError with file, line and key; CheckpointError for models that cannot be read; and OSError.
@@ -83,10 +83,10 @@ def read(path: StrPath, *, trust_inputs: bool = False, follow_links: bool = Fals
         recipe=raw.decode(),
         **_options(table),
     )
-    return Recipe({"target": target, **paths}, rules)
+    return Merge({"target": target, **paths}, rules)
 
 
-def _again(path: Path, trust_inputs: bool) -> Recipe:
+def _again(path: Path, trust_inputs: bool) -> Merge:
     """What the manifest of an output says that it is made of."""
     found = manifest.read(path)
     if found is None:
@@ -100,7 +100,7 @@ def _again(path: Path, trust_inputs: bool) -> Recipe:
             f"{path}: was not signed with your key, so it is not believed where its inputs are: a stranger's may name "
             "any file. Look at it, then give --trust-inputs (trust_inputs=True)."
         )
-    return Recipe(
+    return Merge(
         {role: hub.local(entry.path) for role, entry in made_of.items()}, Rules.from_dict(found.table["rules"])
     )
 
