@@ -209,7 +209,8 @@ def _layer(name: str) -> str:
 
 def _parts(mine: Refs, model: Checkpoint, others: Checkpoint, where: str, left_out: bool) -> Iterable[Cause]:
     """What the other model does not have at all, module by module."""
-    inner = {n[: m.start()] for n in others.tensors for m in re.finditer(r"\.|$", n)}
+    elsewhere = [*others.tensors, *(name for name in model.tensors if name not in mine)]
+    inner = {n[: m.start()] for n in elsewhere for m in re.finditer(r"\.|$", n)}
     roots: dict[str, list[str]] = {}
     for name in mine:
         ends = (name[: m.start()] for m in re.finditer(r"\.|$", name))

@@ -35,6 +35,10 @@ _MOST_PAIRS = 256
 """Of kinds of tensors that are compared by all of their rows."""
 _TRANSPOSED = "Rows alone can be put into another order: take models that one exporter has saved."
 _COMPLETE = "Download or save that model again, with all its parts."
+_LEFT_IN_PART = (
+    "Leave out all of it, with --skip and its name in the model that has it in one piece, or nothing of it. Or, where "
+    "a model lacks parts, download or save that model again."
+)
 _RENAME = "Each of these is to give every tensor another one: correct --rename."
 
 
@@ -53,6 +57,10 @@ class Aligned:
     """Of some of these what is the matter with them."""
     problems: list[tuple[str, str, tuple[str, ...]]] = field(default_factory=list)
     """What is not there or cannot be decided, the way out, and the names of what it is about."""
+    renamed: set[tuple[str, str]] = field(default_factory=set)
+    """Of what the user says of names, what gave a tensor a partner."""
+    passed: set[str] = field(default_factory=set)
+    """Names of what problems would be about, if anybody asked for what is made of them."""
     notes: list[str] = field(default_factory=list)
     strangers: bool = False
 
@@ -71,7 +79,7 @@ def align(
 
     looks    None: names are trusted, and no values are compared
     copies   second copies of an embedding, and its name
-    left     whether nobody asks for a tensor
+    left     whether nobody asks for a tensor; one of `role` is matched all the same, for its partner is not left over
     renames  what the user says of names
     """
     aligning = _Aligning(looks, role, other, models, copies, left, renames)
@@ -127,12 +135,14 @@ class _Aligning:
         if ours and yours:
             self._match(ours, yours)
         self._judge(self.runs)
+        self._follow_layers(pairs)
         if not self._are_strangers():
             Moved(self.values, self.runs, self.judged, self.rules).search(pairs, self.undecided, self.found.causes)
         self._pair_embeddings()
         self._doubt(ours, yours)
         self._cover(pairs)
         self._conclude(pairs)
+        self._pass_over()
         self.found.layout = Layout(self.runs, tuple(self.rules))
         return self.found
 
@@ -143,9 +153,24 @@ class _Aligning:
             or name in self.runs
             or name in self.copies
             or not ref.numel
-            or self.left(name)
+            or (others is self.mine and self.left(name))
             or (isinstance(ref, TensorRef) and names.is_recomputed(ref))
         )
+
+    def _follow_layers(self, pairs: Mapping[str, Runs]) -> None:
+        """Let tensors without a say, as norms are, follow a layer that is another layer of the other model."""
+        moved: dict[str, set[str]] = {}
+        for name in pairs:
+            if self.judged.verdicts.get(name) is not None or name in self.runs:
+                layer = _layer(name)
+                moved.setdefault(layer, set()).update(_layer(run.name) for run in self.runs.get(name) or pairs[name])
+        for name in pairs:
+            layer = _layer(name)
+            there = moved.get(layer, set()) if layer and name not in self.runs else set()
+            if len(there) == 1 and layer not in there:
+                partner = next(iter(there)) + name[len(layer) :]
+                if partner in self.theirs and self.theirs[partner].shape == self.mine[name].shape:
+                    self.runs[name] = whole(partner, self.theirs[partner])
 
     def _pair_embeddings(self) -> None:
         """Match what has a row for each token and is left: other names, and other numbers of rows or another order.
@@ -159,12 +184,22 @@ class _Aligning:
             self.runs[name] = whole(partner, self.theirs[partner])
             self.rules.append(Rule(f"{quoted([name])} is {quoted([partner])}", ", whatever rows they have", 1))
 
+    def _pass_over(self) -> None:
+        """Leave out what is wrong with tensors that nobody asks for."""
+        for problem in [*self.found.problems]:
+            asked = [name for name in problem[2] if name in self.mine]
+            if asked and all(map(self.left, asked)):
+                self.found.problems.remove(problem)
+                self.found.passed.update(problem[2])
+        for name in [*filter(self.left, self.found.failed)]:
+            del self.found.failed[name]
+
     def _rename(self) -> None:
         """Match what the user says belongs to each other."""
         for old, new in self.renames:
             count = 0
             for name, ref in self.mine.items():
-                if name in self.runs or self.left(name):
+                if name in self.runs:
                     continue
                 partner = next((to for to in _renamed(name, old, new) if to in self.theirs), None)
                 if partner is not None and self.theirs[partner].numel == ref.numel:
@@ -172,6 +207,7 @@ class _Aligning:
                     count += 1
             if count:
                 self.rules.append(Rule(f"{quoted([old])} is {quoted([new])}", ", as --rename says", count))
+                self.found.renamed.add((old, new))
 
     def _judge(self, runs: Mapping[str, Runs]) -> None:
         found = self.values.judge(runs)
@@ -207,6 +243,7 @@ class _Aligning:
         ours = {name: ref for name, ref in ours.items() if name not in partners}
         used = set(partners.values())
         words = {word: name for word, name in renamed.words.items() if name not in used}
+        lacking = _LEFT_IN_PART if any(map(self.left, self.theirs)) else _COMPLETE
         groups = heads(self.models[self.role].config) or heads(self.models[self.other].config)
         for gathered in (True, False):
             sides = side(ours), side(yours, words)
@@ -229,7 +266,7 @@ class _Aligning:
                 "cannot confirm their order"
                 for kind in fused.copies
             ]
-            self.found.problems += [(text, _COMPLETE, about) for text, about in fused.problems.items()]
+            self.found.problems += [(text, lacking, about) for text, about in fused.problems.items()]
             gone = {run.name for its in fused.runs.values() for run in its}
             ours = {name: ref for name, ref in ours.items() if name not in fused.runs}
             words = {word: name for word, name in words.items() if name not in gone}
@@ -409,6 +446,12 @@ def _following(
                         used.add(names[0])
                 break
     return found
+
+
+def _layer(name: str) -> str:
+    """The layer that a tensor is in: its name up to the first number; "" where there is none."""
+    parts = name.split(".")
+    return next((".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdecimal()), "")
 
 
 def _around(name: str) -> str:

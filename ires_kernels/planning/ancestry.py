@@ -22,6 +22,7 @@ from ires_kernels.dtypes import FLOATS
 from ires_kernels.planning.absences import skip_pattern
 from ires_kernels.planning.evidence import ALIKE, FEWEST, Likeness, Looks, Sample, likeness, places, through
 from ires_kernels.planning.steps import Step, by_output
+from ires_kernels.planning.values import verdict
 
 ODD = 0.25
 """Where the weakest parts of the tensors of one kind have less in common, in the median, some of their rows are others.
@@ -151,7 +152,7 @@ def _compared(model: str, base: str, steps: Iterable[Step], looks: Looks) -> Anc
 
 def _odd(matrices: Mapping[str, Likeness], model: Checkpoint) -> dict[str, float]:
     """Tensors whose values deny what those of most confirm, and kinds of which some of the rows do."""
-    odd = {name: found.cosine for name, found in matrices.items() if found.agrees is False}
+    odd = {name: found.cosine for name, found in matrices.items() if verdict(found) is False}
     suspects = {names.pattern(name) for name, found in matrices.items() if found.weakest < ODD}
     kinds: dict[str, dict[str, float]] = {kind: {} for kind in suspects}
     for name, found in matrices.items() if kinds else ():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Container, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -22,6 +23,10 @@ from ires_kernels.planning.matching import Match
 from ires_kernels.planning.steps import Comparison, Encoding, Op, Output, Step, operands
 
 ONLY_TARGET = "only in the target"
+_RENAMES = (
+    "A of --rename A=B is a part of names of {role}, between dots, B what it is in {others}: `ires inspect --tensors` "
+    "lists the names."
+)
 _BESIDE = "kept with the codes"
 
 _SHAPES = "Operands are not broadcast: take models of one architecture, or leave such tensors as they are with --skip."
@@ -94,12 +99,17 @@ def match(role: str, layouts: Mapping[str, Layout] | None, looks: Looks | None, 
             if other != role
         }
     found.matcher.layouts = {other: each.layout for other, each in aligned.items()}
+    for old, new in found.rules.renames:
+        if not any((old, new) in each.renamed for each in aligned.values()):
+            text = f"--rename {shlex.quote(f'{old}={new}')} gives no tensor of {role} a partner of as many elements"
+            found.problem(text, _RENAMES.format(role=role, others=" or ".join(aligned)))
     # What is zero in base, or too little to tell, may have become anything in its descendants.
     silent = {name for other, each in aligned.items() if roles.is_base(other) for name in each.silent}
     for other, each in aligned.items():
         for text, advice, about in each.problems:
             found.problem(text, advice, about)
             found.told.update(about)
+        found.told.update(each.passed)
         found.notes += each.notes
         _check_values(role, other, each, silent, found)
 

@@ -36,7 +36,8 @@ class Moved:
         if self.values.looks is None or self.values.looks.inputs[self.values.other].kind == "residual":
             return  # of whose base no more is known than samples
         for group in (*self._failed(pairs), *(Group(*each) for each in undecided)):
-            if group.mine and len(self.values.mine[group.mine[0][0]].shape) > 1:
+            of_tokens = any(map(self.values.is_by_token, group.theirs[0])) if group.theirs else False
+            if group.mine and not of_tokens and len(self.values.mine[group.mine[0][0]].shape) > 1:
                 self._look(group, causes)
 
     def _failed(self, pairs: Mapping[str, Runs]) -> Iterable[Group]:

@@ -271,7 +271,7 @@ def test_what_has_no_values_of_its_own_is_not_odd(tmp_path: Path) -> None:
     assert not compared(tmp_path, base | tower, other | moved(tower, 0.1)).odd
 
 
-@pytest.mark.parametrize("by", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("by", [0.1, 0.5, 1.0, 1.3])
 def test_no_tensor_of_relatives_is_odd(tmp_path: Path, by: float) -> None:
     shapes = {f"kind_{i}.weight": (32, 64) for i in range(200)}
     w = tensors(1, shapes)

@@ -438,3 +438,70 @@ def test_scalars_and_small_tensors_come_with_their_module(roles: Iterable[str], 
             model[f"{at}scale"] = torch.tensor(1.0 + seed)
             model[f"{at}sinks"] = normal((4,), 10 * seed + layer)
     Models(scratch, LLAMA, models).change(roles, laid_out(Layout("language_model.model.", qkv="rows"), LLAMA)).check()
+
+
+PREFIX = renaming(**{"model.layers": "model.language_model.layers", "model.norm": "model.language_model.norm"})
+FUSED = Layout(qkv="rows", mlp="gate up")
+
+
+@pytest.mark.parametrize(
+    ("target", "sources", "skip", "kept"),
+    [
+        (PREFIX, Layout(), r"language_model\.layers\.0\.", r"layers\.0\."),
+        (laid_out(FUSED, LLAMA), Layout(), "qkv_proj", "qkv_proj"),
+        (lambda model: model, FUSED, "k_proj", r"\.k_proj"),
+    ],
+    ids=["another prefix", "fused", "split"],
+)
+def test_what_is_skipped_has_a_partner_of_another_name(
+    target: Change, sources: Layout, skip: str, kept: str, scratch: Path
+) -> None:
+    models = Models(scratch, LLAMA)
+    models.change(SOURCES, laid_out(sources, LLAMA)).change(TARGET, target)
+    own = models.changed["target"]
+    wanted = {name: own[name] if re.search(kept, name) else tensor for name, tensor in models.wanted().items()}
+    got = models.merge(skip=skip)
+    assert [name for name in wanted if not same(got[name], wanted[name])] == []
+
+
+def test_skipping_a_part_of_what_is_fused_in_the_target(scratch: Path) -> None:
+    models = Models(scratch, LLAMA).change(TARGET, laid_out(FUSED, LLAMA))
+    models.refused("Leave out all of it", skip="q_proj")
+    models.merge(skip="qkv_proj")
+
+
+@pytest.mark.parametrize("rename", ["q_proj=k_proj", "nothing=something", "model.language_model.*=model.*"])
+def test_a_rename_that_explains_nothing_is_refused(rename: str, scratch: Path) -> None:
+    models = Models(scratch, LLAMA).change(TARGET, PREFIX)
+    models.refused(r"--rename \S+ gives no tensor of target a partner", renames=[rename])
+    models.check(renames=["model.language_model.=model."])
+
+
+def test_the_pattern_for_one_missing_tensor_takes_no_other(scratch: Path) -> None:
+    missing = "layers.1.mlp.up_proj.weight"
+    models = Models(scratch, LLAMA)
+    models.change(["instruct"], lambda model: {name: t for name, t in model.items() if missing not in name})
+    models.change(TARGET, PREFIX)
+    text = models.refused("is in target and base and not in instruct")
+    skip = re.search(r"--skip '(.+?)'", text)
+    assert skip is not None
+    own = models.changed["target"]
+    wanted = {name: own[name] if missing in name else tensor for name, tensor in models.wanted().items()}
+    got = models.merge(skip=skip[1])
+    assert [name for name in wanted if not same(got[name], wanted[name])] == []
+
+
+def test_norms_follow_layers_that_have_changed_places(scratch: Path) -> None:
+    def swapped(model: Tensors) -> Tensors:
+        turned = {"layers.0.": "layers.1.", "layers.1.": "layers.0."}
+        return {re.sub(r"layers\.[01]\.", lambda m: turned[m[0]], name): t for name, t in model.items()}
+
+    Models(scratch, LLAMA).change(TARGET, swapped).never_wrong("layers")
+
+
+def test_rows_in_another_order_than_their_tokenizer_says(scratch: Path) -> None:
+    def turned(model: Tensors) -> Tensors:
+        return {name: t.flip(0) if "embed" in name or "lm_head" in name else t for name, t in model.items()}
+
+    models = Models(scratch, LLAMA).change(TARGET, turned)
+    models.refused("values do not")
