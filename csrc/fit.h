@@ -1,7 +1,8 @@
 // How two updates of one base fit together: what `Fit` of cpu.h counts, of a run of elements. Included by loops.cpp alone.
 //
-//   drift = target - base, update = instruct - base           in f64 (of f32 and less it is one rounding at most)
-//   moved = stored(target + alpha * update) - target          the store as add_difference does it, in f32, to nearest
+//   drift = target - base, update = instruct - base       each one operation in f32, as of add_difference
+//   moved = stored(target + alpha * update) - target      stored to nearest
+// Products and sums of them are f64.
 //
 // Only elements count whose three values are finite. An ulp is a step of the type that the target is stored in: how many
 // of its values lie from base to instruct, each rounded to it.
@@ -15,71 +16,114 @@ namespace ires {
 namespace IRES_ISA {
 namespace {
 
-// The values of T in their order, as integers: 0 for both zeros.
-template <class T> IRES_HD I place_of(F x) {
-    if constexpr (std::is_same_v<T, float>) {
-        const I bits = bit_cast<I>(x), size = bits & 0x7fffffff;
-        return bits < 0 ? -size : size;
-    } else {
-        constexpr int kBits = 8 * int(sizeof(T));
-        const I bits = bit_cast<I>(nearest_bits<T>(x)), size = bits & ((1 << (kBits - 1)) - 1);
-        return (bits & (1 << (kBits - 1))) != 0 ? -size : size;
-    }
+// The values of T in their order, as integers: 0 for both zeros. kExact: x is one of them.
+template <class T, bool kExact> IRES_HD I place_of(F x) {
+    constexpr int kBits = 8 * int(sizeof(T));
+    I bits;
+    if constexpr (std::is_same_v<T, float>) bits = bit_cast<I>(x);
+    else if constexpr (std::is_same_v<T, bf16_t> && kExact) bits = bit_cast<I>(x) >> 16;
+    else bits = bit_cast<I>(nearest_bits<T>(x));
+    constexpr int32_t kSign = int32_t(uint32_t(1) << (kBits - 1));
+    const I size = bits & (kSign ^ -1) & (kBits == 32 ? -1 : (1 << (kBits % 32)) - 1);
+    return (bits & kSign) != 0 ? -size : size;
 }
 
-// kBlock elements of each, of which those behind the last are NaN and so count for nothing.
-template <class T> void fit_block(const float* target, const float* instruct, const float* base, int64_t n, const float* alphas,
-                                  int count, D* sums, D* moved, Fit* fit) {
+// How many elements have the levels 0 .. kFitSteps - 1: in each lane fields of 4 bits, which are emptied in time.
+struct Levels {
+    static constexpr int kMost = 15;
+    U fields{};
+    int used = 0;
+
+    IRES_HD void add(I level, Fit* fit) {
+        const U one = U{} + 1u;
+        fields += level < kFitSteps ? one << bit_cast<U>(4 * (level & (kFitSteps - 1))) : U{};
+        if (++used == kMost) empty(fit);
+    }
+    void empty(Fit* fit) {
+        for (int k = 0; k < kFitSteps; ++k) {
+            const U field = fields >> uint32_t(4 * k) & 15u;
+            uint32_t sum = 0;
+            for (int i = 0; i < W; ++i) sum += field[i];
+            for (int above = k; above < kFitSteps; ++above) fit->within[above] += sum;
+        }
+        fields = U{};
+        used = 0;
+    }
+};
+
+struct FitSums {
+    D base{}, drift{}, update{}, cross{}, moved[kFitAlphas] = {};
+};
+
+// n is a multiple of W. What is NaN counts for nothing.
+template <class T, class In> void fit_block(const In* target, const In* instruct, const In* base, int64_t n, const float* alphas,
+                                            int count, FitSums* total, Fit* fit) {
+    FitSums sums = *total;  // in registers
+    constexpr bool kExact = std::is_same_v<T, In>;
     const F zero{};
-    I elements{}, both{}, conflicts{}, within[kFitSteps] = {};
+    I elements{}, both{}, conflicts{};
+    Levels levels;
     for (int64_t j = 0; j < n; j += W) {
-        const F t0 = load_raw<F>(target + j), x0 = load_raw<F>(instruct + j), y0 = load_raw<F>(base + j);
+        const F t0 = load(target + j), x0 = load(instruct + j), y0 = load(base + j);
         const I measured = ((t0 - t0) + (x0 - x0) + (y0 - y0)) == zero;
         const F t = where(measured, t0), x = where(measured, x0), y = where(measured, y0);
         const F drift = t - y, update = x - y;
+        const I changed = (drift != zero) & (update != zero);
         elements -= measured;
-        both -= (drift != zero) & (update != zero);
-        conflicts -= ((drift < zero) & (update > zero)) | ((drift > zero) & (update < zero));
+        both -= changed;
+        conflicts -= changed & ((bit_cast<I>(drift) ^ bit_cast<I>(update)) < 0);
 
-        const I from = place_of<T>(y), to = place_of<T>(x);
-        const U steps = bit_cast<U>(from < to ? to - from : from - to);  // modulo 2^32, which is more than there are
-        for (int k = 0; k < kFitSteps; ++k) within[k] -= measured & (steps <= uint32_t((1 << k) - 1));
+        // The bit length of the steps, from the exponent of their f32; more than 2^31 of them are negative here.
+        const I from = place_of<T, kExact>(y), to = place_of<T, kExact>(x), steps = from < to ? to - from : from - to;
+        const I length = (bit_cast<I>(__builtin_convertvector(steps, F)) >> 23) - 126;
+        levels.add((measured == 0) | (steps < 0) ? I{} + kFitSteps : length > 0 ? length : I{}, fit);
 
-        const D wide_t = __builtin_convertvector(t, D), wide_y = __builtin_convertvector(y, D);
-        const D d = wide_t - wide_y, u = __builtin_convertvector(x, D) - wide_y;
-        sums[0] += wide_y * wide_y;
-        sums[1] += d * d;
-        sums[2] += u * u;
-        sums[3] += d * u;
+        const D y2 = __builtin_convertvector(y, D), d = __builtin_convertvector(drift, D), u = __builtin_convertvector(update, D);
+        sums.base += y2 * y2;
+        sums.drift += d * d;
+        sums.update += u * u;
+        sums.cross += d * u;
         for (int a = 0; a < count; ++a) {
             const F stored = rounded<T>(t + alphas[a] * update);
-            const I is = (stored - stored) == zero;
-            moved[a] += (__builtin_convertvector(where(is, stored), D) - __builtin_convertvector(where(is, t), D)) * u;
+            const F moved = where((stored - stored) == zero, stored - t);
+            sums.moved[a] += __builtin_convertvector(moved, D) * u;
         }
     }
+    levels.empty(fit);
+    *total = sums;
     for (int i = 0; i < W; ++i) {
         fit->elements += uint64_t(elements[i]);
         fit->both += uint64_t(both[i]);
         fit->conflicts += uint64_t(conflicts[i]);
-        for (int k = 0; k < kFitSteps; ++k) fit->within[k] += uint64_t(within[k][i]);
     }
 }
 
+// Elements as they are, where all are stored as the target is; else, and behind the last whole vector, widened blocks.
 template <class T> void fit_as(const FitRun& run, Fit* fit) {
     alignas(64) float x[3][kBlock];
-    D sums[4] = {}, moved[kFitAlphas] = {};
-    for (int64_t i = 0; i < run.n; i += kBlock) {
-        const int64_t n = std::min(kBlock, run.n - i), whole = (n + W - 1) / W * W;
+    FitSums sums;
+    bool same = true;
+    for (int k = 0; k < 3; ++k) same &= run.in_types[k] == TypeOf<T>::value;
+    for (int64_t i = 0; i < run.n;) {
+        const int64_t n = std::min(same ? int64_t(1) << 16 : kBlock, run.n - i);
+        if (same && n >= W) {
+            const auto at = [&](int k) { return static_cast<const T*>(run.in[k]) + i; };
+            fit_block<T, T>(at(0), at(1), at(2), n / W * W, run.alphas, run.count, &sums, fit);
+            i += n / W * W;
+            continue;
+        }
+        const int64_t whole = (n + W - 1) / W * W;
         for (int k = 0; k < 3; ++k) {
             const DType type = run.in_types[k];
             Blocks<float>::widen[int(type)](static_cast<const char*>(run.in[k]) + i * item_size(type), x[k], n);
             std::fill(x[k] + n, x[k] + whole, std::nanf(""));
         }
-        fit_block<T>(x[0], x[1], x[2], whole, run.alphas, run.count, sums, moved, fit);
+        fit_block<T, float>(x[0], x[1], x[2], whole, run.alphas, run.count, &sums, fit);
+        i += n;
     }
     for (int i = 0; i < W; ++i) {
-        fit->base += sums[0][i], fit->drift += sums[1][i], fit->update += sums[2][i], fit->cross += sums[3][i];
-        for (int a = 0; a < run.count; ++a) fit->moved[a] += moved[a][i];
+        fit->base += sums.base[i], fit->drift += sums.drift[i], fit->update += sums.update[i], fit->cross += sums.cross[i];
+        for (int a = 0; a < run.count; ++a) fit->moved[a] += sums.moved[a][i];
     }
 }
 

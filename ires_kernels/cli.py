@@ -225,6 +225,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     _matching_options(compare)
     _follow_links(compare)
+    _plot_option(compare, "heat maps of layers and kinds of tensors, alpha, and ulps")
+    compare.add_argument("--html", metavar="PATH", help="also write a page of its own, which loads nothing")
     compare.add_argument("--threads", type=int, metavar="N", help="default: one per CPU, 8 at most; more was slower")
     compare.add_argument("--json", action="store_true", help="print the result as JSON")
     compare.add_argument("--quiet", action="store_true", help="print nothing but errors, and JSON if asked for")
@@ -236,6 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("path", metavar="PATH")
     inspect.add_argument("--tensors", action="store_true", help="list every tensor")
     inspect.add_argument("--json", action="store_true", help="print JSON")
+    _plot_option(inspect, "where its parameters are")
     _key_option(inspect)
     _follow_links(inspect)
     inspect.set_defaults(run=_inspect)
@@ -413,6 +416,10 @@ def _key_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _plot_option(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--plot", metavar="PATH", help=f"also draw {what}: .png or .svg (needs matplotlib)")
+
+
 def _alpha_for(text: str) -> tuple[str, tuple[float, ...] | float]:
     pattern, _, values = text.rpartition("=")
     try:
@@ -522,11 +529,18 @@ def _apply(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
+    from ires_kernels.pictures import page, plot
+
+    if arguments.plot:
+        plot.check(arguments.plot)
+    if arguments.html:
+        page.check(arguments.html)
     with _progress(arguments, "compare") as progress:
         report = ik.compare(
             arguments.target,
             (arguments.instruct, arguments.base),
             alpha=arguments.alpha,
+            curve=bool(arguments.plot or arguments.html),
             skip=arguments.skip,
             allow_missing=arguments.allow_missing,
             vocabulary=arguments.vocabulary,
@@ -536,6 +550,10 @@ def _compare(arguments: argparse.Namespace) -> int:
             progress=progress,
             follow_links=arguments.follow_links,
         )
+    if arguments.plot:
+        plot.compared(report, arguments.plot)
+    if arguments.html:
+        page.write(report, arguments.html)
     return _print_result(arguments, report)
 
 
@@ -642,7 +660,13 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    if arguments.plot:
+        from ires_kernels.pictures import plot
+
+        plot.check(arguments.plot)
     table = ik.inspect(arguments.path, follow_links=arguments.follow_links)
+    if arguments.plot:
+        plot.inspected(table, arguments.plot)
     tensors = table["all_tensors"] if arguments.tensors else table.pop("all_tensors")
     if arguments.json:
         _say(json.dumps(table, indent=2))

@@ -24,6 +24,7 @@ ARROWS: dict[str, set[str]] = {
     # merges
     "streaming": {"backends", "checkpoints", "dtypes", "files", "formats", "planning", "tensors"},
     "records": {"backends", "checkpoints", "files", "planning", "streaming"},
+    "pictures": {"backends", "files", "planning", "records", "version"},
     "checking": {"checkpoints", "dtypes", "files", "planning", "records", "streaming"},
     "new_folder": {"checking", "checkpoints", "files", "planning", "records", "streaming"},
     "in_place": {"backends", "checking", "checkpoints", "dtypes", "files", "planning", "records", "streaming"},
@@ -42,7 +43,7 @@ ARROWS: dict[str, set[str]] = {
         "streaming",
     },
     "residual": {"checkpoints", "memory", "merging", "planning", "records", "streaming"},
-    "cli": {"__init__", "checkpoints", "files", "planning", "streaming"},
+    "cli": {"__init__", "checkpoints", "files", "pictures", "planning", "streaming"},
     "__main__": {"cli"},
     "__init__": {"backends", "checking", "live", "memory", "merging", "records", "residual", "tensors"},
 }
@@ -59,6 +60,7 @@ NO_TORCH = {
     "checking",
     "in_place",
     "new_folder",
+    "pictures",
     "merging",
     "cli",
 }
@@ -107,7 +109,7 @@ def test_imports_follow_the_arrows(room: str) -> None:
     own, others = imports(room)
     assert own <= ARROWS[room]
     if room in NO_TORCH:
-        others -= {"numpy"} if room == "planning" else set()
+        others -= {"planning": {"numpy"}, "pictures": {"matplotlib"}}.get(room, set())
         assert others - {"xxhash", "rich", "huggingface_hub", "yaml"} <= set(sys.stdlib_module_names) | {"_typeshed"}
     assert not others & {"transformers", "safetensors"}
 

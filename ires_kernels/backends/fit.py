@@ -11,7 +11,10 @@ STEPS = 8
 
 @dataclass(slots=True)
 class Fit:
-    """What was counted and summed; ``+=`` joins two. Differences are taken in float64, and so are sums."""
+    """What was counted and summed; ``+=`` joins two.
+
+    Differences are taken as merges take them, products and sums of these in float64.
+    """
 
     elements: int = 0
     """Whose three values are finite. All else is of these."""

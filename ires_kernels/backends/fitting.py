@@ -52,16 +52,16 @@ def _piece(target: Tensor, instruct: Tensor, base: Tensor, alphas: tuple[float, 
     t, x, y = (values[measured] for values in (t, x, y))
     drift, update = t - y, x - y
     steps = (_place(x, dtype) - _place(y, dtype)).abs()
-    wide, d, u = y.double(), t.double() - y.double(), x.double() - y.double()
+    wide, d, u = y.double(), drift.double(), update.double()
     moved = []
     for alpha in alphas:
-        stored = reference.round_to(t + torch.tensor(alpha, dtype=compute) * update, dtype, None).double()
-        moved.append(float(torch.dot(torch.where(stored.isfinite(), stored - t.double(), 0.0), u)))
+        stored = reference.round_to(t + torch.tensor(alpha, dtype=compute) * update, dtype, None).to(compute)
+        moved.append(float(torch.dot(torch.where(stored.isfinite(), stored - t, 0.0).double(), u)))
     both = (drift != 0) & (update != 0)
     return Fit(
         elements=t.numel(),
         both=int(both.sum()),
-        conflicts=int((both & (drift.sign() != update.sign())).sum()),
+        conflicts=int((both & ((drift < 0) != (update < 0))).sum()),
         within=[int(((steps >= 0) & (steps <= 2**k - 1)).sum()) for k in range(STEPS)],
         base=float(torch.dot(wide, wide)),
         drift=float(torch.dot(d, d)),

@@ -126,20 +126,20 @@ class FitReport:
             "alpha": self.alpha,
             "seconds": self.seconds,
             "bytes_read": self.bytes_read,
-            "total": self._numbers(self.total),
-            "matrices": self._numbers(self.matrix_total),
+            "total": self.numbers(self.total),
+            "matrices": self.numbers(self.matrix_total),
             "curve": [
                 {"alpha": alpha, "effective_alpha": effective}
                 for alpha, effective in zip(self.alphas, self.total.effective(self.alphas), strict=True)
             ],
-            "layers": {name: self._numbers(fit) for name, fit in self.layers.items()},
-            "kinds": {name: self._numbers(fit) for name, fit in self.kinds.items()},
-            "tensors": {name: self._numbers(fit) for name, fit in self.tensors.items()},
+            "layers": {name: self.numbers(fit) for name, fit in self.layers.items()},
+            "kinds": {name: self.numbers(fit) for name, fit in self.kinds.items()},
+            "tensors": {name: self.numbers(fit) for name, fit in self.tensors.items()},
             "not_compared": self.not_compared,
             "warnings": list(self.warnings),
         }
 
-    def _numbers(self, fit: Fit) -> dict[str, Any]:
+    def numbers(self, fit: Fit) -> dict[str, Any]:
         return {
             "elements": fit.elements,
             "drift": fit.relative_drift,
@@ -252,10 +252,10 @@ def _grouped(tensors: Mapping[str, Fit], key: Any) -> dict[str, Fit]:
     groups: dict[str, list[Fit]] = {}
     for name, fit in tensors.items():
         groups.setdefault(key(place(name)), []).append(fit)
-    return {name: _sum(fits) for name, fits in sorted(groups.items(), key=lambda each: _natural(each[0]))}
+    return {name: _sum(fits) for name, fits in sorted(groups.items(), key=lambda each: natural(each[0]))}
 
 
-def _natural(text: str) -> list[tuple[int, str]]:
+def natural(text: str) -> list[tuple[int, str]]:
     """For an order in which 10 comes behind 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
 
