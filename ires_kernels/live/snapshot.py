@@ -18,7 +18,11 @@ from ires_kernels.planning.plan import size
 
 
 class Snapshot:
-    """The bytes of some tensors as they were: a `Source`."""
+    """The bytes of some tensors as they were: a `Source`.
+
+    They are not compressed. zlib at its fastest leaves 30 to 57 % of the difference to what a residual makes of bf16
+    weights (std .02, updates of 7e-5 to 1.4e-3), at 17 to 60 MB/s a core, where the copy takes 1 GB/s and more.
+    """
 
     def __init__(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """`name`: what errors call it. Raises MemoryError where there is no room."""

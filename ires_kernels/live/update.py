@@ -178,16 +178,18 @@ def apply_(
         for text in said:
             warnings.warn(plain(before.named(text)), stacklevel=2)
         changed = list(dict.fromkeys(step.name for step in plan.steps if not step.is_own))
-        with interrupts.held():
-            try:
+        try:
+            with interrupts.held():
                 _fill(plan, {name: tensors[name] for name in changed}, before, options)
-            except BaseException:
+                applied = Applied(module, tensors, before, changed)
+        except BaseException:  # also what a signal has raised as the region was left
+            with interrupts.held():
                 before.put_back(tensors, changed)
-                raise
+            raise
     except Refused as error:
         error.args = (before.named(f"{error}"),)
         raise
-    return Applied(module, tensors, before, changed)
+    return applied
 
 
 def _plan(

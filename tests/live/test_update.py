@@ -17,6 +17,7 @@ from small_models import same, write_model
 from torch import Tensor, nn
 
 import ires_kernels as ik
+from ires_kernels.checking import guards
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.planning.rules import ArgumentError
 from ires_kernels.streaming import stream
@@ -220,6 +221,17 @@ def test_an_interrupt_leaves_the_module_as_it_was(tmp_path: Path) -> None:
     before = bits(model)
     with pytest.raises(KeyboardInterrupt):
         ik.apply_(model, (instruct, base), progress=lambda *_: signal.raise_signal(signal.SIGINT))
+    assert_same(bits(model), before)
+
+
+def test_an_interrupt_at_the_very_end_leaves_the_module_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, instruct, base = small(tmp_path)
+    before = bits(model)
+    monkeypatch.setattr(guards, "check_unchanged", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        ik.apply_(model, (instruct, base))
     assert_same(bits(model), before)
 
 
