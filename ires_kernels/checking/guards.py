@@ -8,6 +8,7 @@ from pathlib import Path
 from ires_kernels.checkpoints import roles
 from ires_kernels.checkpoints.checkpoint import FileId
 from ires_kernels.checkpoints.header import CheckpointError, read_header
+from ires_kernels.dtypes import FLOATS
 from ires_kernels.files.samples import sample
 from ires_kernels.files.store import StoreError
 from ires_kernels.planning.plan import Plan
@@ -31,6 +32,8 @@ def compare(plan: Plan, current: Mapping[Path, FileId] | None = None) -> dict[st
     different, digests = differing(plan.comparisons, file_ids(plan) if current is None else current)
     if different:
         lines = [f"cannot {plan.operation}: tensors that are not floating point differ between instruct and base:"]
+        if all(inputs[0].dtype in FLOATS for _, _, inputs in different):
+            lines = [f"cannot {plan.operation}: tensors that the target has no place for differ in instruct and base:"]
         for name, _, (instruct, base) in different[:10]:
             lines.append(f"  {name!r} is {instruct.dtype} in {instruct.path}, and another in {base.path}")
         lines += [f"  and {len(different) - 10} more"] if len(different) > 10 else []

@@ -207,14 +207,19 @@ def _layer(name: str) -> str:
     return re.sub(r"^(model|transformer|language_model)\.", "", found[0]) if found else name.rpartition(".")[0]
 
 
-def _parts(mine: Refs, model: Checkpoint, others: Checkpoint, where: str, left_out: bool) -> Iterable[Cause]:
-    """What the other model does not have at all, module by module."""
-    elsewhere = [*others.tensors, *(name for name in model.tensors if name not in mine)]
-    inner = {n[: m.start()] for n in elsewhere for m in re.finditer(r"\.|$", n)}
+def by_module(mine: Iterable[str], others: Iterable[str]) -> dict[str, list[str]]:
+    """Names by the outermost module that has no other tensors than these; `others` are all other names."""
+    inner = {n[: m.start()] for n in others for m in re.finditer(r"\.|$", n)}
     roots: dict[str, list[str]] = {}
     for name in mine:
         ends = (name[: m.start()] for m in re.finditer(r"\.|$", name))
         roots.setdefault(next((end for end in ends if end not in inner), name), []).append(name)
+    return roots
+
+
+def _parts(mine: Refs, model: Checkpoint, others: Checkpoint, where: str, left_out: bool) -> Iterable[Cause]:
+    """What the other model does not have at all, module by module."""
+    roots = by_module(mine, [*others.tensors, *(name for name in model.tensors if name not in mine)])
     kinds: dict[str, list[str]] = {}
     for root in roots:
         kinds.setdefault(pattern(root), []).append(root)

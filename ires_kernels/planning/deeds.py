@@ -282,9 +282,10 @@ def check_left_over(inputs: Mapping[str, Checkpoint], found: Findings) -> None:
     number = shard_number(target.path)
     alone = number is not None and number[1] > 1
     others = 0
+    equal = {} if alone else _equal_in_pair([n for n in left if all(n in unused[role] for role in sources)], found)
     for name in left:
         present = [role for role in sources if name in unused[role]]
-        if found.skipped(name) is not None or found.codes(name):
+        if found.skipped(name) is not None or found.codes(name) or name in equal:
             continue
         if alone:
             others += 1
@@ -303,6 +304,27 @@ def check_left_over(inputs: Mapping[str, Checkpoint], found: Findings) -> None:
             f"target is shard {number[0]} of {number[1]}: {others} tensors of the others stay as they are"
         )
     found.note_buffers("target")
+    found.comparisons += equal.values()
+    rest = [*target.tensors, *(name for name in inputs.get("instruct", target).tensors if name not in equal)]
+    for kind, names_of in absences.by_module(equal, rest).items():
+        nbytes = sum(equal[name].inputs[0].nbytes for name in names_of)
+        what = f"{brief(kind)} ({len(names_of)} tensors, {nbytes:,} bytes)" if len(names_of) > 1 else brief(kind)
+        found.notes.append(f"{what} is in instruct and base alone, and the same in both: nothing of it is lost")
+
+
+def _equal_in_pair(left: Iterable[str], found: Findings) -> dict[str, Comparison]:
+    """Of tensors that only instruct and base have those that look the same in both: all of their bytes are compared."""
+    if found.inputs.keys() != {"target", "instruct", "base"}:
+        return {}
+    equal = {}
+    with Looks({role: found.inputs[role] for role in ("instruct", "base")}) as looks:
+        for name in left:
+            one, two = (found.inputs[role].tensors[name] for role in ("instruct", "base"))
+            if isinstance(one, TensorRef) and isinstance(two, TensorRef) and one.shape == two.shape:
+                mine, theirs = looks.of("instruct", one), looks.of("base", two)
+                if mine is not None and mine == theirs and not names.is_recomputed(one):
+                    equal[name] = Comparison(name, ("instruct", "base"), (one, two))
+    return equal
 
 
 def check_tied_head(inputs: Mapping[str, Checkpoint], steps: Iterable[Step], found: Findings) -> None:

@@ -195,7 +195,8 @@ def test_ten_problems_are_listed_and_the_rest_counted(tmp_path: Path) -> None:
     assert len([line for line in lines if line.startswith("  '")]) <= 10
     assert len(set(lines)) == len(lines)
     write_model(tmp_path / "many", {**tensors(1), **{f"t{i:02}": normal((2,), i) for i in range(15)}})
-    text = refusal(tmp_path / "many", tmp_path / "many", instruct)
+    write_model(tmp_path / "more", {**tensors(1), **{f"t{i:02}": normal((2,), i + 99) for i in range(15)}})
+    text = refusal(tmp_path / "many", tmp_path / "more", instruct)
     assert [line.split()[0] for line in text.splitlines()[1:11]] == [f"'t{i:02}'" for i in range(10)]
     assert text.splitlines()[11] == "  and 5 more problems"
 
