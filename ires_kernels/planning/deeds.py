@@ -282,7 +282,8 @@ def check_left_over(inputs: Mapping[str, Checkpoint], found: Findings) -> None:
     number = shard_number(target.path)
     alone = number is not None and number[1] > 1
     others = 0
-    equal = {} if alone else _equal_in_pair([n for n in left if all(n in unused[role] for role in sources)], found)
+    shared = [n for n in left if found.skipped(n) is None and all(n in unused[role] for role in sources)]
+    equal = {} if alone else _equal_in_pair(shared, found)
     for name in left:
         present = [role for role in sources if name in unused[role]]
         if found.skipped(name) is not None or found.codes(name) or name in equal:
