@@ -136,6 +136,7 @@ def _check_values(role: str, other: str, aligned: Aligned, silent: Container[str
         by_kind.setdefault((names.pattern(name), aligned.causes.get(name, "")), []).append(name)
     everything = {name for checkpoint in found.inputs.values() for name in checkpoint.tensors}
     runs = aligned.layout.runs
+    skip = absences.skip_pattern(failed, {*failed}, everything) if failed else ""
     for (kind, cause), those in by_kind.items():
         many = len(those) > 1
         is_named = all(name not in runs for name in those)
@@ -147,7 +148,6 @@ def _check_values(role: str, other: str, aligned: Aligned, silent: Container[str
             f"{what} {verb} {which}, {'their' if many else 'its'} values do not (cosine {mean:.2f}), while those of "
             f"{aligned.agreed} others do{f': {other} {cause}' if cause else ''}"
         )
-        skip = absences.skip_pattern(those, {*those}, everything)
         found.problem(text, _ODD.format(skip=skip), those)
 
 

@@ -510,3 +510,18 @@ def test_rows_in_another_order_than_their_tokenizer_says(scratch: Path) -> None:
 
     models = Models(scratch, LLAMA).change(TARGET, turned)
     models.refused("values do not")
+
+
+def test_one_pattern_leaves_out_all_that_has_other_values(scratch: Path) -> None:
+    odd = [f"model.layers.0.{name}.weight" for name in ("mlp.up_proj", "self_attn.q_proj")]
+    models = family(LLAMA)
+    for seed, name in enumerate(odd):
+        models["target"][name] = normal(models["target"][name].shape, 900 + seed)
+    found = Models(scratch, LLAMA, models)
+    text = found.refused("values do not")
+    assert text.count("--skip") == 1
+    skip = re.search(r"--skip '(.+?)'", text)
+    assert skip is not None
+    wanted = {name: models["target"][name] if name in odd else tensor for name, tensor in found.wanted().items()}
+    got = found.merge(skip=skip[1])
+    assert [name for name in wanted if not same(got[name], wanted[name])] == []
