@@ -31,28 +31,45 @@ template <class T, bool kExact> IRES_HD I place_of(F x) {
 // How many elements have the levels 0 .. kFitSteps - 1: in each lane fields of 4 bits, which are emptied in time.
 struct Levels {
     static constexpr int kMost = 15;
-    U fields{};
+    U fields{}, counts[kFitSteps] = {};
     int used = 0;
 
-    IRES_HD void add(I level, Fit* fit) {
+    IRES_HD void add(I level) {
         const U one = U{} + 1u;
         fields += level < kFitSteps ? one << bit_cast<U>(4 * (level & (kFitSteps - 1))) : U{};
-        if (++used == kMost) empty(fit);
+        if (++used == kMost) empty();
     }
-    void empty(Fit* fit) {
-        for (int k = 0; k < kFitSteps; ++k) {
-            const U field = fields >> uint32_t(4 * k) & 15u;
-            uint32_t sum = 0;
-            for (int i = 0; i < W; ++i) sum += field[i];
-            for (int above = k; above < kFitSteps; ++above) fit->within[above] += sum;
-        }
+    IRES_HD void empty() {
+        for (int k = 0; k < kFitSteps; ++k) counts[k] += (fields >> uint32_t(4 * k)) & 15u;
         fields = U{};
         used = 0;
     }
+    void add_to(Fit* fit) {
+        empty();
+        uint64_t sum = 0;
+        for (int k = 0; k < kFitSteps; ++k) {
+            for (int i = 0; i < W; ++i) sum += counts[k][i];
+            fit->within[k] += sum;
+        }
+    }
 };
 
+// A vector in f64, in two halves that a register holds each: of wider vectors compilers make code that is half as fast.
+typedef float Half __attribute__((vector_size(2 * W)));
+typedef double Wide __attribute__((vector_size(4 * W)));
+struct Halves { Wide a, b; };
+IRES_HD Halves wide(F x) {
+    Half h[2];
+    memcpy(h, &x, sizeof x);
+    return {__builtin_convertvector(h[0], Wide), __builtin_convertvector(h[1], Wide)};
+}
+IRES_HD void add_products(Wide& sum, const Halves& x, const Halves& y) {
+    sum += x.a * y.a;
+    sum += x.b * y.b;
+}
+
 struct FitSums {
-    D base{}, drift{}, update{}, cross{}, moved[kFitAlphas] = {};
+    Wide base{}, drift{}, update{}, cross{}, moved[kFitAlphas] = {};
 };
 
 // n is a multiple of W. What is NaN counts for nothing.
@@ -76,20 +93,20 @@ template <class T, class In> void fit_block(const In* target, const In* instruct
         // The bit length of the steps, from the exponent of their f32; more than 2^31 of them are negative here.
         const I from = place_of<T, kExact>(y), to = place_of<T, kExact>(x), steps = from < to ? to - from : from - to;
         const I length = (bit_cast<I>(__builtin_convertvector(steps, F)) >> 23) - 126;
-        levels.add((measured == 0) | (steps < 0) ? I{} + kFitSteps : length > 0 ? length : I{}, fit);
+        levels.add((measured == 0) | (steps < 0) ? I{} + kFitSteps : length > 0 ? length : I{});
 
-        const D y2 = __builtin_convertvector(y, D), d = __builtin_convertvector(drift, D), u = __builtin_convertvector(update, D);
-        sums.base += y2 * y2;
-        sums.drift += d * d;
-        sums.update += u * u;
-        sums.cross += d * u;
+        const Halves y2 = wide(y), d = wide(drift), u = wide(update);
+        add_products(sums.base, y2, y2);
+        add_products(sums.drift, d, d);
+        add_products(sums.update, u, u);
+        add_products(sums.cross, d, u);
         for (int a = 0; a < count; ++a) {
             const F stored = rounded<T>(t + alphas[a] * update);
             const F moved = where((stored - stored) == zero, stored - t);
-            sums.moved[a] += __builtin_convertvector(moved, D) * u;
+            add_products(sums.moved[a], wide(moved), u);
         }
     }
-    levels.empty(fit);
+    levels.add_to(fit);
     *total = sums;
     for (int i = 0; i < W; ++i) {
         fit->elements += uint64_t(elements[i]);
@@ -121,7 +138,7 @@ template <class T> void fit_as(const FitRun& run, Fit* fit) {
         fit_block<T, float>(x[0], x[1], x[2], whole, run.alphas, run.count, &sums, fit);
         i += n;
     }
-    for (int i = 0; i < W; ++i) {
+    for (int i = 0; i < W / 2; ++i) {
         fit->base += sums.base[i], fit->drift += sums.drift[i], fit->update += sums.update[i], fit->cross += sums.cross[i];
         for (int a = 0; a < run.count; ++a) fit->moved[a] += sums.moved[a][i];
     }

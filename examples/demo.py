@@ -73,6 +73,8 @@ def talk(folder: Path) -> None:
     base, instruct, cpt = (shlex.quote(f"{FAMILY / name}") for name in ("base", "instruct", "cpt"))
     ires(folder, f"extract {base} {instruct} -o residual")
     ires(folder, f"apply {cpt} residual -o cpt-instruct")
+    say("How far both are from the base, and whether what they have learnt gets in each other's way")
+    ires(folder, f"compare {cpt} --instruct {instruct} --base {base}")
 
     models = {
         "instruct": FAMILY / "instruct",
