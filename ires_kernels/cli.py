@@ -223,6 +223,9 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--alpha", type=float, default=1.0, metavar="A", help="of which to say what rounding would leave (default: 1)"
     )
+    compare.add_argument(
+        "--dtype", choices=list(DTYPES), help="which the merged model would have (default: the target's)"
+    )
     _matching_options(compare)
     _follow_links(compare)
     _plot_option(compare, "heat maps of layers and kinds of tensors, alpha, and ulps")
@@ -542,6 +545,7 @@ def _compare(arguments: argparse.Namespace) -> int:
             alpha=arguments.alpha,
             curve=bool(arguments.plot or arguments.html),
             skip=arguments.skip,
+            dtype=arguments.dtype,
             allow_missing=arguments.allow_missing,
             vocabulary=arguments.vocabulary,
             renames=arguments.rename,

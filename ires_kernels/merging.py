@@ -448,6 +448,7 @@ def compare(
     alpha: float = 1.0,
     curve: bool = False,
     skip: Iterable[str] | str = (),
+    dtype: str | None = None,
     allow_missing: bool | str = False,
     vocabulary: str | None = None,
     renames: Renames = (),
@@ -479,6 +480,7 @@ def compare(
     rules = Rules.of(
         1,
         skip=skip,
+        dtype=dtype,
         allow_missing=allow_missing,
         vocabulary=vocabulary,
         renames=renames,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantized_models import FORMATS, numbers
 from selection import tiles
 from small_models import normal, write_model
 
@@ -89,6 +90,25 @@ def test_command(
     assert main([*asked[:-1], f"{tmp_path}/nothing"]) == 2
     assert main([*asked, "--alpha", "nan"]) == 2
     assert sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("format", "dtype"), [("fp8-block", None), ("pack-quantized", "bf16")])
+def test_quantized_weights_are_their_numbers(tmp_path: Path, format: str, dtype: str | None) -> None:
+    make, settings = FORMATS[format]
+    for role in ("target", "instruct", "base"):
+        weight = normal((64, 96), 1) + normal((64, 96), len(role), scale=0.005)
+        tensors = {"norm.weight": torch.ones(96).bfloat16(), **make("mlp.up_proj.weight", weight.bfloat16())}
+        write_model(tmp_path / "q" / role, tensors, config={"quantization_config": settings})
+    folders = {role: tmp_path / "q" / role for role in ("target", "instruct", "base")}
+    report = ik.compare(folders["target"], (folders["instruct"], folders["base"]), dtype=dtype)
+    t, x, y = (numbers(path)["mlp.up_proj.weight"].double() for path in folders.values())
+    found = report.tensors["mlp.up_proj.weight"]
+    assert found.elements == 64 * 96
+    assert found.relative_drift == pytest.approx(float((t - y).norm() / y.norm()))
+    assert found.relative_size == pytest.approx(float((x - y).norm() / y.norm()))
+    assert (found.effective(report.alphas)[0] is None) == (dtype is None)
+    assert json.loads(json.dumps(report.to_dict()))["kinds"]["norm"]["size"] == 0.0
+    assert "drift" in f"{report}"
 
 
 def test_drift_beyond_what_was_measured_is_warned_of(
