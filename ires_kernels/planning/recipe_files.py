@@ -28,6 +28,7 @@ _RULES = ("alphas", "skip", "rounding", "seed", "vocabulary", "renames", "trust_
 _KEYS = (*_MERGEKIT, "target", "pairs", "residuals", *_RULES)
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
 _WEIGHT = "a number, a list of numbers as a gradient over the layers, or a list of tables {filter, value}"
+_LAYER = re.compile(r"(?P<stack>.*?)(?:^|\.)(?P<layer>\d+)(?=\.)")
 _ROOM = 8000  # characters of a pattern
 
 
@@ -246,11 +247,7 @@ def _factors(
     heights = _heights(everything)
     by_name = {name: tuple(_factor(each, lambdas, name, heights[name]) for each in added) for name in everything}
     (usual, _), *_ = Counter(by_name.values()).most_common(1)
-    groups: dict[Factors, list[str]] = {}
-    for name, factors in by_name.items():
-        if factors != usual:
-            groups.setdefault(factors, []).append(name)
-    return usual, [(text, factors) for factors, those in groups.items() for text in _patterns(those, everything)]
+    return usual, list(_patterns(by_name, usual))
 
 
 def _factor(added: _Added, lambdas: tuple[Node, ...], name: str, height: float) -> float:
@@ -305,7 +302,7 @@ def _value(node: Node, name: str, height: float) -> float | None:
 
 def _heights(everything: Iterable[str]) -> dict[str, float]:
     """How high the layers of tensors are in their stack. What is in none is at 0, as is the layer of one alone at 1."""
-    found = {name: re.match(r"(?P<stack>.*?)(?:^|\.)(?P<layer>\d+)(?=\.)", name) for name in everything}
+    found = {name: _LAYER.match(name) for name in everything}
     last: dict[str, int] = {}
     for match in found.values():
         if match:
@@ -317,19 +314,31 @@ def _heights(everything: Iterable[str]) -> dict[str, float]:
     return heights
 
 
-def _patterns(those: Sequence[str], everything: Iterable[str]) -> Iterable[str]:
-    """Regular expressions that are found in these names and no others."""
-    left = set(everything) - set(those)
-    kinds: dict[str, list[str]] = {}
-    for name in those:
-        kinds.setdefault(names.pattern(name), []).append(name)
-    kept = {names.pattern(name) for name in left}
-    words: list[str] = []
-    for kind, found in kinds.items():
-        words += [re.escape(name) for name in found] if kind in kept else [re.escape(kind).replace(r"\*", r"\d+")]
-    while words:
-        count = 1
-        while count < len(words) and sum(map(len, words[: count + 1])) + count < _ROOM:
-            count += 1
-        yield f"^({'|'.join(words[:count])})$" if count > 1 else f"^{words[0]}$"
-        words = words[count:]
+def _patterns(by_name: Mapping[str, Factors], usual: Factors) -> Iterable[tuple[str, Factors]]:
+    """Regular expressions for the tensors that have not the usual factors, as short as kinds of names allow."""
+    owners: dict[str, set[Factors]] = {}
+    for name, factors in by_name.items():
+        for kind in _kinds(name):
+            owners.setdefault(kind, set()).add(factors)
+    groups: dict[Factors, dict[str, None]] = {}
+    for name, factors in by_name.items():
+        if factors != usual:
+            kind = next((kind for kind in _kinds(name) if len(owners[kind]) == 1), name)
+            groups.setdefault(factors, {})[re.escape(kind).replace(r"\*", r"\d+")] = None
+    for factors, kinds in groups.items():
+        words = list(kinds)
+        while words:
+            count = 1
+            while count < len(words) and sum(map(len, words[: count + 1])) + count < _ROOM:
+                count += 1
+            yield f"^({'|'.join(words[:count])})$" if count > 1 else f"^{words[0]}$", factors
+            words = words[count:]
+
+
+def _kinds(name: str) -> Iterable[str]:
+    """A name with any numbers, with any but that of its layer, and as it is."""
+    yield names.pattern(name)
+    match = _LAYER.match(name)
+    if match:
+        yield name[: match.end()] + names.pattern(name[match.end() :])
+    yield name

@@ -119,14 +119,20 @@ parameters:
 
 
 def test_patterns_find_their_names_and_no_others() -> None:
-    everything = [f"model.layers.{i}.{part}.weight" for i in range(90) for part in ("mlp.up", "mlp.upper", "q")]
-    those = [name for name in everything if ".up." in name] + ["model.layers.3.q.weight"]
-    found = list(recipe_files._patterns(those, everything))
-    assert found == [r"^(model\.layers\.\d+\.mlp\.up\.weight|model\.layers\.3\.q\.weight)$"]
-    many = list(recipe_files._patterns([name for name in everything if name != "model.layers.3.q.weight"], everything))
-    assert all(len(pattern) < 10_000 for pattern in many)
-    matched = [name for name in everything if any(re.search(pattern, name) for pattern in many)]
-    assert matched == [name for name in everything if name != "model.layers.3.q.weight"]
+    parts = ("mlp.up", "mlp.upper", "q", *(f"mlp.experts.{i}.w1" for i in range(30)))
+    everything = [f"model.layers.{i}.{part}.weight" for i in range(90) for part in parts]
+    by_name = {name: (2.0,) if ".up." in name else (1.0,) for name in everything}
+    by_name["model.layers.3.q.weight"] = (2.0,)
+    found = list(recipe_files._patterns(by_name, (1.0,)))
+    assert found == [(r"^(model\.layers\.\d+\.mlp\.up\.weight|model\.layers\.3\.q\.weight)$", (2.0,))]
+    by_layer = {name: (int(name.split(".")[2]),) if "q" not in name else (-1,) for name in everything}
+    by_layer["model.layers.7.mlp.experts.7.w1.weight"] = (-1,)
+    for usual in ((0,), (-1,), (1,)):
+        patterns = list(recipe_files._patterns(by_layer, usual))
+        assert sum(len(pattern) for pattern, _ in patterns) < 20_000
+        for name, factors in by_layer.items():
+            decided = [factors for pattern, factors in patterns if re.search(pattern, name)]
+            assert decided == ([] if factors == usual else [factors])
 
 
 @pytest.mark.usefixtures("root")
