@@ -178,8 +178,9 @@ def apply(
     residual       a residual folder; the pair of models (instruct, base), whose difference is taken on the way; or a
                    list of either, which are added in this order and rounded once; or a `Residual`, which is a sum of
                    them. The tokenizer, chat template, generation_config.json and processors come from the first
-                   instruct model or residual that has them, else from the target; the target keeps its tokenizer where
-                   it has tokens of its own, or where its vocabulary is another and stays
+                   instruct model or residual that has them (a tokenizer from one that has all tokens of the others),
+                   else from the target; the target keeps its tokenizer where it has tokens of its own, or where its
+                   vocabulary is another and stays
     alpha          a factor for all residuals or pairs, or one for each
     alphas         pairs of a regular expression and factors, as alpha: the first one found in a tensor's name decides
     skip           regular expressions found in the names of tensors that are copied as they are

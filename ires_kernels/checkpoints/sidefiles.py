@@ -100,8 +100,9 @@ def of_model(
     """Files for a merged model: those of the target, the first of `inputs`, and of the instruct model or a residual.
 
     The first donor that has them gives the tokenizer, the chat template, generation_config.json and the processors, and
-    the target what no donor has. Base gives nothing: it is subtracted. With `own_tokenizer`, and where a donor's would
-    lose tokens of its own, the target keeps its tokenizer, and with it all that holds ids of which the two differ.
+    the target what no donor has; of tokenizers one that has all tokens of the others goes first. Base gives nothing: it
+    is subtracted. With `own_tokenizer`, and where a donor's would lose tokens of its own, the target keeps its
+    tokenizer, and with it all that holds ids of which the two differ.
 
     vocabulary  "target" or "instruct" where it was decided whose tokenizer it gets: see `Rules.vocabulary`
     reordered   whether the target has its tokens in another order, so that the same text has another id
@@ -116,7 +117,7 @@ def of_model(
     def first(group: Group) -> _Parent | None:
         return next((donor for donor in donors if donor.has(group)), None)
 
-    giver = first("tokenizer")
+    giver = _fullest([donor for donor in donors if donor.has("tokenizer")])
     base = parents.get(roles.base_of((giver or donors[0]).role)) if donors else None
     if giver is None and base is not None and base.has("tokenizer") and not own.has("tokenizer"):
         said.append("neither instruct nor the target has a tokenizer, and that of base is not taken")
@@ -360,6 +361,18 @@ def _clash(own: _Parent, giver: _Parent, base: _Parent | None, vocabulary: str |
         + (". Rows are merged by number, whatever token they belong to" if vocabulary == "rows" else _TAKE)
     )
     return True
+
+
+def _fullest(givers: Sequence[_Parent]) -> _Parent | None:
+    """The first tokenizer, or the one that has all tokens of the others where that has not."""
+    if not givers or all(_same(givers[0], other) for other in givers[1:]):
+        return givers[0] if givers else None
+    tables = [table for giver in givers if (table := giver.tokens_or_none()) is not None]
+    if len(tables) < len(givers):
+        return givers[0]
+    everything = [table.ids.items() for table in tables]
+    fuller = (giver for giver, own in zip(givers, everything, strict=True) if all(other <= own for other in everything))
+    return next(fuller, givers[0])
 
 
 def _same(one: _Parent, two: _Parent) -> bool:

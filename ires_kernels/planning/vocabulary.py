@@ -151,7 +151,8 @@ class Vocabulary:
         rows = self._rows([donor for donor in donors if donor.role not in orders], counts["target"])
         donors = [self._decided(donor) for donor in donors]
         for donor in donors:
-            self.taken |= {id_: token for id_, token in donor.new.items() if id_ < rows and id_ not in donor.lost}
+            new = {id_: token for id_, token in donor.new.items() if id_ < rows and id_ not in donor.lost}
+            self.taken = new | self.taken  # of the first who has one
         return of_merge(counts, donors, rows, orders)
 
     def _stored(self, role: str, ref: Ref) -> ByToken | None:

@@ -430,6 +430,28 @@ def test_tied_heads_grow_as_well(tmp_path: Path, target_is_tied: bool) -> None:
     assert config["bos_token_id" if "bos_token_id" in config else "eos_token_id"] in (3, 21)
 
 
+def test_several_pairs_bring_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of new tokens are those of the first model that has them, and the tokenizer is the one that has them all."""
+    monkeypatch.chdir(tmp_path)
+    models = {"base": (20, []), "instruct": (22, CHAT), "target": (20, []), "code": (20, []), "other": (21, ["<a>"])}
+    made = Family(tmp_path, **models).tensors
+    pairs = [("code", "base"), ("instruct", "base")]
+    report = ik.apply("target", pairs, out="out", alpha=[0.5, 0.25], vocabulary="instruct", sync=False)
+    found, t, b = read_model(tmp_path / "out")[HEAD], made["target"][HEAD].float(), made["base"][HEAD].float()
+    code, chat = made["code"][HEAD].float(), made["instruct"][HEAD].float()
+    assert same(found[:20], (t + 0.5 * (code - b) + 0.25 * (chat[:20] - b)).to(torch.bfloat16))
+    assert same(found[20:], made["instruct"][HEAD][20:])
+    assert (tmp_path / "out/tokenizer.json").read_text() == (tmp_path / "instruct/tokenizer.json").read_text()
+    assert ik.verify("out")
+    pairs = [("instruct", "base"), ("other", "base")]
+    with pytest.raises(CheckpointError, match=r"20 is '<a>' in instruct-2, '<\|im_start\|>' in instruct-1"):
+        ik.apply("target", pairs, out="refused")
+    report = ik.apply("target", pairs, out="first", vocabulary="instruct", sync=False)
+    assert isinstance(report, Report)
+    assert "rows of instruct for its new tokens: 20 '<|im_start|>', 21 '<|im_end|>'" in report.notes
+    assert same(read_model(tmp_path / "first")[HEAD][20:], made["instruct"][HEAD][20:])
+
+
 def test_several_residuals_bring_tokens(tmp_path: Path) -> None:
     first = Family(tmp_path, base=(24, []), instruct=(24, CHAT), target=(24, []))
     again = Family(tmp_path / "again", base=(24, []), instruct=(24, ["<a>"]), target=(24, []))
