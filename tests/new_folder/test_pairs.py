@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from quantized_models import FORMATS, numbers
 from small_models import Tensors, normal, read_model, same, snapshot, tensors, write_model
 
 import ires_kernels as ik
@@ -19,7 +20,7 @@ from ires_kernels.planning.rules import ArgumentError
 
 EMBEDDING, NORM, MLP = "model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.weight"
 CONFIG = {"model_type": "llama", "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
-CHATS = ("chat", "code")
+MLP_UP = "model.layers.0.mlp.up_proj.weight"
 
 
 def moved(start: Tensors, seed: int) -> Tensors:
@@ -227,3 +228,38 @@ def test_residuals_and_pairs_are_not_mixed(root: Path) -> None:
     with pytest.raises(ArgumentError, match="alpha: got 3 factors for 2 residuals"):
         ik.apply("target", PAIRS, in_place=True, alpha=[1, 2, 3])
     assert snapshot(root / "target") == before
+
+
+def test_quantized_models(tmp_path: Path) -> None:
+    """Codes of pairs are decoded, and a quantized target gets new ones: with a factor of 0 those of the other pair."""
+    shapes = {EMBEDDING: (40, 64), MLP_UP: (64, 64)}
+    base = tensors(1, shapes)
+    for name, each, form in (
+        ("t", moved(base, 2), "fp8-block"), ("i1", moved(base, 3), "fp8-channel"), ("b", base, None),
+        ("i2", moved(base, 4), "nvfp4"), ("b2", base, "int8-channel"),
+    ):  # fmt: skip
+        stored, config = dict(each), dict(CONFIG)
+        if form is not None:
+            make, settings = FORMATS[form]
+            stored = {EMBEDDING: each[EMBEDDING]} | make(MLP_UP, each[MLP_UP])
+            config |= {"quantization_config": settings}
+        write_model(tmp_path / name, stored, config=config)
+    t, i1, b, i2, b2 = (numbers(tmp_path / name) for name in ("t", "i1", "b", "i2", "b2"))
+    pairs = [(tmp_path / "i1", tmp_path / "b"), (tmp_path / "i2", tmp_path / "b2")]
+    ik.apply(tmp_path / "t", pairs, out=tmp_path / "plain", alpha=[0.5, 0.25], dtype="bf16", sync=False)
+    found = read_model(tmp_path / "plain")
+    for name, value in t.items():
+        first = value.float() + 0.5 * (i1[name].float() - b[name].float())
+        assert same(found[name], (first + 0.25 * (i2[name].float() - b2[name].float())).to(torch.bfloat16))
+    ik.apply(tmp_path / "t", pairs[0], out=tmp_path / "one", alpha=0.5, sync=False)
+    ik.apply(tmp_path / "t", pairs, out=tmp_path / "two", alpha=[0.5, 0.0], sync=False)
+    ik.apply(tmp_path / "t", pairs, out=tmp_path / "both", alpha=[0.5, 0.25], sync=False)
+    one, two, both = (read_model(tmp_path / name) for name in ("one", "two", "both"))
+    assert one.keys() == two.keys() == both.keys()
+    assert all(torch.equal(raw(one[name]), raw(two[name])) for name in one)
+    assert not torch.equal(raw(one[MLP_UP]), raw(both[MLP_UP]))
+    assert ik.verify(tmp_path / "both")
+
+
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
