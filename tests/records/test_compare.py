@@ -111,6 +111,17 @@ def test_quantized_weights_are_their_numbers(tmp_path: Path, format: str, dtype:
     assert "drift" in f"{report}"
 
 
+def test_rows_that_only_the_target_has_are_not_compared(
+    tmp_path: Path, models: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    embedding = models["target"]["model.embed_tokens.weight"]
+    grown = models["target"] | {"model.embed_tokens.weight": torch.cat([embedding, embedding[:3]])}
+    write_model(tmp_path / "grown", grown, config={"architectures": ["LlamaForCausalLM"]})
+    pair = (tmp_path / "instruct", tmp_path / "base")
+    grown_report, report = (ik.compare(tmp_path / name, pair) for name in ("grown", "target"))
+    assert grown_report.tensors["model.embed_tokens.weight"] == report.tensors["model.embed_tokens.weight"]
+
+
 def test_drift_beyond_what_was_measured_is_warned_of(
     tmp_path: Path, models: dict[str, dict[str, torch.Tensor]]
 ) -> None:
