@@ -565,7 +565,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     _check_destination(arguments)
     if arguments.in_place:  # which is to be known if this fails
         asked = recipe_files.read(
-            arguments.recipe, trust_inputs=arguments.trust_inputs, follow_links=arguments.follow_links
+            arguments.recipe, in_place=True, trust_inputs=arguments.trust_inputs, follow_links=arguments.follow_links
         )
         arguments.target = asked.paths["target"]
     with _progress(arguments, "merge") as progress:

@@ -248,7 +248,7 @@ def merge(
     where.check()
     check_flags(trust_inputs=trust_inputs)
     check_path(recipe, "recipe")
-    paths, rules = recipe_files.read(recipe, trust_inputs=trust_inputs, follow_links=follow_links)
+    paths, rules = recipe_files.read(recipe, in_place=in_place, trust_inputs=trust_inputs, follow_links=follow_links)
     if in_place:
         repo = hub.repo_of(paths["target"])
         hub.check_local(paths["target"] if repo is None else f"{repo}")

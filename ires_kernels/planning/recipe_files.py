@@ -50,8 +50,10 @@ class _Added(NamedTuple):
     at: Node
 
 
-def read(path: StrPath, *, trust_inputs: bool = False, follow_links: bool = False) -> Merge:
-    """The recipe in a file, or that of the output whose ires.json this is.
+def read(path: StrPath, *, in_place: bool = False, trust_inputs: bool = False, follow_links: bool = False) -> Merge:
+    """What the recipe in a file asks for, or the recipe of the output whose ires.json this is.
+
+    in_place  the target is to be changed: one on the Hub is refused, before anything is downloaded
 
     Raises ArgumentError with file, line and key; CheckpointError for models that cannot be read; and OSError.
     """
@@ -62,6 +64,9 @@ def read(path: StrPath, *, trust_inputs: bool = False, follow_links: bool = Fals
     table = root.fields(_KEYS)
     folder = Path(path).absolute().parent
     _check_method(root, table)
+    changed = table.get("target", table.get("base_model")) if in_place else None
+    if changed is not None and not os.path.lexists(folder / changed.word()):
+        hub.check_local(changed.word())
     target, added = _models(root, table, folder)
     general = (
         table["parameters"].fields(("weight", "lambda", "normalize", "int8_mask")) if "parameters" in table else {}
@@ -75,15 +80,12 @@ def read(path: StrPath, *, trust_inputs: bool = False, follow_links: bool = Fals
     given = [] if len(added[0].paths) == 2 else roles.of_residuals(len(added))
     named = given or roles.of_pairs(len(added))
     paths = dict(zip(named, (path for each in added for path in each.paths), strict=True))
-    rules = Rules.of(
-        len(added),
-        alpha=alpha,
-        alphas=[*_alphas(table.get("alphas")), *by_name],
-        dtype=_dtype(table),
-        vocabulary=_vocabulary(table),
-        recipe=raw.decode(),
-        **_options(table),
-    )
+    options = _options(table) | {"dtype": _dtype(table), "vocabulary": _vocabulary(table), "recipe": raw.decode()}
+    alphas = [*_alphas(table.get("alphas")), *by_name]
+    try:
+        rules = Rules.of(len(added), alpha=alpha, alphas=alphas, **options)
+    except ArgumentError as error:
+        raise ArgumentError(f"{os.fspath(path)}: {error}") from None
     return Merge({"target": target, **paths}, rules)
 
 

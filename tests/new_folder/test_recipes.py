@@ -260,7 +260,7 @@ REFUSED = {
     TASK + "models: [{model: chat, parameters: {weight: [1, x]}}]\n": "weight[1]: is 'x', wanted a number",
     TASK + "models: [{model: chat, parameters: {weight: [{filter: a}]}}]\n": "weight[0]: value is missing",
     TASK + "models: [{model: chat, parameters: {weight: .nan}}]\n": "weight: is '.nan', wanted a number",
-    TASK + "models: [{model: chat, parameters: {weight: 1e300}}]\n": "alpha is 1e+300, which is infinite in float32",
+    TASK + "models: [{model: chat, parameters: {weight: 1e300}}]\n": "recipe.yml: alpha is 1e+300, which is infinite",
     TASK + "models: [{model: chat, parameters: {weight: yes}}]\n": "weight: is 'yes', wanted a number",
     TASK + "models: [{model: base, parameters: {weight: 1}}]\n": "3: models: holds no other model than base_model",
     TASK + "models: chat\n": "recipe.yml:3: models: is 'chat', wanted a list of models",
@@ -318,6 +318,9 @@ def test_what_is_no_recipe(root: Path, capsys: pytest.CaptureFixture[str]) -> No
     ik.extract("base", "chat", "r", sync=False)
     assert main(["merge", "r/residual.json", "-o", "out"]) == 2
     assert "is of extract, wanted the ires.json" in capsys.readouterr().err
+    (root / "recipe.yml").write_text("target: org/name\npairs: [{instruct: chat, base: base}]\n")
+    assert main(["merge", "recipe.yml", "--in-place"]) == 2
+    assert "org/name: is on the Hub, whose cache is never written" in capsys.readouterr().err
     assert not (root / "out").exists()
     with pytest.raises(TypeError, match="recipe is int 5, wanted a path"):
         ik.merge(5, out="out")  # type: ignore[arg-type]
