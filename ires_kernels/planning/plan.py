@@ -48,6 +48,7 @@ _ANY = (
     'to go on all the same, give --allow-missing=any (allow_missing="any").'
 )
 _IDS = "Correct the id in that file, or take a model whose tokenizer fits its rows."
+_IDS_BY_ROWS = "Rows by number leave its ids without rows: --vocabulary target keeps those that the target has."
 _NOTHING = "Take models of one architecture, whose tensors have the same names, and skip less."
 
 
@@ -287,7 +288,7 @@ def plan_apply(
     )
     found.warnings += sides.warnings
     for text in sides.problems:
-        found.problem(text, _IDS)
+        found.problem(text, _IDS_BY_ROWS if rules.vocabulary == "rows" else _IDS)
     found.refuse("apply")
     side_files = sides.files
     files, placed = _lay_out(layout)

@@ -303,6 +303,13 @@ def test_ids_beyond_the_rows(tmp_path: Path) -> None:
     assert "eos_token_id of generation_config.json is 24, and the embedding has 24 rows" in family.plan().warnings
 
 
+def test_ids_that_rows_by_number_leave_without_rows(tmp_path: Path) -> None:
+    family = Family(tmp_path, base=(22, []), instruct=(24, CHAT), target=(22, []))
+    (tmp_path / "instruct/generation_config.json").write_text(json.dumps({"eos_token_id": 23}))
+    assert "--vocabulary target" in family.refused(vocabulary="rows")
+    family.check(family.merged(vocabulary="target"), "+" * 20 + "tt")
+
+
 # --- the same tokens in another order
 
 
