@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ires_kernels.checking import guards
 from ires_kernels.checking.verification import verify
@@ -201,12 +201,11 @@ def apply(
     where.check()
     if in_place:
         hub.check_local(target)
-    added, alpha, alphas = written_out(residual, alpha, alphas)
-    target = hub.local(target)
-    paths = roles_of_apply(target, hub.locals_of(added), follow_links=follow_links)
-    rules = _rules_of_apply(
-        paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed, vocabulary, renames, trust_names
-    )
+    paths, rules = _asked(
+        target, residual, alpha, alphas, follow_links,
+        skip=skip, dtype=dtype, allow_missing=allow_missing, rounding=rounding, seed=seed,
+        vocabulary=vocabulary, renames=renames, trust_names=trust_names,
+    )  # fmt: skip
     return _applied(paths, rules, where, Options.of(device, threads, progress, lock, idle=dry_run))
 
 
@@ -415,18 +414,17 @@ def load(
             before: its parameters may be on the meta device. What it ties stays tied; requires_grad is kept. It is
             checked before anything is computed, and has to have the names that the files have
 
-    Results are computed where they stay: beyond them it takes a few windows a thread. On a GPU all work is over on
+    Results are computed where they stay: beyond them it takes a few tiles a thread. On a GPU all work is over on
     return, so any stream may use them; up to 128 MiB of pinned host memory stay for the next call, until
     ``ires_kernels.streaming.device.free()``. Arguments and errors as for `apply`, and MemoryError when the device has
     no room for the result. Nothing is counted: of NaN, overflow and lost updates `apply` alone tells.
     """
     check_flags(follow_links=follow_links)
-    added, alpha, alphas = written_out(residual, alpha, alphas)
-    target = hub.local(target)
-    paths = roles_of_apply(target, hub.locals_of(added), follow_links=follow_links)
-    rules = _rules_of_apply(
-        paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed, vocabulary, renames, trust_names
-    )
+    paths, rules = _asked(
+        target, residual, alpha, alphas, follow_links,
+        skip=skip, dtype=dtype, allow_missing=allow_missing, rounding=rounding, seed=seed,
+        vocabulary=vocabulary, renames=renames, trust_names=trust_names,
+    )  # fmt: skip
     from ires_kernels.live import assigning, loading
     from ires_kernels.streaming import statedict
 
@@ -537,43 +535,28 @@ def weights(
     of these parts anew.
     """
     check_flags(follow_links=follow_links)
-    added, alpha, alphas = written_out(residual, alpha, alphas)
-    target = hub.local(target)
-    paths = roles_of_apply(target, hub.locals_of(added), follow_links=follow_links)
-    rules = _rules_of_apply(
-        paths, alpha, alphas, skip, dtype, allow_missing, rounding, seed, vocabulary, renames, trust_names
-    )
+    paths, rules = _asked(
+        target, residual, alpha, alphas, follow_links,
+        skip=skip, dtype=dtype, allow_missing=allow_missing, rounding=rounding, seed=seed,
+        vocabulary=vocabulary, renames=renames, trust_names=trust_names,
+    )  # fmt: skip
     from ires_kernels.live import loading
 
     return loading.planned(paths, rules, device, threads, progress, follow_links=follow_links)
 
 
-def _rules_of_apply(
-    paths: Mapping[str, StrPath],
+def _asked(
+    target: StrPath,
+    residual: Added,
     alpha: float | Sequence[float],
     alphas: Factors,
-    skip: Iterable[str] | str,
-    dtype: str | None,
-    allow_missing: bool | str,
-    rounding: str,
-    seed: int,
-    vocabulary: str | None,
-    renames: Renames,
-    trust_names: bool,
-) -> Rules:
-    return Rules.of(
-        len(roles.added(paths)),
-        alpha=alpha,
-        alphas=alphas,
-        skip=skip,
-        dtype=dtype,
-        allow_missing=allow_missing,
-        rounding=rounding,
-        seed=seed,
-        vocabulary=vocabulary,
-        renames=renames,
-        trust_names=trust_names,
-    )
+    follow_links: bool,
+    **rules: Any,
+) -> tuple[dict[str, StrPath], Rules]:
+    """Where the models of a merge are, by role, and its rules."""
+    added, alpha, alphas = written_out(residual, alpha, alphas)
+    paths = roles_of_apply(hub.local(target), hub.locals_of(added), follow_links=follow_links)
+    return paths, Rules.of(len(roles.added(paths)), alpha=alpha, alphas=alphas, **rules)
 
 
 def _warned(plan: Plan, looks: Looks) -> Plan:
