@@ -31,13 +31,17 @@ def compare(plan: Plan, current: Mapping[Path, FileId] | None = None) -> dict[st
     """
     different, digests = differing(plan.comparisons, file_ids(plan) if current is None else current)
     if different:
-        lines = [f"cannot {plan.operation}: tensors that are not floating point differ between instruct and base:"]
-        if all(inputs[0].dtype in FLOATS for _, _, inputs in different):
-            lines = [f"cannot {plan.operation}: tensors that the target has no place for differ in instruct and base:"]
+        what = "tensors that are not floating point differ between instruct and base"
+        advice = "Such values have no difference to add: leave them out with --skip."
+        different = [each for each in different if each.inputs[0].dtype not in FLOATS] or different
+        if different[0].inputs[0].dtype in FLOATS:
+            what = "tensors that the target has no place for differ in instruct and base"
+            advice = "Their difference would be lost: leave them out with --skip, if that is meant."
+        lines = [f"cannot {plan.operation}: {what}:"]
         for name, _, (instruct, base) in different[:10]:
             lines.append(f"  {name!r} is {instruct.dtype} in {instruct.path}, and another in {base.path}")
         lines += [f"  and {len(different) - 10} more"] if len(different) > 10 else []
-        raise CheckpointError(*lines, "Such values have no difference to add: leave them out with --skip.")
+        raise CheckpointError(*lines, advice)
     return digests
 
 
