@@ -43,7 +43,8 @@ ARROWS: dict[str, set[str]] = {
         "streaming",
     },
     "residual": {"checkpoints", "memory", "merging", "planning", "records", "streaming"},
-    "cli": {"__init__", "checkpoints", "files", "pictures", "planning", "streaming"},
+    "command_line": {"__init__", "checkpoints", "files", "pictures", "planning", "streaming"},
+    "cli": {"command_line", "files"},
     "__main__": {"cli"},
     "__init__": {"backends", "checking", "live", "memory", "merging", "records", "residual", "tensors"},
 }
@@ -62,6 +63,7 @@ NO_TORCH = {
     "new_folder",
     "pictures",
     "merging",
+    "command_line",
     "cli",
 }
 """What commands that compute nothing go through: they import torch nowhere, but for the names of its types."""

@@ -1,0 +1,89 @@
+"""What has ended a command, and what is left of it: said on stderr, with an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import ires_kernels as ik
+from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.command_line import run
+from ires_kernels.command_line.signals import Stopped
+from ires_kernels.command_line.streams import NotPrinted, fail, mute, say
+from ires_kernels.files.hidden import unfinished
+from ires_kernels.files.plain import plain
+from ires_kernels.files.store import LostError, StoreError, is_unfinished, partial_path
+from ires_kernels.planning.rules import ArgumentError
+from ires_kernels.streaming.tiles import ComputeError
+
+
+def explain(error: BaseException, arguments: argparse.Namespace | None) -> int:
+    """Say on stderr what has ended a command, and what is left of it; returns the exit code."""
+    if isinstance(error, KeyboardInterrupt) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # the interrupt came first, or later, but this is what to know
+    if isinstance(error, LostError):
+        return fail(3, f"{error}")
+    if isinstance(error, (CheckpointError, StoreError, ArgumentError)):
+        if isinstance(error, CheckpointError) and error.problems and getattr(arguments, "json", False):
+            try:
+                say(json.dumps({"error": f"{error}", "problems": error.problems}, indent=2))
+            except OSError:  # what follows still tells
+                mute(sys.stdout)
+        return fail(2, f"{error}", _unfinished(arguments))
+    if isinstance(error, NotPrinted):
+        return fail(3, f"standard output: {error.strerror}. What the command had to do is done.")
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return fail(3, plain(f"{place}{error.strerror or error}."), _state(arguments))
+    if isinstance(error, ComputeError):
+        return fail(3, f"{error}", _state(arguments))
+    if isinstance(error, Stopped) and error.number != signal.SIGINT:
+        return fail(128 + error.number, f"stopped by {signal.Signals(error.number).name}.", _state(arguments))
+    if isinstance(error, KeyboardInterrupt):
+        return fail(130, "interrupted.", _state(arguments))
+    if not isinstance(error, Exception) or os.environ.get("IRES_DEBUG"):
+        raise error
+    kind = type(error).__name__
+    return fail(4, f"unexpected {kind}: {plain(error)}. IRES_DEBUG=1 shows where it comes from.", _state(arguments))
+
+
+def _path(arguments: argparse.Namespace | None) -> Path | None:
+    """What a command writes, None if it only reads."""
+    if arguments is None or arguments.run not in (run.extract, run.apply, run.merge, run.resume, run.rollback):
+        return None
+    if arguments.run in (run.resume, run.rollback):
+        return Path(arguments.path)
+    path = arguments.target if getattr(arguments, "in_place", False) else arguments.out
+    return None if path is None else Path(path)
+
+
+def _unfinished(arguments: argparse.Namespace | None) -> str:
+    """What is unfinished there and what to do about it; nothing where nothing is."""
+    path = _path(arguments)
+    try:
+        if path is not None and (unfinished(path) or is_unfinished(partial_path(path))):
+            found = ik.status(path)
+            return f"{found}" if found.state != "foreign" else ""  # the error has said that
+    except (OSError, ValueError):  # what cannot be looked at cannot be told
+        return f"`ires status {path}` says what is left of it."
+    return ""
+
+
+def _state(arguments: argparse.Namespace | None) -> str:
+    """What a failed merge has left, and the next step."""
+    path = _path(arguments)
+    unfinished_there = _unfinished(arguments)
+    if arguments is None or path is None or unfinished_there:
+        return unfinished_there
+    try:
+        if arguments.run is run.rollback or (getattr(arguments, "in_place", False) and path.exists()):
+            return f"{path} is as it was, or finished: `ires status {path}` says which."
+        if path.exists():
+            return f"There is something at {path}: `ires verify {path}` says whether it is the complete output."
+    except OSError:
+        return f"`ires status {path}` says what is left of it."
+    return f"{path} was not written and nothing is left of it."

@@ -1,0 +1,67 @@
+"""What the texts of arguments mean: residuals and pairs with factors."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+
+from ires_kernels.checkpoints import hub
+from ires_kernels.planning.rules import ArgumentError
+
+
+def alpha_for(text: str) -> tuple[str, tuple[float, ...] | float]:
+    pattern, _, values = text.rpartition("=")
+    try:
+        factors = tuple(float(value) for value in values.split(","))
+    except ValueError:
+        factors = ()
+    if not pattern or not factors:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted REGEX=ALPHA, or =ALPHA,ALPHA,… for several residuals")
+    return pattern, factors if len(factors) > 1 else factors[0]
+
+
+def residual(text: str) -> tuple[str, float | None]:
+    """Path and factor of PATH or PATH:ALPHA; a path that exists is one, colons and all."""
+    path, colon, factor = text.rpartition(":")
+    if not os.path.lexists(text) and colon and path:
+        try:
+            return path, float(factor)
+        except ValueError:
+            if os.path.lexists(path):
+                raise ArgumentError(
+                    f"{text}: {factor!r} is no factor of {path}, wanted a number, as {path}:0.5, or nothing."
+                ) from None
+    return text, None
+
+
+def pair(text: str) -> tuple[tuple[str, str], float | None]:
+    """The models and the factor of INSTRUCT:BASE or INSTRUCT:BASE:ALPHA, of which models that exist may have colons."""
+    models, factor = text, None
+    if _parted(text) is None:
+        models, factor = residual(text)
+    found = _parted(models)
+    if found is None:
+        raise ArgumentError(
+            f"{text}: is no pair, wanted INSTRUCT:BASE or INSTRUCT:BASE:ALPHA: two models with a colon between them, "
+            "and a number as the factor."
+        )
+    return found, factor
+
+
+def _parted(text: str) -> tuple[str, str] | None:
+    """The two sides of the colon that parts models; None where none does."""
+    places = [match.start() for match in re.finditer(":(?!//)", text)][::-1]
+    sides = [(text[:at], text[at + 1 :]) for at in places if text[:at] and text[at + 1 :]]
+    there = [pair for pair in sides if all(os.path.lexists(path) or hub.is_remote(path) for path in pair)]
+    if there:
+        return there[0]
+    return sides[0] if len(sides) == 1 and not _is_number(sides[0][1]) else None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
