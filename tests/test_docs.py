@@ -64,3 +64,17 @@ def test_the_recipes_of_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nu
     Path("recipe.yml").write_text(blocks[number])
     assert main(["merge", "recipe.yml", "-o", "out", "--quiet"]) == 0
     assert main(["verify", "out", "--quiet"]) == 0
+
+
+def test_links() -> None:
+    """What a document points to is there, its heading too."""
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("bench/*.md"), *ROOT.glob("examples/*/*.md")):
+        for path, _, heading in re.findall(r"\]\((?!\w+:)([^)#\s]*)(#([^)\s]*))?\)", page.read_text()):
+            target = page.parent / path if path else page
+            assert target.exists(), (page.name, path)
+            if heading:
+                headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+                assert heading in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings}, (
+                    page.name,
+                    heading,
+                )
