@@ -118,6 +118,9 @@ class Strength:
     factors: tuple[float, ...]
     elements: Count
     realised: float | None
+    tensors: Count = 0
+    pattern: str = ""
+    """The regular expression, found in their names, that gave them these factors; empty where none did."""
 
     @property
     def effective_alpha(self) -> float | None:
@@ -130,6 +133,8 @@ class Strength:
             "elements": self.elements,
             "realised": self.realised,
             "effective_alpha": self.effective_alpha,
+            "tensors": self.tensors,
+            "pattern": self.pattern,
         }
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from ires_kernels.checkpoints.folders import MERGE_ADAPTER
-from ires_kernels.command_line.streams import say
-from ires_kernels.files.plain import plain
+from ires_kernels.command_line.streams import say, tell
+from ires_kernels.files.plain import plain, several
 from ires_kernels.files.plain import table as columns
 from ires_kernels.planning.plan import size
 
@@ -18,8 +18,8 @@ def result(arguments: argparse.Namespace, found: Any) -> int:
     """A report or plan, as a table or as JSON."""
     if arguments.json:
         say(json.dumps(found.to_dict(), indent=2))
-    elif not arguments.quiet:
-        say(f"{found}")
+    elif not getattr(arguments, "quiet", False):
+        tell(f"{found}")
     return 0
 
 
@@ -28,8 +28,8 @@ def inspected(table: dict[str, Any], tensors: Iterable[dict[str, Any]]) -> str:
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in table["parameters_by_dtype"].items())
     rows = [
         (table["kind"], table["path"]),
-        ("parameters", f"{table['parameters']:,} in {table['tensors']} tensors ({dtypes})"),
-        ("size", f"{size(table['bytes'])} in {len(table['files'])} files"),
+        ("parameters", f"{table['parameters']:,} in {several(table['tensors'], 'tensor')} ({dtypes})"),
+        ("size", f"{size(table['bytes'])} in {several(len(table['files']), 'file')}"),
         *((key, f"{value}") for key, value in table["config"].items()),
     ]
     rows += [("head", "is the embedding")] if table["head_is_embedding"] else []
@@ -37,23 +37,19 @@ def inspected(table: dict[str, Any], tensors: Iterable[dict[str, Any]]) -> str:
     if table["shard"]:
         rows.append(("shard", "{} of {}: the other tensors of the model are not in this file".format(*table["shard"])))
     if table["empty"]:
-        count = len(table["empty"])
-        names = f"{count} tensor{'s' * (count > 1)} without elements, such as {table['empty'][0]}"
+        names = f"{several(len(table['empty']), 'tensor')} without elements, such as {table['empty'][0]}"
         rows.append(("empty", f"{names}: saved under ZeRO-3 without gathering?"))
     if table["adapter"]:
-        names = f"{len(table['adapter'])} tensors, such as {table['adapter'][0]}"
+        names = f"{several(len(table['adapter']), 'tensor')}, such as {table['adapter'][0]}"
         rows.append(("adapter", f"{names}. {MERGE_ADAPTER}"))
     if table["quantized"]:
-        rows.append(("quantized", f"{len(table['quantized'])} tensors: {next(iter(table['quantized'].values()))}"))
-    rows += [("format", f"{form}: {count} weight{'s' * (count > 1)}") for form, count in table["formats"].items()]
+        rows.append(
+            ("quantized", f"{several(len(table['quantized']), 'tensor')}: {next(iter(table['quantized'].values()))}")
+        )
+    rows += [("format", f"{form}: {several(count, 'weight')}") for form, count in table["formats"].items()]
     if table["not_decoded"]:
         name, why = next(iter(table["not_decoded"].items()))
-        rows.append(
-            (
-                "not decoded",
-                f"{len(table['not_decoded'])} weight{'s' * (len(table['not_decoded']) > 1)}, such as {name}: {why}",
-            )
-        )
+        rows.append(("not decoded", f"{several(len(table['not_decoded']), 'weight')}, such as {name}: {why}"))
     made_by = table["made_by"]
     rows += [("made by", f"ires {made_by['operation']}, {made_by.get('id')}")] if "operation" in made_by else []
     rows += [(f"from {role}", f"{entry.get('path')}") for role, entry in made_by.get("inputs", {}).items()]

@@ -10,7 +10,7 @@ import ires_kernels as ik
 from ires_kernels.checkpoints import hub, roles
 from ires_kernels.command_line import operands, printing
 from ires_kernels.command_line.progress import progress_bar
-from ires_kernels.command_line.streams import say
+from ires_kernels.command_line.streams import say, tell
 from ires_kernels.planning import recipe_files
 from ires_kernels.planning.inputs import check_model
 from ires_kernels.planning.rules import ArgumentError
@@ -192,14 +192,13 @@ def resume(arguments: argparse.Namespace) -> int:
 def rollback(arguments: argparse.Namespace) -> int:
     done = ik.rollback(arguments.path, lock=not arguments.no_lock, adopt=arguments.adopt)
     if not arguments.quiet:
-        say(done)
+        tell(done)
     return 0
 
 
 def status(arguments: argparse.Namespace) -> int:
     found = ik.status(arguments.path)
-    say(json.dumps(found.to_dict(), indent=2) if arguments.json else f"{found}")
-    return 0
+    return printing.result(arguments, found)
 
 
 def inspect(arguments: argparse.Namespace) -> int:
@@ -214,5 +213,5 @@ def inspect(arguments: argparse.Namespace) -> int:
     if arguments.json:
         say(json.dumps(table, indent=2))
         return 0
-    say(printing.inspected(table, tensors if arguments.tensors else ()))
+    tell(printing.inspected(table, tensors if arguments.tensors else ()))
     return 0

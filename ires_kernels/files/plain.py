@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from unicodedata import combining, east_asian_width
 
 # C0, DEL and C1; marks of direction; separators of lines and paragraphs; halves of surrogate pairs.
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+_TITLE = re.compile(r"(?:\S+(?: \S+)*)?\s\s+(?=\S)")
+_WORDS = re.compile(r"(\s*)((?:`[^`]*`|\S)+)")
 
 
 def plain(line: object) -> str:
@@ -28,6 +32,39 @@ def table(rows: Sequence[tuple[str, object]]) -> str:
     """Titles in a column, and what they are of in another."""
     width = max(len(plain(title)) for title, _ in rows)
     return "\n".join(f"{plain(title):<{width}}  {plain(text)}" for title, text in rows)
+
+
+def several(count: int, noun: str) -> str:
+    """A number of things: 1 tensor, 2 tensors."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def folded(line: str, width: int) -> str:
+    """A line as one or several of at most so many columns, broken between words; the text of a `table` stays in its
+    column. What stands in backticks is to be copied, and stays together, as does a word that is longer than a line.
+    """
+    if _columns(line) <= width:
+        return line
+    title = _TITLE.match(line)
+    indent = len(title[0]) if title else 2
+    if indent > width // 2:
+        indent = 2
+    lines, at = [line[: title.end()] if title else ""], title.end() if title else 0
+    blank = True  # nothing but a title is in this line
+    for space, word in _WORDS.findall(line[at:]):
+        if not blank and _columns(lines[-1] + space + word) > width:
+            lines.append(" " * indent + word)
+        else:
+            lines[-1] += space + word
+        blank = False
+    return "\n".join(lines)
+
+
+def _columns(text: str) -> int:
+    """How many columns of a terminal it takes."""
+    if text.isascii():
+        return len(text)
+    return sum(2 if east_asian_width(letter) in "WF" else not combining(letter) for letter in text)
 
 
 class Refused(ValueError):

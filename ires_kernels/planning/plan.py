@@ -22,7 +22,7 @@ from ires_kernels.checkpoints.header import build_header, tensor_bytes
 from ires_kernels.checkpoints.quantized import QuantizedRef, Ref
 from ires_kernels.checkpoints.sidefiles import SideFile
 from ires_kernels.dtypes import STORAGE
-from ires_kernels.files.plain import table
+from ires_kernels.files.plain import several, table
 from ires_kernels.planning import ancestry, by_token, deeds
 from ires_kernels.planning.absences import Absence, grouped
 from ires_kernels.planning.ancestry import Ancestry
@@ -192,11 +192,11 @@ class Plan:
     def __str__(self) -> str:
         rows = [("operation", f"{self.operation} {self.id}")]
         for role, checkpoint in self.inputs.items():
-            rows.append((role, f"{checkpoint.path} ({len(checkpoint.tensors)} tensors)"))
+            rows.append((role, f"{checkpoint.path} ({several(len(checkpoint.tensors), 'tensor')})"))
         seed = f", seed {self.rules.seed}" if self.rules.rounding == "stochastic" else ""
         rows.append(("rounding", self.rules.rounding + seed))
         made = Counter(_deed(step) for step in self.steps if step.is_whole)
-        rows += [(f"{count} tensors", deed) for deed, count in made.items()]
+        rows += [(several(count, "tensor"), deed) for deed, count in made.items()]
         rows += [("layout", line) for line in lines(self.layouts)]
         ruled = {(name, role) for role, layout in self.layouts.items() for name in layout.runs}
         matched = [
@@ -207,7 +207,7 @@ class Plan:
         rows += [("matched", line) for line in matched[:10]]
         rows += [("matched", f"and {len(matched) - 10} more")] if len(matched) > 10 else []
         reasons = Counter(reason for reason, _ in self.not_stored.values())
-        rows += [(f"{count} tensors", f"not stored: {reason}") for reason, count in reasons.items()]
+        rows += [(several(count, "tensor"), f"not stored: {reason}") for reason, count in reasons.items()]
         rows += [("missing", line) for line in grouped(self.missing)]
         rows += sidefiles.rows(
             (side.name, side.role, side.why)
@@ -224,7 +224,7 @@ class Plan:
         rows += [("warning", self.share.text())] if self.share else []
         rows += [("note", line) for line in self.notes]
         rows.append(("reads", size(self.bytes_read)))
-        where = "in place" if self.in_place else f"in {len(self.files)} files"
+        where = "in place" if self.in_place else f"in {several(len(self.files), 'file')}"
         rows.append(("writes", f"{size(self.bytes_written)} {where}"))
         return table(rows)
 

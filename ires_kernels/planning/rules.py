@@ -132,6 +132,10 @@ class Rules:
         """The factors of the tensor `name`."""
         return next((factors for pattern, factors in self.alphas if matches(pattern, name)), self.alpha)
 
+    def decided_by(self, name: str) -> str:
+        """The pattern that gives the tensor `name` its factors; empty where none does."""
+        return next((pattern for pattern, _ in self.alphas if matches(pattern, name)), "")
+
     def skipped(self, name: str) -> str | None:
         """The pattern by which the tensor `name` is left as it is."""
         return next((pattern for pattern in self.skip if matches(pattern, name)), None)

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ires_kernels.backends.fit import Fit
-from ires_kernels.files.plain import plain, plain_lines, table
+from ires_kernels.files.plain import plain, plain_lines, several, table
 from ires_kernels.planning.plan import Plan, size
 from ires_kernels.records.report import copied
 
@@ -172,7 +172,9 @@ class FitReport:
         effective = total.effective(self.alphas)[0]
         left = "not known: the target stores codes" if effective is None else f"{effective:.6g}"
         rows.append((f"alpha {self.alpha:g}", f"effective {left}, rounded to nearest"))
-        rows += [("not compared", f"{n} tensors, {why}") for why, n in Counter(self.not_compared.values()).items()]
+        rows += [
+            ("not compared", f"{several(n, 'tensor')}, {why}") for why, n in Counter(self.not_compared.values()).items()
+        ]
         return rows + [("warning", line) for line in self.warnings]
 
     def _table(self, first: Mapping[str, Fit], title: str, fits: Mapping[str, Fit]) -> str:
@@ -180,7 +182,7 @@ class FitReport:
         rows = {**first, **fits}
         largest = max([r for f in rows.values() for r in (f.relative_drift, f.relative_size) if r], default=1.0)
         lines = Table(box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False, show_edge=False)
-        lines.add_column(title, overflow="ellipsis", no_wrap=True, max_width=_NAME, min_width=_NAME)
+        lines.add_column(title, overflow="fold", max_width=_NAME, min_width=_NAME)
         for head in (f"{'drift':<{_BAR}}", f"{'size':<{_BAR}}"):
             lines.add_column(head, no_wrap=True)
             lines.add_column("", justify="right", no_wrap=True)
@@ -188,7 +190,7 @@ class FitReport:
             lines.add_column(head, justify="right", no_wrap=True)
         for name, fit in rows.items():
             lines.add_row(
-                Text(plain(name)),
+                Text(_in_parts(plain(name))),
                 bar(fit.relative_drift, largest), _short(fit.relative_drift),
                 bar(fit.relative_size, largest), _short(fit.relative_size),
                 _short(fit.cosine), _percent(fit.conflict_share), _percent(fit.small_share),
@@ -197,6 +199,16 @@ class FitReport:
         out = StringIO()
         Console(file=out, width=_WIDTH, color_system=None, highlight=False).print(lines)
         return "\n".join(line.rstrip() for line in out.getvalue().rstrip().split("\n"))
+
+
+def _in_parts(name: str) -> str:
+    """A name in lines that fit into the column, broken after dots."""
+    lines = [""]
+    for part in re.findall(r"[^.]*\.?", name):
+        if lines[-1] and len(lines[-1]) + len(part) > _NAME:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def bar(value: float | None, largest: float) -> str:

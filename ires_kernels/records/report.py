@@ -12,12 +12,12 @@ from typing import Any
 from ires_kernels.backends.call import Tally
 from ires_kernels.checkpoints import sidefiles
 from ires_kernels.checkpoints.manifest import Numbers, Requantized, Strength
-from ires_kernels.files.plain import table
+from ires_kernels.files.plain import several, table
 from ires_kernels.planning.absences import Absence, grouped
 from ires_kernels.planning.ancestry import Ancestry
 from ires_kernels.planning.plan import Plan, size
 from ires_kernels.planning.steps import Step
-from ires_kernels.records import requantized
+from ires_kernels.records import requantized, strengths
 from ires_kernels.streaming.outcome import Outcome
 
 _DONE = {"extract": "extracted", "apply": "merged"}
@@ -40,7 +40,7 @@ class Report:
     overflow: int
     """Finite inputs whose result the stored dtype cannot hold, in converted tensors as well."""
     strengths: tuple[Strength, ...]
-    """By factors, for `apply`."""
+    """By patterns and factors, for `apply`."""
     copied: dict[str, str]
     """Tensors taken from the target as they are, or in another dtype, and why."""
     not_stored: dict[str, str]
@@ -54,6 +54,8 @@ class Report:
     warnings: tuple[str, ...] = field(default=())
     notes: tuple[str, ...] = field(default=())
     """What to know about the files."""
+    hints: tuple[str, ...] = field(default=())
+    """What helps where rounding has taken much of an alpha."""
     why: dict[str, str] = field(default_factory=dict)
     """Of side files, by name, why they come from that model, where this is not the rule."""
     requantized: Requantized | None = None
@@ -72,7 +74,6 @@ class Report:
     @classmethod
     def of(cls, plan: Plan, outcome: Outcome, out: Path, seconds: float) -> Report:
         total, converted = Tally(), Tally()
-        merged: dict[tuple[float, ...], Tally] = {}
         for step in plan.steps:
             tally = outcome.tallies.get(step.label)
             if tally is None:
@@ -81,12 +82,8 @@ class Report:
                 converted += tally
             else:
                 total += tally
-                merged.setdefault(step.factors, Tally()).__iadd__(tally)
         codes = requantized.requantized(plan, outcome)
-        strengths = []
-        for factors, tally in sorted(merged.items()):
-            ratio = tally.dot / tally.norm2 if tally.norm2 else math.nan
-            strengths += [Strength(factors, tally.elements, ratio if math.isfinite(ratio) else None)] if factors else []
+        realised = strengths.strengths(plan, outcome)
         return cls(
             plan.operation,
             plan.id,
@@ -97,7 +94,7 @@ class Report:
             len({step.name for step in plan.steps if not step.reason and not step.is_scale}),
             total,
             total.overflow + converted.overflow,
-            tuple(strengths),
+            realised,
             copied(plan.steps),
             {name: reason for name, (reason, _) in plan.not_stored.items()},
             plan.missing,
@@ -112,6 +109,7 @@ class Report:
                 *requantized.warnings(codes, plan.rules.rounding),
             ),
             plan.notes,
+            hints=tuple(strengths.hints(realised, plan)),
             requantized=codes,
             why={side.name: side.why for side in plan.side_files if side.why},
         )
@@ -163,6 +161,7 @@ class Report:
             "side_files_why": {name: why for name, why in self.why.items() if name in self.side_files},
             "not_copied": list(self.not_copied),
             "ancestry": [found.to_dict() for found in self.ancestry],
+            "hints": list(self.hints),
             "warnings": list(self.warnings),
             "notes": list(self.notes),
         }
@@ -176,18 +175,11 @@ class Report:
         rows = [("output", f"{self.out}")]
         if self.operation not in _DONE:  # of what was written through `mapped` nobody knows anything
             return rows + [("note", line) for line in self.notes]
-        rows.append((_DONE[self.operation], f"{self.tensors} tensors, {counts.elements:,} elements"))
+        rows.append((_DONE[self.operation], f"{several(self.tensors, 'tensor')}, {counts.elements:,} elements"))
         if self.seconds:
             rows.append(("read, written", f"{size(self.bytes_read)}, {size(self.bytes_written)}"))
             rows.append(("time", f"{self.seconds:.2f} s, {self.gb_per_second:.2f} GB/s"))
-        for strength in self.strengths:
-            asked = ", ".join(f"{factor:g}" for factor in strength.factors)
-            if strength.realised is None:
-                rows.append((f"alpha {asked}", "no update: the residual is 0"))
-            elif strength.effective_alpha is None:
-                rows.append((f"alphas {asked}", f"{strength.realised:.4%} of the update is in the result"))
-            else:
-                rows.append((f"alpha {asked}", f"effective {strength.effective_alpha:.6g}"))
+        rows += strengths.rows(self.strengths)
         rows.append(("lost to rounding", f"{counts.lost:,} of {counts.updates:,} updates ({self.lost_fraction:.3%})"))
         rows += [("stored as codes", requantized.row(self.requantized))] if self.requantized else []
         for title, count in (
@@ -196,12 +188,13 @@ class Report:
             ("NaN in the output", counts.nan_out),
             ("overflow", self.overflow),
         ):
-            rows += [(title, f"{count:,} elements")] if count else []
+            rows += [(title, several(count, "element"))] if count else []
         rows += _grouped("copied", self.copied) + _grouped("not stored", self.not_stored)
         rows += [("missing", line) for line in grouped(self.missing)]
         rows += sidefiles.rows((name, role, self.why.get(name, "")) for name, role in self.side_files.items())
         rows += [("not copied", ", ".join(self.not_copied))] if self.not_copied else []
         rows += [("ancestry", f"{found}") for found in self.ancestry if found.related]
+        rows += [("hint", line) for line in self.hints]
         rows += [("warning", line) for line in self.warnings]
         rows += [("note", line) for line in self.notes]
         return rows
@@ -230,7 +223,7 @@ def _odd_values(plan: Plan, outcome: Outcome) -> Iterable[str]:
         found = [step.label for step in plan.steps if getattr(outcome.tallies.get(step.label), counted, 0)]
         if found:
             more = f" and {len(found) - 10} more" if len(found) > 10 else ""
-            yield f"{what} of {len(found)} tensors: {', '.join(found[:10])}{more}"
+            yield f"{what} of {several(len(found), 'tensor')}: {', '.join(found[:10])}{more}"
 
 
 def _share(plan: Plan, outcome: Outcome) -> Iterable[str]:
@@ -245,4 +238,4 @@ def _share(plan: Plan, outcome: Outcome) -> Iterable[str]:
 
 
 def _grouped(title: str, reasons: Mapping[str, str]) -> list[tuple[str, str]]:
-    return [(title, f"{count} tensors, {reason}") for reason, count in Counter(reasons.values()).items()]
+    return [(title, f"{several(count, 'tensor')}, {reason}") for reason, count in Counter(reasons.values()).items()]

@@ -89,4 +89,4 @@ def test_what_only_the_target_has_is_kept_and_named(tmp_path: Path) -> None:
     found, report = merged(tmp_path, {"w": weight, "head.extra": extra}, {"w": weight}, {"w": weight})
     assert bits(found["head.extra"]) == bits(extra)
     assert report.copied == {"head.extra": "only in the target"}
-    assert "copied            1 tensors, only in the target" in str(report)
+    assert "copied            1 tensor, only in the target" in str(report)

@@ -445,7 +445,7 @@ def test_values_that_are_no_numbers_are_named(tmp_path: Path) -> None:
     nan, inf = (next(w for w in report.warnings if w.startswith(word)) for word in ("NaN", "infinities"))
     assert nan.startswith("NaN in the inputs of 16 tensors: model.layers.0.mlp.experts.0.gate_proj.weight, ")
     assert nan.endswith(" and 6 more")
-    assert inf == "infinities in the inputs of 1 tensors: model.norm.weight"
+    assert inf == "infinities in the inputs of 1 tensor: model.norm.weight"
 
 
 # --- vocabularies and second copies

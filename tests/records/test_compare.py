@@ -80,7 +80,7 @@ def test_command(
     text = capsys.readouterr().out
     assert max(map(len, text.split("\nread", 1)[0].split("\n"))) <= 80
     assert "model.layers.0 – 1" in text
-    assert "1 tensors, " in text
+    assert "1 tensor, " in text
     assert "alpha 0.3" in text
     assert main([*asked, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
