@@ -53,15 +53,14 @@ def run(call: Call, coded: Mapping[int, Coded]) -> None:
     """Compute a call on one item whose operands at these places are decoded on the way, on the CPU.
 
     All of it is contiguous. The tensors at these places, float32, are memory for the numbers; the C++ loops leave it
-    alone, as they decode pieces that stay in the nearest cache.
+    alone where they know the format, as they decode pieces that stay in the nearest cache.
     """
     backend = choose(call.outs[0].device)
-    if backend is native and native.run_decoded(call, coded):
-        return
-    for place, numbers in coded.items():
-        out = call.inputs[0][place].view(-1)
-        decode(numbers.format, numbers.full, numbers.first, len(out), numbers.parts, out)
-    backend.run(call)
+    fused = {place: numbers for place, numbers in coded.items() if backend is native and native.fuses(numbers)}
+    for place in coded.keys() - fused.keys():
+        (format, full, first, parts), out = coded[place], call.inputs[0][place].view(-1)
+        decode(format, full, first, len(out), parts, out)
+    native.run_decoded(call, fused) if fused else backend.run(call)
 
 
 def define(format: Format, full: tuple[int, ...], first: int, count: int, parts: Parts, out: Tensor) -> None:

@@ -159,18 +159,20 @@ def _run_on_cpu(call: Call, what: _What) -> None:
         call.tally.__iadd__(Tally(sum(out.numel() for out in call.outs), *sums))
 
 
-def run_decoded(call: Call, operands: Mapping[int, Coded]) -> bool:
-    """`decoding.run`; False where the loops do not know a format, or its numbers lie across what is stored."""
+def fuses(numbers: Coded) -> bool:
+    """Whether `run_decoded` takes such numbers: the loops know the format, and they lie in rows as they are stored."""
+    layout = coded.layout(numbers.format, numbers.full)
+    return layout is not None and not layout.transposed and coded.fits(layout, numbers.parts)
+
+
+def run_decoded(call: Call, operands: Mapping[int, Coded]) -> None:
+    """`decoding.run` for what `fuses` with a call."""
     inputs, count = call.inputs[0], call.outs[0].numel()
     decoded: list[object] = [None] * len(inputs)
     for place, (format, full, first, parts) in operands.items():
-        layout = coded.layout(format, full)
-        if layout is None or layout.transposed or not coded.fits(layout, parts):
-            return False
-        decoded[place] = layout, coded.stored(format, full, first, count, parts), first
+        decoded[place] = coded.layout(format, full), coded.stored(format, full, first, count, parts), first
     item = (*_item(call.outs[0], inputs, call.streams[0]), tuple(decoded))
     _run_on_cpu(call, _what(call, [item]))
-    return True
 
 
 def decode(

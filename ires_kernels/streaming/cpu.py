@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ires_kernels.backends import encoding
-from ires_kernels.backends.call import Tally
+from ires_kernels.backends import decoding, encoding
+from ires_kernels.backends.call import Call, Coded, Tally
 from ires_kernels.dtypes import STORAGE
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Step
 from ires_kernels.streaming import encoded
 from ires_kernels.streaming.encoded import Coding
 from ires_kernels.streaming.tiles import Slot, buffer_sizes, cut, memory, tiles
-from ires_kernels.tensors import ops
+from ires_kernels.tensors import checks, ops
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     dtype.name: getattr(torch, dtype.torch) for dtype in STORAGE.values() if dtype.torch and hasattr(torch, dtype.torch)
@@ -46,44 +46,75 @@ class Cpu:
 
 class _CpuSlot:
     load = None
+    decodes = True
 
     def __init__(self, cpu: Cpu) -> None:
         self.buffers = cut(memory(sum(cpu.sizes)), cpu.sizes)
         self._cpu = cpu
+        self._numbers: dict[int, Tensor] = {}
         self._tensors: dict[tuple[int, str], Tensor] = {}
         self._tally: Tally | None = None
         self._rooms: list[Tensor] = []
 
-    def start(self, step: Step, first: int, count: int, out: Tensor | None, coding: Coding | None = None) -> None:
+    def start(
+        self,
+        step: Step,
+        first: int,
+        count: int,
+        out: Tensor | None,
+        coded: Mapping[int, Coded],
+        coding: Coding | None = None,
+    ) -> None:
         if step.op == "copy":
             assert out is not None
             out.copy_(torch.frombuffer(self.buffers[0], dtype=torch.uint8, count=count))
             return
-        operands = [self._tensor(slot, operand.dtype, count) for slot, operand in enumerate(step.operands)]
+        operands = self._operands(step, count, coded)
         if coding is not None:
-            self._store(step, operands, first, coding, out)
+            self._store(step, operands, first, coded, coding, out)
             return
         if step.op == "convert":
             operands.append(self._cpu.zeros[step.operands[0].dtype][:count])
         self._tally = Tally() if self._cpu.counted else None
         here = out if out is not None and out.device.type == "cpu" else self._tensor(-1, step.dtype, count)
-        compute(step, operands, here, first, self._cpu.rules, self._tally)
+        compute(step, operands, here, first, self._cpu.rules, self._tally, coded)
         if out is not None and out is not here:  # it is kept on a device that does not compute this
             out.copy_(here)
 
-    def measure(self, step: Step, first: int, count: int, largest: Tensor) -> None:
+    def _operands(self, step: Step, count: int, coded: Mapping[int, Coded]) -> list[Tensor]:
+        """Those in the buffers; for what is codes there, memory for its numbers, which is mostly not used."""
+        operands = []
+        for place, operand in enumerate(step.operands):
+            if place not in coded:
+                operands.append(self._tensor(place, operand.dtype, count))
+                continue
+            if place not in self._numbers:
+                self._numbers[place] = torch.empty(self._cpu.tile)
+            operands.append(self._numbers[place][:count])
+        return operands
+
+    def measure(self, step: Step, first: int, count: int, coded: Mapping[int, Coded], largest: Tensor) -> None:
         assert step.output.encoding is not None
         weight = step.output.encoding.weight
-        operands = [self._tensor(slot, operand.dtype, count) for slot, operand in enumerate(step.operands)]
         values = self._room(0, count)
-        compute(step, operands, values, first, self._cpu.exact, None)
+        compute(step, self._operands(step, count, coded), values, first, self._cpu.exact, None, coded)
         encoding.measure(weight.format, weight.full, first, values, largest)
 
-    def _store(self, step: Step, operands: Sequence[Tensor], first: int, coding: Coding, out: Tensor | None) -> None:
+    def _store(
+        self,
+        step: Step,
+        operands: Sequence[Tensor],
+        first: int,
+        coded: Mapping[int, Coded],
+        coding: Coding,
+        out: Tensor | None,
+    ) -> None:
         count = len(operands[0])
         codes = torch.frombuffer(self.buffers[-1], dtype=torch.uint8, count=count)
         self._tally = Tally() if self._cpu.counted else None
         result = encoded.Result(*(self._room(number, count) for number in range(3)))
+        for place, numbers in coded.items():  # which are wanted more than once
+            decoding.decode(*numbers[:3], count, numbers.parts, operands[place])
         compute(step, operands, result.values, first, self._cpu.exact, self._tally)
         if self._cpu.counted:
             nothing = self._room(3, count)  # what is added to 0 is the update
@@ -112,8 +143,26 @@ class _CpuSlot:
         return tally
 
 
-def compute(step: Step, operands: Sequence[Tensor], out: Tensor, first: int, rules: Rules, tally: Tally | None) -> None:
-    """The arithmetic of a step on a tile from flat index `first` on, on any device."""
+def compute(
+    step: Step,
+    operands: Sequence[Tensor],
+    out: Tensor,
+    first: int,
+    rules: Rules,
+    tally: Tally | None,
+    coded: Mapping[int, Coded] | None = None,
+) -> None:
+    """The arithmetic of a step on a tile from flat index `first` on, on any device.
+
+    coded  on the CPU: of which operands the numbers are decoded on the way; these tensors are memory for them
+    """
+    if coded:
+        op = "subtract" if step.op == "convert" else step.op
+        factors = () if op == "subtract" else step.factors
+        checks.factors_in_range(op, factors, [out], [tuple(operands)])
+        random = rules.rounding == "stochastic", rules.seed, [step.stream]
+        decoding.run(Call(op, [out], [tuple(operands)], factors, *random, first, tally), coded)
+        return
     options: dict[str, Any] = {
         "out": out,
         "rounding": rules.rounding,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ires_kernels.backends.call import Coded
 from ires_kernels.backends.decoding import decode
 from ires_kernels.checkpoints.checkpoint import TensorRef
 from ires_kernels.checkpoints.quantized import QuantizedRef, Ref
@@ -40,13 +41,18 @@ class Decoded:
         seen = self._seen(first)
         if self._across:
             return [*seen, *self._read_matrices(out, first, count)]
-        begin, size = self.ref.span(first, count)
-        # Two runs may share a byte; and what fills up a row of codes is a part of no run.
-        done = sum(self.ref.span(first - 1, 1)) if first else begin
-        low = min(begin, done)
-        read = self._read(low, begin + size - low)
+        low, done, begin, end = self._codes_of(first, count)
+        read = self._read(low, end - low)
         self._decode(first, count, read[begin - low :], out)
         return [*seen, read[done - low :]]
+
+    def codes_into(self, buffer: memoryview, first: int, count: int) -> tuple[Sequence[memoryview], Coded] | None:
+        if self._across:
+            return None
+        low, done, begin, end = self._codes_of(first, count)
+        read = buffer[: end - low]  # a number takes as many bytes as its code and what fills up a row at the most
+        self._codes.read_into(read, self.ref.codes.offset + low)
+        return [*self._seen(first), read[done - low :]], self._coded(first, read[begin - low :])
 
     def part(self, name: str) -> memoryview:
         """All bytes of a part other than the codes."""
@@ -62,9 +68,20 @@ class Decoded:
         parts = [self.part(name) for name, _ in self.ref.parts[1:]]
         return parts if first == 0 else []
 
-    def _decode(self, first: int, count: int, codes: memoryview, out: torch.Tensor) -> None:
+    def _codes_of(self, first: int, count: int) -> tuple[int, int, int, int]:
+        """Where some codes are: what is read begins, what is hashed of it begins, the codes begin; and they end."""
+        begin, size = self.ref.span(first, count)
+        # Two runs may share a byte; and what fills up a row of codes is a part of no run.
+        done = sum(self.ref.span(first - 1, 1)) if first else begin
+        return min(begin, done), done, begin, begin + size
+
+    def _coded(self, first: int, codes: memoryview) -> Coded:
         parts = {"codes": codes, **{name: self.part(name) for name, _ in self.ref.parts[1:]}}
-        decode(self.ref.format, self.ref.full, self.ref.first + first, count, parts, out)
+        return Coded(self.ref.format, self.ref.full, self.ref.first + first, parts)
+
+    def _decode(self, first: int, count: int, codes: memoryview, out: torch.Tensor) -> None:
+        format, full, at, parts = self._coded(first, codes)
+        decode(format, full, at, count, parts, out)
 
     def _read(self, begin: int, size: int) -> memoryview:
         view = memoryview(bytearray(size))
@@ -108,6 +125,13 @@ class Several:
             seen += self._readers[number].read_into(buffer[4 * (at - first) :], at - begin, end - at)
             at = end
         return seen
+
+    def codes_into(self, buffer: memoryview, first: int, count: int) -> tuple[Sequence[memoryview], Coded] | None:
+        number = bisect_right(self._ends, first)
+        if first + count > self._ends[number]:
+            return None
+        begin = self._ends[number - 1] if number else 0
+        return self._readers[number].codes_into(buffer, first - begin, count)
 
     def reads(self, first: int, count: int) -> None:
         """Reading is not all that it takes."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ires_kernels.backends import counting, native
-from ires_kernels.backends.call import Tally
+from ires_kernels.backends.call import Coded, Tally
 from ires_kernels.backends.choice import choose
 from ires_kernels.dtypes import FLOATS
 from ires_kernels.files.store import shrunk
@@ -254,6 +254,8 @@ def _tile_of(steps: Sequence[Step], piece: int) -> int:
 
 
 class _GpuSlot:
+    decodes = False
+
     def __init__(self, gpu: Gpu, piece: Piece) -> None:
         self.piece = piece
         self._gpu = gpu
@@ -332,7 +334,16 @@ class _GpuSlot:
     def measure(self, step: Step, *_: object) -> None:
         raise AssertionError(f"codes of {step.name} are to be made on the CPU")
 
-    def start(self, step: Step, first: int, count: int, out: Tensor | None, coding: Coding | None = None) -> None:
+    def start(
+        self,
+        step: Step,
+        first: int,
+        count: int,
+        out: Tensor | None,
+        coded: Mapping[int, Coded],
+        coding: Coding | None = None,
+    ) -> None:
+        assert not coded
         assert coding is None
         self._counted = count if self._gpu.counted and step.op != "copy" else 0
         if self._counted and self._numbers is None:

@@ -15,7 +15,7 @@ from ires_kernels.checkpoints.quantized import QuantizedRef
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Step
 from ires_kernels.streaming.decoded import Decoded
-from ires_kernels.streaming.pieces import Reader
+from ires_kernels.streaming.pieces import Reader, take
 from ires_kernels.streaming.tiles import ComputeError, Slot
 
 
@@ -74,9 +74,8 @@ class Coder:
             if is_stopped():
                 raise ComputeError("another tensor failed")
             count = min(tile, weight.numel - first)
-            for reader, buffer in zip(readers, slot.buffers, strict=False):
-                reader.read_into(buffer, first, count)
-            slot.measure(step, first, count, largest)
+            _, coded = take(readers, slot.buffers, first, count, codes=slot.decodes)
+            slot.measure(step, first, count, coded, largest)
         return Scales(*encoding.new_scales(weight.format, largest, own.part("scale")), blocks)
 
 

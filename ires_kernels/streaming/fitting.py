@@ -75,6 +75,7 @@ class _Fitting:
 
 class _FittingSlot:
     load = None
+    decodes = False
 
     def __init__(self, asked: _Fitting) -> None:
         self.buffers = cut(memory(sum(asked.sizes)), asked.sizes)

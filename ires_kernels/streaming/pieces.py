@@ -10,12 +10,15 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ires_kernels.checkpoints.checkpoint import TensorRef
 from ires_kernels.checkpoints.quantized import QuantizedRef
 from ires_kernels.checkpoints.sources import LocalFile, Source
 from ires_kernels.planning.steps import Operand
+
+if TYPE_CHECKING:
+    from ires_kernels.backends.call import Coded
 
 
 class Read(NamedTuple):
@@ -36,11 +39,41 @@ class Reader(Protocol):
         Returns the bytes that its digest is of, in their order: the elements themselves, or what they were made of.
         """
 
+    def codes_into(self, buffer: memoryview, first: int, count: int) -> tuple[Sequence[memoryview], Coded] | None:
+        """Put the codes of the elements there instead, for what decodes them itself, and say what they stand for.
+
+        None, and nothing done, where they have none, or where these are not in one run.
+        """
+
     def reads(self, first: int, count: int) -> list[Read] | None:
         """Where the bytes of these elements are, one after the other, for what reads them itself.
 
         None where reading is not all that it takes.
         """
+
+
+class Taken(NamedTuple):
+    """The operands of a tile, in their buffers."""
+
+    seen: list[Sequence[memoryview]]
+    """Of each, the bytes that its digest is of."""
+    coded: dict[int, Coded]
+    """What there is in the buffers, by operand, where that is codes."""
+
+
+def take(
+    readers: Sequence[Reader], buffers: Sequence[memoryview], first: int, count: int, *, codes: bool = False
+) -> Taken:
+    """Put the elements of all operands into their buffers; with `codes` as such, where these stand for them."""
+    taken = Taken([], {})
+    for place, (each, buffer) in enumerate(zip(readers, buffers, strict=False)):
+        found = each.codes_into(buffer, first, count) if codes else None
+        if found is not None:
+            seen, taken.coded[place] = found
+        else:
+            seen = each.read_into(buffer, first, count)
+        taken.seen.append(seen)
+    return taken
 
 
 def reader(operand: Operand, sources: Mapping[Path, Source], width: int) -> Reader:
@@ -76,6 +109,9 @@ class _One:
         view = buffer[: count * self._width]
         self._source.read_into(view, self._offset + first * self._width)
         return (view,)
+
+    def codes_into(self, *_: object) -> None:
+        """They are no codes."""
 
     def reads(self, first: int, count: int) -> list[Read] | None:
         source, width = self._source, self._width
@@ -118,6 +154,9 @@ class _Many:
         if views:
             self._sources[here].read_views(views, at)
         return (whole,)
+
+    def codes_into(self, *_: object) -> None:
+        """They are no codes."""
 
     def reads(self, first: int, count: int) -> list[Read] | None:
         files = [source for source in self._sources if isinstance(source, LocalFile)]

@@ -40,7 +40,7 @@ from ires_kernels.files.store import NO_THREAD
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Operand, Output, Step, by_output
 from ires_kernels.streaming.outcome import Outcome
-from ires_kernels.streaming.pieces import Reader, reader
+from ires_kernels.streaming.pieces import Reader, reader, take
 from ires_kernels.streaming.tiles import (
     ComputeError,
     Portion,
@@ -576,7 +576,7 @@ class _Engine:
             scales = part.coder.scales(step, part.readers, slot, self.sizes[False], lambda: self.stopped)
             if step.is_scale:
                 return self._scales_tile(tensor, index, slot, scales.stored)
-        seen = [each.read_into(buffer, first, count) for each, buffer in zip(part.readers, slot.buffers, strict=False)]
+        seen, coded = take(part.readers, slot.buffers, first, count, codes=slot.decodes)
         read, written = sum(len(view) for views in seen for view in views), count * part.width
         at = tensor.place(index)
         written = 0 if part.stays or at < tensor.done else written
@@ -584,11 +584,11 @@ class _Engine:
         if part.coder is not None:
             coding = part.coder.coding(seen[0][-1])
         if part.out is not None:
-            slot.start(step, step.first + first, count, part.out[first : first + count], coding)
+            slot.start(step, step.first + first, count, part.out[first : first + count], coded, coding)
         elif part.copied or (at < tensor.done and part.overwrites):
             result = seen[0][0]  # where it is written already, what the target held is gone: this is the result
         else:
-            slot.start(step, step.first + first, count, None, coding)
+            slot.start(step, step.first + first, count, None, coded, coding)
             result = slot.buffers[-1][: count * part.width]
         return _Tile(tensor, index, part, first, slot, seen, result, at, read, written)
 

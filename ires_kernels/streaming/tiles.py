@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ires_kernels.backends.call import Coded
     from ires_kernels.streaming.encoded import Coding
 
 
@@ -82,14 +83,27 @@ class Slot(Protocol):
     def buffers(self) -> list[memoryview]:
         """In host memory: one for each operand and one, the last, for the result."""
 
-    def start(self, step: Step, first: int, count: int, out: Tensor | None, coding: Coding | None = None) -> None:
+    @property
+    def decodes(self) -> bool:
+        """Whether buffers may hold codes in place of numbers."""
+
+    def start(
+        self,
+        step: Step,
+        first: int,
+        count: int,
+        out: Tensor | None,
+        coded: Mapping[int, Coded],
+        coding: Coding | None = None,
+    ) -> None:
         """Make `count` elements from flat index `first` on, out of the first bytes of the buffers.
 
         The result goes into `out`, a piece of a tensor where the processor computes, or else into the last buffer.
-        With `out` the step may be a copy; it and `count` are in bytes then. With `coding` the result is codes.
+        With `out` the step may be a copy; it and `count` are in bytes then. `coded` says which buffers hold codes, and
+        of what. With `coding` the result is codes.
         """
 
-    def measure(self, step: Step, first: int, count: int, largest: Tensor) -> None:
+    def measure(self, step: Step, first: int, count: int, coded: Mapping[int, Coded], largest: Tensor) -> None:
         """Take the same elements into account in the largest of each block that is to be encoded, and make nothing."""
 
     @property
@@ -161,6 +175,7 @@ class ReadOnly:
 
 class _ReadOnlySlot:
     load = None
+    decodes = False
 
     def __init__(self, nbytes: int) -> None:
         self.buffers = [memory(nbytes)]

@@ -10,13 +10,15 @@ import xxhash
 from quantized_models import DECODED, FORMATS, gpt_oss, numbers
 from small_models import normal, write_model
 
+import ires_kernels as ik
+from ires_kernels.backends import decoding, native
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, open_checkpoint
 from ires_kernels.checkpoints.quantized import Ref
 from ires_kernels.checkpoints.schemes import quantized
 from ires_kernels.checkpoints.sources import LocalFile
 from ires_kernels.planning.steps import Operand
 from ires_kernels.streaming import stream
-from ires_kernels.streaming.pieces import reader
+from ires_kernels.streaming.pieces import reader, take
 
 SHAPE = (24, 96)
 
@@ -35,17 +37,24 @@ def model(folder: Path, format: str) -> Checkpoint:
     return open_checkpoint(write_model(folder, stored, config={"quantization_config": settings}))
 
 
-def read(operand: Operand, tile: int) -> tuple[torch.Tensor, str]:
-    """All numbers of an operand, read so many at a time, and the digest of what its reader says that it has read."""
+def read(operand: Operand, tile: int, *, codes: bool = False) -> tuple[torch.Tensor, str]:
+    """All numbers of an operand, read so many at a time, and the digest of what its reader says that it has read.
+
+    With `codes` they are decoded here where they come as codes.
+    """
     sources = {path: LocalFile(path) for path in operand.paths}
     try:
         each, hasher, out = reader(operand, sources, 4), xxhash.xxh3_128(), torch.empty(operand.count)
         for first in range(0, operand.count, tile):
             count = min(tile, operand.count - first)
             buffer = memoryview(bytearray(4 * tile))
-            for view in each.read_into(buffer, first, count):
+            (seen,), coded = take([each], [buffer], first, count, codes=codes)
+            for view in seen:
                 hasher.update(view)
-            out[first : first + count] = torch.frombuffer(buffer, dtype=torch.float32, count=count)
+            if coded:
+                decoding.decode(*coded[0][:3], count, coded[0].parts, out[first : first + count])
+            else:
+                out[first : first + count] = torch.frombuffer(buffer, dtype=torch.float32, count=count)
         assert each.reads(0, 1) is None
         return out, hasher.hexdigest()
     finally:
@@ -73,12 +82,32 @@ def test_any_runs_of_weights_in_any_tiles(tmp_path: Path, format: str) -> None:
     ]
     for refs, numbers_of in cases:
         operand = Operand("role", refs)
-        found = {tile: read(operand, tile) for tile in (operand.count, 64, 37, 1000)}
+        sizes = (operand.count, 64, 37, 1000, 1)
+        found = {(tile, codes): read(operand, tile, codes=codes) for tile in sizes for codes in (False, True)}
         for values, _ in found.values():
             assert torch.equal(values.view(torch.int32), numbers_of.view(torch.int32))
         digests = {digest for _, digest in found.values()}
         assert digests == {*stream.hashes({"it": operand}, checkpoint.file_ids).values()}
     assert len({Operand("role", refs).key for refs, _ in cases}) == len(cases)
+
+
+@pytest.mark.skipif(not native.status().available, reason="the extension is not there")
+@pytest.mark.parametrize("format", ["fp8-block", "pack-quantized"])
+def test_merges_decode_on_the_way(tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is decoded into the memory of a tile, which is larger than caches are."""
+    make, settings = FORMATS[format]
+    names = {"a.weight": 1, "b.weight": 2}
+    config = {"quantization_config": settings}
+    for role, seed in (("instruct", 0), ("base", 10)):
+        stored = {k: v for name, i in names.items() for k, v in make(name, normal(SHAPE, i + seed)).items()}
+        write_model(tmp_path / role, stored, config=config)
+    write_model(tmp_path / "target", {name: normal(SHAPE, i + 20) for name, i in names.items()})
+    i, b, t = (numbers(tmp_path / role) for role in ("instruct", "base", "target"))
+    monkeypatch.setattr(native, "decode", None)
+    ik.apply(tmp_path / "target", (tmp_path / "instruct", tmp_path / "base"), out=tmp_path / "out")
+    monkeypatch.undo()
+    for name, value in numbers(tmp_path / "out").items():
+        assert torch.equal(value, (t[name].float() + (i[name] - b[name])).to(value.dtype)), name
 
 
 def test_the_digest_covers_all_that_is_stored_of_a_weight(tmp_path: Path) -> None:
