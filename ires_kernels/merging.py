@@ -23,8 +23,9 @@ from ires_kernels.new_folder.run import write_folder
 from ires_kernels.planning import ancestry, recipe_files
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.inputs import Pair, StrPath, check_flags, check_path, open_inputs, roles_of_apply
-from ires_kernels.planning.plan import Plan, plan_apply, plan_extract, related
+from ires_kernels.planning.plan import Plan, plan_apply, related
 from ires_kernels.planning.rules import ArgumentError, Rules
+from ires_kernels.planning.summing import plan_residual
 from ires_kernels.planning.sums import Sum, written_out
 from ires_kernels.records import state
 from ires_kernels.records.operation import UNDO, other_files, same_plan
@@ -115,12 +116,48 @@ def extract(
     changes nothing. Raises CheckpointError, StoreError and ArgumentError, all ValueErrors, before anything is written;
     OSError when the disk fails. Nothing is at `out` in any of these cases.
     """
+    return save_sum(
+        {"base": base, "instruct": instruct}, (), out,
+        dtype=dtype, skip=skip, allow_missing=allow_missing, rounding=rounding, seed=seed, vocabulary=vocabulary,
+        renames=renames, trust_names=trust_names, sync=sync, sha256=sha256, device=device, threads=threads,
+        progress=progress, dry_run=dry_run, follow_links=follow_links, lock=lock,
+    )  # fmt: skip
+
+
+def save_sum(
+    paths: Mapping[str, StrPath],
+    factors: Sequence[float],
+    out: StrPath,
+    *,
+    dtype: str = "f32",
+    skip: Iterable[str] | str = (),
+    allow_missing: bool | str = False,
+    rounding: str = "nearest",
+    seed: int = 0,
+    vocabulary: str | None = None,
+    renames: Renames = (),
+    trust_names: bool = False,
+    sync: bool = True,
+    sha256: bool = False,
+    device: str | torch.device = "cpu",
+    threads: int | None = None,
+    progress: Progress | None = None,
+    dry_run: bool = False,
+    follow_links: bool = False,
+    lock: bool = True,
+) -> Report | Plan:
+    """What `extract` does, with the difference of a pair, or with a sum of residuals or of pairs and their factors.
+
+    paths    by role
+    factors  one for each residual or pair; none for the difference of a pair
+    """
     check_path(out, "out")
     check_flags(sync=sync, sha256=sha256, dry_run=dry_run, follow_links=follow_links, lock=lock)
     if vocabulary not in (None, "rows"):
         raise ArgumentError(f'vocabulary is {vocabulary!r}, and extract takes "rows" alone: there is no target yet.')
     rules = Rules.of(
-        0,
+        len(factors),
+        alpha=list(factors),
         skip=skip,
         dtype=dtype,
         allow_missing=allow_missing,
@@ -130,10 +167,10 @@ def extract(
         renames=renames,
         trust_names=trust_names,
     )
-    inputs = open_inputs({"base": hub.local(base), "instruct": hub.local(instruct)}, follow_links=follow_links)
+    inputs = open_inputs({role: hub.local(path) for role, path in paths.items()}, follow_links=follow_links)
     options = Options.of(device, threads, progress, lock, idle=dry_run)
     with Looks(inputs) as looks:
-        plan = _warned(plan_extract(inputs, rules, second_copies(inputs), looks=looks), looks)
+        plan = _warned(plan_residual(inputs, rules, second_copies(inputs), looks=looks), looks)
     return write_folder(plan, Path(out), options, sync=sync, sha256=sha256, dry_run=dry_run)
 
 
@@ -339,7 +376,7 @@ def resume(
         operation = found.operation
         paths = {role: hub.local(path) for role, path in operation.paths.items()}
         inputs = open_inputs(paths, follow_links=operation.follow_links)
-        plan_again = plan_extract if operation.kind == "extract" else plan_apply
+        plan_again = plan_residual if operation.kind == "extract" else plan_apply
         known = None if other_files(inputs, operation.stamps) else operation.known_layouts()
         rules = Rules.from_dict(operation.rules)
         with Looks(inputs) as looks:

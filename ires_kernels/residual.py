@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import os
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,16 +14,15 @@ from ires_kernels.checkpoints import hub
 from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.planning.evidence import Looks
-from ires_kernels.planning.inputs import Pair, StrPath, check_path, open_inputs
-from ires_kernels.planning.plan import Plan, plan_extract
+from ires_kernels.planning.inputs import StrPath, check_path, open_inputs
+from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import ArgumentError, Rules
-from ires_kernels.planning.sums import Sum
+from ires_kernels.planning.summing import plan_residual, roles_of_sum
+from ires_kernels.planning.sums import Sum, Term
 from ires_kernels.streaming.reader import second_copies
 
 if TYPE_CHECKING:
     from ires_kernels.records.report import Report
-
-_SUM = "It is a sum, which apply, load and apply_ take as it is."
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Residual(Sum):
     (16,)
     >>> round(r.norms()["model.norm.weight"], 4) == round((-r).norms()["model.norm.weight"], 4)
     True
-    >>> report = r.save("residual/")
+    >>> report = (0.7 * r).save("residual/")  # computed now, and rounded once
     >>> (2 * r - r).terms == r.terms
     True
     """
@@ -64,44 +61,40 @@ class Residual(Sum):
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """By name. Of a sum those that all of its residuals have; raises CheckpointError where they differ."""
-        first, *others = (_shapes(source) for _, source in self.terms)
-        for shapes, (_, source) in zip(others, self.terms[1:], strict=True):
-            differing = first.keys() ^ shapes.keys() or {name for name in first if first[name] != shapes[name]}
-            if differing:
-                name = min(differing)
-                raise CheckpointError(
-                    f"{_text(source)}: {name!r} is {_shape(shapes.get(name))}, in {_text(self.terms[0][1])} "
-                    f"{_shape(first.get(name))}. Residuals that are added up here have the same tensors; apply and "
-                    "load match others with each target."
-                )
-        return first
+        folder = self._opened()
+        if folder is not None:
+            return {name: ref.shape for name, ref in folder.tensors.items()}
+        return {step.name: step.shape for step in self._plan("f32").steps}
 
     def norms(self) -> dict[str, float]:
-        """The Euclidean norm of each tensor, in float64: one pass over its files, and nothing is written.
+        """The Euclidean norm of each tensor, in float64: one pass over its files, and nothing is written."""
+        from ires_kernels.streaming import norms
 
-        Raises ArgumentError for a sum in which there are pairs of models: save these as residuals first.
-        """
+        folder, factor = self._opened(), abs(self.terms[0][0])
+        if folder is not None:
+            return {name: factor * norm for name, norm in norms.of_residual(folder).items()}
         if len(self.terms) == 1:
-            ((factor, source),) = self.terms
-            return {name: abs(factor) * norm for name, norm in _norms(source).items()}
-        return self._norms_of_sum()
+            return {name: factor * norm for name, norm in norms.of_plan(self._plan("f32")).items()}
+        return norms.of_plan(self._plan("f64"))
 
     def save(self, path: StrPath, **options: Any) -> Report | Plan:
         """Write it as the new folder `path`, as `extract` does; `options` are those of `extract`.
 
-        Raises ArgumentError for what is no difference of two models but is scaled, added up or opened.
+        A sum is computed as `apply` would add it, and rounded once; its residuals have the same tensors. residual.json
+        says what it was made of, and `verify` computes it again. Raises ArgumentError for what was opened as it is, and
+        for sums in which residuals are mixed with pairs of models; CheckpointError where tensors differ.
         """
-        if len(self.terms) != 1 or self.terms[0][0] != 1 or not isinstance(self.terms[0][1], tuple):
-            what = "was opened: its folder is there" if self._folder() else "is scaled, or a sum"
-            raise ArgumentError(f"this residual {what}, and is not saved. {_SUM}")
-        instruct, base = self.terms[0][1]
-        return merging.extract(base, instruct, path, **options)
+        folder = self._folder()
+        if folder is not None:
+            raise ArgumentError(f"{folder}: is this residual; it need not be saved again. Copy the folder.")
+        paths, factors = roles_of_sum(self.terms), [factor for factor, _ in self.terms]
+        return merging.save_sum(paths, () if _is_difference(self.terms) else factors, path, **options)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, **options: Any) -> str:
         """Upload it to a model on the Hub, which is made if it is not there; returns the address of the commit.
 
         private  of a new repository
-        options  of `save`, for a difference that is in no folder yet: then it is saved to a temporary one first
+        options  of `save`, for what is in no folder yet: then it is saved to a temporary one first
 
         Raises ImportError without huggingface_hub, what that raises, and ArgumentError as `save`.
         """
@@ -125,58 +118,21 @@ class Residual(Sum):
         ((factor, source), *others) = self.terms
         return Path(source) if not others and factor == 1 and not isinstance(source, tuple) else None
 
-    def _norms_of_sum(self) -> dict[str, float]:
-        import torch
+    def _opened(self) -> Checkpoint | None:
+        """Its folder, where it is one residual, with whatever factor."""
+        ((_, source), *others) = self.terms
+        return None if others or isinstance(source, tuple) else open_inputs({"residual": source})["residual"]
 
-        from ires_kernels.memory.mapping import mapped
-
-        if any(isinstance(source, tuple) for _, source in self.terms):
-            raise ArgumentError("norms of a sum take residuals and no pairs of models: save those first.")
-        found = {}
-        with ExitStack() as stack:
-            models = [(factor, stack.enter_context(mapped(source))) for factor, source in self.terms]  # type: ignore[arg-type]
-            for name in self.names:
-                flat = [(factor, model[name].reshape(-1)) for factor, model in models]
-                squares = []
-                for start in range(0, flat[0][1].numel(), _PIECE):
-                    piece = torch.zeros(1, dtype=torch.float64)
-                    for factor, tensor in flat:
-                        piece = piece + factor * tensor[start : start + _PIECE].double()
-                    squares.append(float(torch.dot(piece, piece)))
-                found[name] = math.sqrt(math.fsum(squares))
-        return found
+    def _plan(self, dtype: str) -> Plan:
+        """Of a sum; of one pair without its factor."""
+        factors = [factor for factor, _ in self.terms] if len(self.terms) > 1 else []
+        inputs = open_inputs(roles_of_sum(self.terms))
+        with Looks(inputs) as looks:
+            rules = Rules.of(len(factors), alpha=factors, dtype=dtype)
+            return plan_residual(inputs, rules, second_copies(inputs), looks=looks)
 
 
-_PIECE = 1 << 20
-"""Elements of a residual at a time."""
-
-
-def _plan(pair: Pair) -> Plan:
-    inputs = open_inputs({"base": pair[1], "instruct": pair[0]})
-    with Looks(inputs) as looks:
-        return plan_extract(inputs, Rules.of(0, dtype="f32"), second_copies(inputs), looks=looks)
-
-
-def _opened(path: StrPath) -> Checkpoint:
-    return open_inputs({"residual": path})["residual"]
-
-
-def _shapes(source: StrPath | Pair) -> dict[str, tuple[int, ...]]:
-    if isinstance(source, tuple):
-        return {step.name: step.shape for step in _plan(source).steps}
-    return {name: ref.shape for name, ref in _opened(source).tensors.items()}
-
-
-def _norms(source: StrPath | Pair) -> dict[str, float]:
-    """Of one residual, as its bytes go by."""
-    from ires_kernels.streaming import norms
-
-    return norms.of_plan(_plan(source)) if isinstance(source, tuple) else norms.of_residual(_opened(source))
-
-
-def _text(source: StrPath | Pair) -> str:
-    return f"{os.fspath(source[0])} - {os.fspath(source[1])}" if isinstance(source, tuple) else f"{os.fspath(source)}"
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "missing" if shape is None else f"of shape {list(shape)}"
+def _is_difference(terms: Sequence[Term]) -> bool:
+    """Whether it is that of two models, and no more."""
+    ((factor, source), *others) = terms
+    return not others and factor == 1 and isinstance(source, tuple)

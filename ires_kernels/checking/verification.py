@@ -18,9 +18,10 @@ from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files.opening import check_link, open_file, read_start
 from ires_kernels.files.plain import plain_lines
 from ires_kernels.planning.inputs import StrPath, open_inputs
-from ires_kernels.planning.plan import Plan, plan_apply, plan_extract, size
+from ires_kernels.planning.plan import Plan, plan_apply, size
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.steps import by_output
+from ires_kernels.planning.summing import plan_residual
 from ires_kernels.records import provenance
 from ires_kernels.records.operation import MAPPED
 from ires_kernels.streaming import stream
@@ -150,7 +151,7 @@ def verify(
         if table.operation == "apply":
             plan = plan_apply(opened, rules, second_copies(opened))
         else:
-            plan = plan_extract(opened, rules, second_copies(opened))
+            plan = plan_residual(opened, rules, second_copies(opened))
         to_hash = _recompute(plan, checkpoint, recorded, report, processors, threads, progress)
         progress = None
     _check_hashes(checkpoint, to_hash, recorded, report, threads, progress)

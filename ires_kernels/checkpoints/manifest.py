@@ -294,8 +294,11 @@ class Manifest:
         self.demand(("operation", "inputs", "rules", "files", "tensors"))
         operation = self.operation
         others = len(self.inputs) - 1
+        is_sum = operation == "extract" and self.rules is not None and bool(self.rules.alpha)
         shapes: dict[str, list[list[str]]] = {
-            "extract": [["base", "instruct"]],
+            "extract": [roles.of_pairs((others + 1) // 2), roles.of_residuals(others + 1)]
+            if is_sum
+            else [["base", "instruct"]],
             "apply": [["target", *given] for given in (roles.of_pairs(others // 2), roles.of_residuals(others))],
         }
         if operation not in shapes:
@@ -304,7 +307,7 @@ class Manifest:
         if named is None:
             wanted = " or ".join(", ".join(names) for names in shapes[operation])
             raise CheckpointError(f"{self.path}: inputs are {brief(list(self.inputs))}, wanted {wanted}. {_ADVICE}")
-        count = 0 if operation == "extract" else len(roles.added(named))
+        count = 0 if operation == "extract" and not is_sum else len(roles.added(named))
         if self.rules is None or len(self.rules.alpha) != count:
             raise CheckpointError(f"{self.path}: rules.alpha has not {count} factors. {_ADVICE}")
         if operation == "extract" and self.rules.dtype is None:

@@ -8,6 +8,7 @@ from functools import wraps
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
+from ires_kernels.checkpoints import roles
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
 from ires_kernels.checkpoints.quantized import Ref
 from ires_kernels.dtypes import FLOATS
@@ -167,9 +168,11 @@ def second_copies(inputs: Mapping[str, Checkpoint]) -> dict[str, list[tuple[str,
 
     Many checkpoints hold a tied embedding under two names, and BERT and its kin a bias of the vocabulary as well; some
     of the models of a merge hold it twice and others once. Only their bytes tell. The target decides what is whose
-    copy, or in `extract` the instruct model.
+    copy, or where there is none the first instruct model; residuals alone have none.
     """
-    layout = inputs["target" if "target" in inputs else "instruct"]
+    layout = inputs.get("target") or next((inputs[role] for role in inputs if roles.is_instruct(role)), None)
+    if layout is None:
+        return {}
     sources = [checkpoint for checkpoint in inputs.values() if checkpoint is not layout]
     everywhere = {n: ref for n, ref in layout.tensors.items() if all(n in source.tensors for source in sources)}
     originals: dict[tuple[str, tuple[int, ...]], str] = {}

@@ -166,11 +166,14 @@ def of_model(
     return Chosen(files, left, said, problems)
 
 
-def of_residual(instruct: Checkpoint) -> list[SideFile]:
-    """What a residual keeps of the instruct model for `of_model`. Never config.json: a residual must not load."""
-    parent = _Parent("instruct", instruct)
+def of_residual(giver: Checkpoint, role: str = "instruct") -> list[SideFile]:
+    """What a residual keeps of the instruct model for `of_model`, or of another residual.
+
+    Never config.json: a residual must not load.
+    """
+    parent = _Parent(role, giver)
     found = {name: parent.file(name) for name in parent.listing if _group(name) != "model"}
-    _add_named(found, {"instruct": parent}, [])
+    _add_named(found, {role: parent}, [])
     return sorted(found.values(), key=lambda side: side.name)
 
 

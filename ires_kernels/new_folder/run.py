@@ -21,6 +21,7 @@ from pathlib import Path
 import xxhash
 
 from ires_kernels.checking import guards
+from ires_kernels.checkpoints import roles
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files import interrupts
 from ires_kernels.files.samples import sample
@@ -174,9 +175,12 @@ def finish(begun: Begun, outcome: Outcome, options: Options) -> None:
 
 
 def _sketch(plan: Plan) -> dict[str, str]:
-    """What base has at a few places of each tensor of the residual."""
+    """What base, or the first of several, has at a few places of each tensor of the residual."""
+    base = next(filter(roles.is_base, plan.inputs), None)
+    if base is None:
+        return {}
     with Looks(plan.inputs) as looks:
-        return ancestry.sketch(plan.steps, looks)
+        return ancestry.sketch(plan.steps, looks, base)
 
 
 def _identity(operation: Operation) -> str:

@@ -249,21 +249,21 @@ def _whole(model: Checkpoint, ref: Ref) -> tuple[Ref, int]:
     return model.tensors[ref.whole], ref.first
 
 
-def sketch(steps: Iterable[Step], looks: Looks) -> dict[str, str]:
-    """What base has at the places of each tensor of a residual, as `evidence.Sample.to_text` gives it, by name.
+def sketch(steps: Iterable[Step], looks: Looks, base: str) -> dict[str, str]:
+    """What the model `base` has at the places of each tensor of a residual: `evidence.Sample.to_text` by name.
 
     In the residual's layout, whatever that of base is. Raises CheckpointError for a file that changed, and OSError.
     """
     found = {}
     for output, parts in by_output(steps).items():
-        refs = {step.first: operand.refs for step in parts for operand in step.operands if operand.role == "base"}
-        sample = _sampled(output.shape, refs, looks)
+        refs = {step.first: operand.refs for step in parts for operand in step.operands if operand.role == base}
+        sample = _sampled(output.shape, refs, looks, base)
         if sample is not None:
             found[output.name] = sample.to_text(output.shape)
     return found
 
 
-def _sampled(shape: tuple[int, ...], refs: Mapping[int, Iterable[Ref]], looks: Looks) -> Sample | None:
+def _sampled(shape: tuple[int, ...], refs: Mapping[int, Iterable[Ref]], looks: Looks, base: str) -> Sample | None:
     """What base has at the places of a tensor of this shape; None where it lacks one, as for rows of new tokens.
 
     refs  runs of base that follow each other, by the flat index in the tensor of what the first one begins with
@@ -271,14 +271,14 @@ def _sampled(shape: tuple[int, ...], refs: Mapping[int, Iterable[Ref]], looks: L
     wanted = places(shape)
     data, dtypes = b"", set()
     for end, runs in refs.items():
-        for whole, first, count in _runs(looks.inputs["base"], runs):
+        for whole, first, count in _runs(looks.inputs[base], runs):
             begin, end = end, end + count
             here = tuple(
                 (max(start, begin) - begin + first, min(start + length, end) - max(start, begin))
                 for start, length in wanted
                 if max(start, begin) < min(start + length, end)
             )
-            found = looks.at("base", whole, here) if here else None
+            found = looks.at(base, whole, here) if here else None
             if found is not None:
                 data += found.data
                 dtypes.add(found.dtype)

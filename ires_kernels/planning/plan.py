@@ -19,6 +19,7 @@ import xxhash
 from ires_kernels.checkpoints import configs, names, roles, settings, sidefiles
 from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.header import build_header, tensor_bytes
+from ires_kernels.checkpoints.manifest import NotStored
 from ires_kernels.checkpoints.quantized import QuantizedRef, Ref
 from ires_kernels.checkpoints.sidefiles import SideFile
 from ires_kernels.dtypes import STORAGE
@@ -75,7 +76,7 @@ class Plan:
     """Names and contents of the index and, where the dtype changes, config.json."""
     side_files: tuple[SideFile, ...]
     comparisons: tuple[Comparison, ...]
-    not_stored: dict[str, tuple[str, Ref]]
+    not_stored: Mapping[str, tuple[str, Ref | NotStored]]
     """The tensors of the instruct model that its residual does not hold, and why."""
     missing: tuple[Absence, ...]
     """What allow_missing let pass."""
@@ -291,8 +292,8 @@ def plan_apply(
         found.problem(text, _IDS_BY_ROWS if rules.vocabulary == "rows" else _IDS)
     found.refuse("apply")
     side_files = sides.files
-    files, placed = _lay_out(layout)
-    documents = [] if target.index_name is None else [(target.index_name, _index(placed, target.index_metadata))]
+    files, placed = lay_out(layout)
+    documents = [] if target.index_name is None else [(target.index_name, index(placed, target.index_metadata))]
     if rules.dtype is not None:
         changed = settings.of_plain(config, side_files, STORAGE[rules.dtype].torch)
         documents += [(name, _json(table)) for name, table in changed.items() if table is not None]
@@ -356,10 +357,10 @@ def plan_extract(
         (f"{stem.format(number, len(groups))}.safetensors", {"format": "pt"}, group)
         for number, group in enumerate(groups, 1)
     ]
-    files, placed = _lay_out(layout)
-    index = [("residual.safetensors.index.json", _index(placed, {}))] if len(groups) > 1 else []
+    files, placed = lay_out(layout)
+    documents = [("residual.safetensors.index.json", index(placed, {}))] if len(groups) > 1 else []
     return Plan(
-        "extract", dict(inputs), rules, files, placed, tuple(index), tuple(sidefiles.of_residual(instruct)),
+        "extract", dict(inputs), rules, files, placed, tuple(documents), tuple(sidefiles.of_residual(instruct)),
         tuple(found.comparisons), found.not_stored, tuple(found.missing), (), tuple(found.warnings),
         tuple(found.notes),
         sidefiles.record(base, instruct) | ({"by_token": stored} if stored else {}), share,
@@ -445,7 +446,7 @@ def _read(operand: Operand) -> dict[str, Any]:
     return {"name": operand.text, "dtype": operand.dtype, "runs": len(operand.refs), "first_runs": runs}
 
 
-def _lay_out(
+def lay_out(
     layout: Iterable[tuple[str, dict[str, str], list[Step]]],
 ) -> tuple[tuple[OutputFile, ...], tuple[Step, ...]]:
     """Give every step its place in the files, each of which is (name, metadata, steps)."""
@@ -463,7 +464,8 @@ def _lay_out(
     return tuple(files), tuple(placed)
 
 
-def _index(placed: Iterable[Step], metadata: dict[str, Any]) -> bytes:
+def index(placed: Iterable[Step], metadata: dict[str, Any]) -> bytes:
+    """The index of files, as JSON text."""
     weight_map = {step.name: step.file for step in placed}
     total = sum(step.nbytes for step in placed)
     return _json({"metadata": metadata | {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})

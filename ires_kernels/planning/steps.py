@@ -176,6 +176,12 @@ class Step:
         return self.output.encoding is not None and self.output.encoding.part == "scale"
 
     @property
+    def is_from_zero(self) -> bool:
+        """Whether nothing is there that something is added to: the sum of what is added is all."""
+        each = {"add": 1, "add_difference": 2}.get(self.op, 0)
+        return bool(each) and len(self.operands) == each * len(self.factors)
+
+    @property
     def is_whole(self) -> bool:
         """Whether it makes all of its output."""
         return self.count == self.output.numel

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ires_kernels.checkpoints import hub, roles
@@ -129,10 +129,20 @@ def _ids(checkpoint: Checkpoint) -> list[str]:
         return [repo.id]
     if checkpoint.kind != "residual" or checkpoint.manifest is None:
         return []
-    inputs = checkpoint.manifest.table.get("inputs")
-    entries = inputs.values() if isinstance(inputs, dict) else ()
-    repos = [entry.get("hub") for entry in entries if isinstance(entry, dict)]
-    return [repo["id"] for repo in repos if isinstance(repo, dict) and isinstance(repo.get("id"), str)]
+    return list(_ids_in(checkpoint.manifest.table.get("inputs")))
+
+
+def _ids_in(inputs: object) -> Iterator[str]:
+    """The ids in a table of inputs, and in those of the residuals among them, however deep."""
+    tables = [inputs]
+    while tables:
+        table = tables.pop()
+        for entry in table.values() if isinstance(table, dict) else ():
+            if isinstance(entry, dict):
+                repo = entry.get("hub")
+                if isinstance(repo, dict) and isinstance(repo.get("id"), str):
+                    yield repo["id"]
+                tables.append(entry.get("made_of"))
 
 
 def _card(checkpoint: Checkpoint) -> Mapping[str, Any]:

@@ -231,6 +231,13 @@ def read_by(parts: Iterable[Step], hashes: Mapping[str, Mapping[str, str]]) -> d
     return found
 
 
+def _made_of(residual: Checkpoint) -> dict[str, Any]:
+    """What a residual says that it was made of, as far as that can be found again elsewhere: no paths."""
+    inputs = residual.manifest.table.get("inputs", {}) if residual.manifest else {}
+    keys = ("digest", "hub", "made_of")
+    return {role: {key: entry[key] for key in keys if key in entry} for role, entry in inputs.items()}
+
+
 def _input(plan: Plan, role: str, hashes: Mapping[str, str], path: str, stamps: Mapping[str, Stamp]) -> dict[str, Any]:
     """Where an input was, its digest if all of its tensors were read, and in place that of what was."""
     tensors = plan.inputs[role].tensors
@@ -243,6 +250,8 @@ def _input(plan: Plan, role: str, hashes: Mapping[str, str], path: str, stamps: 
     repo = hub.repo_of(plan.inputs[role].path)
     if repo is not None:
         table["hub"] = repo._asdict()
+    if plan.operation == "extract" and plan.inputs[role].kind == "residual":
+        table["made_of"] = _made_of(plan.inputs[role])
     if plan.in_place and role not in plan.roles_of_target():
         table["read"] = digest_of(plan.reads(role).values(), hashes)
     return table

@@ -212,7 +212,9 @@ def copied(steps: Iterable[Step]) -> dict[str, str]:
 
 def _zero(plan: Plan, total: Tally) -> Iterable[str]:
     """A warning of a residual that is no difference."""
-    if plan.operation == "extract" and total.elements and not total.updates:
+    if plan.operation == "extract" and plan.rules.alpha and total.elements and not total.updates:
+        yield "the sum is 0: its residuals are, or cancel each other"
+    elif plan.operation == "extract" and total.elements and not total.updates:
         yield "the residual is 0: instruct and base hold the same numbers. Are they two different models?"
 
 

@@ -23,6 +23,8 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     dtype.name: getattr(torch, dtype.torch) for dtype in STORAGE.values() if dtype.torch and hasattr(torch, dtype.torch)
 }
 """What this torch has of the dtypes of safetensors."""
+NOTHING = "nothing"
+"""Of `zeros`."""
 
 
 class Cpu:
@@ -75,6 +77,8 @@ class _CpuSlot:
             return
         if step.op == "convert":
             operands.append(self._cpu.zeros[step.operands[0].dtype][:count])
+        elif step.is_from_zero:
+            operands.insert(0, self._cpu.zeros[NOTHING][:count])
         self._tally = Tally() if self._cpu.counted else None
         here = out if out is not None and out.device.type == "cpu" else self._tensor(-1, step.dtype, count)
         compute(step, operands, here, first, self._cpu.rules, self._tally, coded)
@@ -186,6 +190,9 @@ def _pairs(others: Sequence[Tensor]) -> tuple[Any, Any]:
 
 
 def zeros(steps: Iterable[Step], tile: int, device: torch.device) -> dict[str, Tensor]:
-    """What is subtracted from the tensors that change their dtype, by dtype."""
+    """What is subtracted from the tensors that change their dtype, by dtype; and NOTHING, to which sums are added."""
     dtypes = {step.operands[0].dtype for step in steps if step.op == "convert"}
-    return {dtype: torch.zeros(tile, dtype=TORCH_DTYPES[dtype], device=device) for dtype in dtypes}
+    found = {dtype: torch.zeros(tile, dtype=TORCH_DTYPES[dtype], device=device) for dtype in dtypes}
+    if any(step.is_from_zero for step in steps):
+        found[NOTHING] = torch.full((tile,), -0.0, device=device)  # 0 would make a 0 of the -0 that is added to it
+    return found

@@ -37,7 +37,7 @@ from ires_kernels.dtypes import FLOATS
 from ires_kernels.files.store import shrunk
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.steps import Step
-from ires_kernels.streaming.cpu import TORCH_DTYPES, Cpu, compute, zeros
+from ires_kernels.streaming.cpu import NOTHING, TORCH_DTYPES, Cpu, compute, zeros
 from ires_kernels.streaming.encoded import Coding
 from ires_kernels.streaming.ring import Piece, Ring
 from ires_kernels.streaming.tiles import (
@@ -360,6 +360,8 @@ class _GpuSlot:
         operands = [self._copied_in(slot, operand.dtype, count) for slot, operand in enumerate(step.operands)]
         if step.op == "convert":
             operands.append(self._gpu.zeros[step.operands[0].dtype][:count])
+        elif step.is_from_zero:
+            operands.insert(0, self._gpu.zeros[NOTHING][:count])
         nbytes = count * FLOATS[step.dtype]
         stored = self._device[-1][:nbytes].view(TORCH_DTYPES[step.dtype]) if out is None else out
         compute(step, operands, stored, first, self._gpu.rules, None)

@@ -221,7 +221,7 @@ class _Part:
         self.length = _length(step)
         self.tile = max(1, self.length) if step.is_scale else sizes[self.copied]
         self.tiles = -(-self.length // self.tile)
-        self.overwrites = step.op in ("add", "add_difference")
+        self.overwrites = step.op in ("add", "add_difference") and not step.is_from_zero
         self.width = 1 if self.copied or coder else FLOATS[step.dtype]
         self.out: Tensor | None = None
         if out is not None:

@@ -399,7 +399,7 @@ def test_models_of_other_layouts_are_compared_where_their_elements_are(tmp_path:
 def test_a_sketch_is_in_the_layout_of_the_residual(tmp_path: Path) -> None:
     target, base, w = fused(tmp_path)
     with Looks({"target": target, "base": base}) as looks:
-        sketch = ancestry.sketch(steps(target, base), looks)
+        sketch = ancestry.sketch(steps(target, base), looks, "base")
     split = open_checkpoint(model(tmp_path / "split", w))
     with Looks({"base": split}) as looks:
         wanted = {
@@ -423,7 +423,7 @@ def test_a_sketch_of_a_tensor_with_rows_that_base_lacks(tmp_path: Path) -> None:
             ),
         ]
         with Looks({"base": base}) as looks:
-            return ancestry.sketch(steps, looks)
+            return ancestry.sketch(steps, looks, "base")
 
     sample = Sample.from_text(sketched(528)["embed"], (528, 64))
     assert sample is not None
