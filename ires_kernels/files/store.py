@@ -767,5 +767,17 @@ def _identity(status: os.stat_result, sync: bool) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns if sync else 0
 
 
+def reserved_in(partial: Path) -> dict[str, tuple[Path, bool]]:
+    """The files of an unfinished folder by the names that they will have: where each is, and whether it is complete."""
+    names = set(os.listdir(partial))
+    found = {}
+    for name in names:
+        if name.startswith(_HIDDEN) and name.endswith(_TEMPORARY):
+            found[name.removeprefix(_HIDDEN).removesuffix(_TEMPORARY)] = partial / name, False
+        elif _hidden(Path(name), _RECORD).name in names:
+            found[name] = partial / name, True
+    return found
+
+
 def _hidden(path: Path, suffix: str) -> Path:
     return path.with_name(f"{_HIDDEN}{path.name}{suffix}")

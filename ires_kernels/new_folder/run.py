@@ -84,7 +84,8 @@ def begin(plan: Plan, out: Path, options: Options, *, sync: bool, sha256: bool) 
     """
     compared = guards.compare(plan)
     guards.check_companions(plan)
-    operation = Operation.of(plan, sync=sync, sha256=sha256)
+    sizes = {file.name: file.size for file in plan.files}
+    operation = Operation.of(plan, sync=sync, sha256=sha256, outputs=sizes)
     folder = NewFolder(
         out, _identity(operation), operation.to_bytes(), accept=partial(_check_begun, plan, out, options.threads),
         sync=sync, locked=options.locked, access=sides.access_of(plan),

@@ -413,11 +413,15 @@ def _turned_round(inputs: Mapping[str, Checkpoint]) -> list[str]:
 
 def size(count: float) -> str:
     """Bytes for people, in powers of 1000 as disks and networks are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
+    name, factor = unit(count)
+    return f"{count / factor:.3g} {name}"
+
+
+def unit(count: float) -> tuple[str, int]:
+    """The unit in which so many bytes are told, and how many it has."""
+    names = ("B", "kB", "MB", "GB", "TB")
+    power = next((power for power in range(4) if count < 1000 ** (power + 1)), 4)
+    return names[power], 1000**power
 
 
 def _deed(step: Step) -> str:

@@ -48,6 +48,8 @@ class Operation:
     """Whether files of the inputs may be links out of their folders."""
     boot: str = field(default_factory=boot_id)
     """Bytes that were not synced are trusted as long as this is the machine's boot_id."""
+    outputs: dict[str, int] = field(default_factory=dict)
+    """Of a new folder, the sizes of its weights, by name."""
     # of an update in place
     undo: str = "ring"
     recipe: str = ""
@@ -197,6 +199,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("hidden", "log_size"), _is_count),
     "sizes": lambda value: _is_table(value, _is_count) and value.keys() <= {"window", "unit", "gap"},
     "windows": lambda value: _is_list(value, _is_window),
+    "outputs": lambda value: _is_table(value, _is_count),
     "copies": lambda value: _is_table(value, _is_text),
     "layouts": lambda value: _is_table(value, _is_layout),
     "installed": lambda value: _is_table(value, lambda entry: _is_table(entry, _is_text)) and all(map(is_inner, value)),

@@ -17,6 +17,8 @@ from ires_kernels.files.ownership import Foreign
 from ires_kernels.files.plain import plain_lines
 from ires_kernels.files.store import MARKER, is_unfinished, partial_path, read_kept
 from ires_kernels.planning.inputs import StrPath
+from ires_kernels.records import headway
+from ires_kernels.records.headway import Headway
 from ires_kernels.records.history import on_top
 from ires_kernels.records.operation import MAPPED, Operation
 
@@ -33,13 +35,17 @@ class Status:
     """In words."""
     next: tuple[str, ...] = ()
     """What can be done, a sentence each."""
+    details: tuple[str, ...] = ()
+    """Which merge it is, and where its files are."""
+    headway: Headway | None = None
+    """Of what is unfinished, how much is done."""
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON types."""
         return asdict(self)
 
     def __str__(self) -> str:
-        return plain_lines(f"{self.path}: {self.state}: {self.what}", *self.next)
+        return plain_lines(f"{self.path}: {self.state}: {self.what}", *self.details, *self.next)
 
 
 @dataclass(frozen=True)
@@ -156,18 +162,15 @@ def _of_new_folder(found: Found) -> Status:
     out, partial = found.path, found.where
     if isinstance(found.record, Foreign):
         return Status(f"{out}", "foreign", f"{found.record}")
-    names = os.listdir(partial)
-    complete = sum(name.startswith(".ires-") and name.endswith(".done") for name in names)
-    who = holder(partial / MARKER)
-    what = f"{complete} files complete"
+    done, what, details = None, "a new folder", (f"It is in {partial}.",)
     if isinstance(found.record, Operation):  # else of another version, or not begun
-        what = f"{found.record}, {what}"
+        done = headway.of_new_folder(partial, found.record.outputs)
+        what, details = f"{found.record.kind}, {done}", (f"It is {found.record}, in {partial}.",)
+    who = holder(partial / MARKER)
     if who:
-        return Status(f"{out}", "running", f"{what}, by {who}", ("Wait for it to end.",))
-    return Status(
-        f"{out}", "unfinished", what,
-        (f"`ires resume {out}`, or the same command, goes on.", f"`ires rollback {out}` removes {partial}."),
-    )  # fmt: skip
+        return Status(f"{out}", "running", f"{what}, by {who}", ("Wait for it to end.",), details, done)
+    steps = (f"`ires resume {out}`, or the same command, goes on.", f"`ires rollback {out}` removes {partial}.")
+    return Status(f"{out}", "unfinished", what, steps, details, done)
 
 
 def _of_update(found: Found) -> Status:
@@ -181,18 +184,20 @@ def _of_update(found: Found) -> Status:
     operation = found.operation
     if operation.kind == MAPPED:
         return _of_mapped(target, work, phase, operation)
-    done, total = count_records(work), len(operation.windows)
-    what = f"{operation}, in place, {done} of {total} windows new; the model is in {work} until it is finished"
+    windows = count_records(work)
+    done = headway.of_update(operation.windows, windows)
+    what = f"{operation.kind} in place, {done} new"
+    details = (f"It is {operation}. The model is in {work} until it is finished.",)
     back = f"`ires rollback {target}` takes it back."
     if phase in ("withdraw", "rollback", "restored"):
-        return Status(f"{target}", "rolling back", what, (f"`ires rollback {target}` goes on.",))
+        return Status(f"{target}", "rolling back", what, (f"`ires rollback {target}` goes on.",), details, done)
     if operation.undo == "none" and phase == "operation" and is_broken_off(work):
         lost = f"It broke off as it wrote, with --no-undo: the model must be copied again. Delete {work} before."
-        return Status(f"{target}", "unfinished", what, (lost,))
+        return Status(f"{target}", "unfinished", what, (lost,), details, done)
     steps = [f"`ires resume {target}`, or the same command, goes on."]
-    if operation.undo == "all" or (not done and operation.undo == "ring"):
+    if operation.undo == "all" or (not windows and operation.undo == "ring"):
         steps.append(back)
-    return Status(f"{target}", "unfinished", what, tuple(steps))
+    return Status(f"{target}", "unfinished", what, tuple(steps), details, done)
 
 
 def _of_mapped(target: Path, work: Path, phase: str, operation: Operation) -> Status:

@@ -225,7 +225,7 @@ def test_a_failing_disk_exits_with_3_and_says_what_is_left(
         patch.setattr(os, "unlink", full)
         code, _, err = run(capsys, "extract", "base", "instruct", "-o", "residual")
         assert code == 3
-        assert "residual: unfinished: extract " in err
+        assert "residual: unfinished: extract, 0 of 1 file, " in err
         assert "`ires resume residual`, or the same command, goes on.\n`ires rollback residual` removes" in err
     assert run(capsys, "extract", "base", "instruct", "-o", "residual")[0] == 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,11 @@ def test_a_new_folder_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.M
             ik.apply(target, (instruct, base), out=tmp_path / "out", alpha=0.3, threads=1)
     assert seen
     found = ik.status(tmp_path / "out")
-    assert (found.state, "1 files complete" in found.what) == ("unfinished", True)
+    assert found.state == "unfinished"
+    assert re.fullmatch(r"apply, 1 of 2 files, 2\.\d+ of 4\.\d+ kB", found.what)
+    assert found.headway is not None
+    assert (found.headway.files_done, found.headway.files_in_all) == (1, 2)
+    assert found.to_dict()["headway"]["files_in_all"] == 2
     first = tmp_path / "out.partial" / "model-00001-of-00002.safetensors"
     stamp = first.stat()
     with pytest.raises(StoreError, match="holds 1 complete files of another operation"):
