@@ -142,6 +142,7 @@ def extension():
         "decode",
         "encode",
         "fit",
+        "fit_bf16",
         "kernel",
         "lanes",
         "schedule",

@@ -114,6 +114,16 @@ template <class T, class In> void fit_block(const In* target, const In* instruct
     }
 }
 
+}  // namespace
+}  // namespace IRES_ISA
+}  // namespace ires
+
+#include "fit_bf16.h"  // which leaves to `fit_block` what it cannot do
+
+namespace ires {
+namespace IRES_ISA {
+namespace {
+
 // Elements as they are, where all are stored as the target is; else, and behind the last whole vector, widened blocks.
 template <class T> void fit_as(const FitRun& run, Fit* fit) {
     alignas(64) float x[3][kBlock];
@@ -121,9 +131,16 @@ template <class T> void fit_as(const FitRun& run, Fit* fit) {
     bool same = true;
     for (int k = 0; k < 3; ++k) same &= run.in_types[k] == TypeOf<T>::value;
     for (int64_t i = 0; i < run.n;) {
-        const int64_t n = std::min(same ? int64_t(1) << 16 : kBlock, run.n - i);
+        const int64_t n = std::min(same ? kFitPart : kBlock, run.n - i);
         if (same && n >= W) {
             const auto at = [&](int k) { return static_cast<const T*>(run.in[k]) + i; };
+            if constexpr (std::is_same_v<T, bf16_t>) {
+                if (n >= kFitBlock) {
+                    fit_part(at(0), at(1), at(2), n / kFitBlock * kFitBlock, run.alphas, run.count, &sums, fit);
+                    i += n / kFitBlock * kFitBlock;
+                    continue;
+                }
+            }
             fit_block<T, T>(at(0), at(1), at(2), n / W * W, run.alphas, run.count, &sums, fit);
             i += n / W * W;
             continue;
