@@ -145,6 +145,7 @@ def extension():
         "fit_bf16",
         "kernel",
         "lanes",
+        "look",
         "schedule",
         "tile",
         "words",

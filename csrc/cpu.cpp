@@ -230,11 +230,9 @@ Stored count_stored(int64_t n, const float* target, const float* update, const f
     return find_loops(isa).count_stored(n, target, update, values, stored);
 }
 
-Fit fit(const FitRun& run, const std::string& isa) {
+void fit(const FitRun& run, const std::string& isa, Fit* found) {
     const IeeeMode mode;
-    Fit found;
-    find_loops(isa).fit(run, &found);
-    return found;
+    find_loops(isa).fit(run, found);
 }
 
 void run_memory(const Item& item, int threads, const std::string& isa) {

@@ -107,7 +107,7 @@ void measure(const Coded& coded, int64_t first, int64_t n, const float* values, 
 void keep(int64_t n, const float* values, const float* again, const uint8_t* before, uint8_t* codes, const std::string& isa);
 Stored count_stored(int64_t n, const float* target, const float* update, const float* values, const float* stored,
                     const std::string& isa);
-Fit fit(const FitRun& run, const std::string& isa);
+void fit(const FitRun& run, const std::string& isa, Fit* found);  // adds to what was found
 void run_memory(const Item& item, int threads, const std::string& isa);
 
 }  // namespace ires

@@ -10,6 +10,7 @@
 
 #include "cpu.h"
 #include "cuda.h"
+#include "look.h"
 #include "tile.h"
 
 namespace py = pybind11;
@@ -325,26 +326,68 @@ py::tuple count_stored(int64_t n, uintptr_t target, uintptr_t update, uintptr_t 
     return py::make_tuple(found.lost, found.nan_out, found.dot, found.norm2, found.noise);
 }
 
-// Types and pointers of target, instruct and base.
-py::tuple fit(int64_t n, int out_type, const py::tuple& types, const py::tuple& pointers, const std::vector<float>& alphas,
-              const std::string& isa) {
+// Target, instruct and base: each a buffer or a pointer to elements of its type; or, `fit_files`, its (descriptor, offset,
+// bytes) in files, one after the other.
+ires::FitRun fit_run(int64_t n, int out_type, const py::tuple& types, size_t operands, const std::vector<float>& alphas) {
     using namespace ires;
-    if (types.size() != 3 || pointers.size() != 3 || alphas.size() > size_t(kFitAlphas)) throw py::value_error("three operands");
+    if (types.size() != 3 || operands != 3 || alphas.size() > size_t(kFitAlphas)) throw py::value_error("three operands");
     FitRun run{n, dtype(py::int_(out_type)), {}, {}, alphas.data(), int(alphas.size())};
     bool wide = run.out_type == DType::f64;
     for (size_t k = 0; k < 3; ++k) {
-        run.in_types[k] = dtype(types[k]), run.in[k] = pointer(pointers[k]);
+        run.in_types[k] = dtype(types[k]);
         wide |= run.in_types[k] == DType::f64;
     }
     if (wide || n < 0) throw py::value_error("f64 is not counted here");
-    Fit found;
+    return run;
+}
+
+py::tuple fit_found(const ires::Fit& found, const std::vector<float>& alphas) {
+    return py::make_tuple(found.elements, found.both, found.conflicts,
+                          std::vector<uint64_t>(found.within, found.within + ires::kFitSteps), found.base, found.drift,
+                          found.update, found.cross, std::vector<double>(found.moved, found.moved + alphas.size()));
+}
+
+py::tuple fit(int64_t n, int out_type, const py::tuple& types, const py::tuple& operands, const std::vector<float>& alphas,
+              const std::string& isa) {
+    ires::FitRun run = fit_run(n, out_type, types, operands.size(), alphas);
+    for (size_t k = 0; k < 3; ++k) {
+        if (py::isinstance<py::int_>(operands[k])) {
+            run.in[k] = pointer(operands[k]);
+            continue;
+        }
+        const Bytes memory = bytes(operands[k]);
+        need(n * item_size(run.in_types[k]), memory, "an operand");
+        run.in[k] = memory.p;
+    }
+    ires::Fit found;
     {
         const py::gil_scoped_release release;
-        found = ires::fit(run, isa);
+        ires::fit(run, isa, &found);
     }
-    return py::make_tuple(found.elements, found.both, found.conflicts, std::vector<uint64_t>(found.within, found.within + kFitSteps),
-                          found.base, found.drift, found.update, found.cross,
-                          std::vector<double>(found.moved, found.moved + alphas.size()));
+    return fit_found(found, alphas);
+}
+
+// Returns what `fit` does, or where reading ended: (operand, which of its runs, errno or 0 for the end of the file, position).
+py::tuple fit_files(int64_t n, int out_type, const py::tuple& types, const py::tuple& operands, const std::vector<float>& alphas,
+                    const std::string& isa) {
+    const ires::FitRun run = fit_run(n, out_type, types, operands.size(), alphas);
+    ires::Runs runs[3];
+    for (size_t k = 0; k < 3; ++k) {
+        for (const py::handle& h : operands[k]) {
+            const py::tuple t = h.cast<py::tuple>();
+            runs[k].add(t[0].cast<int>(), t[1].cast<int64_t>(), t[2].cast<int64_t>());
+        }
+        if (runs[k].bytes() != n * item_size(run.in_types[k])) throw py::value_error("as many bytes as elements are wanted");
+    }
+    ires::Fit found;
+    ires::Unread unread;
+    int failed = 0;
+    {
+        const py::gil_scoped_release release;
+        unread = ires::fit_files(run, runs, isa, &found, &failed);
+    }
+    if (unread.failed) return py::make_tuple(failed, unread.read, unread.error, unread.at);
+    return fit_found(found, alphas);
 }
 
 void memory_loop(const py::tuple& t, int threads, const std::string& isa) {
@@ -371,7 +414,9 @@ PYBIND11_MODULE(_native, m) {
           py::arg("isa"));
     m.def("count_stored", &count_stored, py::arg("n"), py::arg("target"), py::arg("update"), py::arg("values"),
           py::arg("stored"), py::arg("isa"));
-    m.def("fit", &fit, py::arg("n"), py::arg("out_type"), py::arg("types"), py::arg("pointers"), py::arg("alphas"), py::arg("isa"));
+    for (const auto& [name, found] : {std::pair("fit", &fit), std::pair("fit_files", &fit_files)})
+        m.def(name, found, py::arg("n"), py::arg("out_type"), py::arg("types"), py::arg("operands"), py::arg("alphas"),
+              py::arg("isa"));
     m.def("memory_loop", &memory_loop, py::arg("item"), py::arg("threads"), py::arg("isa"));
     m.def("isas", &ires::isas);
 #if defined(IRES_CUDA)

@@ -61,8 +61,21 @@ def count_stored(
     n: int, target: int, update: int, values: int, stored: int, isa: str
 ) -> tuple[int, int, float, float, float]: ...
 def fit(
-    n: int, out_type: int, types: tuple[int, ...], pointers: tuple[int, ...], alphas: list[float], isa: str
+    n: int,
+    out_type: int,
+    types: tuple[int, ...],
+    operands: tuple[int | memoryview, ...],
+    alphas: list[float],
+    isa: str,
 ) -> tuple[int, int, int, list[int], float, float, float, float, list[float]]: ...
+def fit_files(
+    n: int,
+    out_type: int,
+    types: tuple[int, ...],
+    operands: tuple[list[tuple[int, int, int]], ...],
+    alphas: list[float],
+    isa: str,
+) -> tuple[int, int, int, list[int], float, float, float, float, list[float]] | tuple[int, int, int, int]: ...
 def memory_loop(item: tuple[object, ...], threads: int, isa: str) -> None: ...
 def isas() -> list[str]: ...
 def cuda_driver() -> int: ...

@@ -522,7 +522,7 @@ def compare(
         renames=renames,
         trust_names=trust_names,
     )
-    options = Options.of("cpu", threads, progress)
+    options = Options.of("cpu", threads, progress, idle=True)
     start = time.monotonic()
     inputs = open_inputs(paths, follow_links=follow_links)
     with Looks(inputs) as looks:

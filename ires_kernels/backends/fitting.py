@@ -1,37 +1,31 @@
-"""The sums of a Fit: in plain torch, which is the definition, and by the C++ loops, which count what these count."""
+"""The sums of a Fit in plain torch, which is the definition of what the C++ loops count."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ires_kernels.backends import native, reference
+from ires_kernels.backends import fit_loops, native, reference
 from ires_kernels.backends.choice import choose
 from ires_kernels.backends.fit import STEPS, Fit
 from ires_kernels.dtypes import NUMBERS
 
+_NAMES = {getattr(torch, number.torch): name for name, number in NUMBERS.items()}
 _BITS = {getattr(torch, number.torch): number.bits for number in NUMBERS.values()}
 _CODES = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 
-def fit(
-    target: Tensor,
-    instruct: Tensor,
-    base: Tensor,
-    alphas: tuple[float, ...],
-    dtype: torch.dtype,
-    *,
-    coded: bool = False,
-) -> Fit:
+def fit(target: Tensor, instruct: Tensor, base: Tensor, alphas: tuple[float, ...], dtype: torch.dtype) -> Fit:
     """Compare contiguous tensors of one size, whose target is stored as `dtype`, for so many alphas, 8 at most.
 
-    coded  the target is stored as codes with scales: what rounding leaves of an update is not looked at
+    alphas  none where the target is stored as codes: what rounding leaves of an update is not looked at
     """
-    alphas = () if coded else alphas
-    wide = torch.float64 in {dtype, target.dtype, instruct.dtype, base.dtype}
-    count = native.fit if choose(target.device) is native and not wide else definition
-    found = count(target, instruct, base, alphas, dtype)
-    found.exact = 0.0 if coded else found.update
+    operands = (target, instruct, base)
+    if choose(target.device) is native and torch.float64 not in {dtype, *(each.dtype for each in operands)}:
+        dtypes, addresses = [_NAMES[each.dtype] for each in operands], [each.data_ptr() for each in operands]
+        return fit_loops.of_memory(target.numel(), _NAMES[dtype], dtypes, addresses, alphas)
+    found = definition(*operands, alphas, dtype)
+    found.exact = found.update if alphas else 0.0
     return found
 
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from ires_kernels.backends import coded, reference
 from ires_kernels.backends.call import Call, Coded, Tally
 from ires_kernels.backends.choice import BackendStatus, thread_count
-from ires_kernels.backends.fit import Fit
 from ires_kernels.dtypes import NUMBERS
 from ires_kernels.formats import Format
 
@@ -245,12 +244,3 @@ def count_stored(
     """`encoding.count_stored` of contiguous memory."""
     pointers = target.data_ptr(), update.data_ptr(), values.data_ptr(), stored.data_ptr()
     return _native.count_stored(len(values), *pointers, os.environ.get("IRES_ISA", ""))
-
-
-def fit(target: Tensor, instruct: Tensor, base: Tensor, alphas: tuple[float, ...], dtype: torch.dtype) -> Fit:
-    """`fitting.definition` of contiguous memory on the CPU, of which nothing is float64, by the calling thread."""
-    operands = (target, instruct, base)
-    types = tuple(_DTYPES[each.dtype] for each in operands)
-    pointers = tuple(each.data_ptr() for each in operands)
-    isa = os.environ.get("IRES_ISA", "")
-    return Fit(*_native.fit(target.numel(), _DTYPES[dtype], types, pointers, list(alphas), isa))

@@ -21,7 +21,6 @@ to a file never go there.
 from __future__ import annotations
 
 import mmap
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,6 @@ from ires_kernels.backends import counting, native
 from ires_kernels.backends.call import Coded, Tally
 from ires_kernels.backends.choice import choose
 from ires_kernels.dtypes import FLOATS
-from ires_kernels.files.store import shrunk
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.steps import Step
 from ires_kernels.streaming.cpu import NOTHING, TORCH_DTYPES, Cpu, compute, zeros
@@ -44,10 +42,10 @@ from ires_kernels.streaming.tiles import (
     Portion,
     Processor,
     Processors,
-    ReadError,
     Slot,
     buffer_sizes,
     cut,
+    failed_read,
     packed,
     tiles,
 )
@@ -239,11 +237,6 @@ class Gpu:
         self.runtime.ring.take_back([slot.piece for slot in slots if isinstance(slot, _GpuSlot)])
 
 
-def _raise(step: Step, path: Path, error: int, at: int) -> None:
-    """Say which read has failed, with `error`, or at the end of the file."""
-    raise ReadError(step, OSError(error, os.strerror(error), f"{path}") if error else shrunk(path, at))
-
-
 def _tile_of(steps: Sequence[Step], piece: int) -> int:
     """As many elements as a piece holds of all inputs and the result; a power of two, as the stops of an update are."""
     largest = max((step.count for step in steps if step.op != "copy"), default=1)
@@ -296,6 +289,7 @@ class _GpuSlot:
         reads, items, views, at = [], [], [], 0
         owners: list[tuple[Step, Path]] = []  # of the reads
         for step, _, count, out, operands in portions:
+            assert out is not None
             pointers = [out.data_ptr()]
             seen = []
             for pieces in operands:
@@ -328,7 +322,7 @@ class _GpuSlot:
         unread = self._queue.call(load)
         if unread is not None:
             number, error, place = unread
-            _raise(*owners[number], error, place)
+            raise failed_read(*owners[number], error, place)
         return views
 
     def measure(self, step: Step, *_: object) -> None:

@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
+from ires_kernels.backends import fit_loops
 from ires_kernels.backends.fit import Fit
-from ires_kernels.backends.fitting import fit
 from ires_kernels.checkpoints.checkpoint import FileId
 from ires_kernels.planning.steps import Operand, Output, Step
 from ires_kernels.streaming import stream
-from ires_kernels.streaming.cpu import TORCH_DTYPES
 from ires_kernels.streaming.stream import Progress
-from ires_kernels.streaming.tiles import Slot, buffer_sizes, cut, memory, tiles
+from ires_kernels.streaming.tiles import Portion, Slot, buffer_sizes, cut, failed_read, memory, tiles
 
 
 def fits(
@@ -55,10 +51,14 @@ def _in_order(step: Step) -> tuple[Operand, ...]:
 
 
 class _Fitting:
-    """The processor: it computes sums, and has no results."""
+    """The processor: it computes sums, and has no results. Where the C++ loops take all of it, torch is not loaded."""
 
     def __init__(self, steps: Sequence[Step], alphas: tuple[float, ...], coded: set[str]) -> None:
-        self.tile, self.copy = tiles.get().elements, tiles.get().copied
+        operands = [operand for step in steps for operand in step.operands]
+        dtypes = {operand.dtype for operand in operands} | {step.dtype for step in steps}
+        self.in_loops = fit_loops.available(dtypes)
+        self.reads = self.in_loops and not any(operand.is_decoded for operand in operands)
+        self.tile, self.copy = tiles.get().looked_at if self.reads else tiles.get().elements, tiles.get().copied
         self.room = 0
         self.alphas = alphas
         self.coded = coded
@@ -72,26 +72,62 @@ class _Fitting:
     def release(self, slots: Iterable[Slot]) -> None:
         """They go with their memory."""
 
+    def add(self, step: Step, first: int, found: Fit) -> None:
+        """Keep what one tile has."""
+        self.found.setdefault(step.name, {})[first] = found
+
+    def alphas_of(self, step: Step) -> tuple[float, ...]:
+        """What rounding leaves is not known where codes are stored."""
+        return () if step.name in self.coded else self.alphas
+
 
 class _FittingSlot:
-    load = None
     decodes = False
 
     def __init__(self, asked: _Fitting) -> None:
         self.buffers = cut(memory(sum(asked.sizes)), asked.sizes)
+        self.load = self._load if asked.reads else None
         self._asked = asked
 
+    def _load(self, portions: Sequence[Portion]) -> list[list[memoryview]]:
+        """Files are read where they are counted: of what was seen no more than sums are left."""
+        for step, first, count, _, operands in portions:
+            runs = [[(fd, offset, nbytes) for fd, offset, nbytes, _ in pieces] for pieces in operands]
+            try:
+                found = fit_loops.of_files(count, step.dtype, _dtypes(step), runs, self._asked.alphas_of(step))
+            except fit_loops.Unread as failed:
+                raise failed_read(step, operands[failed.operand][failed.run].path, failed.error, failed.at) from None
+            self._asked.add(step, first, found)
+        return [[memoryview(b"")] * len(operands) for *_, operands in portions]
+
     def start(self, step: Step, first: int, count: int, *_: object) -> None:
-        operands: list[Tensor] = [
-            torch.frombuffer(buffer, dtype=TORCH_DTYPES[operand.dtype], count=count)
-            for buffer, operand in zip(self.buffers, step.operands, strict=False)
-        ]
-        t, x, y = operands
-        asked, coded = self._asked, step.name in self._asked.coded
-        asked.found.setdefault(step.name, {})[first] = fit(t, x, y, asked.alphas, TORCH_DTYPES[step.dtype], coded=coded)
+        alphas = self._asked.alphas_of(step)
+        if self._asked.in_loops:
+            found = fit_loops.of_memory(count, step.dtype, _dtypes(step), self.buffers[: len(step.operands)], alphas)
+        else:
+            found = _in_torch(step, count, self.buffers, alphas)
+        self._asked.add(step, first, found)
 
     def measure(self, step: Step, *_: object) -> None:
         raise AssertionError(f"{step.name} is stored, by what only looks")
 
     def wait(self) -> None:
         """`start` has done it all."""
+
+
+def _dtypes(step: Step) -> list[str]:
+    return [operand.dtype for operand in step.operands]
+
+
+def _in_torch(step: Step, count: int, buffers: Sequence[memoryview], alphas: tuple[float, ...]) -> Fit:
+    """Of a backend that was asked for, or of float64."""
+    import torch
+
+    from ires_kernels.backends.fitting import fit
+    from ires_kernels.streaming.cpu import TORCH_DTYPES
+
+    t, x, y = (
+        torch.frombuffer(buffer, dtype=TORCH_DTYPES[operand.dtype], count=count)
+        for buffer, operand in zip(buffers, step.operands, strict=False)
+    )
+    return fit(t, x, y, alphas, TORCH_DTYPES[step.dtype])

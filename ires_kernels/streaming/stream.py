@@ -245,8 +245,9 @@ class _Tensor:
         # The bytes of a whole copy are hashed once, as those of the result.
         self.is_copy = len(parts) == 1 and parts[0].copied
         self.is_written = all(part.out is None for part in parts)
-        # Whether a device may read it itself: it stays there, and its operands are in files as they are.
-        self.is_loaded = not self.is_written and all(r.reads(0, 0) is not None for part in parts for r in part.readers)
+        # Whether a processor may read it itself: it stays there, and its operands are in files as they are.
+        stays = not (self.is_written and kept)
+        self.is_loaded = stays and all(r.reads(0, 0) is not None for part in parts for r in part.readers)
         self.hasher = xxhash.xxh3_128() if self.is_written and kept else None
         apart = not (self.is_copy and self.is_written)
         for part in parts:
@@ -268,12 +269,12 @@ class _Tensor:
         return part.step.start + first * part.width
 
     def portion(self, index: int) -> Portion:
-        """A tile of a tensor that stays in memory."""
+        """A tile of a tensor that stays in memory, or is only looked at."""
         part, first = self.at(index)
-        assert part.out is not None
         step, count = part.step, min(part.tile, part.length - first)
+        out = None if part.out is None else part.out[first : first + count]
         reads = [reads for reader in part.readers if (reads := reader.reads(first, count)) is not None]
-        return Portion(step, step.first + first, count, part.out[first : first + count], reads)
+        return Portion(step, step.first + first, count, out, reads)
 
 
 class _Tile(NamedTuple):
@@ -561,7 +562,8 @@ class _Engine:
         begun = []
         for (tensor, index), portion, views in zip(claims, portions, slot.load(portions), strict=True):
             part, first = tensor.at(index)
-            read, written = sum(map(len, views)), portion.size * part.width
+            read = sum(piece.nbytes for pieces in portion.reads for piece in pieces)
+            written = 0 if part.stays else portion.size * part.width
             seen, at = [[view] for view in views], tensor.place(index)
             begun.append(_Tile(tensor, index, part, first, slot, seen, None, at, read, written))
         return begun

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from ires_kernels.backends.call import Tally
 from ires_kernels.dtypes import FLOATS
+from ires_kernels.files.store import shrunk
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Step
 from ires_kernels.streaming.pieces import Read
@@ -36,6 +38,8 @@ class Tiles:
     """Elements at most on a GPU: more than on the CPU, as each tile costs a fixed number of launches."""
     copied: int = 1 << 19
     """Bytes of a tensor that is copied."""
+    looked_at: int = 1 << 22
+    """Elements of a tensor that one call reads and counts, piece by piece."""
 
 
 TILES = Tiles()
@@ -58,13 +62,21 @@ class ReadError(Exception):
         self.reason = reason
 
 
+def failed_read(step: Step, path: Path, error: int, at: int) -> ReadError:
+    """What to raise of a read of `path` that failed with `error`, an errno, or 0 at the end of the file."""
+    return ReadError(step, OSError(error, os.strerror(error), f"{path}") if error else shrunk(path, at))
+
+
 class Portion(NamedTuple):
-    """What a tile has of one step: `size` elements from flat index `first` on go into `out`; bytes of a copy."""
+    """What a tile has of one step: `size` elements from flat index `first` on go into `out`; bytes of a copy.
+
+    Without `out` they are only looked at.
+    """
 
     step: Step
     first: int
     size: int
-    out: Tensor
+    out: Tensor | None
     reads: list[list[Read]]
     """By operand, what is read for it, one after the other."""
 

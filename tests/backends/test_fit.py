@@ -41,23 +41,23 @@ def same(found: Fit, wanted: Fit, within: float = 1e-9) -> None:
 
 @pytest.mark.parametrize("isa", native.isas())
 def test_loops_count_what_the_definition_counts(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("IRES_ISA", isa)
+    use(f"native-{isa}", monkeypatch)
     for (i, dtype), others in itertools.product(enumerate(TYPES), [(2, 2, 2), (0, 2, 1), (1, 1, 1), (3, 4, 0)]):
         t, x, y = (operand(TYPES[other], 10 * i + k) for k, other in enumerate(others))
         y = torch.where(torch.rand(len(y)) < 0.5, y.float(), x.float()).to(y.dtype)  # much is equal, as in models
-        same(native.fit(t, x, y, ALPHAS, dtype), fitting.definition(t, x, y, ALPHAS, dtype), within=1e-6)
+        same(fitting.fit(t, x, y, ALPHAS, dtype), fitting.definition(t, x, y, ALPHAS, dtype), within=1e-6)
     for count in (0, 1, 3, 15, 16, 17, 31, 33, 1023, 1024, 1025, 2049):
         t, x, y = (torch.randn(count + 1)[1:].bfloat16() for _ in range(3))
         t, x, y = (values[:count] for values in (t, x, y))
         wanted = fitting.definition(t, x, y, (0.5,), torch.bfloat16)
-        same(native.fit(t, x, y, (0.5,), torch.bfloat16), wanted, within=1e-6)
+        same(fitting.fit(t, x, y, (0.5,), torch.bfloat16), wanted, within=1e-6)
 
 
 @pytest.mark.parametrize("isa", native.isas())
 @pytest.mark.parametrize("size", [1, 1e-8, 1e-17, 1e-21, 1e-37, 1e19])
 def test_blocks_of_bf16(isa: str, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers of models; and where squares of float32 underflow or overflow, or are none, the sums of float64."""
-    monkeypatch.setenv("IRES_ISA", isa)
+    use(f"native-{isa}", monkeypatch)
     generator = torch.Generator().manual_seed(4)
     y, u, d = (torch.randn(3, 40_000, generator=generator) * torch.tensor([[0.02], [2e-4], [4e-4]])).mul(size)
     t, x, y = ((y + each).bfloat16() for each in (d, u, torch.zeros(())))
@@ -67,7 +67,7 @@ def test_blocks_of_bf16(isa: str, size: float, monkeypatch: pytest.MonkeyPatch) 
     t[17_000], x[20_000], y[23_000], t[26_000] = math.nan, math.inf, -math.inf, 3e38
     alphas = (1.0, 0.3, -2.0)
     for values in ((t, x, y), (t[:16_999], x[:16_999], y[:16_999])):
-        same(native.fit(*values, alphas, t.dtype), fitting.definition(*values, alphas, t.dtype), within=1e-6)
+        same(fitting.fit(*values, alphas, t.dtype), fitting.definition(*values, alphas, t.dtype), within=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["reference", *(["native"] if native.isas() else [])])
@@ -95,7 +95,7 @@ def test_rounding_takes_away_what_is_small() -> None:
     t = torch.full((1000,), 2.0).bfloat16()
     found = fitting.fit(t, y + 0.0078125, y, (1.0, 4.0), torch.bfloat16)
     assert found.effective((1.0, 4.0)) == [0.0, 4.0]
-    assert fitting.fit(t, y + 1, y, (1.0,), torch.bfloat16, coded=True).effective((1.0,)) == [None]
+    assert fitting.fit(t, y + 1, y, (), torch.bfloat16).effective((1.0,)) == [None]
     nothing = Fit()
     nothing += Fit()
     assert nothing.cosine is nothing.relative_drift is nothing.conflict_share is nothing.small_share is None

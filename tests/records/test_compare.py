@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +17,8 @@ from selection import tiles
 from small_models import normal, write_model
 
 import ires_kernels as ik
+from ires_kernels.backends import fit_loops, native
+from ires_kernels.backends.fit import Fit
 from ires_kernels.cli import main
 from ires_kernels.records.fit import MEASURED, Place, bar, place
 
@@ -40,7 +47,7 @@ def models(tmp_path: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 def test_sums_are_those_of_whole_tensors(tmp_path: Path, models: dict[str, dict[str, torch.Tensor]]) -> None:
     pair = (tmp_path / "instruct", tmp_path / "base")
-    with tiles(elements=100):  # several of most tensors, by several threads
+    with tiles(elements=100, looked_at=100):  # several of most tensors, by several threads
         report = ik.compare(tmp_path / "target", pair, alpha=0.3, threads=3, curve=True)
     assert report.tensors.keys() == NAMES.keys()
     merged = ik.load(tmp_path / "target", pair, alpha=0.3)
@@ -90,6 +97,61 @@ def test_command(
     assert main([*asked[:-1], f"{tmp_path}/nothing"]) == 2
     assert main([*asked, "--alpha", "nan"]) == 2
     assert sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("models")
+def test_what_is_found_depends_on_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads change nothing; tiles, and torch in place of the loops, no more than the order of the sums."""
+    models_of = tmp_path / "target", (tmp_path / "instruct", tmp_path / "base")
+    found = []
+    for threads, sizes, backend in ((1, 96, ""), (3, 96, ""), (2, 1 << 22, ""), (2, 96, "reference")):
+        monkeypatch.setenv("IRES_BACKEND", backend)
+        with tiles(elements=sizes, looked_at=sizes):
+            found.append(ik.compare(*models_of, alpha=0.3, threads=threads, curve=True).tensors)
+    assert found[0] == found[1]
+    for other in found[2:]:
+        for name, fit in found[0].items():
+            assert (fit.elements, fit.both, fit.conflicts, fit.within) == (
+                other[name].elements, other[name].both, other[name].conflicts, other[name].within,
+            )  # fmt: skip
+            for sums in ("base", "drift", "update", "exact", "moved"):
+                assert getattr(fit, sums) == pytest.approx(getattr(other[name], sums), rel=1e-6, abs=1e-6 * fit.update)
+
+
+@pytest.mark.usefixtures("models")
+@pytest.mark.skipif(not native.isas(), reason="no loops but torch's")
+def test_the_command_loads_no_torch(tmp_path: Path) -> None:
+    command = f"""
+import sys
+from ires_kernels.cli import main
+assert main(["compare", "{tmp_path}/target", "--instruct", "{tmp_path}/instruct", "--base", "{tmp_path}/base"]) == 0
+assert not {{"torch", "numpy"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "effective" in done.stdout
+
+
+@pytest.mark.skipif(not native.isas(), reason="no loops that read files")
+@pytest.mark.usefixtures("models")
+def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by any other command: the error names the tensor and the file, and where that ends."""
+    count = fit_loops.of_files
+    (file,) = (tmp_path / "instruct").glob("*.safetensors")
+    end = file.stat().st_size - 10
+
+    def cut_off(*arguments: Any) -> Fit:
+        os.truncate(file, end)
+        return count(*arguments)
+
+    monkeypatch.setattr(fit_loops, "of_files", cut_off)
+    with pytest.raises(OSError, match=rf"ends at byte {end}: .*layers.9.mlp.down_proj.*{file.name}"):
+        ik.compare(tmp_path / "target", (tmp_path / "instruct", tmp_path / "base"), threads=1)
+    with file.open("rb") as opened:
+        whole, broken = [(opened.fileno(), 0, 8)], [(opened.fileno(), 0, 4), (1 << 20, 0, 4)]
+        with pytest.raises(fit_loops.Unread) as caught:
+            count(4, "BF16", ["BF16"] * 3, [whole, whole, broken], (1.0,))
+    assert (caught.value.operand, caught.value.run, caught.value.error) == (2, 1, errno.EBADF)
 
 
 @pytest.mark.parametrize(("format", "dtype"), [("fp8-block", None), ("pack-quantized", "bf16")])
