@@ -457,23 +457,30 @@ def load(
     no room for the result. Nothing is counted: of NaN, overflow and lost updates `apply` alone tells.
     """
     check_flags(follow_links=follow_links)
-    paths, rules = _asked(
-        target, residual, alpha, alphas, follow_links,
-        skip=skip, dtype=dtype, allow_missing=allow_missing, rounding=rounding, seed=seed,
-        vocabulary=vocabulary, renames=renames, trust_names=trust_names,
-    )  # fmt: skip
-    from ires_kernels.live import assigning, loading
+    from ires_kernels.live import assigning, loading, sharding
     from ires_kernels.streaming import statedict
 
-    weights = loading.planned(paths, rules, device, threads, progress, follow_links=follow_links)
-    head, embedding = statedict.shared_head(weights.target) or ("", "")
-    if module is not None:
-        assigning.check(module, weights.metadata, head)
-    tensors = weights.all()
-    if head:
-        tensors[head] = tensors[embedding]
-    if module is not None:
-        assigning.assign(module, tensors)
+    with sharding.peers(module) as peers:
+        paths, rules = _asked(
+            target, residual, alpha, alphas, follow_links,
+            skip=skip, dtype=dtype, allow_missing=allow_missing, rounding=rounding, seed=seed,
+            vocabulary=vocabulary, renames=renames, trust_names=trust_names,
+        )  # fmt: skip
+        tells = peers.is_first
+        weights = loading.planned(paths, rules, device, threads, progress, follow_links=follow_links, tells=tells)
+        head, embedding = statedict.shared_head(weights.target) or ("", "")
+        if module is not None:
+            assigning.check(module, weights.metadata, head)
+        if module is not None and peers.are_several:
+            again = {head: embedding} if head and assigning.are_apart(module, head, embedding) else {}
+            tensors = weights.blocks(assigning.boxes(module), again, peers)
+        else:
+            tensors = weights.all()
+        if head:
+            tensors.setdefault(head, tensors[embedding])
+        if module is not None:
+            made = assigning.assign(module, tensors, peers)
+            return made if peers.are_several else tensors
     return tensors
 
 

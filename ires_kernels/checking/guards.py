@@ -112,19 +112,21 @@ def check_residuals(
     hashes: Mapping[str, Mapping[str, str]],
     threads: int | None = None,
     current: Mapping[Path, FileId] | None = None,
+    only: Container[tuple[str, str]] | None = None,
 ) -> None:
     """Compare the tensors of residuals that the plan reads with the hashes that `extract` recorded.
 
     hashes   of what was read already, by role and name. Others are read here: of a tensor of which only runs were read
     current  what the files were when they were opened, if the plan has another time for them
+    only     of the others those of these roles and names; None: all of them
     """
     for role, checkpoint in plan.inputs.items():
         if checkpoint.kind == "residual":
             recorded = checkpoint.manifest.tensors if checkpoint.manifest else {}
             known = hashes.get(role, {})
             used = dict.fromkeys(name for operand in plan.reads(role).values() for name in operand.tensors)
-            recorded_only = recorded.keys() & checkpoint.tensors.keys() - known.keys()
-            unread = {name: checkpoint.tensors[name] for name in used if name in recorded_only}
+            asked = {name for name in recorded.keys() - known.keys() if only is None or (role, name) in only}
+            unread = {name: checkpoint.tensors[name] for name in used if name in asked & checkpoint.tensors.keys()}
             hashed = stream.hashes(unread, current or checkpoint.file_ids, threads=threads)
             for name, found in {**known, **hashed}.items():
                 wanted = recorded[name].xxh3_128 if name in recorded else found

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 from ires_kernels.checkpoints import names
 from ires_kernels.checkpoints.header import brief
+from ires_kernels.live import sharding
 from ires_kernels.live import tensors as held
+from ires_kernels.live.peers import Peers
+from ires_kernels.planning.boxes import Box
 from ires_kernels.planning.rules import ArgumentError
 
 _ELSE = "Or load the target's files into a model as its library does, and add to that with apply_."
@@ -48,10 +51,26 @@ def check(module: nn.Module, metadata: Mapping[str, tuple[torch.dtype, tuple[int
         )
 
 
-def assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def boxes(module: nn.Module) -> dict[str, Box]:
+    """What this process has of the tensors that several hold, by each of their names."""
+    named = held.named(held.inner(module))
+    return {name: sharding.box(name, tensor) for name, tensor in named if sharding.is_sharded(tensor)}
+
+
+def are_apart(module: nn.Module, one: str, other: str) -> bool:
+    """Whether a module has two sharded tensors under these names: then they may be cut in different ways."""
+    mine = dict(held.named(held.inner(module)))
+    return one in mine and mine[one] is not mine[other] and sharding.is_sharded(mine[one])
+
+
+def assign(module: nn.Module, tensors: Mapping[str, Tensor], peers: Peers) -> dict[str, Tensor]:
     """Make the tensors the module's parameters and buffers, `check`ed before; what is tied stays so.
 
-    Raises ArgumentError where what it has under two names has two values, before anything is changed.
+    What several processes hold is made of the blocks that each of them has. If it has memory it gets their numbers, as
+    what shards it knows that memory. Returns what the module has now, by the names of `tensors`.
+
+    Raises ArgumentError where what it has under two names has two values, or another dtype than the block for its
+    memory; and PeerError where another process does; all before anything is changed.
     """
     module = held.inner(module)
     given: dict[int, tuple[str, Tensor]] = {}
@@ -61,10 +80,22 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             other, known = given.setdefault(id(old), (name, tensors[name]))
             if known is not tensors[name] and not torch.equal(known, tensors[name]):
                 raise ArgumentError(f"{brief(other)} and {brief(name)} are one in the module, and two in the files.")
+            if sharding.is_sharded(old) and not old.is_meta and old.dtype != known.dtype:
+                raise ArgumentError(
+                    f"{brief(name)} is {old.dtype} in the module, and would get {known.dtype}. Make the module with "
+                    "the dtype of the files, or on the meta device."
+                )
+    peers.end()
     made: dict[int, Tensor] = {}  # one for each tensor: what the files have once, the module has once
     for _, part, key, old in places:
         _, new = given[id(old)]
+        if sharding.is_sharded(old):
+            if not old.is_meta:
+                sharding.local(old).copy_(new)
+                continue
+            new = made.setdefault(id(old), sharding.like(old, new))
         if isinstance(old, nn.Parameter):
             part._parameters[key] = made.setdefault(id(new), nn.Parameter(new, old.requires_grad))  # type: ignore[assignment]
         else:
             part._buffers[key] = new
+    return {name: tensor.detach() for name, tensor in held.named(module) if name in tensors}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 import torch
@@ -12,7 +13,10 @@ from torch import Tensor
 from ires_kernels.checking import guards
 from ires_kernels.checkpoints import configs
 from ires_kernels.files.plain import plain
+from ires_kernels.live import parts
+from ires_kernels.live.peers import Peers
 from ires_kernels.planning import ancestry
+from ires_kernels.planning.boxes import Box
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.inputs import StrPath, open_inputs
 from ires_kernels.planning.plan import Plan, plan_apply
@@ -61,11 +65,11 @@ class Weights:
         """
         outcome, at = Outcome(), 0
         batches: list[tuple[int, list[Step]]] = []
-        for parts in by_output(self._plan.steps).values():
-            batches.append((at // BATCH, parts))
-            at += sum(step.nbytes for step in parts)
+        for made in by_output(self._plan.steps).values():
+            batches.append((at // BATCH, made))
+            at += sum(step.nbytes for step in made)
         for _, batch in groupby(batches, key=lambda each: each[0]):
-            found, learnt = self._fill([step for _, parts in batch for step in parts])
+            found, learnt = self._fill([step for _, made in batch for step in made])
             outcome.update(learnt)
             while found:
                 name = next(iter(found))
@@ -78,14 +82,40 @@ class Weights:
         self._check(outcome)
         return tensors
 
-    def _fill(self, steps: tuple[Step, ...] | list[Step]) -> tuple[dict[str, Tensor], Outcome]:
+    def blocks(self, boxes: Mapping[str, Box], again: Mapping[str, str], peers: Peers) -> dict[str, Tensor]:
+        """What is here of them, of a module that several processes hold: blocks, or all of what has no box.
+
+        again  names under which others of them are there once more, as other blocks
+        """
+        parts.check_same(self._plan, peers)
+        steps = [*self._plan.steps]
+        for name, other in again.items():
+            steps += [replace(s, output=replace(s.output, name=name)) for s in self._plan.steps if s.name == other]
+        tensors: dict[str, Tensor] = {}
+        for some in parts.steps_here(steps, self._plan, boxes):
+            tensors |= self._fill(some, hashed=())[0]
+        for step in steps:
+            if step.name in boxes and not boxes[step.name].numel:
+                dtype = TORCH_DTYPES[step.dtype]
+                tensors[step.name] = torch.empty(boxes[step.name].size, dtype=dtype, device=self.device)
+        guards.check_residuals(self._plan, {}, self._options.threads, only=parts.to_check(self._plan, peers))
+        guards.check_unchanged(self._plan, {}, threads=self._options.threads)
+        return tensors
+
+    def _fill(
+        self, steps: tuple[Step, ...] | list[Step], hashed: Sequence[str] | None = None
+    ) -> tuple[dict[str, Tensor], Outcome]:
+        if hashed is None:
+            hashed = [role for role, checkpoint in self._plan.inputs.items() if checkpoint.kind == "residual"]
         tensors = statedict.allocate(steps, self.device)
         outcome = stream.fill(
             tensors,
             steps,
             guards.file_ids(self._plan),
             self._plan.rules,
-            hashed=[role for role, checkpoint in self._plan.inputs.items() if checkpoint.kind == "residual"],
+            hashed=[role for role, c in self._plan.inputs.items() if c.kind == "residual"]
+            if hashed is None
+            else hashed,
             processors=self._options.processors,
             threads=self._options.threads,
             progress=self._options.progress,
@@ -105,15 +135,17 @@ def planned(
     progress: Progress | None,
     *,
     follow_links: bool,
+    tells: bool = True,
 ) -> Weights:
-    """What `apply` would write, by its inputs and rules, with its warnings for who called the caller."""
+    """What `apply` would write, by its inputs and rules, with its warnings for who called the caller, if it `tells`."""
     inputs = open_inputs(paths, follow_links=follow_links)
     with Looks(inputs) as looks:
         plan = plan_apply(inputs, rules, second_copies(inputs), looks=looks)
         kin = ancestry.compare(inputs, plan.steps, looks)
     weights = Weights(plan, devices.resolve(device), threads, progress)
     left_out = [plan.share.text()] if plan.share else []
-    for text in (*configs.differences(plan.inputs), *ancestry.warnings(kin, inputs), *left_out):
+    known = (*configs.differences(plan.inputs), *ancestry.warnings(kin, inputs), *left_out)
+    for text in known if tells else ():
         warnings.warn(plain(text), stacklevel=3)
     guards.compare(plan)
     guards.check_companions(plan)

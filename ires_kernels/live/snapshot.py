@@ -50,10 +50,6 @@ class Snapshot:
         """One at which nothing can be, so that no file is taken for it."""
         return Path("/dev/null") / self.name
 
-    def named(self, text: str) -> str:
-        """A text for people, in which it is called by its name."""
-        return text.replace(f"{self.path}", self.name)
-
     def of(self, name: str, like: Tensor) -> Tensor:
         """A tensor as it was, in this memory; with the dtype of `like`."""
         info = self.infos[name]

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ires_kernels.checkpoints.header import brief
+from ires_kernels.live import sharding
 from ires_kernels.planning.rules import ArgumentError
 from ires_kernels.streaming.cpu import TORCH_DTYPES
 
 DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 """The names of safetensors."""
+_AROUND = {"_orig_mod", "_checkpoint_wrapped_module"}
+"""What torch.compile and activation checkpointing put into the names of what they are put around."""
 _QUANTIZED = "apply_ adds to plain numbers. Apply to the files of the model, and load those."
 
 
@@ -41,12 +44,12 @@ def of(module: nn.Module, known: Sequence[Container[str]] = ()) -> dict[str, Ten
         raise ArgumentError(f"{type(module).__name__} is quantized: {_QUANTIZED}")
     alike: dict[object, list[tuple[str, Tensor]]] = {}
     for name, tensor in named(module):
-        _check(name, tensor)
+        _check(name, sharding.local(tensor) if sharding.is_sharded(tensor) else tensor)
         alike.setdefault(_place(tensor), []).append((name, tensor))
     if not alike:
         raise ArgumentError(f"{type(module).__name__} has no parameters and no buffers.")
     found = dict(max(names, key=lambda each: sum(each[0] in some for some in known)) for names in alike.values())
-    _check_apart(found.items())
+    _check_apart((name, sharding.local(tensor)) for name, tensor in found.items())
     return found
 
 
@@ -70,7 +73,8 @@ def placed(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
 
     In the order of a state dict, and as the module has them, whatever hooks would make of that.
     """
-    for prefix, part in module.named_modules(remove_duplicate=False):
+    for path, part in module.named_modules(remove_duplicate=False):
+        prefix = ".".join(word for word in path.split(".") if word not in _AROUND)
         kept = [item for item in part._buffers.items() if item[0] not in part._non_persistent_buffers_set]
         for name, tensor in (*part._parameters.items(), *kept):
             if tensor is not None:
@@ -97,9 +101,10 @@ def _check(name: str, tensor: Tensor) -> None:
 
 def _place(tensor: Tensor) -> object:
     """What two tensors share that are one."""
-    if not tensor.numel():
+    here = sharding.local(tensor)
+    if not here.numel():
         return id(tensor)
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+    return here.device, here.data_ptr(), here.dtype, tuple(here.shape), here.stride(), tuple(tensor.shape)
 
 
 def _check_apart(named: Iterable[tuple[str, Tensor]]) -> None:

@@ -17,8 +17,10 @@ from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.header import CheckpointError, brief
 from ires_kernels.files import interrupts
 from ires_kernels.files.plain import Refused, plain
+from ires_kernels.live import parts, sharding
 from ires_kernels.live import tensors as held
 from ires_kernels.live.snapshot import Snapshot
+from ires_kernels.live.target import Target
 from ires_kernels.planning import ancestry
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.inputs import Pair, StrPath, check_flags, open_inputs, roles_of_apply
@@ -42,14 +44,14 @@ class Applied:
     It holds the bits from before, which take as much memory as the module's parameters and buffers; they go with it.
     """
 
-    def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor], before: Snapshot, changed: Sequence[str]):
+    def __init__(self, module: nn.Module, target: Target, changed: Sequence[str]):
         self.changed = tuple(changed)
-        """The names of the tensors that were changed."""
-        self.nbytes = before.nbytes
+        """The names of the tensors that were changed; of a sharded module those of which something is here."""
+        self.nbytes = target.before.nbytes
         """Bytes of memory that are held for `undo`."""
         self._module = module
-        self._tensors = {name: tensors[name] for name in changed}
-        self._before: Snapshot | None = before
+        self._tensors = {name: target.tensors[name] for name in changed}
+        self._before: Snapshot | None = target.before
         self._versions = self._seen()
         known = _newest.get(module)
         self._under = known() if known is not None else None
@@ -60,11 +62,15 @@ class Applied:
 
         force  also where they have changed since, by an optimiser or by another `apply_`: that is lost
 
+        Of a sharded module each process gives back what it has, and asks nobody: all of them are to call it.
+
         Raises ArgumentError where they have, and where they have another dtype or shape now.
         """
         if self._before is None:
             return
-        for name, tensor in self._tensors.items():
+        sharding.reshard(self._module)
+        here = {name: sharding.local(tensor) for name, tensor in self._tensors.items()}
+        for name, tensor in here.items():
             info = self._before.infos[name]
             if (held.DTYPES.get(tensor.dtype), tuple(tensor.shape)) != (info.dtype, info.shape):
                 raise ArgumentError(
@@ -77,7 +83,7 @@ class Applied:
                 "Undo that first, or give force=True, with which it is lost."
             )
         with interrupts.held():
-            self._before.put_back(self._tensors, self.changed)
+            self._before.put_back(here, self.changed)
             self._before = None
             known = _newest.get(self._module)
             if known is not None and known() is self:
@@ -99,8 +105,8 @@ class Applied:
         state = "undone" if self._before is None else f"{len(self.changed)} tensors changed, {self.nbytes} bytes kept"
         return f"<apply_ to {type(self._module).__name__}: {state}>"
 
-    def _seen(self) -> list[int]:
-        return [tensor._version for tensor in self._tensors.values()]
+    def _seen(self) -> list[tuple[int, int]]:
+        return [(tensor._version, sharding.local(tensor)._version) for tensor in self._tensors.values()]
 
 
 def apply_(
@@ -143,106 +149,128 @@ def apply_(
     Returns what can take it back: ``with ik.apply_(model, residual, 0.7): …`` does so at the end. For that a copy of
     the module's tensors stays in the memory of the CPU; without the returned object it is freed at once. What an
     optimiser has of the model, such as moments and float32 copies of its weights, does not know of the update: make it
-    anew. The other arguments, and errors, as for `apply`; and ArgumentError for a module whose tensors are on the meta
-    device, quantized, sharded, or of torch.inference_mode.
+    anew.
+
+    Of a module that several processes hold, as fully_shard and parallelize_module make it of DTensors, each of them
+    calls this, reads what belongs to its own blocks, and has the bits that the whole module would have there; and the
+    result says what was changed in this process. Where one of them fails all do, with PeerError, and all of them have
+    the bits from before.
+
+    The other arguments, and errors, as for `apply`; and ArgumentError for a module whose tensors are on the meta
+    device, quantized, or of torch.inference_mode, and for DTensors that are sums still to be made (Partial).
     """
     check_flags(follow_links=follow_links)
     module = held.inner(module)
-    options = Options.of("cpu", threads, progress)
-    added, alpha, alphas = written_out(residual, alpha, alphas)
-    paths = roles_of_apply("", hub.locals_of(added), follow_links=follow_links)
-    del paths["target"]
-    rules = Rules.of(
-        len(roles.added(paths)),
-        alpha=alpha,
-        alphas=alphas,
-        skip=skip,
-        allow_missing=allow_missing,
-        rounding=rounding,
-        seed=seed,
-        vocabulary=vocabulary,
-        renames=renames,
-        trust_names=trust_names,
-    )
-    sources = open_inputs(paths, follow_links=follow_links)
-    tensors = held.of(module, [source.tensors for source in sources.values()])
-    if module.training:
-        warnings.warn(
-            f"{type(module).__name__} is in training mode: an optimiser's state does not know of this update",
-            stacklevel=2,
+    with sharding.peers(module) as peers:
+        options = Options.of("cpu", threads, progress)
+        added, alpha, alphas = written_out(residual, alpha, alphas)
+        paths = roles_of_apply("", hub.locals_of(added), follow_links=follow_links)
+        del paths["target"]
+        rules = Rules.of(
+            len(roles.added(paths)),
+            alpha=alpha,
+            alphas=alphas,
+            skip=skip,
+            allow_missing=allow_missing,
+            rounding=rounding,
+            seed=seed,
+            vocabulary=vocabulary,
+            renames=renames,
+            trust_names=trust_names,
         )
-    before = Snapshot(type(module).__name__, tensors)
-    inputs = {"target": before.checkpoint(held.config(module)), **sources}
-    try:
-        plan, said = _plan(inputs, rules, before, tensors)
-        for text in said:
-            warnings.warn(plain(before.named(text)), stacklevel=2)
-        changed = list(dict.fromkeys(step.name for step in plan.steps if not step.is_own))
+        sources = open_inputs(paths, follow_links=follow_links)
+        tensors = held.of(module, [source.tensors for source in sources.values()])
+        if module.training and peers.is_first:
+            warnings.warn(
+                f"{type(module).__name__} is in training mode: an optimiser's state does not know of this update",
+                stacklevel=2,
+            )
+        target = Target(module, tensors, peers)
+        inputs = {"target": target.checkpoint(held.config(module)), **sources}
         try:
-            with interrupts.held():
-                _fill(plan, {name: tensors[name] for name in changed}, before, options)
-                applied = Applied(module, tensors, before, changed)
-        except BaseException:  # also what a signal has raised as the region was left
-            with interrupts.held():
-                before.put_back(tensors, changed)
+            plan, said = _plan(inputs, rules, target)
+            for text in said if peers.is_first else ():
+                warnings.warn(plain(target.named(text)), stacklevel=2)
+            changed = target.changed(plan)
+            here = target.local()
+            try:
+                with interrupts.held():
+                    _fill(plan, {name: here[name] for name in changed}, target, options)
+                    applied = Applied(module, target, changed)
+                    peers.end()
+            except BaseException:  # also what a signal has raised as the region was left
+                with interrupts.held():
+                    target.before.put_back(here, changed)
+                raise
+        except Refused as error:
+            error.args = (target.named(f"{error}"),)
             raise
-    except Refused as error:
-        error.args = (before.named(f"{error}"),)
-        raise
     return applied
 
 
-def _plan(
-    inputs: Mapping[str, Checkpoint], rules: Rules, before: Snapshot, tensors: Mapping[str, Tensor]
-) -> tuple[Plan, list[str]]:
+def _plan(inputs: Mapping[str, Checkpoint], rules: Rules, target: Target) -> tuple[Plan, list[str]]:
     """What is done, and what is to be said of it. Refuses what would give a tensor another shape."""
-    memory = {before.path: before}
-    with Looks(inputs, memory) as looks:
-        plan = plan_apply(inputs, rules, second_copies(inputs, memory), looks=looks)
+    with Looks(inputs, target.memory) as looks:
+        plan = plan_apply(inputs, rules, second_copies(inputs, target.memory), looks=looks)
         kin = ancestry.compare(inputs, plan.steps, looks)
     for step in plan.steps:
-        if step.shape != tuple(tensors[step.name].shape):
+        if step.shape != tuple(target.tensors[step.name].shape):
             raise CheckpointError(
-                f"{brief(step.name)} has shape {list(tensors[step.name].shape)} in the module, and would get "
+                f"{brief(step.name)} has shape {list(target.tensors[step.name].shape)} in the module, and would get "
                 f'{list(step.shape)}. Call resize_token_embeddings first, or give vocabulary="target".'
             )
     guards.compare(plan)
     guards.check_companions(plan)
+    target.planned(plan)
     left_out = [plan.share.text()] if plan.share else []
     return plan, [*configs.differences(inputs), *ancestry.warnings(kin, inputs), *left_out]
 
 
-def _fill(plan: Plan, tensors: Mapping[str, Tensor], before: Snapshot, options: Options) -> None:
+def _fill(plan: Plan, tensors: Mapping[str, Tensor], target: Target, options: Options) -> None:
     """Carry out the steps of these tensors, device by device, and make sure of what was read."""
+    by_device: dict[torch.device, list[str]] = {}
+    for name, tensor in tensors.items():
+        by_device.setdefault(tensor.device, []).append(name)
+    # Of a part no digest is known: then each process has some tensors to check as a whole.
+    hashed = [role for role, model in plan.inputs.items() if model.kind == "residual" and not target.peers.are_several]
+    outcome = Outcome()
+    for device, names in by_device.items():
+        for steps in target.steps(plan, set(names)):
+            mine = {step.name: tensors[step.name] for step in steps}
+            outcome.update(_filled(steps, mine, device, hashed, plan, target, options))
+            for name in mine:
+                torch.autograd.graph.increment_version(target.tensors[name])
+    guards.check_residuals(plan, outcome.inputs, options.threads, only=parts.to_check(plan, target.peers))
+    guards.check_unchanged(plan, outcome.inputs, but={"target"}, threads=options.threads)
+
+
+def _filled(
+    steps: Sequence[Step],
+    tensors: Mapping[str, Tensor],
+    device: torch.device,
+    hashed: Sequence[str],
+    plan: Plan,
+    target: Target,
+    options: Options,
+) -> Outcome:
+    """Carry out steps into tensors of one device."""
     from ires_kernels.streaming import device as devices
 
-    by_device: dict[torch.device, list[Step]] = {}
-    for step in plan.steps:
-        if step.name in tensors:
-            by_device.setdefault(tensors[step.name].device, []).append(step)
-    outcome = Outcome()
-    for device, steps in by_device.items():
-        mine = {step.name: tensors[step.name].detach() for step in steps}
-        into = {
-            name: t if t.is_contiguous() else torch.empty(t.shape, dtype=t.dtype, device=device)
-            for name, t in mine.items()
-        }
-        found = stream.fill(
-            into,
-            steps,
-            guards.file_ids(plan),
-            plan.rules,
-            hashed=[role for role, checkpoint in plan.inputs.items() if checkpoint.kind == "residual"],
-            processors=Options.of(devices.resolve(device), None, None).processors,
-            threads=options.threads,
-            progress=options.progress,
-            memory={before.path: before},
-        )
-        outcome.update(found)
-        for name, tensor in mine.items():
-            if into[name] is not tensor:
-                tensor.copy_(into[name])
-            else:
-                torch.autograd.graph.increment_version(tensor)
-    guards.check_residuals(plan, outcome.inputs, options.threads)
-    guards.check_unchanged(plan, outcome.inputs, but={"target"}, threads=options.threads)
+    into = {
+        n: t if t.is_contiguous() else torch.empty(t.shape, dtype=t.dtype, device=device) for n, t in tensors.items()
+    }
+    outcome = stream.fill(
+        into,
+        steps,
+        guards.file_ids(plan),
+        plan.rules,
+        hashed=hashed,
+        processors=Options.of(devices.resolve(device), None, None).processors,
+        threads=options.threads,
+        progress=options.progress,
+        memory=target.memory,
+    )
+    for name, tensor in tensors.items():
+        if into[name] is not tensor:
+            tensor.copy_(into[name])
+    return outcome

@@ -154,6 +154,8 @@ class Step:
     """Flat index of the first element."""
     count: int = -1
     """Number of elements; -1: all that follow."""
+    shift: int = 0
+    """Of a block of a tensor: how much further into that its elements are, by whose index there random bits are."""
 
     def __post_init__(self) -> None:
         if self.count < 0:

@@ -274,7 +274,7 @@ class _Tensor:
         step, count = part.step, min(part.tile, part.length - first)
         out = None if part.out is None else part.out[first : first + count]
         reads = [reads for reader in part.readers if (reads := reader.reads(first, count)) is not None]
-        return Portion(step, step.first + first, count, out, reads)
+        return Portion(step, step.shift + step.first + first, count, out, reads)
 
 
 class _Tile(NamedTuple):
@@ -491,7 +491,7 @@ class _Engine:
         while self.waiting:
             _, (step, *more) = self.waiting[self._next_file()][0]
             room -= _packed(step)
-            alike = (step.op, step.factors) == (part.step.op, part.step.factors)
+            alike = (step.op, step.factors, step.shift) == (part.step.op, part.step.factors, part.step.shift)
             if more or not alike or room < 0 or not 0 < _length(step) <= part.tile or self._is_made(step):
                 return
             tensor = self._start()
@@ -586,11 +586,11 @@ class _Engine:
         if part.coder is not None:
             coding = part.coder.coding(seen[0][-1])
         if part.out is not None:
-            slot.start(step, step.first + first, count, part.out[first : first + count], coded, coding)
+            slot.start(step, step.shift + step.first + first, count, part.out[first : first + count], coded, coding)
         elif part.copied or (at < tensor.done and part.overwrites):
             result = seen[0][0]  # where it is written already, what the target held is gone: this is the result
         else:
-            slot.start(step, step.first + first, count, None, coded, coding)
+            slot.start(step, step.shift + step.first + first, count, None, coded, coding)
             result = slot.buffers[-1][: count * part.width]
         return _Tile(tensor, index, part, first, slot, seen, result, at, read, written)
 
