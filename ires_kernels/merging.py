@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ires_kernels.checking import guards
 from ires_kernels.checking.verification import verify
-from ires_kernels.checkpoints import configs, hub, roles
+from ires_kernels.checkpoints import configs, hub, roles, sidefiles
 from ires_kernels.checkpoints.checkpoint import is_shard
 from ires_kernels.checkpoints.header import CheckpointError, brief
 from ires_kernels.files import hidden, interrupts
@@ -607,4 +607,9 @@ def _warned(plan: Plan, looks: Looks) -> Plan:
     """The plan, and what is to be said of inputs by their values, and where one has a stranger's state."""
     plan = related(plan, looks)
     theirs = [text for checkpoint in plan.inputs.values() for text in hidden.foreign(checkpoint.path).values()]
-    return replace(plan, warnings=(*plan.warnings, *theirs))
+    givers = [each for role, each in plan.inputs.items() if roles.is_instruct(role)]
+    doubts = [text for each in givers if (text := hub.doubt(each.path, sidefiles.has_vocabulary(each)))]
+    return replace(plan, warnings=(*plan.warnings, *theirs, *(text + _FETCH for text in doubts)))
+
+
+_FETCH = ": where there is a network, naming it as org/name@commit fetches what a merge takes from an instruct model"

@@ -3,6 +3,9 @@
 The library of the Hub does the work: its cache, its tokens, its offline mode. Only what a merge needs is downloaded:
 the safetensors files that the index names, and the small files beside them. A revision is resolved to its commit first,
 so all files are of one commit, whatever is pushed meanwhile, and the path of the snapshot in the cache tells which.
+
+Other programs share the cache, and download what they need: the weights, say, and no tokenizer. So the names of what a
+merge needs of a commit are kept among the library's assets, and nobody is asked again where all of that is there.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from fnmatch import translate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,14 +127,18 @@ def _snapshot(text: str) -> Path:
         nobody = here or "is on the Hub: "
         raise CheckpointError(f"{text}: {nobody}nothing here can ask it (huggingface_hub). {_INSTALL}") from None
     repo, revision = match["id"], match["revision"]
+    cached = None
     try:
         cached = _cached(library, repo, revision)
-        if cached is not None and (constants.HF_HUB_OFFLINE or _is_whole(cached, revision)):
+        if cached is not None and (constants.HF_HUB_OFFLINE or _is_complete(cached, revision)):
+            _check_weights(cached, repo)
             return cached
         return _download(library, repo, revision)
     except CheckpointError:
         raise
     except Exception as error:  # of the library, or of what it asks with, which is another one in each of its versions
+        if cached is not None and _has_weights(cached, revision):
+            return cached  # what may be missing beside them, `doubt` tells
         raise CheckpointError(f"{text}: {here}{_reason(error)} {_way_out(error, repo)}") from None
 
 
@@ -143,8 +151,69 @@ def _cached(library: Any, repo: str, revision: str | None) -> Path | None:
     return None
 
 
-def _is_whole(folder: Path, revision: str | None) -> bool:
-    """Whether a snapshot has all weights of a commit, and that is what was asked for: then nobody has to be asked."""
+def _is_complete(folder: Path, revision: str | None) -> bool:
+    """Whether a snapshot has all that is needed of a commit, and that was asked for: then nobody has to be asked."""
+    names = _recorded(folder) if folder.name == revision else None
+    return names is not None and all((folder / name).is_file() for name in names)
+
+
+def doubt(path: StrPath, tokenizer: bool) -> str | None:
+    """What of a model in the Hub's cache is not there beside its weights, or may not be; None where nothing is missed.
+
+    tokenizer  whether it has one
+    """
+    repo, folder = repo_of(path), Path(path)
+    if repo is None or not folder.is_dir():
+        return None
+    names = _recorded(folder)
+    if names is None:
+        return None if tokenizer else f"{repo} has no tokenizer in the cache, and perhaps one on the Hub"
+    missing = [name for name in names if not (folder / name).is_file()]
+    return f"{repo} has {listed(missing)} on the Hub, and not in the cache" if missing else None
+
+
+def _record_of(folder: Path) -> Path | None:
+    """Where the names of the files that are needed of a snapshot are kept; None where there is no place for that."""
+    repo = repo_of(folder)
+    try:
+        from huggingface_hub import cached_assets_path
+
+        return None if repo is None else cached_assets_path("ires_kernels", repo.id, "needed") / f"{repo.commit}.json"
+    except (ImportError, OSError, ValueError):
+        return None
+
+
+def _recorded(folder: Path) -> list[str] | None:
+    """The names of the files that are needed of a snapshot, where they are known."""
+    record = _record_of(folder)
+    try:
+        names = json.loads(read_bytes(record, MAX_INDEX)) if record is not None else None
+    except (OSError, ValueError):
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
+def _record(folder: Path, names: Sequence[str]) -> None:
+    record = _record_of(folder)
+    if record is not None:
+        with suppress(OSError):
+            temporary = record.with_name(f".{record.name}.{os.getpid()}")
+            temporary.write_text(json.dumps(names))
+            os.replace(temporary, record)
+
+
+def _check_weights(folder: Path, repo: str) -> None:
+    """Refuse a snapshot that lacks shards, where nobody may be asked for them."""
+    missing = [name for name in _named_by(folder / _INDEX) or () if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{_SCHEME}{repo}@{folder.name}: {listed(missing)} is not in the cache, and HF_HUB_OFFLINE is set: "
+            f"download it where there is a network (`hf download {repo} --revision {folder.name}`)."
+        )
+
+
+def _has_weights(folder: Path, revision: str | None) -> bool:
+    """Whether a snapshot is of the commit that was asked for and has all of its weights."""
     if folder.name != revision:
         return False
     weights = _named_by(folder / _INDEX)
@@ -171,6 +240,7 @@ def _download(library: Any, repo: str, revision: str | None) -> Path:
         patterns = [re.sub(r"([*?\[])", r"[\1]", name) for name in files]
         folder = Path(library.snapshot_download(repo, revision=revision, allow_patterns=patterns))
         if folder.name == info.sha:
+            _record(folder, files)
             return folder
 
 

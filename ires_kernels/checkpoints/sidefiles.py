@@ -230,6 +230,11 @@ def is_weights(name: str) -> bool:
     return _WEIGHTS.fullmatch(name) is not None
 
 
+def has_vocabulary(checkpoint: Checkpoint) -> bool:
+    """Whether there is a tokenizer with tokens."""
+    return bool(_Parent("", checkpoint).vocabulary)
+
+
 def has_template(checkpoint: Checkpoint) -> bool:
     """Whether there is a chat template, in a file of its own or in tokenizer_config.json."""
     return _Parent("", checkpoint).has_template

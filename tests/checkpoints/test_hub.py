@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
@@ -161,6 +163,72 @@ def test_a_snapshot_that_left_the_cache_comes_again_at_its_commit(shell: Shell, 
     shell.home.rename(shell.folder / "gone")
     server.models["org/base"].refs["main"] = "f" * 40
     assert "bit for bit" in shell.run("verify", "out")
+
+
+def test_what_another_program_left_out_is_fetched(shell: Shell, server: Hub, tmp_path: Path) -> None:
+    """Asked for by its commit, with weights and config.json in the cache and no tokenizer: once, and then no more."""
+    folder = tmp_path / "models" / "instruct"
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "vocab.txt").write_text("a\nb\n")
+    commit = server.models["org/instruct"].push(folder)
+    shell.run("inspect", f"org/instruct@{commit}")
+    kept = Path(json.loads(shell.run("inspect", f"org/instruct@{commit}", "--json"))["path"])
+    shutil.rmtree(shell.home / "assets")  # as another program leaves it
+    for name in ("tokenizer_config.json", "vocab.txt"):
+        (kept / name).unlink()
+    merge = ("extract", "org/base", f"org/instruct@{commit}", "-o", "out", "--dry-run")
+    shell.run("inspect", "org/base")
+    said = shell.run(*merge, HF_HUB_OFFLINE="1")
+    assert "has no tokenizer in the cache, and perhaps one on the Hub" in " ".join(said.split())
+    nowhere = shell.run("inspect", f"org/instruct@{commit}", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "tensors" in nowhere, "its weights are here"
+    server.requests.clear()
+    said = shell.run(*merge)
+    assert (kept / "vocab.txt").read_text() == "a\nb\n"
+    assert "in the cache" not in said
+    assert not [name for name in server.downloaded() if name.endswith(".safetensors")]
+    server.requests.clear()
+    shell.run("inspect", f"org/instruct@{commit}")
+    assert server.requests == []
+    (kept / "vocab.txt").unlink()
+    said = shell.run(*merge, HF_HUB_OFFLINE="1")
+    assert "has vocab.txt on the Hub, and not in the cache" in " ".join(said.split())
+
+
+def test_shards_that_are_not_in_the_cache(shell: Shell, server: Hub, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "sharded", {n: normal((8, 8), i) for i, n in enumerate("abc")}, shards=3, config={})
+    commit = server.models.setdefault("org/sharded", Model()).push(folder)
+    kept = Path(json.loads(shell.run("inspect", "org/sharded", "--json"))["path"])
+    (kept / "model-00002-of-00003.safetensors").unlink()
+    said = shell.refused("inspect", f"org/sharded@{commit}", HF_HUB_OFFLINE="1")
+    assert "model-00002-of-00003.safetensors is not in the cache, and HF_HUB_OFFLINE is set" in said
+    assert f"hf download org/sharded --revision {commit}" in said
+    shell.run("inspect", f"org/sharded@{commit}")
+    assert (kept / "model-00002-of-00003.safetensors").is_file()
+
+
+def test_hf_ires(tmp_path: Path) -> None:
+    """The extension as the Hub's command line installs it: the file hf-ires, and what it is, in a folder of its own."""
+    extensions = pytest.importorskip("huggingface_hub.cli.extensions")
+    script = Path(__file__).parents[2] / "hf-ires"
+    place = tmp_path / ".local/share/hf/extensions/hf-ires"
+    place.mkdir(parents=True)
+    shutil.copy(script, place / "hf-ires")
+    manifest = extensions.ExtensionManifest(
+        owner="someone", repo="hf-ires", repo_id="someone/hf-ires", short_name="ires",
+        executable_path=f"{place / 'hf-ires'}", type="binary", installed_at=datetime.now(timezone.utc),
+        description=None, commit_sha=None,
+    )  # fmt: skip
+    manifest.save(place)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ires").write_text(f'#!/bin/sh\nexec {sys.executable} -m ires_kernels "$@"\n')
+    (tmp_path / "bin" / "ires").chmod(0o755)
+    call = [sys.executable, "-c", "from huggingface_hub.cli.hf import main; main()", "ires", "--version"]
+    environment = {"HOME": f"{tmp_path}", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "PYTHONPATH": f"{script.parent}"}
+    for path, code, said in ((f"{tmp_path / 'bin'}:", 0, ik.__version__), ("", 127, "there is no ires on PATH")):
+        more = {**environment, "PATH": f"{path}/usr/bin:/bin"}
+        done = subprocess.run(call, env=more, capture_output=True, text=True, check=False)
+        assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done.stderr
 
 
 def test_what_is_here_is_not_looked_for_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
