@@ -209,7 +209,7 @@ def _open_checkpoint(path: Path, follow_links: bool) -> Checkpoint:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {_unreachable(path, error)}") from None
     if stat.S_ISDIR(mode):
-        return _with_settings(_open_folder(path, follow_links))
+        return with_settings(_open_folder(path, follow_links))
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path}: is {kind_of_file(mode)}, wanted a model's folder or a .safetensors file.")
     shard = _open_shard(path)
@@ -218,7 +218,7 @@ def _open_checkpoint(path: Path, follow_links: bool) -> Checkpoint:
     beside = path.with_name("residual.json" if is_residual else f"{path.name}.ires.json")
     if not follow_links and os.path.exists(beside):
         check_link(beside, path.parent)
-    return _with_settings(_assemble(path, kind, [shard], None, {}, None, _read_manifest(beside), follow_links))
+    return with_settings(_assemble(path, kind, [shard], None, {}, None, _read_manifest(beside), follow_links))
 
 
 def _open_folder(folder: Path, follow_links: bool) -> Checkpoint:
@@ -389,7 +389,7 @@ def _read_config(path: Path) -> dict[str, Any] | None:
     return config
 
 
-def _with_settings(checkpoint: Checkpoint) -> Checkpoint:
+def with_settings(checkpoint: Checkpoint) -> Checkpoint:
     """A model with what the files beside it say of its weights, also where one of them was given alone."""
     if checkpoint.kind == "residual":
         return checkpoint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -70,11 +70,19 @@ class Files:
     """
 
     def __init__(
-        self, file_ids: Mapping[Path, FileId], uses: Iterable[Path], memory: Mapping[Path, Source] | None = None
+        self,
+        file_ids: Mapping[Path, FileId],
+        uses: Iterable[Path],
+        memory: Mapping[Path, Source] | None = None,
+        written: Container[Path] = (),
     ) -> None:
-        """`memory`: what is no file, and there for as long as this is, by the path that it is called."""
+        """`memory`: what is no file, and there for as long as this is, by the path that it is called.
+
+        `written`: files that this process writes meanwhile, which are told by all but their times.
+        """
         self._file_ids = file_ids
         self._memory = memory or {}
+        self._written = written
         self._uses = Counter(uses)
         self._held: Counter[Path] = Counter()
         self._open: dict[Path, LocalFile] = {}
@@ -90,7 +98,10 @@ class Files:
                 if idle is not None:
                     self._open.pop(idle).close()
             source = self._open[path] = LocalFile(path)
-            if not source.stamp().is_unwritten(self._file_ids[path]):
+            now, known = source.stamp(), self._file_ids[path]
+            if path in self._written:
+                known = known._replace(mtime_ns=now.mtime_ns)
+            if not now.is_unwritten(known):
                 raise CheckpointError(f"{path}: changed after it was validated. Wait for its writer, then start again.")
         return source
 

@@ -3,8 +3,8 @@
 Names and bytes only. While an update is unfinished everything that a loader looks for (weights, index, config.json) is
 in the hidden folder TARGET/.ires-unfinished, so that nothing takes a half-updated model for one; renaming moves no
 bytes. For a target that is a single file it is .NAME.ires-unfinished beside it. The same folder holds the lock, the
-journal, the model's files (model/), the new side files until they are installed (new/), the ones they replace (old/),
-and what says how far it got:
+journal, the scales of a quantized model (scales), the model's files (model/), the new side files until they are
+installed (new/), the ones they replace (old/), and what says how far it got:
 
     operation.json   the weights may be part old, part new. Before it exists nothing was touched
     installing.json  the weights are new; the side files are being replaced
@@ -45,6 +45,9 @@ from ires_kernels.files.hidden import (
 from ires_kernels.files.locks import lock
 from ires_kernels.files.ownership import Foreign, StoreError, is_same, make_private, open_folder, private_mode
 from ires_kernels.files.store import MARKER, allocate, fsync_folder, named, remove_from, write_file
+
+SCALES = "scales"
+"""What is in the hidden folder before anything has begun, of an update that looks for new scales first."""
 
 
 class Workplace:
@@ -183,6 +186,7 @@ class Workplace:
         """End the update, but keep all that taking it back needs; returns where."""
         kept = self._next(UNDO)
         with self.here():
+            (self.work / SCALES).unlink(missing_ok=True)
             os.rename(self.work, kept)
             self.make_durable(self.folder)
         self.close()
@@ -201,7 +205,7 @@ class Workplace:
             phase = self.phase()
             names = set(os.listdir(self._at))
             model = os.listdir(self.model) if "model" in names else []
-            known = {"journal", "log", "reserve", "operation.tmp", MARKER, *FOLDERS}
+            known = {"journal", "log", "reserve", SCALES, "operation.tmp", MARKER, *FOLDERS}
             strange = [*(names - known - {f"{phase}.json"}), *model]
             if strange:
                 raise StoreError(f"{self.work}: holds {', '.join(sorted(strange))}. Move that to where it belongs.")

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ires_kernels.checkpoints.checkpoint import FileId
+from ires_kernels.checkpoints.checkpoint import FileId, with_settings
 from ires_kernels.files import moving
 from ires_kernels.files.inplace import Workplace
 from ires_kernels.files.ownership import StoreError
-from ires_kernels.in_place import begun, cuts
+from ires_kernels.in_place import begun, cuts, scales
 from ires_kernels.in_place.cuts import Sizes, Window
 from ires_kernels.planning.ancestry import Ancestry
 from ires_kernels.planning.inputs import open_inputs
@@ -34,8 +34,9 @@ class Update:
     changed: list[Path]
     """Those that have other times now."""
     steps: Sequence[Step]
-    """That change something, each with its place in the target."""
+    """That change something, each with its place in the target, and scales from where they are kept."""
     windows: Sequence[Window]
+    scales: scales.Kept | None
 
     @property
     def own_files(self) -> dict[Path, FileId]:
@@ -62,16 +63,19 @@ def hide_and_plan(place: Workplace, operation: Operation) -> Update:
         before[role], others = as_it_was(checkpoint, operation.stamps.get(role, {}))
         changed += others if operation.paths[role] != target else []
         if operation.paths[role] == target:  # where its side files still are
-            before[role] = replace(before[role], path=place.target)
+            before[role] = with_settings(replace(before[role], path=place.target))
     rules, layouts = Rules.from_dict(operation.rules), operation.known_layouts()
     plan = replace(plan_apply(before, rules, operation.copies, layouts), in_place=True)
     plan = replace(plan, ancestry=tuple(map(Ancestry.from_dict, operation.ancestry)))
     same_plan(operation, plan)
     steps = cuts.changes(plan)
+    kept = scales.kept(place, operation, steps)
+    steps = scales.with_kept(steps, kept)
     windows = cuts.windows(steps, Sizes(**operation.sizes))
     if [[window.file, window.start, window.stop] for window in windows] != operation.windows:
         raise StoreError(
             f"{place.target}: this ires_kernels cuts the update into other pieces than the one that began it, "
             f"though both are version {VERSION}. Go on with that one, or try `ires rollback {place.target}`."
         )
-    return Update(place, operation, plan, files, changed, steps, windows)
+    files |= {} if kept is None else {kept.layout.path: FileId.of(kept.layout.path)}
+    return Update(place, operation, plan, files, changed, steps, windows, kept)

@@ -12,8 +12,8 @@ from ires_kernels.checking import guards
 from ires_kernels.checkpoints import sidefiles
 from ires_kernels.checkpoints.manifest import Update
 from ires_kernels.files import movable, moving, store
-from ires_kernels.files.inplace import Workplace
-from ires_kernels.in_place import begun, cuts
+from ires_kernels.files.inplace import SCALES, Workplace
+from ires_kernels.in_place import begun, cuts, scales
 from ires_kernels.in_place.cuts import Sizes, Window
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.steps import Step
@@ -29,7 +29,7 @@ _AGAIN = (
     "the times of then a sample was compared; `ires verify` reads all of what it has hashes of"
 )
 # Bytes that are reserved for the log and the manifest, so that neither finds the disk full when the weights are new.
-_ROOM, _OF_TENSOR, _OF_WINDOW = 1 << 16, 768, 512
+_ROOM, _OF_TENSOR, _OF_WINDOW, _DIGEST = 1 << 16, 768, 512, 32
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,11 @@ def look(plan: Plan, options: Options, *, sync: bool, tag: str) -> Ready | Repor
 def begin(
     ready: Ready, copies: Mapping[str, str], options: Options, sizes: Sizes, *, undo: str, sync: bool, sha256: bool,
     tag: str,
-) -> Workplace:  # fmt: skip
-    """Lock the target and keep there what it takes to go on; nothing is touched where this raises."""
+) -> tuple[Workplace, int]:  # fmt: skip
+    """Lock the target and keep there what it takes to go on; nothing is touched where this raises.
+
+    Also returns how many bytes were read for the scales of a quantized target.
+    """
     plan, target = ready.plan, ready.plan.inputs["target"]
     guards.read_residuals(plan, options.threads)
     stream.check_threads()
@@ -79,6 +82,7 @@ def begin(
         names = begun.hidden_names(target)
         movable.check_movable(place, [*names, *installed, *dropped, begun.manifest_name(place), begun.sums_name(place)])
         windows = cuts.windows(ready.steps, sizes)
+        layout = scales.Layout(ready.steps, place.work / SCALES)
         operation = Operation.of(
             plan,
             sync=sync,
@@ -97,10 +101,13 @@ def begin(
             ancestry=[found.to_dict() for found in plan.ancestry],
             history=[update.table for update in ready.history],
         )
-        content = operation.to_bytes()
-        place.reserve(_room(plan.steps) + len(content))
+        scales.reserve(layout)
+        place.reserve(_room(plan.steps) + len(operation.to_bytes()) + _DIGEST)
         with begun.opened_journal(place.work, operation, place.folder, new=True):
-            place.write(content)
+            digest, read = scales.find(place, plan, layout, options)
+            if digest:
+                guards.check_unchanged(plan, threads=options.threads)
+            place.write(replace(operation, scales=digest).to_bytes())
     except BaseException:
         try:
             if place.phase() is None:
@@ -108,7 +115,7 @@ def begin(
         finally:
             place.close()
         raise
-    return place
+    return place, read
 
 
 def _in_place(plan: Plan) -> Plan:

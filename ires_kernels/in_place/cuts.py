@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 from ires_kernels.checkpoints.checkpoint import FileId, TensorRef
 from ires_kernels.checkpoints.header import CheckpointError, brief, tensor_bytes
+from ires_kernels.checkpoints.quantized import QuantizedRef
 from ires_kernels.dtypes import STORAGE
 from ires_kernels.planning.plan import Plan
-from ires_kernels.planning.steps import Step
+from ires_kernels.planning.steps import Operand, Step
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Sizes:
 SIZES = Sizes()
 """Where nothing else is asked for."""
 _DTYPE = "Leave --dtype out, or write a new folder with -o OUT."
-_QUANTIZED = "Write a new folder with -o OUT, or leave such modules as they are with --skip."
+_PLAIN = "Write a new folder with -o OUT, or leave such modules as they are with --skip."
+_KEPT = "Leave --dtype out, and it stays quantized; or write a new folder with -o OUT."
 _OTHER = "Write a new folder with -o OUT; or keep the rows of the target, with --vocabulary target."
 _ALIAS = "Give a copy of that model, or write a new folder with -o OUT."
 
@@ -83,16 +85,11 @@ def changes(plan: Plan) -> tuple[Step, ...]:
     """
     tensors = plan.inputs["target"].tensors
     for step in plan.steps:
-        if step.output.encoding is not None:
-            weight = step.output.encoding.weight
+        weight = step.operands[0].refs[0]
+        if step.output.encoding is None and isinstance(weight, QuantizedRef):
             raise CheckpointError(
-                f"cannot apply in place: {brief(weight.name)} is {weight.format} in {weight.path}, and whether its "
-                f"scales serve the new numbers is known only when all of these are there. {_QUANTIZED}"
-            )
-        if step.name not in tensors:
-            raise CheckpointError(
-                f"cannot apply in place: {brief(step.name)} is quantized in the target, and would become {step.dtype}, "
-                f"which takes other bytes. {_QUANTIZED}"
+                f"cannot apply in place: {brief(step.name)} is {weight.format} in {weight.path}, and would become "
+                f"{step.dtype}, which takes other bytes. {_KEPT if weight.format.is_encoded else _PLAIN}"
             )
         if step.dtype != tensors[step.name].dtype:
             raise CheckpointError(
@@ -163,16 +160,27 @@ def _check_aliases(plan: Plan, steps: Iterable[Step]) -> None:
                     f"{own[files[shard.path]]} under another name. {_ALIAS}"
                 )
     for step in steps:
+        if step.is_scale:  # which are kept before anything is written
+            continue
         target = plan.inputs["target"].tensors[step.name]
         place = target.offset + step.start
         for operand in step.operands:
             read = [(files[ref.path], ref.offset, ref.nbytes) for ref in operand.refs if isinstance(ref, TensorRef)]
             other = own.keys().isdisjoint(files[path] for path in operand.paths)
-            if not other and (operand.is_decoded or not _lies_at(read, files[target.path], place)):
+            in_place = _is_own(operand, step) if operand.is_decoded else _lies_at(read, files[target.path], place)
+            if not other and not in_place:
                 raise CheckpointError(
                     f"cannot apply in place: {brief(step.name)} needs {brief(operand.text)} of {operand.role}, "
                     f"which is the target and would be overwritten. {_OTHER if operand.role == 'target' else _ALIAS}"
                 )
+
+
+def _is_own(operand: Operand, step: Step) -> bool:
+    """Whether all that is decoded is the weight whose new codes take the places of these."""
+    weight = step.output.encoding and step.output.encoding.weight
+    return weight is not None and all(
+        isinstance(ref, QuantizedRef) and not ref.whole and ref.parts == weight.parts for ref in operand.refs
+    )
 
 
 def _lies_at(runs: Iterable[tuple[_File, int, int]], file: _File, offset: int) -> bool:

@@ -1,6 +1,6 @@
 """Updating a model in place: begin, work, finish. The way back is in rollback.py.
 
-    begin    check → lock → stage the side files → make the journal → operation.json
+    begin    check → lock → stage the side files → make the journal → find new scales → operation.json
     again    hide the model's files → open and plan again
     work     put back what was in the air → windows
     finish   check what was read → manifest → side files → show the model's files
@@ -56,13 +56,15 @@ def update_model(
         return plan
     if not ready.steps:
         return Report.of(plan, Outcome(), plan.inputs["target"].path, time.perf_counter() - started)
-    place = begin.begin(ready, copies, options, sizes or cuts.SIZES, undo=undo, sync=sync, sha256=sha256, tag=tag)
+    sizes = sizes or cuts.SIZES
+    place, read = begin.begin(ready, copies, options, sizes, undo=undo, sync=sync, sha256=sha256, tag=tag)
     try:
-        report = carry_on(place, begun.read_operation(place), options, started, fresh=True)
+        report = carry_on(place, begun.read_operation(place), options.part(read, 0), started, fresh=True)
     finally:
         place.close()
     why = {side.name: side.why for side in plan.side_files if side.why}
-    return replace(report, warnings=tuple(dict.fromkeys((*plan.warnings, *report.warnings))), why=why)
+    warnings = tuple(dict.fromkeys((*plan.warnings, *report.warnings)))
+    return replace(report, bytes_read=report.bytes_read + read, warnings=warnings, why=why)
 
 
 @interrupts.uninterrupted

@@ -39,8 +39,11 @@ def work(update: Update, options: Options) -> Outcome:
                 tallies = {label: Tally(**numbers) for label, numbers in part["tallies"].items()}
                 done = {part["name"]: Done(part["stop"], tallies)}
         own = plan.roles_of_target()
+        read = Outcome()
+        read.update(update.scales.learnt if update.scales else Outcome())
+        read.update(outcome)
         guards.check_begun(
-            plan, operation.samples, outcome, update.changed, update.files, but=own, threads=options.threads
+            plan, operation.samples, read, update.changed, update.files, but=own, threads=options.threads
         )
         files = update.own_files
         writer = _Writer(update.steps, windows, journal, outcome)
@@ -56,6 +59,8 @@ def work(update: Update, options: Options) -> Outcome:
             progress=options.progress,
             stops={(window.segments[0].step.name, window.segments[0].start) for window in windows},
             done=done,
+            scales=update.scales.of if update.scales else None,
+            written={place.model / step.file for step in update.steps if step.roles == ("scales",)},
             outcome=outcome,
             failed=journal.stop,
         )

@@ -45,8 +45,8 @@ _FACTORS = (
     "To merge the weights below it alone, leave its factors as they are with --skip."
 )
 _DTYPE = (
-    "Nothing here makes new codes of that kind: write plain weights instead with --dtype bf16 (f16, f32), or leave "
-    "such modules as they are with --skip."
+    "Nothing here makes new codes of that kind: write plain weights instead with -o OUT --dtype bf16 (f16, f32), or "
+    "leave such modules as they are with --skip."
 )
 _SECOND = "Give both the same --skip and --alpha-for: models that load one tensor for the two would load either."
 _TIED = (

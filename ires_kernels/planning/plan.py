@@ -48,6 +48,7 @@ _ANY = (
     "It leaves out a tenth at most: where what is missing belongs to the model, mend that first; "
     'to go on all the same, give --allow-missing=any (allow_missing="any").'
 )
+_PASSES = "2: one finds the scales that new codes need, and changes nothing; then all of it is done"
 _IDS = "Correct the id in that file, or take a model whose tokenizer fits its rows."
 _IDS_BY_ROWS = "Rows by number leave its ids without rows: --vocabulary target keeps those that the target has."
 _NOTHING = "Take models of one architecture, whose tensors have the same names, and skip less."
@@ -112,6 +113,11 @@ class Plan:
             return sum(step.nbytes for step in self._active())
         return sum(file.size for file in self.files)
 
+    @property
+    def passes(self) -> int:
+        """How often the weights are read: of a quantized target in place twice, first for its scales."""
+        return 2 if self.in_place and any(step.output.encoding for step in self.steps) else 1
+
     def roles_of_target(self) -> set[str]:
         """The target, and every other role in which it is given as well."""
         place = os.path.realpath(self.inputs["target"].path)
@@ -163,6 +169,7 @@ class Plan:
             "in_place": self.in_place,
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
+            "passes": self.passes,
             "files": [{"name": file.name, "size": file.size} for file in self.files],
             "tensors": [
                 {
@@ -225,6 +232,7 @@ class Plan:
         rows += [("warning", self.share.text())] if self.share else []
         rows += [("note", line) for line in self.notes]
         rows.append(("reads", size(self.bytes_read)))
+        rows += [("passes", _PASSES)] if self.passes > 1 else []
         where = "in place" if self.in_place else f"in {several(len(self.files), 'file')}"
         rows.append(("writes", f"{size(self.bytes_written)} {where}"))
         return table(rows)

@@ -68,6 +68,8 @@ class Operation:
     """How the windows are cut, where it is not the usual way."""
     windows: list[list[Any]] = field(default_factory=list)
     """(file, start, stop) of everything that changes, in order."""
+    scales: str = ""
+    """xxh3_128 of the file with the scales of a quantized target, old and new; "" where none change."""
     copies: dict[str, str] = field(default_factory=dict)
     """Second copies of the target's embedding, which can no longer be told from its bytes."""
     layouts: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -187,7 +189,7 @@ def _is_flag(value: object) -> bool:
 
 
 _CHECKS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("id", "version", "tag", "boot", "recipe"), _is_text),
+    **dict.fromkeys(("id", "version", "tag", "boot", "recipe", "scales"), _is_text),
     **dict.fromkeys(("sync", "sha256", "follow_links"), _is_flag),
     "kind": ("apply", "extract", MAPPED).__contains__,
     "undo": UNDO.__contains__,

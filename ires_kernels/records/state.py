@@ -11,6 +11,7 @@ from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.checkpoints.manifest import Manifest
 from ires_kernels.files import hidden
+from ires_kernels.files.inplace import SCALES
 from ires_kernels.files.locks import holder
 from ires_kernels.files.log import count_records, is_broken_off
 from ires_kernels.files.ownership import Foreign
@@ -22,6 +23,7 @@ from ires_kernels.records.headway import Headway
 from ires_kernels.records.history import on_top
 from ires_kernels.records.operation import MAPPED, Operation
 
+_AT_WORK = "an update in place, or ik.mapped"
 State = Literal["none", "running", "unfinished", "rolling back", "finished", "foreign"]
 
 
@@ -177,7 +179,9 @@ def _of_update(found: Found) -> Status:
     target, work, phase = found.path, found.where, found.phase
     who = holder(work / MARKER)
     if who:
-        return Status(f"{target}", "running", f"an update in place, or ik.mapped, by {who}", ("Wait for it to end.",))
+        first = phase is None and (work / SCALES).exists()
+        what = "the first pass of an update in place, which has changed nothing yet" if first else _AT_WORK
+        return Status(f"{target}", "running", f"{what}, by {who}", ("Wait for it to end.",))
     if phase is None:
         return Status(f"{target}", "none", f"no update in place is under way; {work} is left of one",
                       (f"`ires rollback {target}` removes that.",))  # fmt: skip

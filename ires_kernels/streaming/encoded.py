@@ -24,9 +24,10 @@ class Scales(NamedTuple):
 
     stored: memoryview
     """Their bytes."""
-    renewed: Tensor | None
-    """Which of them are new, by block; None where none is."""
+    new: int
+    """How many of them are new."""
     blocks: int
+    """How many there are."""
 
 
 class Coding(NamedTuple):
@@ -44,9 +45,11 @@ class Coder:
     of the weight for that, and nothing is kept of it but the scales; the step of the codes computes it once more.
     """
 
-    def __init__(self, weight: QuantizedRef) -> None:
+    def __init__(self, weight: QuantizedRef, known: Callable[[QuantizedRef], Scales] | None = None) -> None:
+        """`known`: gives the scales, where they were found before."""
         self.weight = weight
         self.found: Scales | None = None
+        self._known = known
         self._lock = threading.Lock()
 
     def scales(
@@ -55,7 +58,8 @@ class Coder:
         """The scales, for one of the steps; others that need them wait. Raises ComputeError when the run is stopped."""
         with self._lock:
             if self.found is None:
-                self.found = self._measured(step, readers, slot, tile, is_stopped)
+                known = self._known
+                self.found = known(self.weight) if known else self._measured(step, readers, slot, tile, is_stopped)
             return self.found
 
     def coding(self, before: memoryview) -> Coding:
@@ -76,7 +80,13 @@ class Coder:
             count = min(tile, weight.numel - first)
             _, coded = take(readers, slot.buffers, first, count, codes=slot.decodes)
             slot.measure(step, first, count, coded, largest)
-        return Scales(*encoding.new_scales(weight.format, largest, own.part("scale")), blocks)
+        return new_scales(weight, largest, own.part("scale"))
+
+
+def new_scales(weight: QuantizedRef, largest: Tensor, before: memoryview) -> Scales:
+    """The scales of a weight of whose blocks these are the largest |value|, and which had the scales `before`."""
+    stored, renewed = encoding.new_scales(weight.format, largest, before)
+    return Scales(stored, 0 if renewed is None else int(renewed.sum()), len(largest))
 
 
 class Result(NamedTuple):
@@ -106,12 +116,12 @@ def store(
     """
     assert step.output.encoding is not None
     weight, values = step.output.encoding.weight, result.values
-    scales, renewed, _ = coding.scales
+    scales = coding.scales.stored
     random = (rules.seed, step.stream) if rules.rounding == "stochastic" else None
     encoding.encode(weight.format, weight.full, first, values, scales, out, random)
     before = torch.frombuffer(coding.before, dtype=torch.uint8)
     again = target
-    if renewed is not None:
+    if coding.scales.new:
         again = result.stored[: len(values)]
         _decode(weight, first, before, scales, again)
     encoding.keep(values, again, before, out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ires_kernels.checkpoints.header import brief
@@ -46,3 +46,10 @@ class Options:
         if threads is not None and threads < 1:
             raise ArgumentError(f"threads is {threads}, wanted 1 or more.")
         return cls(processors_on(device, idle=idle), threads, progress, lock)
+
+    def part(self, before: int, behind: int) -> Options:
+        """The same for a part of the work: the progress has so many bytes before it, and so many more to do."""
+        progress = self.progress
+        if progress is None:
+            return self
+        return replace(self, progress=lambda done, todo: progress(before + done, before + todo + behind))

@@ -56,7 +56,7 @@ from ires_kernels.streaming.tiles import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ires_kernels.streaming.encoded import Coder
+    from ires_kernels.streaming.encoded import Coder, Scales
 
 _MOST_THREADS = 1024  # whatever was asked for
 _MAX_THREADS = 8
@@ -97,6 +97,8 @@ def run(
     progress: Progress | None = None,
     stops: Container[tuple[str, int]] | None = None,
     done: Mapping[str, Done] | None = None,
+    scales: Callable[[QuantizedRef], Scales] | None = None,
+    written: Container[Path] = (),
     outcome: Outcome | None = None,
     failed: Callable[[], None] | None = None,
 ) -> Outcome:
@@ -107,6 +109,8 @@ def run(
     stops    (tensor name, byte in it) where an interrupt may end the run. With them the tiles are claimed strictly in
              the order of the steps, and all tiles before the stop are written
     done     what is written already, by the tensor's name: "add" and "add_difference" overwrite their first operand
+    scales   gives those of weights that get new codes, where they are known; None: they are found on the way
+    written  input files that `write` may write to before they are read
     outcome  to be completed and returned; None: a new one
     failed   called when something goes wrong, for a `write` that waits
 
@@ -116,7 +120,7 @@ def run(
     Raises what went wrong first, with tensor and file in it, when all threads have stopped: CheckpointError for a file
     that changed, OSError for one that cannot be read or written, ComputeError for a processor that failed.
     """
-    asked = _Asked(steps, file_ids, rules, write, stops=stops, done=done or {})
+    asked = _Asked(steps, file_ids, rules, write, stops=stops, done=done or {}, scales=scales, written=written)
     told = _Told(Outcome() if outcome is None else outcome, progress, failed)
     return _Engine(asked, _How(processors, threads, hashed, counted), told).run()
 
@@ -160,15 +164,19 @@ def look(
     file_ids: Mapping[Path, FileId],
     processors: Processors,
     *,
+    hashed: Container[str] = (),
     threads: int | None = None,
     progress: Progress | None = None,
+    outcome: Outcome | None = None,
 ) -> int:
     """Show the operands of `steps` to a processor that makes nothing of them; returns bytes read. Errors as of `run`.
 
-    Nothing is hashed and nothing written: what the processor learns is its own.
+    Nothing is written: what the processor learns is its own. The outcome gets the hashes of inputs of the roles
+    `hashed`.
     """
     asked = _Asked(steps, file_ids, Rules(), _nothing, kept=False)
-    return _Engine(asked, _How(processors, threads, (), counted=False), _Told(Outcome(), progress)).run().bytes_read
+    told = _Told(Outcome() if outcome is None else outcome, progress)
+    return _Engine(asked, _How(processors, threads, hashed, counted=False), told).run().bytes_read
 
 
 def hashes(
@@ -310,6 +318,8 @@ class _Asked:
     stops: Container[tuple[str, int]] | None = None
     done: Mapping[str, Done] = field(default_factory=dict)
     memory: Mapping[Path, Source] = field(default_factory=dict)
+    scales: Callable[[QuantizedRef], Scales] | None = None
+    written: Container[Path] = ()
     kept: bool = True
     """False: there are no results."""
 
@@ -345,7 +355,7 @@ class _Engine:
         # With stops, windows begin and end where tiles do: those of copies have one size on all processors.
         copied = self.processor.copy if asked.stops is None else tiles.get().copied
         self.sizes = self.processor.tile, copied
-        self.files = Files(asked.file_ids, _uses(steps), asked.memory)
+        self.files = Files(asked.file_ids, _uses(steps), asked.memory, asked.written)
         self.todo = sum((0 if self._stays(step) else step.nbytes) + step.read_bytes for step in steps)
         self.read: list[int] = []  # bytes by thread, so that counting needs no lock
         self.written: list[int] = []
@@ -459,7 +469,7 @@ class _Engine:
         from ires_kernels.streaming.encoded import Coder
 
         weight = step.output.encoding.weight
-        return self.coders.setdefault(weight, Coder(weight))
+        return self.coders.setdefault(weight, Coder(weight, self.asked.scales))
 
     def _claim(self, mine: _Tensor | None) -> list[tuple[_Tensor, int]]:
         """The next tile of the tensor `mine`, else of a new one, else of the first that has one left.
@@ -588,7 +598,7 @@ class _Engine:
         if part.out is not None:
             slot.start(step, step.shift + step.first + first, count, part.out[first : first + count], coded, coding)
         elif part.copied or (at < tensor.done and part.overwrites):
-            result = seen[0][0]  # where it is written already, what the target held is gone: this is the result
+            result = seen[0][-1]  # where it is written already, what the target held is gone: this is the result
         else:
             slot.start(step, step.shift + step.first + first, count, None, coded, coding)
             result = slot.buffers[-1][: count * part.width]
@@ -661,8 +671,7 @@ class _Engine:
             if self.how.counted and not part.copied and not part.tiles:
                 self.told.outcome.tallies[step.label] = part.tally
             if part.coder is not None and part.coder.found is not None and not step.is_scale:
-                _, renewed, blocks = part.coder.found
-                self.told.outcome.scales[step.label] = (blocks, 0 if renewed is None else int(renewed.sum()))
+                self.told.outcome.scales[step.label] = (part.coder.found.blocks, part.coder.found.new)
             if step.output.encoding is not None:
                 weight = step.output.encoding.weight
                 self.uncoded[weight] -= 1

@@ -268,15 +268,6 @@ def test_sources_of_an_update_in_place_may_be_quantized(tmp_path: Path, sides: t
     assert all(same(read_model(paths[0])[name], before[name]) for name in before)
 
 
-def test_a_quantized_target_is_not_updated_in_place(tmp_path: Path) -> None:
-    paths = models(tmp_path, "fp8-block")
-    before = snapshot(tmp_path)
-    with pytest.raises(CheckpointError, match="-o OUT"):
-        ik.apply(paths[0], (paths[1], paths[2]), in_place=True, sync=False)
-    assert snapshot(tmp_path) == before
-    ik.apply(paths[0], (paths[1], paths[2]), in_place=True, sync=False, skip="proj")
-
-
 def test_the_report_tells_of_the_noise_of_new_codes(tmp_path: Path) -> None:
     """As numpy counts it: of the numbers that were there, those that the merge gives, and those that are stored."""
     paths = models(tmp_path, "fp8-block", None, None, scale=1e-4)
