@@ -63,11 +63,13 @@ class Peers:
         if self._groups:
             import torch.distributed as dist
 
+            ended, self._ended = self._ended, True  # if one of them is gone, nobody listens any more
             for group in self._groups:
                 each: list[Any] = [None] * dist.get_world_size(group)
                 dist.all_gather_object(each, known, group=group)
                 for table in each:
                     known |= table
+            self._ended = ended
         return known
 
     def __enter__(self) -> Peers:

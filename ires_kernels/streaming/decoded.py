@@ -19,6 +19,18 @@ from ires_kernels.formats import ACROSS, matrices
 from ires_kernels.streaming.pieces import Reader
 
 
+class Stored:
+    """What was read of a weight besides the codes of one tile. Readers of its runs share it: they may be thousands."""
+
+    def __init__(self, ref: QuantizedRef) -> None:
+        self.lock = threading.Lock()
+        self.parts: dict[str, memoryview] = {}
+        self.matrix: tuple[int, memoryview] = (-1, memoryview(b""))
+        _, height, width = matrices(ref.full)
+        self.across = height * width if ref.format.name in ACROSS else 0
+        """Elements of a matrix, where its codes lie all over it."""
+
+
 class Decoded:
     """The numbers of one weight, or of a run of its elements.
 
@@ -26,15 +38,13 @@ class Decoded:
     parts, whole and in their order, and behind them of the codes, from the first byte that holds one to the last.
     """
 
-    def __init__(self, ref: QuantizedRef, sources: Mapping[Path, Source]) -> None:
+    def __init__(self, ref: QuantizedRef, sources: Mapping[Path, Source], stored: Stored | None = None) -> None:
+        """`stored`: of the weight, where other runs of it are read as well."""
         self.ref = ref
         self._codes = sources[ref.path]
         self._sources = sources
-        self._lock = threading.Lock()
-        self._parts: dict[str, memoryview] = {}
-        self._matrix: tuple[int, memoryview] = (-1, memoryview(b""))
-        _, height, width = matrices(ref.full)
-        self._across = height * width if ref.format.name in ACROSS else 0
+        self._stored = stored or Stored(ref)
+        self._across = self._stored.across
 
     def read_into(self, buffer: memoryview, first: int, count: int) -> Sequence[memoryview]:
         out = torch.frombuffer(buffer, dtype=torch.float32, count=count)
@@ -56,13 +66,13 @@ class Decoded:
 
     def part(self, name: str) -> memoryview:
         """All bytes of a part other than the codes."""
-        with self._lock:
-            if name not in self._parts:
+        with self._stored.lock:
+            if name not in self._stored.parts:
                 ref = dict(self.ref.parts)[name]
                 view = memoryview(bytearray(ref.nbytes))
                 self._sources[ref.path].read_into(view, ref.offset)
-                self._parts[name] = view
-            return self._parts[name]
+                self._stored.parts[name] = view
+            return self._stored.parts[name]
 
     def _seen(self, first: int) -> list[memoryview]:
         parts = [self.part(name) for name, _ in self.ref.parts[1:]]
@@ -94,10 +104,10 @@ class Decoded:
         while at < first + count:
             number = (self.ref.first + at) // self._across
             end = min(first + count, (number + 1) * self._across - self.ref.first)
-            with self._lock:
-                if self._matrix[0] != number:
-                    self._matrix = number, self._read(*self.ref.span(at, 1))
-                codes = self._matrix[1]
+            with self._stored.lock:
+                if self._stored.matrix[0] != number:
+                    self._stored.matrix = number, self._read(*self.ref.span(at, 1))
+                codes = self._stored.matrix[1]
             self._decode(at, end - at, codes, out[at - first : end - first])
             if at == 0 or (self.ref.first + at) % self._across == 0:
                 seen.append(codes)

@@ -88,12 +88,17 @@ def reader(operand: Operand, sources: Mapping[Path, Source], width: int) -> Read
 
 def _decoded(operand: Operand, sources: Mapping[Path, Source]) -> Reader:
     """The reader of weights of which some are quantized. What makes numbers of them is loaded here, with torch."""
-    from ires_kernels.streaming.decoded import Decoded, Several
+    from ires_kernels.streaming.decoded import Decoded, Several, Stored
 
-    each = [
-        Decoded(ref, sources) if isinstance(ref, QuantizedRef) else _One(sources[ref.path], ref.offset, 4)
-        for ref in operand.refs
-    ]
+    stored: dict[str, Stored] = {}
+    each: list[Reader] = []
+    for ref in operand.refs:
+        if isinstance(ref, QuantizedRef):
+            if ref.tensor not in stored:
+                stored[ref.tensor] = Stored(ref)
+            each.append(Decoded(ref, sources, stored[ref.tensor]))
+        else:
+            each.append(_One(sources[ref.path], ref.offset, 4))
     return each[0] if len(each) == 1 else Several(each, [ref.numel for ref in operand.refs])
 
 

@@ -6,6 +6,7 @@ What every process has is compared with its block of what one process alone make
 from __future__ import annotations
 
 import copy
+import os
 import traceback
 import warnings
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from relayouts import family as relatives
 from small_models import Tensors, normal, same, write_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -265,6 +266,9 @@ def sums_and_flat_parameters_are_refused(folder: Path) -> None:
     spec.placements = (strided,)
     with pytest.raises(ArgumentError, match=r"is no block of \[512, 256\]"):
         ik.apply_(model, pair(folder / "wide"))
+    flat = FullyShardedDataParallel(nn.Sequential(nn.Linear(8, 8)), device_id=torch.device("cpu"))
+    with pytest.raises(ArgumentError, match="keeps parameters flat"):
+        ik.apply_(flat, pair(folder / "wide"))
 
 
 @check
@@ -356,6 +360,21 @@ def loaded_into_blocks_without_memory(folder: Path) -> None:
         assert [sharding.local(p).data_ptr() for p in model.parameters()] == pointers
 
 
+@check
+def one_that_is_killed_fails_the_others(folder: Path) -> None:
+    """The last one, as afterwards they are three."""
+    model = sharded(read(folder / "plain"), mesh(4))
+    before = ik.load(folder / "plain/target", pair(folder / "plain"), alpha=0.0)
+
+    def die(done: int, _: int) -> None:
+        if dist.get_rank() == 3 and done:
+            os._exit(0)
+
+    with pytest.raises(RuntimeError, match="onnection"):
+        ik.apply_(model, pair(folder / "plain"), progress=die)
+    assert_blocks(model, before)
+
+
 def run(rank: int, folder: Path) -> None:
     """All checks in one process; what each of them raised is left in a file."""
     warnings.simplefilter("ignore")
@@ -367,8 +386,8 @@ def run(rank: int, folder: Path) -> None:
         except BaseException:
             text = traceback.format_exc()
         (folder / f"{name}-{rank}").write_text(text)
-        dist.barrier()
-    dist.destroy_process_group()
+        if name != one_that_is_killed_fails_the_others.__name__:
+            dist.barrier()
 
 
 @pytest.fixture(scope="module")
@@ -410,7 +429,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.xdist_group("sharded")
 @pytest.mark.parametrize("name", CHECKS)
 def test_of_a_sharded_module(folder: Path, name: str) -> None:
-    found = [folder / f"{name}-{rank}" for rank in range(WORLD)]
+    here = WORLD - (name == one_that_is_killed_fails_the_others.__name__)
+    found = [folder / f"{name}-{rank}" for rank in range(here)]
     assert all(file.exists() for file in found), "an earlier one was waiting for another process"
     text = "\n".join(dict.fromkeys(file.read_text() for file in found)).strip()
     assert not text, text

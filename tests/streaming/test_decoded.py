@@ -124,3 +124,27 @@ def test_the_digest_covers_all_that_is_stored_of_a_weight(tmp_path: Path) -> Non
         data[tensor.offset + tensor.nbytes - 1] ^= 1
         tensor.path.write_bytes(data)
     assert isinstance(ref.codes, TensorRef)
+
+
+@pytest.mark.parametrize("format", [*FORMATS, "mxfp4-transposed"])
+def test_what_runs_of_a_weight_share_is_read_once(tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of the columns of a matrix are a run for each row."""
+    checkpoint = model(tmp_path / "model", format)
+    weight = next(iter(quantized(checkpoint).weights.values()))
+    width, rows = weight.full[-1], weight.numel // weight.full[-1]
+    runs: tuple[Ref, ...] = tuple(weight.run(row * width + width // 3, width // 3) for row in range(rows))
+    reads: list[tuple[int, int]] = []
+    read_into = LocalFile.read_into
+
+    def counted(self: LocalFile, view: memoryview, offset: int) -> None:
+        reads.append((offset, len(view)))
+        read_into(self, view, offset)
+
+    monkeypatch.setattr(LocalFile, "read_into", counted)
+    found, _ = read(Operand("instruct", runs), rows * (width // 3))
+    wanted = numbers(tmp_path / "model")[weight.name].reshape(rows, width)[:, width // 3 :][:, : width // 3]
+    assert torch.equal(found.view(rows, -1), wanted)
+    for _, part in weight.parts[1:]:
+        assert sum(offset == part.offset for offset, _ in reads) == 1
+    if format == "mxfp4-transposed":  # the codes of a matrix as a whole
+        assert len(reads) == len(weight.parts) - 1 + weight.full[0]
