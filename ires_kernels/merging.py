@@ -152,6 +152,7 @@ def save_sum(
     factors  one for each residual or pair; none for the difference of a pair
     """
     check_path(out, "out")
+    hub.check_out(out)
     check_flags(sync=sync, sha256=sha256, dry_run=dry_run, follow_links=follow_links, lock=lock)
     if vocabulary not in (None, "rows"):
         raise ArgumentError(f'vocabulary is {vocabulary!r}, and extract takes "rows" alone: there is no target yet.')
@@ -167,7 +168,8 @@ def save_sum(
         renames=renames,
         trust_names=trust_names,
     )
-    inputs = open_inputs({role: hub.local(path) for role, path in paths.items()}, follow_links=follow_links)
+    paths = {role: hub.local(path) for role, path in paths.items()}
+    inputs = open_inputs(paths, follow_links=follow_links, dry_run=dry_run)
     options = Options.of(device, threads, progress, lock, idle=dry_run)
     with Looks(inputs) as looks:
         plan = _warned(plan_residual(inputs, rules, second_copies(inputs), looks=looks), looks)
@@ -314,6 +316,7 @@ class Destination(NamedTuple):
             raise ArgumentError("give either out, a new folder, or in_place=True.")
         if self.out is not None:
             check_path(self.out, "out")
+            hub.check_out(self.out)
         if self.undo not in UNDO:
             raise ArgumentError(f"undo is {self.undo!r}, wanted one of {', '.join(UNDO)}.")
         if self.out is not None and (self.undo != "ring" or self.tag):
@@ -324,7 +327,7 @@ def _applied(paths: Mapping[str, StrPath], rules: Rules, where: Destination, opt
     target, sync, sha256, dry_run = paths["target"], where.sync, where.sha256, where.dry_run
     begun = state.find_update(Path(target)) if where.in_place else None
     if begun is None or begun.phase is None:
-        inputs = open_inputs(paths, follow_links=where.follow_links)
+        inputs = open_inputs(paths, follow_links=where.follow_links, dry_run=dry_run)
         copies = second_copies(inputs)
         with Looks(inputs) as looks:
             plan = _warned(plan_apply(inputs, rules, copies, looks=looks), looks)
@@ -609,7 +612,10 @@ def _warned(plan: Plan, looks: Looks) -> Plan:
     theirs = [text for checkpoint in plan.inputs.values() for text in hidden.foreign(checkpoint.path).values()]
     givers = [each for role, each in plan.inputs.items() if roles.is_instruct(role)]
     doubts = [text for each in givers if (text := hub.doubt(each.path, sidefiles.has_vocabulary(each)))]
-    return replace(plan, warnings=(*plan.warnings, *theirs, *(text + _FETCH for text in doubts)))
+    unread = [role for role, checkpoint in plan.inputs.items() if checkpoint.is_unread]
+    told = f"of {', '.join(unread)} only headers were read, and no values: a merge compares some first"
+    notes = (*plan.notes, told) if unread else plan.notes
+    return replace(plan, warnings=(*plan.warnings, *theirs, *(text + _FETCH for text in doubts)), notes=notes)
 
 
 _FETCH = ": where there is a network, naming it as org/name@commit fetches what a merge takes from an instruct model"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ires_kernels.checkpoints import manifest as manifests
+from ires_kernels.checkpoints import standins
 from ires_kernels.checkpoints.folders import ADAPTER_NAME, SHARD_NAME, check_adapter, listed, only_file
 from ires_kernels.checkpoints.header import CheckpointError, Header, brief, check_depth, parse_json, read_header, sniff
 from ires_kernels.checkpoints.manifest import Manifest
@@ -52,6 +53,11 @@ class FileId(NamedTuple):
         """The identity of a path now, links followed, of an open file, or by its status. Raises OSError."""
         status = file if isinstance(file, os.stat_result) else os.stat(file)
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+    @classmethod
+    def far(cls, size: int, tag: int) -> FileId:
+        """That of a file that is elsewhere, where a number stands for what it is."""
+        return cls(0, 0, size, tag, tag)
 
     def is_unwritten(self, since: FileId) -> bool:
         """Whether it is the file that it was, and nobody wrote it who did not set its time back."""
@@ -138,6 +144,8 @@ class Checkpoint:
     """What the settings of the model say of quantized weights, by where they say so."""
     beside: tuple[str, ...] = ()
     """Other .safetensors files of the folder, which are not read."""
+    is_unread: bool = False
+    """Whether only headers of it may be read, and no values: they are elsewhere, and nothing is made of them yet."""
     elsewhere: frozenset[str] = frozenset()
     """Of one shard given alone, the names of the tensors in the others, as far as the index beside it knows."""
 
@@ -155,10 +163,10 @@ class Checkpoint:
         """The shards that are no longer the files that were validated, or those that `current` says they were.
 
         And those of which only the time of the last change of their status is another one, by a write or by something
-        else.
+        else. Raises OSError for one that is elsewhere and has changed, or cannot be asked.
         """
         known = self.file_ids if current is None else current
-        now = {path: _file_id(path) for path in self.file_ids}
+        now = {path: _file_id_now(path) for path in self.file_ids}
         written = [path for path, file_id in now.items() if not (file_id and file_id.is_unwritten(known[path]))]
         return written, [path for path, file_id in now.items() if path not in written and file_id != known[path]]
 
@@ -311,6 +319,9 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
 
 def _open_shard(path: Path, home: Path | None = None) -> Shard:
     """`home`: the folder that it must not lead out of."""
+    far = standins.far(path)
+    if far is not None:
+        return Shard(path, standins.header(path, far), FileId.far(far.size, far.tag))
     found = check_link(path, home) if home is not None and os.path.exists(path) else None
     before = FileId.of(found) if found else _file_id(path)
     header = read_header(path)
@@ -477,6 +488,15 @@ def _file_id(path: Path) -> FileId | None:
         return FileId.of(path)
     except OSError:
         return None
+
+
+def _file_id_now(path: Path) -> FileId | None:
+    """As it is by now, also of a file that is elsewhere."""
+    far = standins.far(path)
+    if far is None:
+        return _file_id(path)
+    standins.check(far)
+    return FileId.far(far.size, far.tag)
 
 
 def _unreachable(path: Path, error: Exception) -> str:

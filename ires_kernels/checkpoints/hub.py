@@ -19,8 +19,10 @@ from fnmatch import translate
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ires_kernels.checkpoints.addresses import Address, is_address
 from ires_kernels.checkpoints.folders import listed
 from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.checkpoints.standins import stand_in
 from ires_kernels.files.opening import MAX_INDEX, read_bytes
 
 StrPath = str | os.PathLike[str]
@@ -65,27 +67,41 @@ def repo_of(path: StrPath) -> Repo | None:
 
 
 def is_remote(path: object) -> bool:
-    """Whether a path names a model on the Hub: it says so, or looks like a name there and leads nowhere here."""
+    """Whether a path names a model elsewhere: at an address, or on the Hub.
+
+    Of the Hub it does where it says so, or looks like a name there and leads nowhere here.
+    """
     text = f"{path}"
-    if text.startswith(_SCHEME):
+    if text.startswith(_SCHEME) or is_address(text):
         return True
     return bool(_ID.fullmatch(text)) and not os.path.lexists(text) and not os.path.isdir(text.partition("/")[0])
 
 
 def check_local(path: StrPath) -> None:
-    """Refuse a model on the Hub as one to be changed."""
+    """Refuse a model that is elsewhere as one to be changed."""
+    if isinstance(path, (str, os.PathLike)) and is_address(path):
+        raise CheckpointError(f"{Address.of(path)}: is not on this disk, and is only read. Write a new folder: -o OUT.")
     if isinstance(path, (str, os.PathLike)) and is_remote(path):
         raise CheckpointError(f"{path}: is on the Hub, whose cache is never written. Write a new folder with -o OUT.")
+
+
+def check_out(path: StrPath) -> None:
+    """Refuse an address as the place of an output: as a path it would be a folder of a strange name."""
+    if is_address(path):
+        raise CheckpointError(f"{Address.of(path)}: wanted a folder on this disk to write. Upload it from there.")
 
 
 def local(path: StrPath) -> StrPath:
     """The folder of a model: of one on the Hub its snapshot in the cache, downloaded where it is not there yet.
 
-    The path of a snapshot that is no longer in the cache, as a manifest may have it, is such a model at its commit.
-    Raises CheckpointError with the Hub's reason and the way out.
+    The path of a snapshot that is no longer in the cache, as a manifest may have it, is such a model at its commit. A
+    model at an address has a folder that stands in for it: see standins.py.
+    Raises CheckpointError with the Hub's reason and the way out, OSError where an address cannot be reached.
     """
     if not isinstance(path, (str, os.PathLike)):
         return path
+    if is_address(path):
+        return stand_in(f"{path}")
     if is_remote(path):
         return _snapshot(f"{path}")
     gone = None if os.path.lexists(path) else repo_of(path)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from ires_kernels.checkpoints import standins
+from ires_kernels.checkpoints.ahead import RemoteFile, Window
 from ires_kernels.checkpoints.checkpoint import FileId
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files.opening import open_file
@@ -75,17 +77,25 @@ class Files:
         uses: Iterable[Path],
         memory: Mapping[Path, Source] | None = None,
         written: Container[Path] = (),
+        reads: Callable[[], Iterable[tuple[Path, int, int]]] = tuple,
     ) -> None:
-        """`memory`: what is no file, and there for as long as this is, by the path that it is called.
+        """Nothing is opened yet.
 
-        `written`: files that this process writes meanwhile, which are told by all but their times.
+        memory   what is no file, and there for as long as this is, by the path that it is called
+        written  files that this process writes meanwhile, which are told by all but their times
+        reads    what will be read, (path, offset, bytes), in order; asked where some of it is elsewhere
         """
         self._file_ids = file_ids
         self._memory = memory or {}
         self._written = written
         self._uses = Counter(uses)
         self._held: Counter[Path] = Counter()
-        self._open: dict[Path, LocalFile] = {}
+        self._open: dict[Path, LocalFile | RemoteFile] = {}
+        self._window = Window()
+        self._reads: dict[Path, list[tuple[int, int]]] = {}
+        if any(map(standins.far, file_ids)):
+            for path, offset, size in reads():
+                self._reads.setdefault(path, []).append((offset, size))
 
     def open(self, path: Path) -> Source:
         """A source to be used at once: the next call may close it."""
@@ -97,7 +107,10 @@ class Files:
                 idle = next((other for other in self._open if not self._held[other]), None)
                 if idle is not None:
                     self._open.pop(idle).close()
-            source = self._open[path] = LocalFile(path)
+            far = standins.far(path)
+            reads = self._reads.get(path, ())
+            source = LocalFile(path) if far is None else RemoteFile(path, far, self._window, reads)
+            self._open[path] = source
             now, known = source.stamp(), self._file_ids[path]
             if path in self._written:
                 known = known._replace(mtime_ns=now.mtime_ns)
@@ -109,7 +122,12 @@ class Files:
         """A source that stays open until `release`."""
         source = self.open(path)
         self._held[path] += 1
+        self._window.streams = self._held.total()
         return source
+
+    def is_local(self, path: Path) -> bool:
+        """Whether the bytes of a file are in one here, and neither in memory nor elsewhere."""
+        return path not in self._memory and standins.far(path) is None
 
     def release(self, path: Path) -> None:
         """One of the uses is over."""
@@ -117,6 +135,12 @@ class Files:
         self._held[path] -= min(1, self._held[path])
         if not self._uses[path] and path in self._open:  # of a tensor without elements nothing was read
             self._open.pop(path).close()
+
+    def interrupt(self) -> None:
+        """Let nobody wait any longer for what comes from elsewhere."""
+        for source in list(self._open.values()):
+            if isinstance(source, RemoteFile):
+                source.close()
 
     def close(self) -> None:
         while self._open:

@@ -51,12 +51,20 @@ def pair(text: str) -> tuple[tuple[str, str], float | None]:
 
 def _parted(text: str) -> tuple[str, str] | None:
     """The two sides of the colon that parts models; None where none does."""
-    places = [match.start() for match in re.finditer(":(?!//)", text)][::-1]
+    places = [match.start() for match in re.finditer(":(?!//)", text) if not _is_of_host(text, match.start())][::-1]
     sides = [(text[:at], text[at + 1 :]) for at in places if text[:at] and text[at + 1 :]]
     there = [pair for pair in sides if all(os.path.lexists(path) or hub.is_remote(path) for path in pair)]
     if there:
         return there[0]
     return sides[0] if len(sides) == 1 and not _is_number(sides[0][1]) else None
+
+
+def _is_of_host(text: str, at: int) -> bool:
+    """Whether a colon of an address has the port behind it, or a password."""
+    return (
+        re.search("://[^/]*$", text[:at]) is not None
+        and re.match(r"(\d+|[^/]*@[^/]*)(/|$)", text[at + 1 :]) is not None
+    )
 
 
 def _is_number(text: str) -> bool:

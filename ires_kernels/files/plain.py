@@ -20,7 +20,23 @@ _WORDS = re.compile(r"(\s*)((?:`[^`]*`|\S)+)")
 
 def plain(line: object) -> str:
     """One line, with its control characters written as in Python: ``\\x1b`` for an escape, ``\\n`` for a line break."""
-    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), f"{line}")
+    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), called(f"{line}"))
+
+
+_NAMES: dict[str, str] = {}
+
+
+def call(path: str, name: str) -> None:
+    """Have a folder, and what is in it, called otherwise than it is: it stands in for something elsewhere."""
+    _NAMES[path] = name
+
+
+def called(text: str) -> str:
+    """A text with the names of folders that are called otherwise."""
+    for path, name in _NAMES.items():
+        if path in text:
+            text = text.replace(path, name)
+    return text
 
 
 def plain_lines(*lines: object) -> str:

@@ -323,7 +323,8 @@ def _equal_in_pair(left: Iterable[str], found: Findings) -> dict[str, Comparison
             one, two = (found.inputs[role].tensors[name] for role in ("instruct", "base"))
             if isinstance(one, TensorRef) and isinstance(two, TensorRef) and one.shape == two.shape:
                 mine, theirs = looks.of("instruct", one), looks.of("base", two)
-                if mine is not None and mine == theirs and not names.is_recomputed(one):
+                alike = mine == theirs and (mine is not None or found.inputs["base"].is_unread)
+                if alike and not names.is_recomputed(one):
                     equal[name] = Comparison(name, ("instruct", "base"), (one, two))
     return equal
 

@@ -275,6 +275,8 @@ class Looks:
 
     def at(self, role: str, ref: Ref, runs: tuple[Run, ...]) -> Sample | None:
         """Some elements of a tensor of a model, or of a run of one; None where nothing is known of them."""
+        if self.inputs[role].is_unread:
+            return None
         key = role, ref.name, runs
         if key not in self._known:
             started = time.perf_counter()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from ires_kernels.checkpoints import roles
+from ires_kernels.checkpoints import roles, standins
+from ires_kernels.checkpoints.addresses import Address, is_address
 from ires_kernels.checkpoints.checkpoint import Checkpoint, Kind, open_checkpoint
 from ires_kernels.checkpoints.folders import MERGE_ADAPTER
 from ires_kernels.checkpoints.header import CheckpointError, brief
+from ires_kernels.checkpoints.standins import shown
 from ires_kernels.files.hidden import unfinished
 from ires_kernels.planning.rules import ArgumentError
 
@@ -24,8 +27,13 @@ _ADVICE = {
 }
 
 
-def open_inputs(paths: Mapping[str, StrPath], *, follow_links: bool = False) -> dict[str, Checkpoint]:
-    """Open checkpoints by role. Refuses a residual where a model belongs, a model for a residual, unfinished output."""
+def open_inputs(
+    paths: Mapping[str, StrPath], *, follow_links: bool = False, dry_run: bool = False
+) -> dict[str, Checkpoint]:
+    """Open checkpoints by role. Refuses a residual where a model belongs, a model for a residual, unfinished output.
+
+    dry_run  of models that are elsewhere no more than headers will be read
+    """
     inputs = {}
     for role, path in paths.items():
         check_path(path, role)
@@ -34,7 +42,8 @@ def open_inputs(paths: Mapping[str, StrPath], *, follow_links: bool = False) -> 
         check_adapter(checkpoint.kind, path, role)
         if checkpoint.kind != wanted:
             raise CheckpointError(f"{path}: is a {checkpoint.kind}, wanted a {wanted} as {role}. {_ADVICE[wanted]}")
-        inputs[role] = checkpoint
+        is_far = any(standins.far(shard.path) for shard in checkpoint.shards)
+        inputs[role] = replace(checkpoint, is_unread=True) if dry_run and is_far else checkpoint
     return inputs
 
 
@@ -120,5 +129,13 @@ def kind_of(path: StrPath, *, follow_links: bool = False) -> Kind:
 
 
 def absolute(paths: Mapping[str, StrPath]) -> dict[str, str]:
-    """The same paths from anywhere, links resolved."""
-    return {role: os.path.realpath(path) for role, path in paths.items()}
+    """The same paths from anywhere, links resolved; of models that are elsewhere the addresses, without secrets."""
+    return {role: recorded(path, os.path.realpath) for role, path in paths.items()}
+
+
+def recorded(path: StrPath, resolve: Callable[[StrPath], str] = os.path.abspath) -> str:
+    """A path as it is written down."""
+    if is_address(path):
+        return f"{Address.of(path)}"
+    text = shown(path)
+    return text if is_address(text) else resolve(path)

@@ -22,6 +22,7 @@ from ires_kernels.checkpoints.header import build_header, tensor_bytes
 from ires_kernels.checkpoints.manifest import NotStored
 from ires_kernels.checkpoints.quantized import QuantizedRef, Ref
 from ires_kernels.checkpoints.sidefiles import SideFile
+from ires_kernels.checkpoints.standins import shown
 from ires_kernels.dtypes import STORAGE
 from ires_kernels.files.plain import several, table
 from ires_kernels.planning import ancestry, by_token, deeds
@@ -162,7 +163,7 @@ class Plan:
             "operation": self.operation,
             "id": self.id,
             "inputs": {
-                role: {"path": f"{checkpoint.path}", "tensors": len(checkpoint.tensors)}
+                role: {"path": shown(checkpoint.path), "tensors": len(checkpoint.tensors)}
                 for role, checkpoint in self.inputs.items()
             },
             "rules": self.rules.to_dict(),

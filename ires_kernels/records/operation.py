@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ires_kernels.checkpoints import standins
+from ires_kernels.checkpoints.addresses import is_address
 from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files import trust
@@ -193,7 +195,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("sync", "sha256", "follow_links"), _is_flag),
     "kind": ("apply", "extract", MAPPED).__contains__,
     "undo": UNDO.__contains__,
-    "paths": lambda value: _is_table(value, lambda path: _is_text(path) and os.path.isabs(path)),
+    "paths": lambda value: _is_table(value, lambda path: _is_text(path) and (os.path.isabs(path) or is_address(path))),
     "rules": lambda value: isinstance(value, dict),
     "names": lambda value: _is_list(value, is_bare),
     "stamps": lambda value: _is_table(value, lambda files: _is_table(files, lambda stamp: _is_table(stamp, _is_time))),
@@ -221,8 +223,9 @@ def stamps_of(inputs: Mapping[str, Checkpoint]) -> dict[str, dict[str, dict[str,
 
 
 def samples_of(checkpoint: Checkpoint, seed: str) -> dict[str, str]:
-    """A `sample` of each of its weights, by name."""
-    return {shard.path.name: sample(shard.path, seed) for shard in checkpoint.shards}
+    """A `sample` of each of its weights, by name; of what is elsewhere there is none, as its ETag tells more."""
+    near = [shard.path for shard in checkpoint.shards if standins.far(shard.path) is None]
+    return {path.name: sample(path, seed) for path in near}
 
 
 def other_files(inputs: Mapping[str, Checkpoint], stamps: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[Path]:

@@ -25,6 +25,7 @@ from ires_kernels.checkpoints.manifest import Stamp
 from ires_kernels.files import interrupts, trust
 from ires_kernels.files.samples import sample
 from ires_kernels.files.store import chunks
+from ires_kernels.planning.inputs import recorded
 from ires_kernels.planning.plan import VERSION, Plan
 from ires_kernels.planning.steps import Operand, Step, by_output
 from ires_kernels.records.report import Report, copied
@@ -243,7 +244,7 @@ def _input(plan: Plan, role: str, hashes: Mapping[str, str], path: str, stamps: 
     tensors = plan.inputs[role].tensors
     all_read = hashes.keys() >= tensors.keys()
     table: dict[str, Any] = {
-        "path": f"{Path(path).absolute()}",
+        "path": recorded(path),
         "digest": digest((n, t.dtype, t.shape, hashes[n]) for n, t in tensors.items()) if all_read else None,
         "files": {name: asdict(stamp) for name, stamp in stamps.items()},
     }

@@ -7,6 +7,7 @@ from typing import Any
 
 from ires_kernels.checkpoints import hub, names, schemes
 from ires_kernels.checkpoints.checkpoint import is_factor, is_shard, open_checkpoint, shard_number
+from ires_kernels.checkpoints.standins import shown
 from ires_kernels.files.hidden import foreign
 from ires_kernels.planning import quantized
 from ires_kernels.planning.inputs import StrPath
@@ -38,7 +39,7 @@ def inspect(path: StrPath, *, follow_links: bool = False) -> dict[str, Any]:
         elements[weight.format.name] += weight.numel
     manifest = checkpoint.manifest.table if checkpoint.manifest else {}
     return {
-        "path": f"{checkpoint.path}",
+        "path": shown(checkpoint.path),
         "hub": f"{hub.repo_of(checkpoint.path) or ''}" or None,
         "kind": checkpoint.kind,
         "tensors": len(refs),

@@ -47,6 +47,8 @@ def second_copies(inputs: Mapping[str, Checkpoint], memory: Mapping[Path, Source
 
     memory  of models that are in no files, by their paths
     """
+    if any(model.is_unread for model in inputs.values()):
+        return {}
     found = names.second_copies(inputs)
     file_ids = all_file_ids(inputs)
     copies = {}

@@ -32,6 +32,7 @@ from ires_kernels.backends.call import Tally
 from ires_kernels.backends.call import threads as kernel_threads
 from ires_kernels.checkpoints.checkpoint import FileId, TensorRef
 from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.checkpoints.objects import Changed
 from ires_kernels.checkpoints.quantized import QuantizedRef
 from ires_kernels.checkpoints.sources import Files, Source
 from ires_kernels.dtypes import FLOATS
@@ -355,7 +356,7 @@ class _Engine:
         # With stops, windows begin and end where tiles do: those of copies have one size on all processors.
         copied = self.processor.copy if asked.stops is None else tiles.get().copied
         self.sizes = self.processor.tile, copied
-        self.files = Files(asked.file_ids, _uses(steps), asked.memory, asked.written)
+        self.files = Files(asked.file_ids, _uses(steps), asked.memory, asked.written, lambda: _reads(steps))
         self.todo = sum((0 if self._stays(step) else step.nbytes) + step.read_bytes for step in steps)
         self.read: list[int] = []  # bytes by thread, so that counting needs no lock
         self.written: list[int] = []
@@ -510,9 +511,9 @@ class _Engine:
             yield tensor
 
     def _is_made(self, step: Step) -> bool:
-        """Whether an operand is made of codes, or in memory, so that the processor does not read it itself."""
-        memory = self.asked.memory
-        return any(operand.is_decoded or not memory.keys().isdisjoint(operand.paths) for operand in step.operands)
+        """Whether an operand is made of codes, or is in no file here, so that the processor does not read it itself."""
+        local = self.files.is_local
+        return any(operand.is_decoded or not all(map(local, operand.paths)) for operand in step.operands)
 
     def _unclaimed(self) -> _Tensor | None:
         """The first tensor under way that has a tile left."""
@@ -689,6 +690,7 @@ class _Engine:
             self.stopped = True
             if self.told.failed is not None:
                 self.told.failed()
+            self.files.interrupt()
             active = list(self.active)
         for tensor in active:
             with tensor.turned:
@@ -710,11 +712,26 @@ def _uses(steps: Iterable[Step]) -> Iterator[Path]:
     return (path for step in steps for operand in step.operands for path in operand.paths)
 
 
+def _reads(steps: Iterable[Step]) -> Iterator[tuple[Path, int, int]]:
+    """What is read of the files of all operands, (path, offset, bytes), in the order of the steps."""
+    for step in steps:
+        for operand in step.operands:
+            found = []
+            for ref in operand.refs:
+                if isinstance(ref, QuantizedRef):
+                    begin, size = ref.span(0, ref.numel)
+                    found += [(part.path, part.offset, part.nbytes) for _, part in ref.parts[1:]]
+                    found.append((ref.path, ref.codes.offset + begin, size))
+                else:
+                    found.append((ref.path, ref.offset, ref.nbytes))
+            yield from sorted(found)
+
+
 def _with_tensor(error: BaseException, step: Step | None) -> BaseException:
     """The error with the tensor in it that was worked on."""
     if isinstance(error, ReadError):
         return _with_tensor(error.reason, error.step)
-    if step is None or isinstance(error, CheckpointError) or not isinstance(error, Exception):
+    if step is None or isinstance(error, (CheckpointError, Changed)) or not isinstance(error, Exception):
         return error
     if isinstance(error, OSError):
         new: Exception = OSError(error.errno, f"{error.strerror} (tensor {step.name!r})", error.filename)

@@ -1,0 +1,309 @@
+"""Files that are elsewhere, read by ranges over https or out of S3, GCS and Azure; obstore does the asking.
+
+A file is pinned by what it was when it was first asked for: its ETag, or its time where it has none, and its size. Each
+answer is held against that and against what was asked: other bytes than those of the pinned file never come out of
+here. obstore asks again where it was told to (429, 5xx) or cut off, and goes on where a body ended. Its messages may
+have addresses with signatures in them, so none of them is passed on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import errno
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import unquote
+
+import xxhash
+
+from ires_kernels.checkpoints.addresses import Address
+from ires_kernels.files.opening import CheckpointError
+
+T = TypeVar("T")
+
+_RETRIES = 6
+"""Of a request, by obstore."""
+_TRIES = 3
+"""Of a range whose body did not come whole for all that."""
+_STALLED = timedelta(seconds=30)
+"""Without a byte; then it is asked again."""
+_BACKOFF = {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=15), "base": 2}
+
+
+class Pin(NamedTuple):
+    """What a file was when it was first asked for."""
+
+    size: int
+    etag: str | None
+    """None where nobody tells, as of what another name pins already."""
+    modified: str
+
+    @property
+    def tag(self) -> int:
+        """A number for what it was, other than its size: of 60 bits, so that it can be the time of a file."""
+        return xxhash.xxh3_64_intdigest(f"{self.etag or self.modified}".encode()) >> 4
+
+
+class Unreachable(OSError):
+    """Something that is elsewhere could not be read."""
+
+    def __init__(self, where: object, why: str) -> None:
+        super().__init__(errno.EREMOTEIO, why, f"{where}")
+
+
+class Missing(Unreachable):
+    """There is nothing under that name, or nothing that may be read: some stores answer the same to both."""
+
+
+class Changed(Unreachable, ValueError):
+    """It is no longer the file that it was, so nothing that was made of it is of use: see `NewFolder`."""
+
+    def __init__(self, where: object) -> None:
+        super().__init__(where, "changed after it was first read. Start again when nobody writes there")
+
+
+class Place:
+    """A folder elsewhere, or a file alone: what requests are sent with."""
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self._store = None if address.query else _store(address)
+
+    def of(self, name: str) -> tuple[Any, str]:
+        """The store to ask for a file in it, and by what name."""
+        if self._store is not None:
+            return self._store, name
+        return _store(self.address.child(name)), ""  # with its own query
+
+    def names(self, folder: str = "") -> list[str]:
+        """What files there are, of what can be asked for that. Raises Unreachable."""
+        try:
+            found = _library(self.address).list_with_delimiter(self._store, folder or None)
+        except Exception as error:
+            raise _explained(error, self.address) from None
+        return [entry["path"] for entry in found["objects"]]
+
+
+class Object:
+    """One file elsewhere."""
+
+    def __init__(self, place: Place, name: str) -> None:
+        self.where = place.address.child(name)
+        self.pin: Pin | None = None
+        self._place = place
+        self._name = name
+        self._asked: tuple[Any, str] | None = None
+
+    def again(self) -> bool:
+        """What to do where the answer was that this is not allowed: True, if it may be asked once more."""
+        return False
+
+    async def start(self, size: int) -> bytes:
+        """Its first bytes, or all of a shorter one; this pins it."""
+        try:
+            return bytes(await self._ranged(0, size, first=True))
+        except _Empty:
+            return b""
+
+    async def read(self, start: int, stop: int) -> Any:
+        """The bytes from `start` to `stop`, as a buffer. Raises Unreachable, or Changed."""
+        return await self._ranged(start, stop)
+
+    async def _ranged(self, start: int, stop: int, first: bool = False) -> Any:
+        for left in reversed(range(_TRIES)):
+            try:
+                return await self._once(start, stop, first)
+            except _Cut as error:
+                if not left:
+                    raise Unreachable(self.where, f"{error}") from None
+                await asyncio.sleep(0.2 * 4 ** (_TRIES - 1 - left))
+            except Missing:
+                if not left or not await asyncio.to_thread(self.again):
+                    raise
+                self._asked = None
+        raise AssertionError
+
+    async def _once(self, start: int, stop: int, first: bool) -> Any:
+        import obstore
+
+        if self._asked is None:
+            self._asked = self.asked()
+        options: dict[str, Any] = {"range": (start, stop)}
+        pin = None if first else self.pin
+        if pin is not None and pin.etag and not pin.etag.startswith("W/"):
+            options["if_match"] = pin.etag
+        async with _room:
+            try:
+                answer = await obstore.get_async(*self._asked, options=options)  # type: ignore[arg-type]
+                pin = self._check(answer.meta, pin)
+                wanted = (start, min(stop, pin.size))
+                if tuple(answer.range) != wanted:
+                    raise Unreachable(self.where, f"the answer has the bytes {answer.range}, wanted {wanted}")
+                data = await answer.bytes_async()
+            except Exception as error:
+                if first and " 416 " in f"{error}":
+                    await self._check_empty()
+                raise _explained(error, self.where) from None
+        if len(data) != wanted[1] - start:
+            raise _Cut(f"the answer has {len(data)} bytes, wanted {wanted[1] - start}")
+        self.pin = pin
+        return data
+
+    async def _check_empty(self) -> None:
+        """Pin a file that has no bytes, and so no range of them. Raises _Empty."""
+        import obstore
+
+        assert self._asked is not None
+        with suppress(Exception):
+            pin = self._check(await obstore.head_async(*self._asked), None)
+            if not pin.size:
+                self.pin = pin
+                raise _Empty
+
+    def asked(self) -> tuple[Any, str]:
+        """The store to ask, and by what name."""
+        return self._place.of(self._name)
+
+    def _check(self, told: Any, pin: Pin | None) -> Pin:
+        now = Pin(told["size"], told["e_tag"], f"{told['last_modified'].timestamp()}")
+        if pin is None:
+            if not now.etag and now.modified == "0.0":
+                raise CheckpointError(
+                    f"{self.where}: its server tells neither an ETag nor a time, so nobody could tell whether it "
+                    "changes while it is read. Download it, and give the folder."
+                )
+            return now
+        same = now.etag == pin.etag if now.etag and pin.etag else now.modified == pin.modified
+        if pin.etag is None:
+            same = True
+        if now.size != pin.size or not same:
+            raise Changed(self.where)
+        return pin
+
+
+class _Empty(BaseException):
+    """It has no bytes."""
+
+
+class _Cut(Exception):
+    """The body was not all that the answer said it would be."""
+
+
+def wait_for(work: Coroutine[Any, Any, T]) -> T:
+    """The result of something that is waited for here."""
+    return begin(work).result()
+
+
+def begin(work: Coroutine[Any, Any, T]) -> Future[T]:
+    """Have work done meanwhile, in the one thread that does all of it."""
+    return asyncio.run_coroutine_threadsafe(work, _loop())
+
+
+async def all_of(work: list[Coroutine[Any, Any, T]], at_once: int = 32) -> list[T]:
+    """All results, in order; the first error ends it."""
+    room = asyncio.Semaphore(at_once)
+
+    async def one(each: Coroutine[Any, Any, T]) -> T:
+        async with room:
+            return await each
+
+    tasks = [asyncio.ensure_future(one(each)) for each in work]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+_room = asyncio.Semaphore(64)
+"""Requests at once, of all there are."""
+_lock = threading.Lock()
+_running: list[asyncio.AbstractEventLoop] = []
+
+
+def _loop() -> asyncio.AbstractEventLoop:
+    with _lock:
+        if not _running:
+            loop = asyncio.new_event_loop()
+            threading.Thread(target=loop.run_forever, name="ires-remote", daemon=True).start()
+            _running.append(loop)
+        return _running[0]
+
+
+def _library(address: Address) -> Any:
+    try:
+        import obstore
+    except ImportError:
+        raise CheckpointError(
+            f"{address}: nothing here can ask for it. Install obstore (`pip install 'ires_kernels[remote]'`), or "
+            "download the model and give its folder."
+        ) from None
+    return obstore
+
+
+def _store(address: Address) -> Any:
+    """What asks for files under an address."""
+    _library(address)
+    from obstore import store
+
+    client: dict[str, Any] = {"timeout": timedelta(hours=1), "read_timeout": _STALLED, "connect_timeout": _STALLED}
+    retry: Any = {"max_retries": _RETRIES, "retry_timeout": timedelta(minutes=3), "backoff": _BACKOFF}
+    try:
+        if address.is_store:
+            return store.from_url(address.full(), retry_config=retry, client_options=client)  # type: ignore[call-overload]
+        if address.scheme == "http":
+            client["allow_http"] = True
+        if address.user:
+            secret = base64.b64encode(unquote(address.user).encode()).decode()
+            client["default_headers"] = {"Authorization": f"Basic {secret}"}
+        full = address._replace(user="").full()
+        return store.HTTPStore.from_url(full, retry_config=retry, client_options=client)  # type: ignore[arg-type]
+    except Exception as error:
+        first = f"{error}".strip().splitlines()[0] if address.is_store else "is no address that can be asked"
+        raise CheckpointError(f"{address}: {first}. Check it, and the settings of its store.") from None
+
+
+def _explained(error: Exception, where: Address) -> Exception:
+    """What went wrong, in words without secrets."""
+    from obstore import exceptions as known
+
+    text = f"{error}"
+    if isinstance(error, (CheckpointError, Unreachable, _Cut)):
+        return error
+    if isinstance(error, known.PreconditionError) or " 412 " in text:
+        return Changed(where)
+    if isinstance(error, FileNotFoundError):
+        return Missing(where, "nothing is there")
+    if isinstance(error, (known.PermissionDeniedError, known.UnauthenticatedError)):
+        return Missing(where, "access is refused (401 or 403): give credentials that may read it, or a newer address")
+    if isinstance(error, known.NotSupportedError):
+        return Unreachable(where, "its server does not answer with ranges of a file, but with all of it. Download it")
+    if "UnexpectedRange" in text or "Requested " in text:
+        return Unreachable(where, "its server answers with another range than the one that it was asked for")
+    for sign, why in _SIGNS.items():
+        if sign in text:
+            return (_Cut if sign in _BODY else lambda why: Unreachable(where, why))(why)
+    return Unreachable(where, f"{type(error).__name__} of the store")
+
+
+_BODY = ("body error", "decoding response body")
+_SIGNS = {
+    "body error": "the answer was cut off each time",
+    "decoding response body": "the answer was cut off each time",
+    " 429 ": "its server has no time for more requests (429). Try again later: what is complete is kept",
+    " 503 ": "its server is not available (503). Try again later: what is complete is kept",
+    "status code: 5": "its server has failed (5xx). Try again later: what is complete is kept",
+    "dns error": "its host has no address in the network",
+    "onnection refused": "nobody answers there (connection refused)",
+    "error sending request": "nobody answers there",
+    "timed out": "nobody answered in time",
+    "Timeout": "nobody answered in time",
+    "416": "it is empty, or shorter than it was",
+}
