@@ -25,6 +25,7 @@ ROOMS = {
     "Tensors": "subtract add add_ scale scale_ add_difference add_difference_ Tally",
     "Checkpoints": "extract apply merge load weights compare inspect verify",
     "After an interruption": "status resume rollback",
+    "For others": "publish sha256",
     "Models in memory, and residuals as values": "mapped apply_ Residual",
     "What is there": "backends BackendStatus",
 }

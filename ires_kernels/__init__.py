@@ -2,7 +2,7 @@
 
 Tensors: `subtract`, `add`, `scale`, `add_difference`, and their in-place forms with a trailing underscore.
 Checkpoints: `extract`, `apply`, `merge`, `load`, `weights`, `compare`, `inspect`, `verify`; after an interruption
-`status`, `resume`, `rollback`.
+`status`, `resume`, `rollback`; for others `sha256`, `publish`.
 Between the two: `mapped`, the tensors of a checkpoint as the pages of its files; `apply_`, to a module in memory.
 Residuals as values, to be scaled and added up: `Residual`.
 
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from ires_kernels.live.update import apply_
     from ires_kernels.memory.mapping import mapped
     from ires_kernels.merging import apply, compare, extract, load, merge, resume, rollback, weights
+    from ires_kernels.records.publication import publish
     from ires_kernels.records.state import status
     from ires_kernels.records.summary import inspect
+    from ires_kernels.records.sums import sha256
     from ires_kernels.residual import Residual
     from ires_kernels.tensors.ops import add, add_, add_difference, add_difference_, scale, scale_, subtract
 
@@ -46,10 +48,12 @@ __all__ = [
     "load",
     "mapped",
     "merge",
+    "publish",
     "resume",
     "rollback",
     "scale",
     "scale_",
+    "sha256",
     "status",
     "subtract",
     "verify",
@@ -63,7 +67,9 @@ _HOMES = {
     "memory.mapping": ("mapped",),
     "checking.verification": ("verify",),
     "merging": ("apply", "compare", "extract", "load", "merge", "resume", "rollback", "weights"),
+    "records.publication": ("publish",),
     "records.state": ("status",),
+    "records.sums": ("sha256",),
     "records.summary": ("inspect",),
     "residual": ("Residual",),
     "tensors.ops": ("add", "add_", "add_difference", "add_difference_", "scale", "scale_", "subtract"),

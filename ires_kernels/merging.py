@@ -13,6 +13,7 @@ from ires_kernels.checking.verification import verify
 from ires_kernels.checkpoints import configs, hub, roles, sidefiles
 from ires_kernels.checkpoints.checkpoint import is_shard
 from ires_kernels.checkpoints.header import CheckpointError, brief
+from ires_kernels.checkpoints.manifest import Manifest
 from ires_kernels.files import hidden, interrupts
 from ires_kernels.files.ownership import StoreError
 from ires_kernels.files.store import discard
@@ -27,7 +28,7 @@ from ires_kernels.planning.plan import Plan, plan_apply, related
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.summing import plan_residual
 from ires_kernels.planning.sums import Sum, written_out
-from ires_kernels.records import state
+from ires_kernels.records import repetition, state
 from ires_kernels.records.operation import UNDO, other_files, same_plan
 from ires_kernels.records.report import Report
 from ires_kernels.records.state import Status, status, unclosed, way_out
@@ -276,7 +277,9 @@ def merge(
 
     recipe        of mergekit, with merge_method: task_arithmetic; or with the keys target, and pairs or residuals. Both
                   may have skip, alphas, rounding, seed, dtype, vocabulary, renames, trust_names and allow_missing, as
-                  arguments of `apply`. Paths begin in its folder. The output keeps its text in ires.json
+                  arguments of `apply`. Paths begin in its folder. The output keeps its text in ires.json. Where
+                  inputs are not what an ires.json tells of, a warning names them, and the report says whether the same
+                  tensors came out
     trust_inputs  read the inputs where an ires.json says that they are, though it was not signed with your key: a
                   stranger's may name any file
 
@@ -286,11 +289,14 @@ def merge(
     where.check()
     check_flags(trust_inputs=trust_inputs)
     check_path(recipe, "recipe")
-    paths, rules = recipe_files.read(recipe, in_place=in_place, trust_inputs=trust_inputs, follow_links=follow_links)
+    paths, rules, made = recipe_files.read(
+        recipe, in_place=in_place, trust_inputs=trust_inputs, follow_links=follow_links
+    )
     if in_place:
         repo = hub.repo_of(paths["target"])
         hub.check_local(paths["target"] if repo is None else f"{repo}")
-    return _applied(paths, rules, where, Options.of(device, threads, progress, lock, idle=dry_run))
+    done = _applied(paths, rules, where, Options.of(device, threads, progress, lock, idle=dry_run), made)
+    return repetition.compared(done, made) if made and isinstance(done, Report) and not in_place else done
 
 
 class Destination(NamedTuple):
@@ -323,7 +329,10 @@ class Destination(NamedTuple):
             raise ArgumentError("undo and tag go with in_place=True: a new folder needs neither. Leave them out.")
 
 
-def _applied(paths: Mapping[str, StrPath], rules: Rules, where: Destination, options: Options) -> Report | Plan:
+def _applied(
+    paths: Mapping[str, StrPath], rules: Rules, where: Destination, options: Options, made: Manifest | None = None
+) -> Report | Plan:
+    """Carry out `apply`; `made` is the manifest of what is to be made again."""
     target, sync, sha256, dry_run = paths["target"], where.sync, where.sha256, where.dry_run
     begun = state.find_update(Path(target)) if where.in_place else None
     if begun is None or begun.phase is None:
@@ -331,6 +340,8 @@ def _applied(paths: Mapping[str, StrPath], rules: Rules, where: Destination, opt
         copies = second_copies(inputs)
         with Looks(inputs) as looks:
             plan = _warned(plan_apply(inputs, rules, copies, looks=looks), looks)
+        if made is not None:
+            plan = replace(plan, warnings=(*plan.warnings, *repetition.changed(inputs, made)))
         if where.out is None:
             undo, tag = where.undo, where.tag
             return update_model(plan, copies, options, undo=undo, sync=sync, sha256=sha256, tag=tag, dry_run=dry_run)

@@ -42,11 +42,11 @@ def is_inside(name: str) -> bool:
 class Stamp:
     """What a file was: by its status, and by a `sample` of its bytes, at places that the manifest's id chooses.
 
-    Manifests of version 0.1.0 have size and time alone.
+    Manifests of version 0.1.0 have size and time alone, published ones size and sample.
     """
 
     size: Count
-    mtime_ns: Time
+    mtime_ns: Time | None = None
     dev: Count | None = None
     ino: Count | None = None
     ctime_ns: Time | None = None

@@ -54,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="ires", description="Exact arithmetic on checkpoints of language models.")
     parser.add_argument("--version", action="version", version=f"ires_kernels {VERSION}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_extract, _apply, _merge, _compare, _inspect, _verify, _resume, _rollback, _status):
+    for add in (_extract, _apply, _merge, _compare, _inspect, _verify, _resume, _rollback, _status, _sha256, _publish):
         add(commands)
     return parser
 
@@ -185,6 +185,28 @@ def _status(commands: Commands) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options.key(parser)
     parser.set_defaults(run=run.status)
+
+
+def _sha256(commands: Commands) -> None:
+    parser = commands.add_parser("sha256", help="print sha256 sums of weights, and compare them with SHA256SUMS")
+    parser.add_argument("path", metavar="PATH", help="a model or a residual")
+    parser.add_argument("--write", action="store_true", help="also write them into SHA256SUMS")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: one per CPU")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors, and JSON if asked for")
+    options.follow_links(parser)
+    options.key(parser)
+    parser.set_defaults(run=run.sha256)
+
+
+def _publish(commands: Commands) -> None:
+    parser = commands.add_parser("publish", help="take paths and times out of an output's ires.json, to upload it")
+    parser.add_argument("out", metavar="OUT", help="the output of extract, apply or merge")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors, and JSON if asked for")
+    options.follow_links(parser)
+    options.key(parser)
+    parser.set_defaults(run=run.publish)
 
 
 def _without_dashes(argv: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ import ires_kernels as ik
 from ires_kernels.checkpoints import hub, roles
 from ires_kernels.command_line import operands, printing
 from ires_kernels.command_line.progress import progress_bar
-from ires_kernels.command_line.streams import say, tell
+from ires_kernels.command_line.streams import fail, say, tell
 from ires_kernels.planning import recipe_files
 from ires_kernels.planning.inputs import check_model
 from ires_kernels.planning.rules import ArgumentError
@@ -215,3 +215,20 @@ def inspect(arguments: argparse.Namespace) -> int:
         return 0
     tell(printing.inspected(table, tensors if arguments.tensors else ()))
     return 0
+
+
+def sha256(arguments: argparse.Namespace) -> int:
+    sums = ik.sha256(
+        arguments.path, write=arguments.write, threads=arguments.threads, follow_links=arguments.follow_links
+    )
+    if arguments.json:
+        say(json.dumps(sums.to_dict(), indent=2))
+    elif not arguments.quiet:
+        say(f"{sums}")  # for `sha256sum -c`: whole lines, however long
+    for name in sums.differ:
+        fail(1, f"{sums.path}: {name} has another sum than SHA256SUMS says: {sums.recorded[name]}.")
+    return 0 if sums.ok else 1
+
+
+def publish(arguments: argparse.Namespace) -> int:
+    return printing.result(arguments, ik.publish(arguments.out, follow_links=arguments.follow_links))

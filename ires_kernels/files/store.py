@@ -663,6 +663,20 @@ def write_file(path: Path, chunks: Iterable[bytes], *, sync: bool, mode: int = 0
             os.fsync(file.fileno())
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file, or put another one in its place with the same mode: all of it, durably, or nothing."""
+    new = path.with_name(f"{_HIDDEN}{path.name}.new")
+    new.unlink(missing_ok=True)
+    try:
+        write_file(new, [content], sync=True)
+        with named(path), suppress(FileNotFoundError):
+            os.chmod(new, stat.S_IMODE(os.stat(path, follow_symlinks=False).st_mode))
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+    fsync_folder(path.parent)
+
+
 def allocate(fd: int, size: int, path: Path) -> None:
     """Reserve space for all of a file, so that no later write runs out of it."""
     try:

@@ -38,6 +38,8 @@ class Merge(NamedTuple):
     paths: dict[str, StrPath]
     """Of the models, by role; those on the Hub are in its cache."""
     rules: Rules
+    made: manifest.Manifest | None = None
+    """Of the output that is to be made again."""
 
 
 class _Added(NamedTuple):
@@ -103,9 +105,14 @@ def _again(path: Path, trust_inputs: bool) -> Merge:
             f"{path}: was not signed with your key, so it is not believed where its inputs are: a stranger's may name "
             "any file. Look at it, then give --trust-inputs (trust_inputs=True)."
         )
-    return Merge(
-        {role: hub.local(entry.path) for role, entry in made_of.items()}, Rules.from_dict(found.table["rules"])
-    )
+    gone = [entry.path for entry in made_of.values() if not (os.path.lexists(entry.path) or hub.is_remote(entry.path))]
+    if gone and not os.path.isabs(gone[0]):
+        raise ArgumentError(
+            f"{path}: was published, and has no paths; {', '.join(gone)} is not here. Give the command in the folder "
+            "where its models lie, under these names."
+        )
+    paths = {role: hub.local(entry.path) for role, entry in made_of.items()}
+    return Merge(paths, Rules.from_dict(found.table["rules"]), found)
 
 
 def _check_method(root: Node, table: Mapping[str, Node]) -> None:

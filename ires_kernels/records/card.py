@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ires_kernels.checkpoints import hub, roles
@@ -54,7 +54,8 @@ def build(plan: Plan, report: Report, digests: Mapping[str, str | None]) -> byte
     ]
     for role, checkpoint in plan.inputs.items():
         lines.append(f"| {role} | {_cell(_pinned(checkpoint))} | {digests.get(role) or 'not all of it was read'} |")
-    lines += ["", "```sh", command(plan), "```", "", *_recipe(plan.rules.recipe)]
+    paths = [f"{checkpoint.path}" for checkpoint in plan.inputs.values()]
+    lines += ["", "```sh", command(plan), "```", "", *_recipe(plan.rules.recipe, paths)]
     for key, value in report.rows():
         if key in _ROWS or key.startswith("alpha"):
             for checkpoint in plan.inputs.values():
@@ -86,13 +87,21 @@ def command(plan: Plan) -> str:
     return " ".join([*words, *_options(rules), "-o", "OUT"])
 
 
-def _recipe(text: str) -> list[str]:
+def _recipe(text: str, known: Iterable[str]) -> list[str]:
     """The text that asked for it, with names of folders in place of paths of this machine."""
     if not text:
         return []
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return ["with recipe.yml:", "", f"{fence}yaml", _PATH.sub(_last_part, text).rstrip("\n"), fence, ""]
+    return ["with recipe.yml:", "", f"{fence}yaml", without_paths(text, known).rstrip("\n"), fence, ""]
+
+
+def without_paths(recipe: str, known: Iterable[str]) -> str:
+    """A recipe with names of folders in place of paths of this machine: the `known` ones, and what looks like one."""
+    for path in sorted(known, key=len, reverse=True):
+        if path.startswith("/"):
+            recipe = recipe.replace(path, path.rstrip("/").rpartition("/")[2])
+    return _PATH.sub(_last_part, recipe)
 
 
 def _last_part(match: re.Match[str]) -> str:

@@ -106,9 +106,13 @@ def build(
             name: {"reason": reason, "dtype": ref.dtype, "shape": list(ref.shape)}
             for name, (reason, ref) in plan.not_stored.items()
         }
+    return as_text(trust.signed("manifest", table))
+
+
+def as_text(table: Mapping[str, Any]) -> bytes:
+    """A manifest as it lies in a folder."""
     # A path that is not UTF-8 has its bytes as lone surrogates, and these are escaped as JSON escapes them.
-    text = json.dumps(trust.signed("manifest", table), indent=1, ensure_ascii=False) + "\n"
-    return text.encode(errors="backslashreplace")
+    return (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def sha256(files: Mapping[str, Path], threads: int | None = None) -> dict[str, str]:

@@ -7,13 +7,15 @@ the ones: by all their times, place on the disk and a sample of their bytes, or 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from xxhash import xxh3_128_hexdigest
 
 from ires_kernels.checkpoints import manifest
 from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId
+from ires_kernels.checkpoints.folders import listed
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.checkpoints.manifest import Asked, Input, Manifest, Numbers, Update
 from ires_kernels.files.samples import sample
@@ -22,6 +24,7 @@ from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.steps import Step, by_output
 from ires_kernels.records import provenance
 from ires_kernels.records.operation import samples_of
+from ires_kernels.records.report import Report
 from ires_kernels.streaming import stream
 
 
@@ -104,6 +107,32 @@ def other_input(plan: Plan, table: Manifest, threads: int | None = None) -> tupl
         if known is None or known.xxh3_128 != found:
             return side.role, side.source
     return None
+
+
+def changed(inputs: Mapping[str, Checkpoint], table: Manifest) -> Iterable[str]:
+    """Warnings of inputs whose weights are not what an output was made of, by their sizes and samples."""
+    for role, checkpoint in inputs.items():
+        recorded = table.inputs.get(role, Input()).files
+        samples = samples_of(checkpoint, table.id)
+        now = {path.name: (file_id.size, samples[path.name]) for path, file_id in checkpoint.file_ids.items()}
+        then = {name: (stamp.size, stamp.sample) for name, stamp in recorded.items()}
+        if then and now != then:
+            other = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+            yield (
+                f"{checkpoint.path}: is not the {role} that {table.path} is of: {listed(other)} changed since. What is "
+                "made now is another model"
+            )
+
+
+def compared(report: Report, table: Manifest) -> Report:
+    """The report of an output that was made again, with whether its tensors are those that the manifest tells of."""
+    again = manifest.read(report.out / table.path.name)
+    if again is None or table.digest is None:
+        return report
+    if again.digest == table.digest:
+        return replace(report, notes=(*report.notes, f"all tensors are those of {table.path}: the digest is the same"))
+    text = f"the tensors are not those of {table.path}: the digest is {again.digest}, and not {table.digest}"
+    return replace(report, warnings=(*report.warnings, text))
 
 
 def _read_of(role: str, parts: Iterable[Step]) -> Path:

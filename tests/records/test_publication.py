@@ -1,0 +1,201 @@
+"""Output for others: its manifest tells nothing of this machine, and serves as it did."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_models import read_model, snapshot, triple
+
+import ires_kernels as ik
+from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.cli import main
+from ires_kernels.planning.rules import ArgumentError
+from ires_kernels.records.report import Report
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three models, of which base is in the Hub's cache."""
+    folder = tmp_path / "somebody's home"
+    triple(folder, shards=2, files={"README.md": "The target's card."})
+    snapshots = folder / "hub/models--org--base/snapshots"
+    snapshots.mkdir(parents=True)
+    (folder / "base").rename(snapshots / COMMIT)
+    (folder / "base").symlink_to(snapshots / COMMIT)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def merge(**options: Any) -> None:
+    ik.apply("target", ("instruct", f"hub/models--org--base/snapshots/{COMMIT}"), **options)
+
+
+def keys(table: object) -> set[str]:
+    """All keys at any depth."""
+    if isinstance(table, dict):
+        return {*table} | {key for value in table.values() for key in keys(value)}
+    return {key for value in table for key in keys(value)} if isinstance(table, list) else set()
+
+
+PRIVATE = {"mtime_ns", "ctime_ns", "dev", "ino", "unsynced"}
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_nothing_of_this_machine_is_left(models: Path, sync: bool) -> None:
+    merge(out="out", sync=sync)
+    before = json.loads(Path("out/ires.json").read_text())
+    assert str(models) in Path("out/ires.json").read_text()
+    assert PRIVATE - {"unsynced"} <= keys(before)
+    others = {name: kept for name, kept in snapshot(Path("out")).items() if name != "ires.json"}
+    found = ik.publish("out")
+    assert found.names == {"target": "target", "instruct": "instruct", "base": f"org/base@{COMMIT}"}
+    text = Path("out/ires.json").read_text()
+    after = json.loads(text)
+    assert "somebody" not in text
+    assert not PRIVATE & keys(after)
+    assert (after["digest"], after["tensors"], after["id"]) == (before["digest"], before["tensors"], before["id"])
+    assert {name: kept for name, kept in snapshot(Path("out")).items() if name != "ires.json"} == others
+    assert sorted(found.upload) == sorted([*others, "ires.json"])
+    assert found.bytes_to_upload == sum(path.stat().st_size for path in Path("out").iterdir())
+    # It is ours as it was: what is asked with the models' places is answered, and without them as well where they lie.
+    inputs = {"target": "target", "instruct": "instruct", "base": "base"}
+    assert ik.verify("out", inputs=inputs)
+    assert not ik.verify("out", inputs=inputs).hashes_only
+    again = ik.apply("target", ("instruct", f"hub/models--org--base/snapshots/{COMMIT}"), out="out")
+    assert "nothing was done" in f"{again}"
+    assert "README.ires.md that of the merge: make one of the two" in f"{found}"
+    # Once more, it stays as it is.
+    assert ik.publish("out").names == found.names
+    assert Path("out/ires.json").read_text() == text
+
+
+def test_a_recipe_and_an_update_in_place(models: Path) -> None:
+    Path("recipe.yml").write_text(
+        f"target: {models}/target\npairs: [{{instruct: {models}/instruct, base: {models}/base}}]\n"
+    )
+    ik.merge("recipe.yml", out="out")
+    ik.publish("out")
+    assert "somebody" not in Path("out/ires.json").read_text()
+    for tag in ("one", "two"):
+        merge(in_place=True, undo="all", tag=tag)
+    assert "history" in keys(json.loads(Path("target/ires.json").read_text()))
+    found = ik.publish("target")
+    text = Path("target/ires.json").read_text()
+    assert "somebody" not in text
+    assert not PRIVATE & keys(json.loads(text))
+    assert found.private == (".ires-undo-1", ".ires-undo-2")
+    assert not any(name.startswith(".ires") for name in found.upload)
+    assert "--exclude '.ires-*'" in f"{found}"
+    assert "nothing was done" in f"{ik.apply('target', ('instruct', 'base'), in_place=True, undo='all', tag='two')}"
+    assert ik.rollback("target")
+
+
+def test_a_residual(models: Path) -> None:
+    ik.extract("base", "instruct", "residual")
+    assert ik.publish("residual").names == {"base": f"org/base@{COMMIT}", "instruct": "instruct"}
+    assert "somebody" not in Path("residual/residual.json").read_text()
+    ik.apply("target", "residual", out="one")
+    merge(out="two")
+    assert models.is_dir()
+    assert all((a == b).all() for a, b in zip(*(read_model(Path(n)).values() for n in ("one", "two")), strict=True))
+
+
+def test_models_of_one_name_are_told_apart(models: Path) -> None:
+    for folder in ("a", "b"):
+        (models / folder).mkdir()
+    os.rename("instruct", "a/model")
+    os.rename("target", "b/model")
+    ik.apply("b/model", ("a/model", "base"), out="out")
+    assert ik.publish("out").names == {"target": "model", "instruct": "model-instruct", "base": f"org/base@{COMMIT}"}
+    assert ik.verify("out", inputs={"target": "b/model", "instruct": "a/model", "base": "base"})
+
+
+@pytest.mark.usefixtures("models")
+def test_what_cannot_be_published() -> None:
+    with pytest.raises(CheckpointError, match=r"instruct: has no ires\.json or residual\.json"):
+        ik.publish("instruct")
+    with pytest.raises(CheckpointError, match="is in the Hub's cache, which is never written"):
+        ik.publish(f"hub/models--org--base/snapshots/{COMMIT}")
+    merge(out="out")
+    table = json.loads(Path("out/ires.json").read_text())
+    table["id"] = "of somebody else"
+    Path("out/ires.json").write_text(json.dumps(table))
+    ik.publish("out")
+    assert "signature" not in json.loads(Path("out/ires.json").read_text()), "what we do not know we do not sign"
+
+
+def test_the_command(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    merge(out="out")
+    assert main(["publish", "out"]) == 0
+    told = capsys.readouterr().out
+    assert "`hf upload USER/NAME out .`" in told
+    assert main(["publish", "out", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["names"]["base"] == f"org/base@{COMMIT}"
+    elsewhere = models / "elsewhere"
+    elsewhere.mkdir()
+    os.chdir(elsewhere)
+    assert main(["merge", "../out/ires.json", "-o", "again"]) == 2
+    assert "where its models lie, under these names" in capsys.readouterr().err
+
+
+def test_made_again_of_what_it_was_made_of(models: Path) -> None:
+    ik.apply("target", ("instruct", "base"), out="out", alpha=0.5)
+    for _ in range(2):
+        again = ik.merge("out/ires.json", out="again")
+        assert isinstance(again, Report)
+        assert "all tensors are those of out/ires.json: the digest is the same" in again.notes
+        assert not again.warnings
+    # With a copy of the same bytes as well, and with other bytes a warning comes before, and one after it.
+    one = models / "instruct/model-00001-of-00002.safetensors"
+    raw = one.read_bytes()
+    one.write_bytes(raw)
+    assert not [text for text in ik.merge("out/ires.json", out="copy", dry_run=True).warnings if "changed" in text]
+    one.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    plan = ik.merge("out/ires.json", out="other", dry_run=True)
+    assert any(
+        f"instruct: is not the instruct that out/ires.json is of: {one.name} changed" in w for w in plan.warnings
+    )
+    other = ik.merge("out/ires.json", out="other")
+    assert any("the tensors are not those of out/ires.json" in text for text in other.warnings)
+
+
+@pytest.mark.usefixtures("models")
+def test_sums(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    merge(out="out")
+    names = sorted(path.name for path in Path("out").glob("*.safetensors"))
+    wanted = subprocess.run(["sha256sum", *names], cwd="out", capture_output=True, text=True, check=True).stdout
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["sha256", "out"]) == 0
+    assert capsys.readouterr().out == wanted
+    assert not Path("out/SHA256SUMS").exists()
+    assert ik.sha256("out", write=True)
+    assert Path("out/SHA256SUMS").read_text() == wanted
+    merge(out="two", sha256=True)
+    assert Path("two/SHA256SUMS").read_text() == wanted
+    weights = Path("out") / names[0]
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    assert main(["sha256", "out", "--quiet"]) == 1
+    said = capsys.readouterr()
+    assert (said.out, f"{names[0]} has another sum than SHA256SUMS says" in " ".join(said.err.split())) == ("", True)
+    assert main(["sha256", "out", "--write"]) == 2
+    assert "has other sums of" in " ".join(capsys.readouterr().err.split())
+    assert main(["sha256", f"out/{names[0]}", "--json"]) == 0, "a file alone"
+    assert list(json.loads(capsys.readouterr().out)["sums"]) == names[:1]
+    with pytest.raises(CheckpointError, match="never written"):
+        ik.sha256(f"hub/models--org--base/snapshots/{COMMIT}", write=True)
+
+
+@pytest.mark.usefixtures("models")
+def test_a_published_manifest_says_where_to_make_it_again() -> None:
+    merge(out="out")
+    ik.publish("out")
+    os.rename("target", "moved")
+    with pytest.raises(ArgumentError, match="was published, and has no paths; target is not here"):
+        ik.merge("out/ires.json", out="again")
