@@ -19,10 +19,13 @@ _STYLE = """
 body{font:14px/1.4 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222;background:#fff}
 table{border-collapse:collapse;margin:.5em 0 1.5em}
 th,td{padding:.15em .6em;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}
-.map td{padding:.1em .3em;font-size:11px;border:1px solid #fff}
-.map th{font-size:11px;font-weight:normal}.map th.k{writing-mode:vertical-rl;transform:rotate(180deg);text-align:left}
-.wide{overflow-x:auto}.bar{display:inline-block;height:.8em;background:#4878a8}
+th:first-child,td:first-child,.text td,.text th{text-align:left}
+.map td{padding:.1em .3em;min-width:4em;font-size:11px;border:1px solid #fff;text-align:center}
+.map th{font-size:11px;font-weight:normal;vertical-align:bottom}
+.map th.k span{writing-mode:vertical-rl;transform:rotate(180deg);text-align:left;display:inline-block}
+.map th.k{text-align:center}
+.wide{overflow-x:auto}.bars td:last-child{width:min(20em,45vw);text-align:left}
+.bar{display:inline-block;height:.8em;background:#4878a8}
 .warning{border-left:4px solid #c60;padding:.3em .8em;background:#fff6e8}
 """
 _COLUMNS = ("elements", "drift", "size", "cosine", "signs", "≤ 1 ulp", "effective alpha")
@@ -51,12 +54,14 @@ def write(report: FitReport, path: str | os.PathLike[str]) -> None:
 def page(report: FitReport) -> str:
     """All of it, as text."""
     total = report.total
+    curve = dict(zip(report.alphas, total.effective(report.alphas), strict=True))  # the asked one may be on it
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>ires compare</title>',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
         # Whatever a name might smuggle in, a browser loads and runs nothing.
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
         f"<style>{_STYLE}</style></head><body><h1>Does it fit?</h1>",
-        _table(("", "path"), ((role, f"{model}") for role, model in report.paths.items())),
+        _table(("", "path"), ((role, f"{model}") for role, model in report.paths.items()), "text"),
         *(f'<p class="warning">{_text(warning)}</p>' for warning in report.warnings),
         _fits("all", report, {"all weights": total, "matrices": report.matrix_total}),
         "<h2>Ulps from base to instruct</h2>",
@@ -64,10 +69,7 @@ def page(report: FitReport) -> str:
         "<h2>What rounding to nearest leaves of alpha</h2>",
         _table(
             ("alpha", "effective"),
-            (
-                (f"{alpha:g}", _number(effective))
-                for alpha, effective in sorted(zip(report.alphas, total.effective(report.alphas), strict=True))
-            ),
+            ((f"{alpha:g}", _number(effective)) for alpha, effective in sorted(curve.items())),
         ),
         *(f"<h2>{_text(title)}</h2>{_map(grid.of_report(report, name))}" for name, (title, _) in grid.FIGURES.items()),
         "<h2>Kinds of tensors</h2>",
@@ -75,7 +77,7 @@ def page(report: FitReport) -> str:
         "<h2>Layers</h2>",
         _fits("layer", report, report.layers),
         "<h2>What the figures are</h2>",
-        _table(("", ""), report.rows()),
+        _table(("", ""), report.rows(), "text"),
         f"<p>ires_kernels {_text(VERSION)}</p></body></html>\n",
     ]
     return "\n".join(parts)
@@ -90,25 +92,24 @@ def _fits(title: str, report: FitReport, fits: Mapping[str, Fit]) -> str:
     return _table((title, *_COLUMNS), rows)
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "") -> str:
     lines = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return (
-        f'<div class="wide"><table><tr>{"".join(f"<th>{_text(cell)}</th>" for cell in head)}</tr>{lines}</table></div>'
-    )
+    titles = "".join(f"<th>{_text(cell)}</th>" for cell in head)
+    return f'<div class="wide"><table class="{kind}"><tr>{titles}</tr>{lines}</table></div>'
 
 
 def _histogram(total: Fit) -> str:
     largest = max((count for _, count in total.histogram()), default=0) or 1
     rows = "".join(
-        f'<tr><td>{_text(label)}</td><td>{count / max(1, total.elements):.1%}</td><td style="text-align:left">'
-        f'<span class="bar" style="width:{20 * count / largest:.2f}em"></span></td></tr>'
+        f"<tr><td>{_text(label)}</td><td>{count / max(1, total.elements):.1%}</td><td>"
+        f'<span class="bar" style="width:{count / largest:.1%}"></span></td></tr>'
         for label, count in total.histogram()
     )
-    return f"<table>{rows}</table>"
+    return f'<table class="bars">{rows}</table>'
 
 
 def _map(each: Grid) -> str:
-    head = "".join(f'<th class="k">{_text(kind)}</th>' for kind in each.kinds)
+    head = "".join(f'<th class="k"><span>{_text(kind)}</span></th>' for kind in each.kinds)
     rows = "".join(
         f"<tr><th>{_text(layer)}</th>" + "".join(_cell(value, each.largest) for value in row) + "</tr>"
         for layer, row in zip(each.layers, each.rows, strict=True)

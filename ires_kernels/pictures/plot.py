@@ -84,7 +84,7 @@ def _map(figure: Figure, ax: Axes, each: Grid, title: str) -> None:
 
 def _curve(ax: Axes, report: FitReport) -> None:
     """Effective alpha over the alpha asked for."""
-    points = sorted(zip(report.alphas, report.total.effective(report.alphas), strict=True))
+    points = sorted(dict(zip(report.alphas, report.total.effective(report.alphas), strict=True)).items())
     known = [(alpha, effective / alpha) for alpha, effective in points if effective is not None and alpha]
     ax.axhline(1.0, color="black", lw=0.6)
     ax.plot([alpha for alpha, _ in known], [share for _, share in known], "o-")
