@@ -2,7 +2,8 @@
 
 Tensors: `subtract`, `add`, `scale`, `add_difference`, and their in-place forms with a trailing underscore.
 Checkpoints: `extract`, `apply`, `merge`, `load`, `weights`, `compare`, `inspect`, `verify`; after an interruption
-`status`, `resume`, `rollback`; for others `sha256`, `publish`.
+`status`, `resume`, `rollback`; after several workers
+`finish`; for others `sha256`, `publish`.
 Between the two: `mapped`, the tensors of a checkpoint as the pages of its files; `apply_`, to a module in memory.
 Residuals as values, to be scaled and added up: `Residual`.
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from ires_kernels.checking.verification import verify
     from ires_kernels.live.update import apply_
     from ires_kernels.memory.mapping import mapped
-    from ires_kernels.merging import apply, compare, extract, load, merge, resume, rollback, weights
+    from ires_kernels.merging import apply, compare, extract, finish, load, merge, resume, rollback, weights
     from ires_kernels.records.publication import publish
     from ires_kernels.records.state import status
     from ires_kernels.records.summary import inspect
@@ -44,6 +45,7 @@ __all__ = [
     "backends",
     "compare",
     "extract",
+    "finish",
     "inspect",
     "load",
     "mapped",
@@ -66,7 +68,7 @@ _HOMES = {
     "live.update": ("apply_",),
     "memory.mapping": ("mapped",),
     "checking.verification": ("verify",),
-    "merging": ("apply", "compare", "extract", "load", "merge", "resume", "rollback", "weights"),
+    "merging": ("apply", "compare", "extract", "finish", "load", "merge", "resume", "rollback", "weights"),
     "records.publication": ("publish",),
     "records.state": ("status",),
     "records.sums": ("sha256",),

@@ -20,7 +20,9 @@ from ires_kernels.files.store import discard
 from ires_kernels.in_place.rollback import roll_back_kept, roll_back_update
 from ires_kernels.in_place.run import carry_on_as_asked, resume_update, update_model
 from ires_kernels.memory import writing
+from ires_kernels.new_folder import before
 from ires_kernels.new_folder.run import write_folder
+from ires_kernels.new_folder.workers import finish_folder, write_share
 from ires_kernels.planning import ancestry, recipe_files
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.inputs import Pair, StrPath, check_flags, check_path, open_inputs, roles_of_apply
@@ -28,11 +30,13 @@ from ires_kernels.planning.plan import Plan, plan_apply, related
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.summing import plan_residual
 from ires_kernels.planning.sums import Sum, written_out
+from ires_kernels.planning.workers import Worker
 from ires_kernels.records import repetition, state
-from ires_kernels.records.operation import UNDO, other_files, same_plan
+from ires_kernels.records.operation import UNDO, Operation, other_files, same_plan
 from ires_kernels.records.report import Report
 from ires_kernels.records.state import Status, status, unclosed, way_out
 from ires_kernels.records.summary import inspect
+from ires_kernels.records.workers import WorkerReport
 from ires_kernels.streaming.options import Options
 from ires_kernels.streaming.reader import second_copies
 from ires_kernels.streaming.stream import Progress
@@ -49,6 +53,7 @@ __all__ = [
     "apply",
     "compare",
     "extract",
+    "finish",
     "inspect",
     "load",
     "merge",
@@ -61,6 +66,7 @@ __all__ = [
 
 Added = StrPath | Sum | Sequence[StrPath | Sum] | Sequence[Pair | Sum]
 Renames = Iterable[str | tuple[str, str]] | Mapping[str, str]
+Workers = tuple[int, int] | str | None
 Factors = Iterable[tuple[str, float | Sequence[float]]] | Mapping[str, float | Sequence[float]]
 
 
@@ -85,7 +91,8 @@ def extract(
     dry_run: bool = False,
     follow_links: bool = False,
     lock: bool = True,
-) -> Report | Plan:
+    workers: Workers = None,
+) -> Report | WorkerReport | Plan:
     """Write instruct - base, the instruction residual (Jindal et al., arXiv 2410.10739), into the new folder `out`.
 
     >>> report = ik.extract("base/", "instruct/", "residual/")
@@ -112,6 +119,9 @@ def extract(
     follow_links   accept files in the models' folders that are links out of them: a stranger's may lead to a file of
                    yours, which would become part of what you publish. Links into the Hub's own cache need no leave
     lock           False does without the lock (flock), on file systems that have none: no other process may write there
+    workers        (rank, world): this is one of several processes, perhaps on other machines, that were all given this
+                   call, each with its rank. It does its share and returns a WorkerReport; the last one to end finishes
+                   the folder and returns the Report. "env" takes both from torchrun, mpirun or Slurm
 
     Called again after an interruption it goes on, with the files that are not complete; called again after success it
     changes nothing. Raises CheckpointError, StoreError and ArgumentError, all ValueErrors, before anything is written;
@@ -121,7 +131,7 @@ def extract(
         {"base": base, "instruct": instruct}, (), out,
         dtype=dtype, skip=skip, allow_missing=allow_missing, rounding=rounding, seed=seed, vocabulary=vocabulary,
         renames=renames, trust_names=trust_names, sync=sync, sha256=sha256, device=device, threads=threads,
-        progress=progress, dry_run=dry_run, follow_links=follow_links, lock=lock,
+        progress=progress, dry_run=dry_run, follow_links=follow_links, lock=lock, workers=workers,
     )  # fmt: skip
 
 
@@ -146,7 +156,8 @@ def save_sum(
     dry_run: bool = False,
     follow_links: bool = False,
     lock: bool = True,
-) -> Report | Plan:
+    workers: Workers = None,
+) -> Report | WorkerReport | Plan:
     """What `extract` does, with the difference of a pair, or with a sum of residuals or of pairs and their factors.
 
     paths    by role
@@ -155,6 +166,7 @@ def save_sum(
     check_path(out, "out")
     hub.check_out(out)
     check_flags(sync=sync, sha256=sha256, dry_run=dry_run, follow_links=follow_links, lock=lock)
+    worker = _worker(workers, sync)
     if vocabulary not in (None, "rows"):
         raise ArgumentError(f'vocabulary is {vocabulary!r}, and extract takes "rows" alone: there is no target yet.')
     rules = Rules.of(
@@ -174,7 +186,7 @@ def save_sum(
     options = Options.of(device, threads, progress, lock, idle=dry_run)
     with Looks(inputs) as looks:
         plan = _warned(plan_residual(inputs, rules, second_copies(inputs), looks=looks), looks)
-    return write_folder(plan, Path(out), options, sync=sync, sha256=sha256, dry_run=dry_run)
+    return _written(plan, Path(out), options, worker, sync=sync, sha256=sha256, dry_run=dry_run)
 
 
 def apply(
@@ -203,7 +215,8 @@ def apply(
     dry_run: bool = False,
     follow_links: bool = False,
     lock: bool = True,
-) -> Report | Plan:
+    workers: Workers = None,
+) -> Report | WorkerReport | Plan:
     """Write target + alpha * residual into the new folder `out`, or with `in_place` over the target itself.
 
     A new folder has the layout and config of the target. In place the same files change, with no second copy: they get
@@ -237,7 +250,7 @@ def apply(
 
     The others as for `extract`, and the same errors.
     """
-    where = Destination(out, in_place, undo, tag, sync, sha256, dry_run, follow_links, lock)
+    where = Destination(out, in_place, undo, tag, sync, sha256, dry_run, follow_links, lock, _worker(workers, sync))
     where.check()
     if in_place:
         hub.check_local(target)
@@ -265,7 +278,8 @@ def merge(
     follow_links: bool = False,
     lock: bool = True,
     trust_inputs: bool = False,
-) -> Report | Plan:
+    workers: Workers = None,
+) -> Report | WorkerReport | Plan:
     """Do what a recipe asks for, as `apply` would: a file of YAML, or the ires.json of an output, to make it again.
 
     >>> text = "{target: target, pairs: [{instruct: instruct, base: base, alpha: 0.7}]}"
@@ -285,7 +299,7 @@ def merge(
 
     The others and the errors as for `apply`; what is not supported is an ArgumentError that names line and key.
     """
-    where = Destination(out, in_place, undo, tag, sync, sha256, dry_run, follow_links, lock)
+    where = Destination(out, in_place, undo, tag, sync, sha256, dry_run, follow_links, lock, _worker(workers, sync))
     where.check()
     check_flags(trust_inputs=trust_inputs)
     check_path(recipe, "recipe")
@@ -311,6 +325,7 @@ class Destination(NamedTuple):
     dry_run: bool
     follow_links: bool
     lock: bool
+    worker: Worker | None
 
     def check(self) -> None:
         """Refuse arguments of wrong kinds, and those that do not go together."""
@@ -327,11 +342,29 @@ class Destination(NamedTuple):
             raise ArgumentError(f"undo is {self.undo!r}, wanted one of {', '.join(UNDO)}.")
         if self.out is not None and (self.undo != "ring" or self.tag):
             raise ArgumentError("undo and tag go with in_place=True: a new folder needs neither. Leave them out.")
+        if self.in_place and self.worker is not None:
+            raise ArgumentError("workers go with out, a new folder: in place one process updates a model.")
+
+
+def _worker(workers: Workers, sync: bool) -> Worker | None:
+    """Which of several processes this is."""
+    worker = Worker.asked(workers)
+    if worker is not None and not sync:
+        raise ArgumentError("workers wait for the disk: of what others wrote a machine that restarts knows nothing.")
+    return worker
+
+
+def _written(
+    plan: Plan, out: Path, options: Options, worker: Worker | None, *, sync: bool, sha256: bool, dry_run: bool
+) -> Report | WorkerReport | Plan:
+    if worker is None or dry_run:
+        return write_folder(plan, out, options, sync=sync, sha256=sha256, dry_run=dry_run)
+    return write_share(plan, out, options, worker, sha256=sha256)
 
 
 def _applied(
     paths: Mapping[str, StrPath], rules: Rules, where: Destination, options: Options, made: Manifest | None = None
-) -> Report | Plan:
+) -> Report | WorkerReport | Plan:
     """Carry out `apply`; `made` is the manifest of what is to be made again."""
     target, sync, sha256, dry_run = paths["target"], where.sync, where.sha256, where.dry_run
     begun = state.find_update(Path(target)) if where.in_place else None
@@ -350,7 +383,7 @@ def _applied(
                 f"{target}: is one of several shards, and would be no model on its own. Give its folder, or "
                 "in_place=True (--in-place) to change just this file."
             )
-        return write_folder(plan, Path(where.out), options, sync=sync, sha256=sha256, dry_run=dry_run)
+        return _written(plan, Path(where.out), options, where.worker, sync=sync, sha256=sha256, dry_run=dry_run)
     if begun.is_mapped:
         raise StoreError(f"{target}: {unclosed(begun.operation)}. {way_out(begun.path, begun.where, begun.operation)}")
     asked = {"undo": where.undo, "sync": sync, "sha256": sha256, "tag": where.tag}
@@ -388,14 +421,7 @@ def resume(
     found = state.find(path)
     if found.what == "new folder":
         operation = found.operation
-        paths = {role: hub.local(path) for role, path in operation.paths.items()}
-        inputs = open_inputs(paths, follow_links=operation.follow_links)
-        plan_again = plan_residual if operation.kind == "extract" else plan_apply
-        known = None if other_files(inputs, operation.stamps) else operation.known_layouts()
-        rules = Rules.from_dict(operation.rules)
-        with Looks(inputs) as looks:
-            plan = _warned(plan_again(inputs, rules, second_copies(inputs), known, looks), looks)
-        same_plan(operation, plan)
+        plan = _planned_again(operation)
         report = write_folder(plan, path, options, sync=operation.sync, sha256=operation.sha256)
         assert isinstance(report, Report)
         return report
@@ -403,6 +429,54 @@ def resume(
         hidden.adopt(path, locked=lock)
         found = state.find_update(path)
     return writing.resume(path, locked=lock) if found.is_mapped else resume_update(path, options)
+
+
+def _planned_again(operation: Operation) -> Plan:
+    """The plan of an unfinished new folder. Raises CheckpointError where its inputs are not what they were."""
+    paths = {role: hub.local(path) for role, path in operation.paths.items()}
+    inputs = open_inputs(paths, follow_links=operation.follow_links)
+    plan_again = plan_residual if operation.kind == "extract" else plan_apply
+    known = None if other_files(inputs, operation.stamps) else operation.known_layouts()
+    rules = Rules.from_dict(operation.rules)
+    with Looks(inputs) as looks:
+        plan = _warned(plan_again(inputs, rules, second_copies(inputs), known, looks), looks)
+    same_plan(operation, plan)
+    return plan
+
+
+def finish(
+    out: StrPath,
+    *,
+    device: str | torch.device = "cpu",
+    threads: int | None = None,
+    progress: Progress | None = None,
+    lock: bool = True,
+) -> Report:
+    """Finish a new folder whose weights several workers have written: `out`, which is not there yet.
+
+    >>> ik.apply("target/", ("instruct/", "base/"), out="merged/", workers=(0, 2)).missing
+    ('model.safetensors',)
+    >>> try:
+    ...     ik.finish("merged/")
+    ... except ValueError as error:
+    ...     print(error)
+    merged: cannot be finished: 1 of 1 files are not complete: model.safetensors. Start the workers again that ...
+
+    The last worker to end does this as well; here it is done where that one has died, or where a file system shows the
+    machines late what others have written. Every record is checked, what was left by workers that have died is removed,
+    and index, side files and manifest are added. Where the folder is finished nothing is done.
+
+    Raises StoreError where files are not complete, or are just being written by one process.
+    """
+    out, options = Path(out), Options.of(device, threads, progress, lock)
+    try:
+        found = state.find(out)
+        if found.what == "new folder":
+            operation = found.operation
+            return finish_folder(_planned_again(operation), out, options, sha256=operation.sha256)
+    except FileNotFoundError:  # the last worker was faster
+        pass
+    return before.finished(out)
 
 
 @interrupts.uninterrupted

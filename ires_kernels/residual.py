@@ -23,6 +23,7 @@ from ires_kernels.streaming.reader import second_copies
 
 if TYPE_CHECKING:
     from ires_kernels.records.report import Report
+from ires_kernels.records.workers import WorkerReport
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Residual(Sum):
             return {name: factor * norm for name, norm in norms.of_plan(self._plan("f32")).items()}
         return norms.of_plan(self._plan("f64"))
 
-    def save(self, path: StrPath, **options: Any) -> Report | Plan:
+    def save(self, path: StrPath, **options: Any) -> Report | WorkerReport | Plan:
         """Write it as the new folder `path`, as `extract` does; `options` are those of `extract`.
 
         A sum is computed as `apply` would add it, and rounded once; its residuals have the same tensors. residual.json

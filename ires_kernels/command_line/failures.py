@@ -20,6 +20,8 @@ from ires_kernels.files.store import LostError, StoreError, is_unfinished, parti
 from ires_kernels.planning.rules import ArgumentError
 from ires_kernels.streaming.tiles import ComputeError
 
+_WRITING = (run.extract, run.apply, run.merge, run.resume, run.finish, run.rollback)
+
 
 def explain(error: BaseException, arguments: argparse.Namespace | None) -> int:
     """Say on stderr what has ended a command, and what is left of it; returns the exit code."""
@@ -53,7 +55,7 @@ def explain(error: BaseException, arguments: argparse.Namespace | None) -> int:
 
 def _path(arguments: argparse.Namespace | None) -> Path | None:
     """What a command writes, None if it only reads."""
-    if arguments is None or arguments.run not in (run.extract, run.apply, run.merge, run.resume, run.rollback):
+    if arguments is None or arguments.run not in _WRITING:
         return None
     if arguments.run in (run.resume, run.rollback):
         return Path(arguments.path)

@@ -1,4 +1,4 @@
-"""What the texts of arguments mean: residuals and pairs with factors."""
+"""What the texts of arguments mean: residuals and pairs with factors, and which of several workers this is."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 
 from ires_kernels.checkpoints import hub
 from ires_kernels.planning.rules import ArgumentError
+from ires_kernels.planning.workers import Worker
 
 
 def alpha_for(text: str) -> tuple[str, tuple[float, ...] | float]:
@@ -73,3 +74,13 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def worker(arguments: argparse.Namespace) -> Worker | None:
+    """Which of several processes this is, where it was asked to be one."""
+    rank, world = arguments.rank, arguments.world
+    if rank is not None and world is not None:
+        return Worker.of(rank, world)
+    if rank is not None or (world is not None and not arguments.workers):
+        raise ArgumentError("--rank and --world go together; or --workers env takes the rank from the environment.")
+    return Worker.of_environment(os.environ, world) if arguments.workers else None

@@ -94,9 +94,19 @@ def running(parser: argparse.ArgumentParser) -> None:
         "--sha256", action="store_true", help="also write sha256 sums of the weights, as the Hub has them"
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done and write nothing")
+    workers(parser)
     follow_links(parser)
     lock(parser)
     common(parser)
+
+
+def workers(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("one of several processes that were all given this command, with -o")
+    group.add_argument(
+        "--workers", choices=["env"], help="env: which one it is say torchrun, mpirun, Slurm or Kubernetes, if asked to"
+    )
+    group.add_argument("--rank", type=int, metavar="R", help="which one it is, from 0 on; it does its share and ends")
+    group.add_argument("--world", type=int, metavar="W", help="how many they are")
 
 
 def follow_links(parser: argparse.ArgumentParser) -> None:

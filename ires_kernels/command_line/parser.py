@@ -54,7 +54,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="ires", description="Exact arithmetic on checkpoints of language models.")
     parser.add_argument("--version", action="version", version=f"ires_kernels {VERSION}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_extract, _apply, _merge, _compare, _inspect, _verify, _resume, _rollback, _status, _sha256, _publish):
+    every = (
+        _extract, _apply, _merge, _compare, _inspect, _verify, _resume, _finish, _rollback, _status, _sha256, _publish,
+    )  # fmt: skip
+    for add in every:
         add(commands)
     return parser
 
@@ -167,6 +170,14 @@ def _resume(commands: Commands) -> None:
     options.lock(parser)
     options.common(parser)
     parser.set_defaults(run=run.resume)
+
+
+def _finish(commands: Commands) -> None:
+    parser = commands.add_parser("finish", help="finish a new folder whose workers have ended")
+    parser.add_argument("out", metavar="OUT", help="the folder that --workers or --rank were to write")
+    options.lock(parser)
+    options.common(parser)
+    parser.set_defaults(run=run.finish)
 
 
 def _rollback(commands: Commands) -> None:

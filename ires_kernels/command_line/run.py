@@ -149,6 +149,7 @@ def _how(arguments: argparse.Namespace, progress: Progress | None) -> dict[str, 
         "progress": progress,
         "follow_links": arguments.follow_links,
         "lock": not arguments.no_lock,
+        "workers": operands.worker(arguments),
     }
 
 
@@ -185,6 +186,18 @@ def resume(arguments: argparse.Namespace) -> int:
             progress=progress,
             lock=not arguments.no_lock,
             adopt=arguments.adopt,
+        )
+    return printing.result(arguments, report)
+
+
+def finish(arguments: argparse.Namespace) -> int:
+    with progress_bar(arguments, "finish") as progress:
+        report = ik.finish(
+            arguments.out,
+            device=arguments.device,
+            threads=arguments.threads,
+            progress=progress,
+            lock=not arguments.no_lock,
         )
     return printing.result(arguments, report)
 

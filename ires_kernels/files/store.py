@@ -20,7 +20,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -45,6 +45,8 @@ from ires_kernels.files.ownership import StoreError as StoreError
 
 MARKER = ".ires-lock"
 """The lock file: lines with the identity of the operation and the signature, then what was given to keep there."""
+FINISHING = ".ires-finishing"
+"""The lock of who finishes a folder that several processes have filled; see shared.py."""
 _SUFFIX = ".partial"
 _HIDDEN, _TEMPORARY, _RECORD = ".ires-", ".tmp", ".done"
 
@@ -118,12 +120,21 @@ class NewFile:
     """
 
     def __init__(
-        self, path: Path, made: Reserved, record: Callable[[], bytes], *, operation: bytes = b"", sync: bool
+        self,
+        path: Path,
+        made: Reserved,
+        record: Callable[[], bytes],
+        *,
+        operation: bytes = b"",
+        attempt: str = "",
+        sync: bool,
     ) -> None:
+        """`attempt`: what the hidden names have in them besides, where other processes may make the same file."""
         self.path = path
         self.identity: tuple[int, ...] = ()
         """Of the complete file."""
-        self._temporary = _hidden(path, _TEMPORARY)
+        self._temporary = hidden_path(path, attempt + _TEMPORARY)
+        self._attempt = attempt
         self._operation = operation
         self._record = record
         self._sync = sync
@@ -155,16 +166,22 @@ class NewFile:
                 os.fsync(self._fd)
             self._check()
             if not is_same(self._fd, self._temporary):
-                raise _meddled(self._temporary)
+                raise meddled(self._temporary)
             status = os.fstat(self._fd)
             self.identity = _identity(status, self._sync)
             self.abandon()
-            content = _stamp(status) + self._record()
-            signature = trust.sign("file", _of_file(self._operation, self.path.name, content)).encode()
-            path = _hidden(self.path, _RECORD)
-            write_file(path, [signature + b"\n", content], sync=self._sync, mode=private_mode(0o660))
-            os.rename(self._temporary, self.path)
+            self._conclude(status)
             self._finished = True
+
+    def _conclude(self, status: os.stat_result) -> None:
+        """All bytes are there, and durable."""
+        self._write_record(self._attempt + _RECORD, _stamp(status) + self._record())
+        os.rename(self._temporary, self.path)
+
+    def _write_record(self, suffix: str, content: bytes) -> None:
+        path = hidden_path(self.path, suffix)
+        content = signed_record(self._operation, self.path.name, content)
+        write_file(path, [content], sync=self._sync, mode=private_mode(0o660))
 
     def _open(self) -> None:
         """Open the file that was made, where it is not open."""
@@ -174,12 +191,12 @@ class NewFile:
                 status = os.fstat(fd)
                 if (status.st_dev, status.st_ino) != (self._made.dev, self._made.ino):
                     os.close(fd)
-                    raise _meddled(self._temporary)
+                    raise meddled(self._temporary)
                 self._fd = fd
 
     def _check(self) -> None:
         if os.fstat(self._fd).st_size != self._made.size:
-            raise _meddled(self._temporary)
+            raise meddled(self._temporary)
 
     def abandon(self) -> None:
         """Close as it is."""
@@ -198,15 +215,21 @@ class Part:
         self.partial = partial_path(out)
         self._identity = identity.encode()
         self._sync = sync
+        self._attempt = ""
         self._reserved: dict[str, Reserved] = {}
         self._files: list[NewFile] = []
+
+    @property
+    def _operation(self) -> bytes:
+        """Which one it is, as records say it."""
+        return self._identity.split()[0]
 
     def check(self) -> None:
         """Raise StoreError where this is not the folder of the operation, Foreign where it is not ours."""
         with _ours(self.partial), named(self.partial):
             fd = open_own(self.partial / MARKER)
             try:
-                identity, _ = _read_lock(fd, self.partial)
+                identity, _ = read_lock(fd, self.partial)
             finally:
                 os.close(fd)
         if identity != self._identity:
@@ -215,7 +238,7 @@ class Part:
 
     def find(self, name: str, head: bytes, size: int) -> None:
         """Look for a file that another process has reserved. Raises StoreError where none is there any more."""
-        temporary = _hidden(self.partial / name, _TEMPORARY)
+        temporary = hidden_path(self.partial / name, _TEMPORARY)
         try:
             fd = open_own(temporary)
         except FileNotFoundError:
@@ -223,7 +246,7 @@ class Part:
         try:
             status = os.fstat(fd)
             if status.st_size != size or os.pread(fd, len(head), 0) != head:
-                raise _meddled(temporary)
+                raise meddled(temporary)
         finally:
             os.close(fd)
         self._reserved[name] = Reserved(size, len(head), status.st_dev, status.st_ino)
@@ -233,9 +256,9 @@ class Part:
 
         `record` is called when all of it was written; its bytes come back in `finished` if the run is interrupted.
         """
-        file = NewFile(
-            self.partial / name, self._reserved[name], record, operation=self._identity.split()[0], sync=self._sync
-        )
+        made = self._reserved[name]
+        path, operation = self.partial / name, self._operation
+        file = NewFile(path, made, record, operation=operation, attempt=self._attempt, sync=self._sync)
         self._files.append(file)
         return file
 
@@ -287,14 +310,17 @@ class NewFolder(Part):
         self._at = self._lock = -1
         self._identities: dict[str, tuple[int, ...]] = {}
         """Of the complete files, by name."""
+        self._records: dict[str, str] = {}
+        """Which file of the folder is the record of a complete one."""
+        self._locks = {MARKER}
         self._renamed = self._left_to_others = False
 
     def __enter__(self) -> NewFolder:
-        content = _content_of_lock(self._identity, self._keep)  # before anything is there: it may lack a key
+        content = content_of_lock(self._identity, self._keep)  # before anything is there: it may lack a key
         with named(self.partial):
             made = self._open()
             try:
-                self._lock = lock(self.partial / MARKER, make=made, wanted=self._locked)
+                self._lock = self._take(made)
             except OSError:
                 if made:
                     os.rmdir(self.partial)
@@ -314,10 +340,13 @@ class NewFolder(Part):
                 raise
         return self
 
+    def _take(self, made: bool, /) -> int:
+        """Take the lock of the folder, in which nothing is yet if it was just `made`."""
+        return lock(self.partial / MARKER, make=made, wanted=self._locked)
+
     def _open(self) -> bool:
         """Make the folder, or open what is there; returns whether nothing is in it yet."""
-        with suppress(FileExistsError):
-            os.mkdir(self.partial, private_mode(0o770))
+        self._make()
         try:
             self._at = open_folder(self.partial)
         except (NotADirectoryError, PermissionError):
@@ -327,7 +356,7 @@ class NewFolder(Part):
             self._refuse()
         try:
             names = os.listdir(self._at)
-            check_owner(self._at, self.partial, unsigned=_is_unused(names))
+            check_owner(self._at, self.partial, unsigned=is_unused(names))
             make_private(self._at)
             if names and MARKER not in names:
                 self._refuse()
@@ -336,6 +365,10 @@ class NewFolder(Part):
             raise
         # Never made anew where something is: the process that holds it may be about to give the folder its name.
         return not names
+
+    def _make(self) -> None:
+        with suppress(FileExistsError):
+            os.mkdir(self.partial, private_mode(0o770))
 
     def _refuse(self) -> NoReturn:
         raise StoreError(
@@ -347,20 +380,17 @@ class NewFolder(Part):
         """Keep what an interrupted run of the same operation has completed, and nothing else."""
         names = set(os.listdir(self._at))
         identity = kept = b""
-        if not _is_unused(names):
-            identity, kept = _read_lock(self._lock, self.partial)
-        complete = [name for name in sorted(names) if _hidden(Path(name), _RECORD).name in names]
-        name_of_mine = self._identity.split()[0]
+        if not is_unused(names):
+            identity, kept = read_lock(self._lock, self.partial)
+        complete = records_in(names)
+        name_of_mine = self._operation
         if complete and identity.split()[:1] != [name_of_mine]:
             raise StoreError(
                 f"{self.partial}: holds {len(complete)} complete files of another operation. "
                 f"Finish that one with `ires resume {self.out}`, or remove it with `ires rollback {self.out}`."
             )
         if identity in (self._identity, name_of_mine):
-            for name in complete:
-                record = self._read_record(name)
-                if record is not None:
-                    self.finished[name] = record
+            self._look(complete)
         if self.finished and self._accept is not None:
             self._accept(kept, self.finished)
         self._empty()
@@ -370,33 +400,35 @@ class NewFolder(Part):
             if self._sync:
                 os.fsync(self._lock)
 
-    def _read_record(self, name: str) -> bytes | None:
+    def _look(self, records: Mapping[str, Iterable[str]]) -> None:
+        """Find out which files are complete; `records` are those that there may be of each."""
+        for name, each in records.items():
+            for hidden in each:
+                record = self._read_record(name, hidden)
+                if record is not None:
+                    self.finished[name], self._records[name] = record, hidden
+
+    def _read_record(self, name: str, hidden: str) -> bytes | None:
         """What was recorded of a complete file; None where somebody has changed it since, or it is not ours."""
         path = self.partial / name
+        content = read_signed_record(self.partial / hidden, self._operation, name)
         try:
-            fd = open_own(_hidden(path, _RECORD))
-            try:
-                signature, _, content = read_open(fd, MAX_MANIFEST, path).partition(b"\n")
-            finally:
-                os.close(fd)
             fd = open_own(path)
-            try:
-                status = os.fstat(fd)
-            finally:
-                os.close(fd)
         except (FileNotFoundError, Foreign):
             return None
-        stamp, _, record = content.partition(b"\n")
-        signed = _of_file(self._identity.split()[0], name, content)
-        proved = trust.is_mine("file", signed, signature.decode(errors="replace"))
-        if not proved or stamp + b"\n" != _stamp(status):
+        try:
+            status = os.fstat(fd)
+        finally:
+            os.close(fd)
+        stamp, _, record = (content or b"").partition(b"\n")
+        if stamp + b"\n" != _stamp(status):
             return None
         self._identities[name] = _identity(status, self._sync)
         return record
 
     def _empty(self) -> None:
         """Remove all but the lock, and the complete files with their records."""
-        kept = {MARKER, *self.finished, *(_hidden(Path(name), _RECORD).name for name in self.finished)}
+        kept = {*self._locks, *self.finished, *self._records.values()}
         for name in set(os.listdir(self._at)) - kept:
             remove_from(self._at, name)
 
@@ -405,7 +437,7 @@ class NewFolder(Part):
         path = self.partial / name
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with named(path):
-            fd = os.open(_hidden(path, _TEMPORARY), flags, self.access.file)
+            fd = os.open(hidden_path(path, self._attempt + _TEMPORARY), flags, self.access.file)
             try:
                 allocate(fd, size, path)
                 write_all(fd, head, 0, path)
@@ -436,7 +468,7 @@ class NewFolder(Part):
         for name, identity in self._identities.items():
             with named(self.partial / name):
                 if _identity(os.lstat(self.partial / name), self._sync) != identity:
-                    raise _meddled(self.partial / name)
+                    raise meddled(self.partial / name)
 
     def commit(self) -> None:
         """Give the folder its name. What was not durable before is when this returns."""
@@ -476,10 +508,11 @@ class NewFolder(Part):
         if not self._renamed and not self._left_to_others:
             with suppress(OSError):  # the error that brought us here matters more; the next run removes the rest
                 if isinstance(error, ValueError):
-                    self.finished = {}
+                    self.finished, self._records = {}, {}
                 else:
-                    names = set(os.listdir(self._at))
-                    self.finished = {n: b"" for n in names if _hidden(Path(n), _RECORD).name in names}
+                    records = records_in(os.listdir(self._at))
+                    self.finished = dict.fromkeys(records, b"")
+                    self._records.update({name: each[0] for name, each in records.items() if name not in self._records})
                 self._empty()
                 if not self.finished:
                     os.unlink(MARKER, dir_fd=self._at)
@@ -497,12 +530,12 @@ def read_kept(out: Path) -> bytes:
     with _ours(partial) as at, named(partial):
         fd = open_own(partial / MARKER)
         try:
-            if _is_unused(os.listdir(at)):
+            if is_unused(os.listdir(at)):
                 raise StoreError(
                     f"{partial}: was left by a merge that ended before it began. Give the command again; or "
                     f"`ires rollback {out}` removes it."
                 )
-            return _read_lock(fd, partial)[1]
+            return read_lock(fd, partial)[1]
         finally:
             os.close(fd)
 
@@ -514,8 +547,8 @@ def discard(out: Path, *, locked: bool = True) -> None:
         fd = lock(partial / MARKER, wanted=locked)
         try:
             names = os.listdir(at)
-            if not _is_unused(names):
-                _read_lock(fd, partial)
+            if not is_unused(names):
+                read_lock(fd, partial)
             for name in sorted(names, key=MARKER.__eq__):
                 remove_from(at, name)
             fsync_folder(partial, fd, needed=False)
@@ -532,13 +565,13 @@ def tidy(out: Path) -> None:
     except (FileNotFoundError, Foreign):
         return
     try:
-        _read_lock(fd, out)
+        read_lock(fd, out)
     except Foreign:
         return
     finally:
         os.close(fd)
     for name in sorted(os.listdir(out), key=MARKER.__eq__):
-        if name == MARKER or (name.startswith(_HIDDEN) and name.endswith(_RECORD)):
+        if name in (MARKER, FINISHING) or (name.startswith(_HIDDEN) and name.endswith(_RECORD)):
             os.unlink(out / name)
 
 
@@ -550,17 +583,17 @@ def _ours(partial: Path) -> Iterator[int]:
     except NotADirectoryError:
         raise unproved(partial) from None
     try:
-        check_owner(at, partial, unsigned=_is_unused(os.listdir(at)))
+        check_owner(at, partial, unsigned=is_unused(os.listdir(at)))
         yield at
     finally:
         os.close(at)
 
 
-def _content_of_lock(identity: bytes, keep: bytes) -> bytes:
+def content_of_lock(identity: bytes, keep: bytes) -> bytes:
     return b"\n".join([identity, trust.sign("folder", identity + b"\n" + keep).encode(), keep])
 
 
-def _read_lock(fd: int, folder: Path) -> tuple[bytes, bytes]:
+def read_lock(fd: int, folder: Path) -> tuple[bytes, bytes]:
     """Identity, and what was kept, of a lock file that we have written. Raises Foreign for any other."""
     identity, _, rest = read_open(fd, MAX_MANIFEST, folder / MARKER).partition(b"\n")
     signature, _, keep = rest.partition(b"\n")
@@ -569,9 +602,40 @@ def _read_lock(fd: int, folder: Path) -> tuple[bytes, bytes]:
     return identity, keep
 
 
-def _is_unused(names: Iterable[str]) -> bool:
+def is_unused(names: Iterable[str]) -> bool:
     """Whether an unfinished folder has nothing in it: a run ended as it began."""
     return set(names) <= {MARKER}
+
+
+def records_in(names: Iterable[str]) -> dict[str, list[str]]:
+    """The files of a folder that have their names, and the records that may be theirs: one for each who has made it."""
+    names = sorted(names)
+    found: dict[str, list[str]] = {name: [] for name in names}
+    for hidden in names:
+        if hidden.startswith(_HIDDEN) and hidden.endswith(_RECORD):
+            name = hidden.removeprefix(_HIDDEN).removesuffix(_RECORD)
+            each = found.get(name, found.get(name.rpartition(".")[0], []))
+            each.append(hidden)
+    return {name: each for name, each in found.items() if each}
+
+
+def signed_record(operation: bytes, name: str, content: bytes) -> bytes:
+    """What `read_signed_record` gives back, of the same operation and file."""
+    return trust.sign("file", _of_file(operation, name, content)).encode() + b"\n" + content
+
+
+def read_signed_record(path: Path, operation: bytes, name: str) -> bytes | None:
+    """What is recorded of a file of an operation; None where that is not there, or not ours."""
+    try:
+        fd = open_own(path)
+    except (FileNotFoundError, Foreign):
+        return None
+    try:
+        signature, _, content = read_open(fd, MAX_MANIFEST, path).partition(b"\n")
+    finally:
+        os.close(fd)
+    signed = _of_file(operation, name, content)
+    return content if trust.is_mine("file", signed, signature.decode(errors="replace")) else None
 
 
 def _of_file(operation: bytes, name: str, content: bytes) -> bytes:
@@ -767,7 +831,7 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def _meddled(path: Path) -> OSError:
+def meddled(path: Path) -> OSError:
     text = "somebody has cut, written or replaced it before all was complete. The same command makes it again"
     return OSError(errno.EIO, text, f"{path}")
 
@@ -781,17 +845,22 @@ def _identity(status: os.stat_result, sync: bool) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns if sync else 0
 
 
-def reserved_in(partial: Path) -> dict[str, tuple[Path, bool]]:
-    """The files of an unfinished folder by the names that they will have: where each is, and whether it is complete."""
-    names = set(os.listdir(partial))
-    found = {}
-    for name in names:
-        if name.startswith(_HIDDEN) and name.endswith(_TEMPORARY):
-            found[name.removeprefix(_HIDDEN).removesuffix(_TEMPORARY)] = partial / name, False
-        elif _hidden(Path(name), _RECORD).name in names:
-            found[name] = partial / name, True
+def reserved_in(partial: Path, files: Collection[str]) -> dict[str, tuple[list[Path], bool]]:
+    """Of an unfinished folder those of `files` that are there: where, and whether each is complete.
+
+    What is not may be there several times, as each process that makes it has its own.
+    """
+    names = os.listdir(partial)
+    found = {name: ([partial / name], True) for name in records_in(names) if name in files}
+    for hidden in names:
+        if hidden.startswith(_HIDDEN) and hidden.endswith(_TEMPORARY):
+            name = hidden.removeprefix(_HIDDEN).removesuffix(_TEMPORARY)
+            name = name if name in files else name.rpartition(".")[0]
+            places, is_complete = found.setdefault(name, ([], False)) if name in files else ([], True)
+            if not is_complete:
+                places.append(partial / hidden)
     return found
 
 
-def _hidden(path: Path, suffix: str) -> Path:
+def hidden_path(path: Path, suffix: str) -> Path:
     return path.with_name(f"{_HIDDEN}{path.name}{suffix}")

@@ -55,6 +55,19 @@ def recorded(plan: Plan, out: Path, threads: int | None, *, sync: bool, sha256: 
     return Report.recorded(plan.operation, plan.id, out, table.report, f"{_THERE}; {looked_at}")
 
 
+def finished(out: Path) -> Report:
+    """The report of a new folder that is finished, as its manifest tells. Raises StoreError where none is."""
+    for name in MANIFESTS.values():
+        try:
+            table = manifest.read(out / name)
+        except OSError:
+            continue
+        if table is not None and table.is_mine and table.in_place is None:
+            note = "nothing was done: all of it was finished before"
+            return Report.recorded(table.operation, table.id, out, table.report, note)
+    raise StoreError(f"{out}: nothing is unfinished there, and it is no output of yours. Is the name right?")
+
+
 def _damage(out: Path, threads: int | None) -> str:
     """What is wrong with an output, by its recorded hashes; nothing where nothing is."""
     try:

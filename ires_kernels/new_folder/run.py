@@ -25,7 +25,7 @@ from ires_kernels.checkpoints import roles
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files import interrupts
 from ires_kernels.files.samples import sample
-from ires_kernels.files.store import NewFolder, Part, StoreError, check_destination, partial_path
+from ires_kernels.files.store import NewFile, NewFolder, Part, StoreError, check_destination, partial_path
 from ires_kernels.new_folder import before
 from ires_kernels.planning import ancestry
 from ires_kernels.planning.evidence import Looks
@@ -82,19 +82,24 @@ def begin(plan: Plan, out: Path, options: Options, *, sync: bool, sha256: bool) 
 
     Raises CheckpointError and StoreError where the inputs are not what they have to be, OSError for a full disk.
     """
-    compared = guards.compare(plan)
-    guards.check_companions(plan)
-    sizes = {file.name: file.size for file in plan.files}
-    operation = Operation.of(plan, sync=sync, sha256=sha256, outputs=sizes)
+    compared, operation = prepared(plan, sync=sync, sha256=sha256)
     folder = NewFolder(
-        out, _identity(operation), operation.to_bytes(), accept=partial(_check_begun, plan, out, options.threads),
+        out, identity(operation), operation.to_bytes(), accept=partial(_check_begun, plan, out, options.threads),
         sync=sync, locked=options.locked, access=sides.access_of(plan),
     )  # fmt: skip
     with folder:
         for file in plan.files:
             if file.name not in folder.finished:
                 folder.reserve(file.name, file.header, file.size)
-        yield Begun(plan, operation, folder, _learnt(folder.finished), compared)
+        yield Begun(plan, operation, folder, learnt(folder.finished.values()), compared)
+
+
+def prepared(plan: Plan, *, sync: bool, sha256: bool) -> tuple[dict[str, dict[str, str]], Operation]:
+    """What `Begun` has of a plan before anything is written. Raises CheckpointError for inputs that cannot be used."""
+    compared = guards.compare(plan)
+    guards.check_companions(plan)
+    sizes = {file.name: file.size for file in plan.files}
+    return compared, Operation.of(plan, sync=sync, sha256=sha256, outputs=sizes)
 
 
 def write_file(plan: Plan, name: str, out: Path, options: Options, *, sync: bool = True) -> Outcome:
@@ -102,7 +107,7 @@ def write_file(plan: Plan, name: str, out: Path, options: Options, *, sync: bool
 
     Raises StoreError where that file, or the folder, is not there to be written.
     """
-    folder = Part(out, _identity(Operation.of(plan, sync=sync)), sync=sync)
+    folder = Part(out, identity(Operation.of(plan, sync=sync)), sync=sync)
     folder.check()
     file = next((file for file in plan.files if file.name == name), None)
     if file is None:
@@ -112,32 +117,40 @@ def write_file(plan: Plan, name: str, out: Path, options: Options, *, sync: bool
 
 
 def write_files(plan: Plan, names: Collection[str], folder: Part, options: Options) -> Outcome:
-    """Write some of the files that are reserved in `folder`; returns what is recorded of them.
-
-    In one call the threads write to as many files at once, as a file system lets one of them at a time write a file.
-    """
-    outcome = Outcome()
+    """Write some of the files that are reserved in `folder`; returns what is recorded of them."""
     steps: dict[str, list[Step]] = {name: [] for name in names}
     for step in plan.steps:
         if step.file in steps:
             steps[step.file].append(step)
-    files = {name: folder.file(name, partial(_record, outcome, steps[name])) for name in names}
+    outcome = Outcome()
+    parts = [(steps[name], folder.file(name, partial(record, outcome, steps[name]))) for name in names]
+    write_parts(plan, parts, folder, options, outcome)
+    outcome.bytes_written += sum(len(file.header) for file in plan.files if file.name in steps)
+    return outcome
+
+
+def write_parts(
+    plan: Plan, parts: Iterable[tuple[list[Step], NewFile]], folder: Part, options: Options, outcome: Outcome
+) -> None:
+    """Carry out steps, each into one of the files of `folder`; the outcome learns what is recorded of them.
+
+    In one call the threads write to as many files at once, as a file system lets one of them at a time write a file.
+    """
+    files = {step.name: file for steps, file in parts for step in steps}
     try:
         stream.run(
-            [step for step in plan.steps if step.file in files],
+            [step for step in plan.steps if step.name in files],
             guards.file_ids(plan),
             plan.rules,
-            lambda step, start, data, _: files[step.file].write(data, step.offset + start),
+            lambda step, start, data, _: files[step.name].write(data, step.offset + start),
             processors=options.processors,
             threads=options.threads,
             progress=options.progress,
             outcome=outcome,
         )
-        outcome.bytes_written += sum(len(file.header) for file in plan.files if file.name in files)
         folder.finish_files()
     finally:
         folder.abandon_files()
-    return outcome
 
 
 def finish(begun: Begun, outcome: Outcome, options: Options) -> None:
@@ -184,21 +197,21 @@ def _sketch(plan: Plan) -> dict[str, str]:
         return ancestry.sketch(plan.steps, looks, base)
 
 
-def _identity(operation: Operation) -> str:
+def identity(operation: Operation) -> str:
     """The words by which a later run knows the folder."""
     return operation.id if operation.sync else f"{operation.id} {operation.boot}"
 
 
-def _record(outcome: Outcome, steps: Iterable[Step]) -> bytes:
+def record(outcome: Outcome, steps: Iterable[Step]) -> bytes:
     """What is known of a file whose bytes are all written."""
     return json.dumps(outcome.of(steps).to_dict()).encode()
 
 
-def _learnt(records: Mapping[str, bytes]) -> Outcome:
+def learnt(records: Iterable[bytes]) -> Outcome:
     """What is known of files whose records these are."""
     outcome = Outcome()
-    for record in records.values():
-        outcome.update(Outcome.from_dict(json.loads(record)))
+    for each in records:
+        outcome.update(Outcome.from_dict(json.loads(each)))
     return outcome
 
 
@@ -207,6 +220,6 @@ def _check_begun(plan: Plan, out: Path, threads: int | None, kept: bytes, finish
     operation = Operation.from_bytes(kept, partial_path(out))
     others = other_files(plan.inputs, operation.stamps)
     try:
-        guards.check_begun(plan, operation.samples, _learnt(finished), others, threads=threads)
+        guards.check_begun(plan, operation.samples, learnt(finished.values()), others, threads=threads)
     except CheckpointError as error:  # a file that is just being written is no reason to throw away what is complete
         raise StoreError(*error.lines) from error

@@ -34,10 +34,10 @@ class Headway:
 
 def of_new_folder(partial: Path, sizes: Mapping[str, int]) -> Headway:
     """Of an output whose weights will have these sizes. A file that is being written counts by what was written."""
-    there = reserved_in(partial)
-    complete = [name for name, (_, is_complete) in there.items() if is_complete and name in sizes]
+    there = reserved_in(partial, sizes)
+    complete = [name for name, (_, is_complete) in there.items() if is_complete]
     done = sum(sizes[name] for name in complete)
-    done += sum(_written(path) for name, (path, is_complete) in there.items() if name in sizes and not is_complete)
+    done += sum(max(map(_written, places)) for places, is_complete in there.values() if not is_complete)
     return Headway(done, sum(sizes.values()), len(complete), len(sizes))
 
 

@@ -12,16 +12,18 @@ from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.checkpoints.manifest import Manifest
 from ires_kernels.files import hidden
 from ires_kernels.files.inplace import SCALES
-from ires_kernels.files.locks import holder
+from ires_kernels.files.locks import holder, holders
 from ires_kernels.files.log import count_records, is_broken_off
 from ires_kernels.files.ownership import Foreign
 from ires_kernels.files.plain import plain_lines
+from ires_kernels.files.shared import notes
 from ires_kernels.files.store import MARKER, is_unfinished, partial_path, read_kept
 from ires_kernels.planning.inputs import StrPath
 from ires_kernels.records import headway
 from ires_kernels.records.headway import Headway
 from ires_kernels.records.history import on_top
 from ires_kernels.records.operation import MAPPED, Operation
+from ires_kernels.records.workers import told
 
 _AT_WORK = "an update in place, or ik.mapped"
 State = Literal["none", "running", "unfinished", "rolling back", "finished", "foreign"]
@@ -164,15 +166,22 @@ def _of_new_folder(found: Found) -> Status:
     out, partial = found.path, found.where
     if isinstance(found.record, Foreign):
         return Status(f"{out}", "foreign", f"{found.record}")
-    done, what, details = None, "a new folder", (f"It is in {partial}.",)
+    done, what = None, "a new folder"
+    details: tuple[str, ...] = (f"It is in {partial}.",)
+    steps = [f"`ires resume {out}`, or the same command, goes on."]
     if isinstance(found.record, Operation):  # else of another version, or not begun
         done = headway.of_new_folder(partial, found.record.outputs)
         what, details = f"{found.record.kind}, {done}", (f"It is {found.record}, in {partial}.",)
-    who = holder(partial / MARKER)
+        if 0 < done.files_in_all == done.files_done:
+            steps = [f"`ires finish {out}` adds what else belongs to it, and gives it its name."]
+    details += told(notes(partial))
+    who, together = holder(partial / MARKER), holders(partial / MARKER)
     if who:
         return Status(f"{out}", "running", f"{what}, by {who}", ("Wait for it to end.",), details, done)
-    steps = (f"`ires resume {out}`, or the same command, goes on.", f"`ires rollback {out}` removes {partial}.")
-    return Status(f"{out}", "unfinished", what, steps, details, done)
+    if together:
+        return Status(f"{out}", "running", f"{what}, by {', '.join(together)}", ("Wait for all.",), details, done)
+    steps.append(f"`ires rollback {out}` removes {partial}.")
+    return Status(f"{out}", "unfinished", what, tuple(steps), details, done)
 
 
 def _of_update(found: Found) -> Status:

@@ -102,7 +102,7 @@ def plant(path: Path, kind: str) -> None:
     else:
         path.mkdir()
     if kind in ("state", "closed"):
-        (path / ".ires-lock").write_bytes(store._content_of_lock(b"x", b"{}"))
+        (path / ".ires-lock").write_bytes(store.content_of_lock(b"x", b"{}"))
         (path / "model-00001-of-00002.safetensors").write_bytes(b"evil")
         (path / "operation.json").write_bytes(trust.seal("operation", b"{\n}"))
     if kind == "closed":
@@ -565,7 +565,7 @@ def test_what_is_rolled_back_is_what_was_locked(
         patch.setattr(store.NewFolder, "add", cut)
         with pytest.raises(KeyboardInterrupt):
             ik.apply(target, (instruct, base), out=out)
-        patch.setattr(store, "_read_lock", meddle)
+        patch.setattr(store, "read_lock", meddle)
         with pytest.raises(OSError, match="Not a directory"):
             store.discard(out)
     assert snapshot(precious) == before

@@ -258,7 +258,7 @@ def test_a_folder_that_could_not_be_made_durable_is_there_all_the_same(
 def test_the_remains_of_a_killed_run_are_replaced(tmp_path: Path) -> None:
     partial = tmp_path / "out.partial"
     (partial / "sub").mkdir(parents=True)
-    (partial / MARKER).write_bytes(store._content_of_lock(b"killed", b""))
+    (partial / MARKER).write_bytes(store.content_of_lock(b"killed", b""))
     for name in ("old.bin", "sub/old.txt"):
         (partial / name).write_text("old")
     (partial / "link").symlink_to(tmp_path)
