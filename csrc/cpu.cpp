@@ -16,6 +16,7 @@ constexpr int64_t kChunk = int64_t(1) << 17;           // elements
 constexpr int64_t kBytesPerThread = int64_t(1) << 21;  // below this a thread costs more than it brings
 constexpr int64_t kGather = 1024;                      // elements copied together where strides are not 1
 constexpr int64_t kDecoded = 2048;                     // numbers decoded together: with two such operands, in the L1 cache
+constexpr int64_t kRecoded = 1024;                     // the same, where the results become codes
 
 void* at(void* p, DType type, int64_t elements) { return static_cast<char*>(p) + elements * item_size(type); }
 const void* at(const void* p, DType type, int64_t elements) { return static_cast<const char*>(p) + elements * item_size(type); }
@@ -85,22 +86,39 @@ void run_strided(const Loops& loops, const Operation& op, const Item& item, uint
     }
 }
 
-// Elements [first, first + n) of an item with operands that are decoded: these go by small pieces.
+// Inputs of an item of which some are decoded, a small piece at a time.
+class Pieces {
+public:
+    Pieces(const Loops& loops, const Operation& op, const Item& item)
+        : loops_(loops), item_(item), numbers_(size_t(op.inputs)), in_(size_t(op.inputs)) {}
+
+    // Where elements [i, i + m) of the inputs are, until the next piece; m <= kDecoded.
+    const void* const* at_piece(int64_t i, int64_t m) {
+        for (size_t k = 0; k < in_.size(); ++k) {
+            const Decoded from = item_.decoded.empty() ? Decoded{} : item_.decoded[k];
+            if (from.coded) loops_.decode(*from.coded, from.first + i, m, numbers_[k].x);
+            in_[k] = from.coded ? numbers_[k].x : at(item_.in[k], item_.in_types[k], i);
+        }
+        return in_.data();
+    }
+
+private:
+    struct alignas(64) Numbers { float x[kDecoded]; };
+    const Loops& loops_;
+    const Item& item_;
+    std::vector<Numbers> numbers_;
+    std::vector<const void*> in_;
+};
+
+// Elements [first, first + n) of an item with operands that are decoded.
 void run_decoded(const Loops& loops, const Operation& op, const Item& item, uint64_t offset, int64_t first, int64_t n,
                  Tally* tally) {
-    const size_t inputs = size_t(op.inputs);
-    struct alignas(64) Numbers { float x[kDecoded]; };
-    std::vector<Numbers> numbers(inputs);
-    std::vector<const void*> in(inputs);
+    Pieces pieces(loops, op, item);
     for (int64_t done = 0; done < n; done += kDecoded) {
         const int64_t i = first + done, m = std::min(kDecoded, n - done);
-        for (size_t k = 0; k < inputs; ++k) {
-            const Decoded& from = item.decoded[k];
-            if (from.coded) loops.decode(*from.coded, from.first + i, m, numbers[k].x);
-            in[k] = from.coded ? numbers[k].x : at(item.in[k], item.in_types[k], i);
-        }
+        const void* const* in = pieces.at_piece(i, m);
         void* out = at(item.out, item.out_type, i);
-        loops.run(op, {m, offset + uint64_t(i), item.stream, item.out_type, item.in_types.data(), out, in.data()}, tally);
+        loops.run(op, {m, offset + uint64_t(i), item.stream, item.out_type, item.in_types.data(), out, in}, tally);
     }
 }
 
@@ -228,6 +246,50 @@ void keep(int64_t n, const float* values, const float* again, const uint8_t* bef
 Stored count_stored(int64_t n, const float* target, const float* update, const float* values, const float* stored,
                     const std::string& isa) {
     return find_loops(isa).count_stored(n, target, update, values, stored);
+}
+
+void store(const Operation& op, const Item& item, uint64_t offset, const Recoded& to, const std::string& isa, Tally* tally,
+           Stored* stored) {
+    const IeeeMode mode;
+    const Loops& loops = find_loops(isa);
+    const Coded& coded = *to.coded;
+    const DType* const types = item.in_types.data();
+    alignas(64) float values[kRecoded], update[kRecoded], again[kRecoded];
+    static const double zeros[kRecoded] = {};  // of any type
+    Pieces pieces(loops, op, item);
+    std::vector<const void*> of_update(size_t(op.inputs));
+    for (int64_t i = 0; i < item.n; i += kRecoded) {
+        const int64_t m = std::min(kRecoded, item.n - i), at = int64_t(offset) + i;
+        const void* const* in = pieces.at_piece(i, m);
+        const float* const target = static_cast<const float*>(in[0]);
+        loops.run(op, {m, uint64_t(at), item.stream, DType::f32, types, values, in}, tally);
+        loops.encode(coded, at, m, values, to.draw, to.out + i);
+        if (to.renewed) loops.decode(coded, at, m, again);
+        const char* const before = coded.codes + (at - coded.skipped);
+        loops.keep(m, values, to.renewed ? again : target, reinterpret_cast<const uint8_t*>(before), to.out + i);
+        if (!tally) continue;
+        std::copy(in, in + op.inputs, of_update.begin());
+        of_update[0] = zeros;  // what is added to 0 is the update
+        loops.run(op, {m, uint64_t(at), item.stream, DType::f32, types, update, of_update.data()}, nullptr);
+        Coded now = coded;
+        now.codes = reinterpret_cast<const char*>(to.out), now.skipped = int64_t(offset);
+        loops.decode(now, at, m, again);
+        *stored += loops.count_stored(m, target, update, values, again);
+    }
+}
+
+void measure_results(const Operation& op, const Item& item, uint64_t offset, const Coded& coded, float* largest,
+                     const std::string& isa) {
+    const IeeeMode mode;
+    const Loops& loops = find_loops(isa);
+    alignas(64) float values[kRecoded];
+    Pieces pieces(loops, op, item);
+    for (int64_t i = 0; i < item.n; i += kRecoded) {
+        const int64_t m = std::min(kRecoded, item.n - i), at = int64_t(offset) + i;
+        const void* const* in = pieces.at_piece(i, m);
+        loops.run(op, {m, uint64_t(at), item.stream, DType::f32, item.in_types.data(), values, in}, nullptr);
+        loops.measure(coded, at, m, values, largest);
+    }
 }
 
 void fit(const FitRun& run, const std::string& isa, Fit* found) {

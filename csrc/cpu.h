@@ -31,6 +31,13 @@ struct Stored {
     uint64_t lost = 0, nan_out = 0;
     double dot = 0, norm2 = 0;
     double noise = 0;  // of (stored - value)^2
+    void operator+=(const Stored& o) {
+        lost += o.lost;
+        nan_out += o.nan_out;
+        dot += o.dot;
+        norm2 += o.norm2;
+        noise += o.noise;
+    }
 };
 
 constexpr int kFitSteps = 8, kFitAlphas = 8;
@@ -107,6 +114,21 @@ void measure(const Coded& coded, int64_t first, int64_t n, const float* values, 
 void keep(int64_t n, const float* values, const float* again, const uint8_t* before, uint8_t* codes, const std::string& isa);
 Stored count_stored(int64_t n, const float* target, const float* update, const float* values, const float* stored,
                     const std::string& isa);
+
+// Results of an operation that become codes of a tensor: on the calling thread, by pieces whose numbers stay in the L1
+// cache. The output of `item` is not used. `offset` counts within the tensor, as well.
+struct Recoded {
+    const Coded* coded;   // the scales that there are now, and the codes of the target, its operand 0, before
+    bool renewed;         // whether those scales are others than operand 0 was decoded by
+    const Draw* draw;     // null: to nearest
+    uint8_t* out;
+};
+// With `tally` both are counted: of the numbers, and of what is stored.
+void store(const Operation& op, const Item& item, uint64_t offset, const Recoded& to, const std::string& isa, Tally* tally,
+           Stored* stored);
+// `measure` of such results.
+void measure_results(const Operation& op, const Item& item, uint64_t offset, const Coded& coded, float* largest,
+                     const std::string& isa);
 void fit(const FitRun& run, const std::string& isa, Fit* found);  // adds to what was found
 void run_memory(const Item& item, int threads, const std::string& isa);
 

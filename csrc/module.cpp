@@ -309,6 +309,53 @@ void measure(const py::tuple& layout, int64_t first, int64_t n, uintptr_t values
     ires::measure(c, first, n, reinterpret_cast<const float*>(values), reinterpret_cast<float*>(largest), isa);
 }
 
+// An item of f32 for `store` and `measure_results`, where the numbers of `coded` from `first` on are its results.
+ires::Item results(const py::tuple& t, const ires::Operation& op, const ires::Coded& coded, int64_t first, Codeds* codeds) {
+    if ((coded.type != ires::CodeType::e4m3 && coded.type != ires::CodeType::i8) || coded.zero_type != ires::ZeroType::none ||
+        coded.row_bytes != coded.columns)
+        throw py::value_error("a layout that is not encoded");
+    const ires::Item one = item(t, codeds);
+    if (int(one.in.size()) != op.inputs) throw py::value_error("wrong number of operands");
+    if (one.out_type != ires::DType::f32 || one.in_types[0] != ires::DType::f32 || !one.sizes.empty())
+        throw py::value_error("contiguous results of f32 are encoded, and a target that is decoded");
+    need_numbers(coded, first, one.n);
+    return one;
+}
+
+// The largest of results; `largest` has one number for each of so many cells.
+void measure_results(int code, const py::tuple& t, const std::vector<double>& factors, const py::tuple& layout, int64_t first,
+                     uintptr_t largest, int64_t cells, const std::string& isa) {
+    const ires::Operation op = operation(code, factors, false, 0);
+    const ires::Coded c = coded(layout);
+    Codeds codeds;
+    const ires::Item one = results(t, op, c, first, &codeds);
+    if (cells != c.matrices * grid_rows(c) * grid_columns(c)) throw py::value_error("one number for each block is wanted");
+    const py::gil_scoped_release release;
+    ires::measure_results(op, one, uint64_t(first), c, reinterpret_cast<float*>(largest), isa);
+}
+
+// The codes of results, in n bytes at `out`; `parts` has the scales that there are now and the codes that there were.
+py::object store(int code, const py::tuple& t, const std::vector<double>& factors, const py::tuple& layout,
+                 const py::tuple& parts, int64_t first, bool renewed, uintptr_t out,
+                 const std::optional<std::pair<uint64_t, uint64_t>>& draw, const std::string& isa, bool want_tally) {
+    const ires::Operation op = operation(code, factors, false, 0);
+    const ires::Coded c = coded(layout, parts);
+    Codeds codeds;
+    const ires::Item one = results(t, op, c, first, &codeds);
+    need_codes(c, first, one.n, bytes(parts[0]));
+    const ires::Draw words{draw ? draw->first : 0, draw ? draw->second : 0};
+    const ires::Recoded to{&c, renewed, draw ? &words : nullptr, reinterpret_cast<uint8_t*>(out)};
+    ires::Tally tally;
+    ires::Stored stored;
+    {
+        const py::gil_scoped_release release;
+        ires::store(op, one, uint64_t(first), to, isa, want_tally ? &tally : nullptr, &stored);
+    }
+    if (!want_tally) return py::none();
+    return py::make_tuple(tally.updates, stored.lost, tally.nan_in, tally.inf_in, stored.nan_out, tally.overflow, stored.dot,
+                          stored.norm2, stored.noise);
+}
+
 void keep(int64_t n, uintptr_t values, uintptr_t again, uintptr_t before, uintptr_t codes, const std::string& isa) {
     const py::gil_scoped_release release;
     ires::keep(n, reinterpret_cast<const float*>(values), reinterpret_cast<const float*>(again),
@@ -414,6 +461,10 @@ PYBIND11_MODULE(_native, m) {
           py::arg("isa"));
     m.def("count_stored", &count_stored, py::arg("n"), py::arg("target"), py::arg("update"), py::arg("values"),
           py::arg("stored"), py::arg("isa"));
+    m.def("measure_results", &measure_results, py::arg("op"), py::arg("item"), py::arg("factors"), py::arg("layout"),
+          py::arg("first"), py::arg("largest"), py::arg("cells"), py::arg("isa"));
+    m.def("store", &store, py::arg("op"), py::arg("item"), py::arg("factors"), py::arg("layout"), py::arg("parts"),
+          py::arg("first"), py::arg("renewed"), py::arg("out"), py::arg("draw"), py::arg("isa"), py::arg("tally"));
     for (const auto& [name, found] : {std::pair("fit", &fit), std::pair("fit_files", &fit_files)})
         m.def(name, found, py::arg("n"), py::arg("out_type"), py::arg("types"), py::arg("operands"), py::arg("alphas"),
               py::arg("isa"));

@@ -56,6 +56,29 @@ def encode(
 def measure(
     layout: tuple[object, ...], first: int, n: int, values: int, largest: int, cells: int, isa: str
 ) -> None: ...
+def measure_results(
+    op: int,
+    item: tuple[object, ...],
+    factors: tuple[float, ...],
+    layout: tuple[object, ...],
+    first: int,
+    largest: int,
+    cells: int,
+    isa: str,
+) -> None: ...
+def store(
+    op: int,
+    item: tuple[object, ...],
+    factors: tuple[float, ...],
+    layout: tuple[object, ...],
+    parts: tuple[object, ...],
+    first: int,
+    renewed: bool,
+    out: int,
+    draw: tuple[int, int] | None,
+    isa: str,
+    tally: bool,
+) -> tuple[int, int, int, int, int, int, float, float, float]: ...
 def keep(n: int, values: int, again: int, before: int, codes: int, isa: str) -> None: ...
 def count_stored(
     n: int, target: int, update: int, values: int, stored: int, isa: str

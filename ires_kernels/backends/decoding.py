@@ -55,12 +55,18 @@ def run(call: Call, coded: Mapping[int, Coded]) -> None:
     All of it is contiguous. The tensors at these places, float32, are memory for the numbers; the C++ loops leave it
     alone where they know the format, as they decode pieces that stay in the nearest cache.
     """
+    fused = settle(call, coded)
+    native.run_decoded(call, fused) if fused else choose(call.outs[0].device).run(call)
+
+
+def settle(call: Call, coded: Mapping[int, Coded]) -> dict[int, Coded]:
+    """Decode what the loops of the backend do not decode on the way; returns the rest."""
     backend = choose(call.outs[0].device)
     fused = {place: numbers for place, numbers in coded.items() if backend is native and native.fuses(numbers)}
     for place in coded.keys() - fused.keys():
         (format, full, first, parts), out = coded[place], call.inputs[0][place].view(-1)
         decode(format, full, first, len(out), parts, out)
-    native.run_decoded(call, fused) if fused else backend.run(call)
+    return fused
 
 
 def define(format: Format, full: tuple[int, ...], first: int, count: int, parts: Parts, out: Tensor) -> None:

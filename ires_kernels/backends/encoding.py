@@ -10,12 +10,14 @@ numbers. No number that a rule of quantizers gives to a block of zeros is needed
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ires_kernels.backends import native
+from ires_kernels.backends import decoding, native
+from ires_kernels.backends.call import Call, Coded
 from ires_kernels.backends.choice import choose
 from ires_kernels.backends.decoding import Grid, floats
 from ires_kernels.backends.reference import random_words, round_to, subnormals_kept
@@ -101,6 +103,52 @@ def encode(
         exact = (values / scale).double().clamp(-largest - 1, largest)
         whole = exact.round() if words is None else (exact + words.double() / 2.0**32).floor()
         out.copy_(whole.clamp(-largest - 1, largest).nan_to_num().to(torch.int8).view(torch.uint8))
+
+
+def measure_results(
+    call: Call, coded: Mapping[int, Coded], format: Format, full: tuple[int, ...], largest: Tensor
+) -> None:
+    """`measure` of what a call gives for one item, with operands that are decoded as in `decoding.run`.
+
+    Its output, float32, is memory for that. Its offset counts within the weight.
+    """
+    fused = decoding.settle(call, coded)
+    if choose(largest.device) is native:
+        native.measure_results(call, fused, format, full, largest)
+    else:
+        choose(largest.device).run(call)
+        measure(format, full, call.offset, call.outs[0], largest)
+
+
+def store(
+    call: Call, coded: Mapping[int, Coded], to: Coded, renewed: bool, random: tuple[int, int] | None, codes: Tensor
+) -> None:
+    """Make codes, as bytes, of what a call gives for one item, with operands that are decoded as in `decoding.run`.
+
+    Its output, float32, is memory for that. `to` has the codes of the target, its operand 0, until now, and the scales
+    that there are now, of which `renewed` says whether they are others than before. A number that is what it was keeps
+    its code. The call's tally counts what is stored.
+    """
+    fused = decoding.settle(call, coded)
+    if choose(codes.device) is native:
+        native.store(call, fused, to, renewed, random, codes)
+        return
+    format, full, first, parts = to
+    target, values, count = call.inputs[0][0], call.outs[0], len(codes)
+    again = target
+    choose(codes.device).run(call)
+    encode(format, full, first, values, parts["scale"], codes, random)
+    if renewed:
+        again = torch.empty(count)
+        decoding.decode(format, full, first, count, parts, again)
+    keep(values, again, decoding.as_bytes(parts["codes"]), codes)
+    if call.tally is not None:
+        update, stored = torch.empty(2, count)
+        inputs = (torch.zeros(count), *call.inputs[0][1:])  # what is added to 0 is the update
+        choose(codes.device).run(call._replace(outs=[update], inputs=[inputs], tally=None))
+        decoding.decode(format, full, first, count, {**parts, "codes": codes.numpy().data}, stored)
+        tally = call.tally
+        tally.lost, tally.nan_out, tally.dot, tally.norm2, tally.noise = count_stored(target, update, values, stored)
 
 
 def keep(values: Tensor, again: Tensor, before: Tensor, codes: Tensor) -> None:

@@ -166,12 +166,15 @@ def fuses(numbers: Coded) -> bool:
 
 def run_decoded(call: Call, operands: Mapping[int, Coded]) -> None:
     """`decoding.run` for what `fuses` with a call."""
+    _run_on_cpu(call, _what(call, [_decoded_item(call, operands)]))
+
+
+def _decoded_item(call: Call, operands: Mapping[int, Coded]) -> tuple[object, ...]:
     inputs, count = call.inputs[0], call.outs[0].numel()
     decoded: list[object] = [None] * len(inputs)
     for place, (format, full, first, parts) in operands.items():
         decoded[place] = coded.layout(format, full), coded.stored(format, full, first, count, parts), first
-    item = (*_item(call.outs[0], inputs, call.streams[0]), tuple(decoded))
-    _run_on_cpu(call, _what(call, [item]))
+    return (*_item(call.outs[0], inputs, call.streams[0]), tuple(decoded))
 
 
 def decode(
@@ -212,6 +215,30 @@ def measure(format: Format, full: tuple[int, ...], first: int, values: Tensor, l
     isa = os.environ.get("IRES_ISA", "")
     _native.measure(layout, first, len(values), values.data_ptr(), largest.data_ptr(), len(largest), isa)
     return True
+
+
+def measure_results(
+    call: Call, operands: Mapping[int, Coded], format: Format, full: tuple[int, ...], largest: Tensor
+) -> None:
+    """`encoding.measure_results` for operands that `fuses` with a call."""
+    layout, isa = coded.encoded(format, full), os.environ.get("IRES_ISA", "")
+    assert layout is not None
+    what = _OPS[call.op], _decoded_item(call, operands), call.factors
+    _native.measure_results(*what, layout, call.offset, largest.data_ptr(), len(largest), isa)
+
+
+def store(
+    call: Call, operands: Mapping[int, Coded], to: Coded, renewed: bool, random: tuple[int, int] | None, codes: Tensor
+) -> None:
+    """`encoding.store` for operands that `fuses` with a call."""
+    format, full, first, parts = to
+    layout, stored = coded.encoded(format, full), coded.stored(format, full, first, len(codes), parts)
+    assert layout is not None
+    what = _OPS[call.op], _decoded_item(call, operands), call.factors
+    isa, counted = os.environ.get("IRES_ISA", ""), call.tally is not None
+    counts = _native.store(*what, layout, stored, first, renewed, codes.data_ptr(), random, isa, counted)
+    if call.tally is not None:
+        call.tally.__iadd__(Tally(len(codes), *counts))
 
 
 def encode(

@@ -14,7 +14,6 @@ from ires_kernels.backends.call import Call, Coded, Tally
 from ires_kernels.dtypes import STORAGE
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Step
-from ires_kernels.streaming import encoded
 from ires_kernels.streaming.encoded import Coding
 from ires_kernels.streaming.tiles import Slot, buffer_sizes, cut, memory, tiles
 from ires_kernels.tensors import checks, ops
@@ -56,7 +55,6 @@ class _CpuSlot:
         self._numbers: dict[int, Tensor] = {}
         self._tensors: dict[tuple[int, str], Tensor] = {}
         self._tally: Tally | None = None
-        self._rooms: list[Tensor] = []
 
     def start(
         self,
@@ -71,10 +69,10 @@ class _CpuSlot:
             assert out is not None
             out.copy_(torch.frombuffer(self.buffers[0], dtype=torch.uint8, count=count))
             return
-        operands = self._operands(step, count, coded)
         if coding is not None:
-            self._store(step, operands, first, coded, coding, out)
+            self._store(step, first, count, coded, coding, out)
             return
+        operands = self._operands(step, count, coded)
         if step.op == "convert":
             operands.append(self._cpu.zeros[step.operands[0].dtype][:count])
         elif step.is_from_zero:
@@ -86,52 +84,42 @@ class _CpuSlot:
             out.copy_(here)
 
     def _operands(self, step: Step, count: int, coded: Mapping[int, Coded]) -> list[Tensor]:
-        """Those in the buffers; for what is codes there, memory for its numbers, which is mostly not used."""
-        operands = []
-        for place, operand in enumerate(step.operands):
-            if place not in coded:
-                operands.append(self._tensor(place, operand.dtype, count))
-                continue
-            if place not in self._numbers:
-                self._numbers[place] = torch.empty(self._cpu.tile)
-            operands.append(self._numbers[place][:count])
-        return operands
+        """Those in the buffers, and for what is codes there memory for its numbers."""
+        return [
+            self._room(place, count) if place in coded else self._tensor(place, operand.dtype, count)
+            for place, operand in enumerate(step.operands)
+        ]
 
     def measure(self, step: Step, first: int, count: int, coded: Mapping[int, Coded], largest: Tensor) -> None:
         assert step.output.encoding is not None
         weight = step.output.encoding.weight
-        values = self._room(0, count)
-        compute(step, self._operands(step, count, coded), values, first, self._cpu.exact, None, coded)
-        encoding.measure(weight.format, weight.full, first, values, largest)
+        exact = self._exact(step, first, count, coded, None)
+        encoding.measure_results(exact, coded, weight.format, weight.full, largest)
 
     def _store(
-        self,
-        step: Step,
-        operands: Sequence[Tensor],
-        first: int,
-        coded: Mapping[int, Coded],
-        coding: Coding,
-        out: Tensor | None,
+        self, step: Step, first: int, count: int, coded: Mapping[int, Coded], coding: Coding, out: Tensor | None
     ) -> None:
-        count = len(operands[0])
+        assert step.output.encoding is not None
+        weight, rules, scales = step.output.encoding.weight, self._cpu.rules, coding.scales
         codes = torch.frombuffer(self.buffers[-1], dtype=torch.uint8, count=count)
         self._tally = Tally() if self._cpu.counted else None
-        result = encoded.Result(*(self._room(number, count) for number in range(3)))
-        for place, numbers in coded.items():  # which are wanted more than once
-            decoding.decode(*numbers[:3], count, numbers.parts, operands[place])
-        compute(step, operands, result.values, first, self._cpu.exact, self._tally)
-        if self._cpu.counted:
-            nothing = self._room(3, count)  # what is added to 0 is the update
-            compute(step, [nothing, *operands[1:]], result.update, first, self._cpu.exact, None)
-        encoded.store(step, operands[0], result, first, coding, codes, self._cpu.rules, self._tally)
+        exact = self._exact(step, first, count, coded, self._tally)
+        random = (rules.seed, step.stream) if rules.rounding == "stochastic" else None
+        to = Coded(weight.format, weight.full, first, {"codes": coding.before, "scale": scales.stored})
+        encoding.store(exact, coded, to, bool(scales.new), random, codes)
         if out is not None:
             out.copy_(codes.view(out.dtype))
 
-    def _room(self, number: int, count: int) -> Tensor:
-        """Memory for float32 numbers of a tile that is encoded; the last of four is zero."""
-        if not self._rooms:
-            self._rooms = [*torch.empty(3, self._cpu.tile), torch.zeros(self._cpu.tile)]
-        return self._rooms[number][:count]
+    def _exact(self, step: Step, first: int, count: int, coded: Mapping[int, Coded], tally: Tally | None) -> Call:
+        """The arithmetic of a step before its results become codes."""
+        operands, values = self._operands(step, count, coded), self._room(-1, count)
+        return call(step, operands, values, first, self._cpu.exact, tally)
+
+    def _room(self, place: int, count: int) -> Tensor:
+        """Memory for the numbers of an operand that is codes, or of the result, -1. Mostly it is not used."""
+        if place not in self._numbers:
+            self._numbers[place] = torch.empty(self._cpu.tile)
+        return self._numbers[place][:count]
 
     def _tensor(self, slot: int, dtype: str, count: int) -> Tensor:
         """The first elements of a buffer as a tensor."""
@@ -161,11 +149,7 @@ def compute(
     coded  on the CPU: of which operands the numbers are decoded on the way; these tensors are memory for them
     """
     if coded:
-        op = "subtract" if step.op == "convert" else step.op
-        factors = () if op == "subtract" else step.factors
-        checks.factors_in_range(op, factors, [out], [tuple(operands)])
-        random = rules.rounding == "stochastic", rules.seed, [step.stream]
-        decoding.run(Call(op, [out], [tuple(operands)], factors, *random, first, tally), coded)
+        decoding.run(call(step, operands, out, first, rules, tally), coded)
         return
     options: dict[str, Any] = {
         "out": out,
@@ -182,6 +166,15 @@ def compute(
         ops.add(t, others, step.factors, **options)
     else:  # "convert" is minus 0: it leaves every value as it is, -0 as well, and counts what the new dtype overflows
         ops.subtract(t, others[0], **options)
+
+
+def call(step: Step, operands: Sequence[Tensor], out: Tensor, first: int, rules: Rules, tally: Tally | None) -> Call:
+    """`compute` as what a backend takes."""
+    op = "subtract" if step.op == "convert" else step.op
+    factors = () if op == "subtract" else step.factors
+    checks.factors_in_range(op, factors, [out], [tuple(operands)])
+    random = rules.rounding == "stochastic", rules.seed, [step.stream]
+    return Call(op, [out], [tuple(operands)], factors, *random, first, tally)
 
 
 def _pairs(others: Sequence[Tensor]) -> tuple[Any, Any]:

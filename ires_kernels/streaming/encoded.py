@@ -9,10 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ires_kernels.backends import decoding, encoding
-from ires_kernels.backends.call import Tally
+from ires_kernels.backends import encoding
 from ires_kernels.checkpoints.quantized import QuantizedRef
-from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Step
 from ires_kernels.streaming.decoded import Decoded
 from ires_kernels.streaming.pieces import Reader, take
@@ -87,50 +85,3 @@ def new_scales(weight: QuantizedRef, largest: Tensor, before: memoryview) -> Sca
     """The scales of a weight of whose blocks these are the largest |value|, and which had the scales `before`."""
     stored, renewed = encoding.new_scales(weight.format, largest, before)
     return Scales(stored, 0 if renewed is None else int(renewed.sum()), len(largest))
-
-
-class Result(NamedTuple):
-    """What a tile that becomes codes is made of, in float32."""
-
-    values: Tensor
-    """The new numbers, as exact as a merge computes."""
-    update: Tensor
-    """What was added to the target's for that."""
-    stored: Tensor
-    """Room for what the codes stand for."""
-
-
-def store(
-    step: Step,
-    target: Tensor,
-    result: Result,
-    first: int,
-    coding: Coding,
-    out: Tensor,
-    rules: Rules,
-    tally: Tally | None,
-) -> None:
-    """Make codes of the result of a tile, in the bytes `out`; `tally`, which knows all else, learns what is stored.
-
-    A number that is what it was keeps its code.
-    """
-    assert step.output.encoding is not None
-    weight, values = step.output.encoding.weight, result.values
-    scales = coding.scales.stored
-    random = (rules.seed, step.stream) if rules.rounding == "stochastic" else None
-    encoding.encode(weight.format, weight.full, first, values, scales, out, random)
-    before = torch.frombuffer(coding.before, dtype=torch.uint8)
-    again = target
-    if coding.scales.new:
-        again = result.stored[: len(values)]
-        _decode(weight, first, before, scales, again)
-    encoding.keep(values, again, before, out)
-    if tally is not None:
-        stored = result.stored[: len(values)]
-        _decode(weight, first, out, scales, stored)
-        found = encoding.count_stored(target, result.update, values, stored)
-        tally.lost, tally.nan_out, tally.dot, tally.norm2, tally.noise = found
-
-
-def _decode(weight: QuantizedRef, first: int, codes: Tensor, scales: memoryview, out: Tensor) -> None:
-    decoding.decode(weight.format, weight.full, first, len(out), {"codes": codes.numpy().data, "scale": scales}, out)

@@ -6,13 +6,17 @@ import math
 
 import pytest
 import torch
+from selection import use
 from torch import Tensor
 
+import ires_kernels as ik
 from ires_kernels.backends import decoding, encoding, native
+from ires_kernels.backends.call import Call, Coded
 from ires_kernels.formats import Format
 
 pytestmark = pytest.mark.usefixtures("backend")
 
+COUNTS = ("elements", "updates", "lost", "nan_in", "inf_in", "nan_out", "overflow", "dot", "norm2", "noise")
 F8, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 
 
@@ -216,3 +220,48 @@ def test_what_stays_and_what_is_counted(monkeypatch: pytest.MonkeyPatch, isa: st
     assert torch.equal(found["native"][0], found["reference"][0])
     assert found["native"][1] == pytest.approx(found["reference"][1], rel=1e-12)
     assert found["native"][1][:2] == found["reference"][1][:2]
+
+
+@pytest.mark.parametrize("random", [None, (7, 2**63)], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_merges_store_codes_in_one_go(
+    monkeypatch: pytest.MonkeyPatch, backend: str, name: str, random: tuple[int, int] | None
+) -> None:
+    """The loops give the codes, the largest of blocks and the counts of plain torch, one step after the other."""
+    full, rows, columns = SHAPES[name]
+    format, first, count = form(name, rows, columns, "F32"), 77, 3333
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.randint(0, 256, (3, count), generator=generator).to(torch.uint8)
+    codes[1, ::3] = codes[2, ::3]  # of many elements the update is 0
+    blocks = encoding.block_count(format, full)
+    scale, other = (torch.rand(2, blocks, generator=generator) + 0.5) * 1e-2
+    plain = torch.randn(count, generator=generator).bfloat16()
+    coded = [Coded(format, full, first, {"codes": raw(each), "scale": raw(scale)}) for each in codes]
+    calls = {
+        "add_difference": ((codes, codes, codes), {0: coded[0], 1: coded[1], 2: coded[2]}),
+        "add": ((codes, plain), {0: coded[0]}),
+    }
+    for op, (operands, decoded_ones) in calls.items():
+        for now, renewed in ((scale, False), (other, True)):
+            found = []
+            for one in (backend, "reference"):
+                use(one, monkeypatch)
+                row = tuple(torch.empty(count) if x is codes else x for x in operands)
+                call = Call(op, [torch.empty(count)], [row], (0.7,), False, 0, [5], first, ik.Tally())
+                largest, out = torch.zeros(blocks), torch.empty(count, dtype=torch.uint8)
+                to = Coded(format, full, first, {"codes": raw(codes[0]), "scale": raw(now)})
+                encoding.measure_results(call._replace(tally=None), decoded_ones, format, full, largest)
+                encoding.store(call, decoded_ones, to, renewed, random, out)
+                silent = torch.empty_like(out)
+                encoding.store(call._replace(tally=None), decoded_ones, to, renewed, random, silent)
+                assert torch.equal(out, silent)
+                nan = out & 127 == 127 if not name.startswith("int8") else torch.zeros_like(out, dtype=torch.bool)
+                found.append((largest, torch.where(nan, 127, out), call.tally))
+            assert torch.equal(found[0][0], found[1][0])
+            assert torch.equal(found[0][1], found[1][1])
+            got, wanted = ([getattr(tally, each) for each in COUNTS] for _, _, tally in found)
+            assert got[:7] == wanted[:7]
+            assert got[7:] == pytest.approx(wanted[7:], rel=1e-9)
+            if not renewed:
+                same = (codes[1] == codes[2]) & (codes[1] & 127 != 127) if op == "add_difference" else plain == 0
+                assert torch.equal(out[same], codes[0][same])

@@ -257,13 +257,13 @@ def test_inputs_that_changed_between_the_passes(tmp_path: Path) -> None:
 
 def test_a_target_that_changes_while_scales_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target, instruct, base = triple(tmp_path, BLOCK)
-    measure = encoding.measure
+    measure = encoding.measure_results
 
     def meddling(*arguments: Any) -> None:
         measure(*arguments)
         os.utime(next(target.glob("*.safetensors")))
 
-    monkeypatch.setattr(encoding, "measure", meddling)
+    monkeypatch.setattr(encoding, "measure_results", meddling)
     before = files_of(target)
     with pytest.raises(CheckpointError, match="changed"):
         apply(target, (instruct, base))

@@ -185,13 +185,13 @@ def test_tiles_and_threads_change_no_byte(tmp_path: Path, format: str, rounding:
 
 def test_a_disk_that_fails_while_scales_are_found_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = models(tmp_path, "fp8-block", shards=2)
-    measure = encoding.measure
+    measure = encoding.measure_results
 
     def broken(*arguments: Any) -> None:
         measure(*arguments)
         raise OSError(errno.EIO, os.strerror(errno.EIO), "a file")
 
-    monkeypatch.setattr(encoding, "measure", broken)
+    monkeypatch.setattr(encoding, "measure_results", broken)
     with pytest.raises(OSError, match=r"tensor 'model.layers.0.mlp.(up|down)_proj.weight(_scale_inv)?'"):
         ik.apply(paths[0], (paths[1], paths[2]), out=tmp_path / "out", sync=False, threads=3)
     assert not (tmp_path / "out").exists()
