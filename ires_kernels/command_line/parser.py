@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ires_kernels.command_line import operands, options, run
+from ires_kernels.command_line import completions, operands, options, run
 from ires_kernels.command_line.streams import NotPrinted, fail, say
 from ires_kernels.planning.plan import VERSION
 from ires_kernels.planning.rules import DTYPES
@@ -56,6 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     every = (
         _extract, _apply, _merge, _compare, _inspect, _verify, _resume, _finish, _rollback, _status, _sha256, _publish,
+        _completions,
     )  # fmt: skip
     for add in every:
         add(commands)
@@ -218,6 +219,14 @@ def _publish(commands: Commands) -> None:
     options.follow_links(parser)
     options.key(parser)
     parser.set_defaults(run=run.publish)
+
+
+def _completions(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "completions", help="print what a shell is to source, to complete commands and options"
+    )
+    parser.add_argument("shell", choices=completions.SHELLS, help="as in `source <(ires completions bash)`")
+    parser.set_defaults(run=completions.run, commands=commands, key=None)
 
 
 def _without_dashes(argv: Sequence[str]) -> list[str]:
