@@ -518,7 +518,7 @@ def load(
     vocabulary: str | None = None,
     renames: Renames = (),
     trust_names: bool = False,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | Mapping[str, str | int | torch.device] = "cpu",
     threads: int | None = None,
     progress: Progress | None = None,
     follow_links: bool = False,
@@ -539,8 +539,12 @@ def load(
             before: its parameters may be on the meta device. What it ties stays tied; requires_grad is kept. It is
             checked before anything is computed, and has to have the names that the files have
 
+    device  also "cuda:all": each GPU gets tensors that follow each other in the model, of as many bytes as the others
+            but for a tensor, and all compute at the same time. Or by the beginnings of names, as a device_map:
+            {"model.layers.0": 0, "": "cuda:1"}. With a sharded module it is one, the process's own
+
     Results are computed where they stay: beyond them it takes a few tiles a thread. On a GPU all work is over on
-    return, so any stream may use them; up to 128 MiB of pinned host memory stay for the next call, until
+    return, so any stream may use them; up to 128 MiB of pinned host memory a GPU stay for the next call, until
     ``ires_kernels.streaming.device.free()``. Arguments and errors as for `apply`, and MemoryError when the device has
     no room for the result. Nothing is counted: of NaN, overflow and lost updates `apply` alone tells.
     """
@@ -648,7 +652,7 @@ def weights(
     vocabulary: str | None = None,
     renames: Renames = (),
     trust_names: bool = False,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | Mapping[str, str | int | torch.device] = "cpu",
     threads: int | None = None,
     progress: Progress | None = None,
     follow_links: bool = False,

@@ -15,20 +15,22 @@ from ires_kernels.checkpoints import configs
 from ires_kernels.files.plain import plain
 from ires_kernels.live import parts
 from ires_kernels.live.peers import Peers
+from ires_kernels.live.placing import Wanted, places
 from ires_kernels.planning import ancestry
 from ires_kernels.planning.boxes import Box
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.inputs import StrPath, open_inputs
 from ires_kernels.planning.plan import Plan, plan_apply
-from ires_kernels.planning.rules import Rules
+from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.steps import Step, by_output
 from ires_kernels.streaming import device as devices
-from ires_kernels.streaming import statedict, stream
+from ires_kernels.streaming import statedict, together
 from ires_kernels.streaming.cpu import TORCH_DTYPES
 from ires_kernels.streaming.options import Options
 from ires_kernels.streaming.outcome import Outcome
 from ires_kernels.streaming.reader import second_copies
 from ires_kernels.streaming.stream import Progress
+from ires_kernels.streaming.together import Part
 
 BATCH = 256 << 20
 """Bytes of tensors that are computed at a time, or one tensor that has more."""
@@ -40,25 +42,25 @@ class Weights:
     What each of them is can be asked before: `metadata`. As often as it is iterated over, all of it is computed again.
     """
 
-    def __init__(self, plan: Plan, device: torch.device, threads: int | None, progress: Progress | None) -> None:
+    def __init__(self, plan: Plan, device: Wanted, threads: int | None, progress: Progress | None) -> None:
         self.metadata: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         """By name, in the order in which they come."""
         outputs = by_output(plan.steps)
         statedict.check_dtypes(plan.steps)
         for output in outputs:
             self.metadata[output.name] = TORCH_DTYPES[output.dtype], output.shape
-        self.device = device
+        self.places = places(device, [(output, sum(step.nbytes for step in made)) for output, made in outputs.items()])
         self.nbytes = sum(step.nbytes for step in plan.steps)
         """Of all of them."""
         self.target = plan.inputs["target"]
         self._plan = plan
-        self._options = Options.of(device, threads, progress)
+        self._options = Options.of(self.places.devices[0], threads, progress)
 
     def __len__(self) -> int:
         return len(self.metadata)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Pairs of name and tensor, each a new tensor on the device.
+        """Pairs of name and tensor, each a new tensor on its device.
 
         Raises CheckpointError at the end where a residual is damaged, or where a file has changed meanwhile: then
         what was taken is not to be used.
@@ -87,6 +89,8 @@ class Weights:
 
         again  names under which others of them are there once more, as other blocks
         """
+        if len(self.places.devices) > 1:
+            raise ArgumentError("device is several, and each process of a sharded module has one: give that.")
         parts.check_same(self._plan, peers)
         steps = [*self._plan.steps]
         for name, other in again.items():
@@ -97,7 +101,7 @@ class Weights:
         for step in steps:
             if step.name in boxes and not boxes[step.name].numel:
                 dtype = TORCH_DTYPES[step.dtype]
-                tensors[step.name] = torch.empty(boxes[step.name].size, dtype=dtype, device=self.device)
+                tensors[step.name] = torch.empty(boxes[step.name].size, dtype=dtype, device=self.places.devices[0])
         guards.check_residuals(self._plan, {}, self._options.threads, only=parts.to_check(self._plan, peers))
         guards.check_unchanged(self._plan, {}, threads=self._options.threads)
         return tensors
@@ -107,20 +111,23 @@ class Weights:
     ) -> tuple[dict[str, Tensor], Outcome]:
         if hashed is None:
             hashed = [role for role, checkpoint in self._plan.inputs.items() if checkpoint.kind == "residual"]
-        tensors = statedict.allocate(steps, self.device)
-        outcome = stream.fill(
-            tensors,
-            steps,
+        tensors: dict[str, Tensor] = {}
+        shares: list[Part] = []
+        for number, device in enumerate(self.places.devices):
+            mine = [step for step in steps if self.places.by_name.get(step.name, 0) == number]
+            if mine:
+                into = statedict.allocate(mine, device)
+                shares.append(Part(into, mine, devices.processors(device)))
+                tensors |= into
+        outcome = together.fill(
+            shares,
             guards.file_ids(self._plan),
             self._plan.rules,
-            hashed=[role for role, c in self._plan.inputs.items() if c.kind == "residual"]
-            if hashed is None
-            else hashed,
-            processors=self._options.processors,
+            hashed=hashed,
             threads=self._options.threads,
             progress=self._options.progress,
         )
-        return tensors, outcome
+        return {step.name: tensors[step.name] for step in steps}, outcome
 
     def _check(self, outcome: Outcome) -> None:
         guards.check_residuals(self._plan, outcome.inputs, self._options.threads)
@@ -130,7 +137,7 @@ class Weights:
 def planned(
     paths: Mapping[str, StrPath],
     rules: Rules,
-    device: str | torch.device,
+    device: Wanted,
     threads: int | None,
     progress: Progress | None,
     *,
@@ -142,7 +149,7 @@ def planned(
     with Looks(inputs) as looks:
         plan = plan_apply(inputs, rules, second_copies(inputs), looks=looks)
         kin = ancestry.compare(inputs, plan.steps, looks)
-    weights = Weights(plan, devices.resolve(device), threads, progress)
+    weights = Weights(plan, device, threads, progress)
     left_out = [plan.share.text()] if plan.share else []
     known = (*configs.differences(plan.inputs), *ancestry.warnings(kin, inputs), *left_out)
     for text in known if tells else ():

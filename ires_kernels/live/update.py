@@ -28,11 +28,12 @@ from ires_kernels.planning.plan import Plan, plan_apply
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.steps import Step
 from ires_kernels.planning.sums import Sum, written_out
-from ires_kernels.streaming import stream
+from ires_kernels.streaming import together
 from ires_kernels.streaming.options import Options
 from ires_kernels.streaming.outcome import Outcome
 from ires_kernels.streaming.reader import second_copies
 from ires_kernels.streaming.stream import Progress
+from ires_kernels.streaming.together import Part
 
 _newest: WeakKeyDictionary[nn.Module, weakref.ref[Applied]] = WeakKeyDictionary()
 """The last update of each module that was not taken back."""
@@ -227,50 +228,37 @@ def _plan(inputs: Mapping[str, Checkpoint], rules: Rules, target: Target) -> tup
 
 
 def _fill(plan: Plan, tensors: Mapping[str, Tensor], target: Target, options: Options) -> None:
-    """Carry out the steps of these tensors, device by device, and make sure of what was read."""
-    by_device: dict[torch.device, list[str]] = {}
-    for name, tensor in tensors.items():
-        by_device.setdefault(tensor.device, []).append(name)
+    """Carry out the steps of these tensors, on all their devices at the same time, and make sure of what was read."""
+    from ires_kernels.streaming import device as devices
+
     # Of a part no digest is known: then each process has some tensors to check as a whole.
     hashed = [role for role, model in plan.inputs.items() if model.kind == "residual" and not target.peers.are_several]
     outcome = Outcome()
-    for device, names in by_device.items():
-        for steps in target.steps(plan, set(names)):
-            mine = {step.name: tensors[step.name] for step in steps}
-            outcome.update(_filled(steps, mine, device, hashed, plan, target, options))
-            for name in mine:
-                torch.autograd.graph.increment_version(target.tensors[name])
+    for steps in target.steps(plan, tensors.keys()):
+        shares: dict[torch.device, list[Step]] = {}
+        for step in steps:
+            shares.setdefault(tensors[step.name].device, []).append(step)
+        into = {name: _contiguous(tensors[name]) for name in dict.fromkeys(step.name for step in steps)}
+        outcome.update(together.fill(
+            [
+                Part({step.name: into[step.name] for step in mine}, mine, devices.processors(devices.resolve(device)))
+                for device, mine in shares.items()
+            ],
+            guards.file_ids(plan),
+            plan.rules,
+            hashed=hashed,
+            threads=options.threads,
+            progress=options.progress,
+            memory=target.memory,
+        ))  # fmt: skip
+        for name, tensor in into.items():
+            if tensor is not tensors[name]:
+                tensors[name].copy_(tensor)
+            torch.autograd.graph.increment_version(target.tensors[name])
     guards.check_residuals(plan, outcome.inputs, options.threads, only=parts.to_check(plan, target.peers))
     guards.check_unchanged(plan, outcome.inputs, but={"target"}, threads=options.threads)
 
 
-def _filled(
-    steps: Sequence[Step],
-    tensors: Mapping[str, Tensor],
-    device: torch.device,
-    hashed: Sequence[str],
-    plan: Plan,
-    target: Target,
-    options: Options,
-) -> Outcome:
-    """Carry out steps into tensors of one device."""
-    from ires_kernels.streaming import device as devices
-
-    into = {
-        n: t if t.is_contiguous() else torch.empty(t.shape, dtype=t.dtype, device=device) for n, t in tensors.items()
-    }
-    outcome = stream.fill(
-        into,
-        steps,
-        guards.file_ids(plan),
-        plan.rules,
-        hashed=hashed,
-        processors=Options.of(devices.resolve(device), None, None).processors,
-        threads=options.threads,
-        progress=options.progress,
-        memory=target.memory,
-    )
-    for name, tensor in tensors.items():
-        if into[name] is not tensor:
-            tensor.copy_(into[name])
-    return outcome
+def _contiguous(tensor: Tensor) -> Tensor:
+    """The tensor, or where its elements do not follow each other memory for the same ones."""
+    return tensor if tensor.is_contiguous() else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)

@@ -10,7 +10,7 @@ different slots overlap, so that copies in, kernels and copies out of all thread
 Results that stay on an NVIDIA GPU take a shorter way (`_GpuSlot._load`): one call of the extension reads, copies and
 computes a tile, without Python's lock, and small tensors that follow each other share one.
 
-Pinned host memory is dear to make (ring.py), so the slots of all runs borrow it from one ring of the process, piece by
+Pinned host memory is dear to make (ring.py), so the slots of all runs borrow it from one ring of the device, piece by
 piece, and a piece is pinned when it is first used: the first thread reads while the others pin theirs.
 
 The kernels do not tally. Where counts are wanted, plain torch makes them on the device from the operands and the result
@@ -128,7 +128,7 @@ class Cuda:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.ring = _RING
+        self.ring = _rings.setdefault(device.index, Ring(_pin, _unpin))
         self.native = choose(device) is native
 
     def queue(self) -> Queue:
@@ -158,11 +158,12 @@ def _check(code: Any) -> None:
 
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
-_RING = Ring(_pin, _unpin)
+_rings: dict[int, Ring] = {}
+"""Of each GPU: one alone has no part of its memory in use for another, and so none waits for another."""
 
 
 def free() -> int:
-    """Give back the pinned host memory that merges on GPUs have left for the next one, at most 128 MiB.
+    """Give back the pinned host memory that merges on GPUs have left for the next one, at most 128 MiB a GPU.
 
     Returns how many bytes that were; what a merge is using right now stays. The next merge pins memory again.
 
@@ -170,7 +171,7 @@ def free() -> int:
     >>> device.free()  # nothing was merged on a GPU in this process
     0
     """
-    return _RING.free()
+    return sum(ring.free() for ring in _rings.values())
 
 
 def resolve(device: str | torch.device) -> torch.device:

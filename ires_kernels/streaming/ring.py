@@ -1,6 +1,6 @@
-"""Pinned host memory of a process: a ring of pieces that runs borrow, and that stays when they are over.
+"""Pinned host memory for a GPU: a ring of pieces that runs borrow, and that stays when they are over.
 
-Pinning costs 1.2 s a GiB (on an H100 machine), as much as reading 20 GB there, so a process has no more than PIECES of
+Pinning costs 1.2 s a GiB (on an H100 machine), as much as reading 20 GB there, so a GPU has no more than PIECES of
 it, whatever its threads. A piece that was borrowed is pinned when its memory is first asked for, by who asks: the first
 thread of a run reads while the others pin. Threads that find no piece wait for one, so more of them bring nothing.
 """
