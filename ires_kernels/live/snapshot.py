@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import weakref
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,14 @@ from ires_kernels.planning.plan import size
 class Snapshot:
     """The bytes of some tensors as they were: a `Source`.
 
-    They are not compressed. zlib at its fastest leaves 30 to 57 % of the difference to what a residual makes of bf16
-    weights (std .02, updates of 7e-5 to 1.4e-3), at 17 to 60 MB/s a core, where the copy takes 1 GB/s and more.
+    What lies in the memory of a CPU is read there until it is to be changed. Then it is copied before (`keep`), or by
+    the threads that change it, tile by tile as they read it (`keep_as_read`): so no pass over the module is spent.
+
+    What is kept is not compressed. zlib at its fastest leaves 30 to 57 % of the difference to what a residual makes of
+    bf16 weights (std .02, updates of 7e-5 to 1.4e-3), at 17 to 60 MB/s a core, where the copy takes 1 GB/s and more.
+    Most of that is the system's: it clears a page of 4 KiB in 1.4 µs (of a virtual machine), 8 times what it takes to
+    write one again. Pages of 2 MiB (MADV_HUGEPAGE) were 4 times as fast where there were some, and 4 times slower where
+    memory was full of the files of models, as it is then.
     """
 
     def __init__(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -35,15 +43,40 @@ class Snapshot:
             tensor = tensors[each]
             start, end = end, end + tensor.numel() * tensor.element_size()
             self.infos[each] = TensorInfo(DTYPES[tensor.dtype], tuple(tensor.shape), start, end)
-        self.nbytes = end
+        self._size = end
         try:
-            self._memory = mmap.mmap(-1, max(end, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._memory = _room(max(end, 1))
         except OSError as error:
             raise MemoryError(f"a copy of {name} takes {size(end)}, and there is no room for it") from error
+        weakref.finalize(self, _leave, self._memory)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self._names = ordered
+        self._begins = [self.infos[each].begin for each in ordered]
+        # Where the bytes are that this has from some offset on, less that; and by name what is copied as it is read.
+        self._live = {n: t.data_ptr() - self.infos[n].begin for n, t in tensors.items() if _is_in_place(t)}
+        self._runs: dict[str, dict[int, int]] = {}
+        self._copy({name: tensor for name, tensor in tensors.items() if name not in self._live})
+
+    @property
+    def nbytes(self) -> int:
+        """How much of it is a copy."""
+        return sum(info.nbytes for name, info in self.infos.items() if name not in self._live or name in self._runs)
+
+    def keep(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors: they will be changed."""
+        mine = {name: tensor for name, tensor in tensors.items() if name in self._live}
+        self._copy(mine)
+        for name in mine:
+            del self._live[name]
+
+    def keep_as_read(self, names: Iterable[str]) -> None:
+        """From now on copy each byte of these when it is read: that will be once, and before it is changed."""
+        self._runs = {name: {} for name in names if name in self._live}
+
+    def _copy(self, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
-            for each in ordered:
-                self.of(each, tensors[each]).copy_(tensors[each])
+            for name, tensor in tensors.items():
+                self.of(name, tensor).copy_(tensor)
 
     @property
     def path(self) -> Path:
@@ -61,22 +94,46 @@ class Snapshot:
     def checkpoint(self, config: dict[str, Any] | None) -> Checkpoint:
         """All of it as a model."""
         path, infos = self.path, self.infos
-        shard = Shard(path, Header(infos, {}, 0, self.nbytes), self.stamp())
+        shard = Shard(path, Header(infos, {}, 0, self._size), self.stamp())
         refs = {name: TensorRef(name, i.dtype, i.shape, path, i.begin, i.nbytes) for name, i in infos.items()}
         return Checkpoint(path, "model", (shard,), refs, None, {}, config, None)
 
     def put_back(self, tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
-        """Give tensors the bits that they had."""
+        """Give tensors the bits that they had, as far as these were kept: no others were changed."""
         with torch.no_grad():
             for name in names:
-                tensors[name].copy_(self.of(name, tensors[name]))
+                info, tensor = self.infos[name], tensors[name]
+                kept = self._runs.get(name, {info.begin: info.end} if name not in self._live else {})
+                if _is_in_place(tensor):  # torch's own threads wait for each other, and longer where others compute
+                    there = tensor.data_ptr() - info.begin
+                    for begin, end in kept.items():
+                        ctypes.memmove(there + begin, self._address + begin, end - begin)
+                    torch.autograd.graph.increment_version(tensor)
+                elif kept:
+                    tensor.copy_(self.of(name, tensor))
 
     def stamp(self) -> FileId:
-        return FileId(0, 0, self.nbytes, 0, 0)
+        return FileId(0, 0, self._size, 0, 0)
 
     def read_into(self, view: memoryview, offset: int) -> None:
-        # Other than slices of views, this lets other threads go on.
-        ctypes.memmove(ctypes.addressof(ctypes.c_char.from_buffer(view)), self._address + offset, len(view))
+        if not len(view):
+            return
+        to, end = ctypes.addressof(ctypes.c_char.from_buffer(view)) - offset, offset + len(view)
+        while offset < end:
+            name = self._names[bisect_right(self._begins, offset) - 1]
+            stop = min(end, self.infos[name].end)
+            self._read(name, offset, stop, to + offset)
+            offset = stop
+
+    def _read(self, name: str, begin: int, end: int, to: int) -> None:
+        # Other than slices of views, memmove lets other threads go on.
+        source, runs = self._live.get(name, self._address), self._runs.get(name)
+        if runs is not None:
+            if begin not in runs:
+                ctypes.memmove(self._address + begin, source + begin, end - begin)
+                runs[begin] = end
+            source = self._address
+        ctypes.memmove(to, source + begin, end - begin)
 
     def read_views(self, views: Sequence[memoryview], offset: int) -> None:
         for view in views:
@@ -88,3 +145,31 @@ class Snapshot:
 
     def close(self) -> None:
         """It goes with its memory."""
+
+
+def _is_in_place(tensor: Tensor) -> bool:
+    """Whether its bytes follow each other in the memory of the CPU."""
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel() > 0
+
+
+_spare: list[mmap.mmap] = []
+"""Memory of a copy that nobody needs any more, one at most. The system may take its pages whenever it needs them
+(MADV_FREE): until then the next copy, as of a sweep over alpha, has pages that are not fresh."""
+
+
+def _room(nbytes: int) -> mmap.mmap:
+    """Memory of this process alone, that takes room where it is written. Raises OSError."""
+    try:
+        spare = _spare.pop()
+    except IndexError:
+        spare = None
+    if spare is not None and nbytes <= len(spare):
+        return spare
+    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def _leave(memory: mmap.mmap) -> None:
+    """For the next one, if there is no other."""
+    if not _spare and hasattr(mmap, "MADV_FREE"):
+        memory.madvise(mmap.MADV_FREE)
+        _spare.append(memory)

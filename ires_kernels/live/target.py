@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,13 @@ class Target:
         names = dict.fromkeys(step.name for step in plan.steps if not step.is_own)
         return [name for name in names if name not in self.boxes or self.boxes[name].numel]
 
+    def keep(self, plan: Plan, changed: Iterable[str]) -> None:
+        """Have all bits stay that are about to be changed: those that each step reads where it changes them as read."""
+        local = self.local()
+        as_read = set() if self.whole is not None else set(changed) - self.boxes.keys() - _moved(plan.steps)
+        self.before.keep({name: local[name] for name in changed if name not in as_read})
+        self.before.keep_as_read(as_read)
+
     def steps(self, plan: Plan, names: Container[str]) -> Iterator[list[Step]]:
         """What makes what is here of some tensors, some of it at a time."""
         steps = [step for step in plan.steps if step.name in names]
@@ -66,3 +74,14 @@ class Target:
             yield steps
         else:
             yield from parts.steps_here(steps, plan, self.boxes, self.before.checkpoint(None).tensors)
+
+
+def _moved(steps: Iterable[Step]) -> set[str]:
+    """The target's tensors of which elements are not read exactly where they are changed, or by others as well."""
+    moved = set()
+    for step in steps:
+        refs = [ref for operand in step.operands if operand.role == "target" for ref in operand.refs]
+        starts = accumulate((ref.numel for ref in refs), initial=step.first)
+        if not refs or any((ref.tensor, ref.first) != (step.name, at) for ref, at in zip(refs, starts, strict=False)):
+            moved |= {step.name, *(ref.tensor for ref in refs)}
+    return moved

@@ -42,7 +42,7 @@ _newest: WeakKeyDictionary[nn.Module, weakref.ref[Applied]] = WeakKeyDictionary(
 class Applied:
     """What `apply_` did to a module, and how to take it back. As a context manager it is taken back at the end.
 
-    It holds the bits from before, which take as much memory as the module's parameters and buffers; they go with it.
+    It holds the bits from before, which take as much memory as what was changed; they go with it.
     """
 
     def __init__(self, module: nn.Module, target: Target, changed: Sequence[str]):
@@ -148,7 +148,7 @@ def apply_(
     something fails later, or is interrupted, the module gets back the bits that it had.
 
     Returns what can take it back: ``with ik.apply_(model, residual, 0.7): …`` does so at the end. For that a copy of
-    the module's tensors stays in the memory of the CPU; without the returned object it is freed at once. What an
+    what is changed stays in the memory of the CPU; without the returned object it is the system's at once. What an
     optimiser has of the model, such as moments and float32 copies of its weights, does not know of the update: make it
     anew.
 
@@ -196,6 +196,7 @@ def apply_(
             here = target.local()
             try:
                 with interrupts.held():
+                    target.keep(plan, changed)
                     _fill(plan, {name: here[name] for name in changed}, target, options)
                     applied = Applied(module, target, changed)
                     peers.end()

@@ -13,13 +13,19 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES, family
+from selection import tiles
 from small_models import same, write_model
 from torch import Tensor, nn
 
 import ires_kernels as ik
 from ires_kernels.checking import guards
+from ires_kernels.checkpoints.checkpoint import TensorRef
 from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.checkpoints.sources import LocalFile
+from ires_kernels.live import snapshot
+from ires_kernels.live.target import _moved
 from ires_kernels.planning.rules import ArgumentError
+from ires_kernels.planning.steps import Operand, Output, Step
 from ires_kernels.streaming import stream
 
 transformers.utils.logging.set_verbosity_error()
@@ -175,6 +181,70 @@ def test_a_failure_leaves_the_module_as_it_was(tmp_path: Path, monkeypatch: pyte
     assert_same(bits(model), before)
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_failure_after_any_tile_leaves_the_module_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounding: str
+) -> None:
+    """What was kept goes back, and what was not was not changed."""
+    model, instruct, base = small(tmp_path, torch.bfloat16)
+    before, read, left = bits(model), LocalFile.read_into, 0
+
+    def fail_later(file: LocalFile, view: memoryview, offset: int) -> None:
+        nonlocal left
+        left -= file.path.parent == instruct
+        if left < 0:
+            raise OSError(5, "Input/output error")
+        read(file, view, offset)
+
+    failed = 0
+    with tiles(elements=256), monkeypatch.context() as patched:
+        patched.setattr(LocalFile, "read_into", fail_later)
+        for number in range(5, 80):
+            left = number
+            try:
+                applied = ik.apply_(model, (instruct, base), rounding=rounding, threads=2)
+            except OSError:
+                failed += 1
+            else:
+                applied.undo()
+            assert_same(bits(model), before)
+    assert failed > 8
+    assert number > failed
+
+
+def test_what_is_moved_is_kept_before(tmp_path: Path) -> None:
+    """Elements that are read elsewhere than where they are changed, and those that nobody reads."""
+
+    def refs(name: str, *runs: tuple[int, int]) -> tuple[TensorRef, ...]:
+        whole = TensorRef(name, "F32", (8,), tmp_path, 0, 32)
+        return tuple(whole.run(first, count) for first, count in runs)
+
+    def step(name: str, role: str, of: str, first: int, *runs: tuple[int, int]) -> Step:
+        output, operand = Output(name, "F32", (8,), ""), Operand(role, refs(of, *runs))
+        return Step(output, "copy", (operand,), first=first, count=operand.count)
+
+    assert not _moved([step("a", "target", "a", 0, (0, 4)), step("a", "target", "a", 4, (4, 2), (6, 2))])
+    assert _moved([step("a", "target", "a", 0, (0, 4)), step("a", "instruct", "a", 4, (4, 4))]) == {"a"}
+    assert _moved([step("a", "target", "a", 0, (4, 4))]) == {"a"}
+    assert _moved([step("a", "target", "b", 0, (0, 8)), step("b", "target", "b", 0, (0, 8))]) == {"a", "b"}
+
+
+def test_a_copy_is_made_where_the_last_one_was(tmp_path: Path) -> None:
+    model, instruct, base = small(tmp_path)
+    before = bits(model)
+    for alpha in (0.5, 1.0, -1.0):
+        with ik.apply_(model, (instruct, base), alpha):
+            assert not torch.equal(bits(model)["0.weight"], before["0.weight"])
+        assert_same(bits(model), before)
+    gc.collect()
+    assert len(snapshot._spare) == 1
+    memory = snapshot._spare[0]
+    first = snapshot.Snapshot("one", {"a": torch.ones(4)})
+    second = snapshot.Snapshot("two", {"a": torch.zeros(4)})
+    assert memory in (first._memory, second._memory)
+    assert first._memory is not second._memory
+
+
 def test_an_interrupt_leaves_the_module_as_it_was(tmp_path: Path) -> None:
     model, instruct, base = small(tmp_path)
     before = bits(model)
@@ -271,7 +341,7 @@ def test_what_is_around_a_module_is_looked_through(tmp_path: Path) -> None:
 def test_the_old_bits_are_held_as_long_as_they_may_be_wanted(tmp_path: Path) -> None:
     model, instruct, base = small(tmp_path)
     applied = ik.apply_(model, (instruct, base))
-    assert applied.nbytes == sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert applied.nbytes == sum(model.state_dict()[name].nbytes for name in applied.changed)
     assert "bytes kept" in repr(applied)
     memory = applied._before
     assert memory is not None
