@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ires_kernels.live.update import apply_
     from ires_kernels.memory.mapping import mapped
     from ires_kernels.merging import apply, compare, extract, finish, load, merge, resume, rollback, weights
-    from ires_kernels.records.publication import publish
+    from ires_kernels.publishing import publish
     from ires_kernels.records.state import status
     from ires_kernels.records.summary import inspect
     from ires_kernels.records.sums import sha256
@@ -69,7 +69,7 @@ _HOMES = {
     "memory.mapping": ("mapped",),
     "checking.verification": ("verify",),
     "merging": ("apply", "compare", "extract", "finish", "load", "merge", "resume", "rollback", "weights"),
-    "records.publication": ("publish",),
+    "publishing": ("publish",),
     "records.state": ("status",),
     "records.sums": ("sha256",),
     "records.summary": ("inspect",),

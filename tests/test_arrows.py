@@ -24,7 +24,7 @@ ARROWS: dict[str, set[str]] = {
     # merges
     "streaming": {"backends", "checkpoints", "dtypes", "files", "formats", "planning", "tensors"},
     "records": {"backends", "checkpoints", "files", "planning", "streaming"},
-    "pictures": {"backends", "files", "planning", "records", "version"},
+    "pictures": {"backends", "checkpoints", "files", "planning", "records", "version"},
     "checking": {"checkpoints", "dtypes", "files", "planning", "records", "streaming"},
     "new_folder": {"checking", "checkpoints", "files", "planning", "records", "streaming"},
     "in_place": {"backends", "checking", "checkpoints", "dtypes", "files", "planning", "records", "streaming"},
@@ -42,11 +42,12 @@ ARROWS: dict[str, set[str]] = {
         "records",
         "streaming",
     },
+    "publishing": {"pictures", "planning", "records"},
     "residual": {"checkpoints", "memory", "merging", "planning", "records", "streaming"},
     "command_line": {"__init__", "checkpoints", "files", "pictures", "planning", "streaming"},
     "cli": {"command_line", "files"},
     "__main__": {"cli"},
-    "__init__": {"backends", "checking", "live", "memory", "merging", "records", "residual", "tensors"},
+    "__init__": {"backends", "checking", "live", "memory", "merging", "publishing", "records", "residual", "tensors"},
 }
 """What each room, or module beside them, may import of this package. Nobody imports what is not here."""
 EXECUTORS = {"new_folder", "in_place"}
@@ -63,6 +64,7 @@ NO_TORCH = {
     "new_folder",
     "pictures",
     "merging",
+    "publishing",
     "command_line",
     "cli",
 }

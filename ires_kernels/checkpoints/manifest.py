@@ -78,6 +78,8 @@ class Tensor:
     """xxh3_128 of what it was made of, by role."""
     copied: str = ""
     """Why it is the target's own."""
+    update: float | None = None
+    """The norm of what was added to it, or of the difference that it is; None where that was not counted."""
 
 
 @dataclass(frozen=True, slots=True)

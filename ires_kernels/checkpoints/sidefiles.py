@@ -40,7 +40,7 @@ _PROCESSOR = re.compile(
 # Without one of the others a tokenizer has no tokens.
 _NO_VOCABULARY = re.compile(r"tokenizer_config\.json|special_tokens_map\.json|(added_tokens|normalizer)\.json|.*\.py")
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data|npz|index\.json)")
-_OURS = {"ires.json", "residual.json", "SHA256SUMS", "README.ires.md"}
+_OURS = {"ires.json", "residual.json", "SHA256SUMS", "README.ires.md", "README.ires.png"}
 _ADAPTER = "adapter_config.json"
 """Loaders that find it look for the adapter, which is no part of a merged model."""
 _GENERATION, _JINJA, _SETTINGS = "generation_config.json", "chat_template.jinja", "tokenizer_config.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -43,6 +44,15 @@ def of_inspected(table: Mapping[str, Any]) -> Grid:
             count *= length
         found[at] = (found.get(at) or 0) + count
     return _grid(found)
+
+
+def of_updates(updates: Mapping[str, tuple[float, int]]) -> Grid:
+    """Root mean squares of what was added to tensors, by their names: its norm, and of how many elements."""
+    squares: dict[Place, tuple[float, int]] = {}
+    for name, (norm, count) in updates.items():
+        total, counted = squares.get(place(name), (0.0, 0))
+        squares[place(name)] = total + norm**2, counted + count
+    return _grid({at: math.sqrt(total / count) for at, (total, count) in squares.items() if count})
 
 
 def _grid(cells: Mapping[Place, float | None]) -> Grid:

@@ -59,6 +59,13 @@ def inspected(table: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     _save(figure, path)
 
 
+def profiled(each: Grid, title: str, path: str | os.PathLike[str]) -> None:
+    """One map with a title, of what was added to a model."""
+    figure = _figure(each, rows=1, columns=1)
+    _map(figure, figure.subplots(), each, title)
+    _save(figure, path)
+
+
 def _figure(each: Grid, *, rows: int, columns: int = 2) -> Figure:
     from matplotlib.figure import Figure
 

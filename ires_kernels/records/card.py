@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from ires_kernels.checkpoints import hub, roles
@@ -32,6 +33,19 @@ _ROWS = ("merged", "lost to rounding", "warning")
 def name(plan: Plan) -> str:
     """The file that the card becomes: none that there is already."""
     return BESIDE if any(side.name == NAME for side in plan.side_files) else NAME
+
+
+def own(folder: Path, others: Container[str]) -> str | None:
+    """The name of the card that a merge has written into a folder; None where there is none.
+
+    others  the files that the manifest knows, among which ours is not: who publishes the model goes on writing it
+    """
+    return next((name for name in (BESIDE, NAME) if name not in others and _is_plain(folder / name)), None)
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether this is a file, and no link to one."""
+    return path.is_file() and not path.is_symlink()
 
 
 def build(plan: Plan, report: Report, digests: Mapping[str, str | None]) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import threading
 from collections import deque
@@ -71,6 +72,7 @@ def build(
             "xxh3_128": known.get(output.name) if in_place else known[output.name],
             "inputs": read_by(parts, outcome.inputs),
             **({"copied": why[output.name]} if output.name in why else {}),
+            **({"update": norm} if (norm := _update(parts, outcome)) else {}),
         }
         for output, parts in outputs_made.items()
     }
@@ -234,6 +236,13 @@ def read_by(parts: Iterable[Step], hashes: Mapping[str, Mapping[str, str]]) -> d
         if all(operand.key in known for operand in operands):
             found[role] = known[operands[0].key] if len(operands) == 1 else digest_of(operands, known)
     return found
+
+
+def _update(parts: Iterable[Step], outcome: Outcome) -> float | None:
+    """The norm of what was added to a tensor, in as many digits as any order of adding up gives."""
+    found = [outcome.tallies[part.label].norm2 for part in parts if part.label in outcome.tallies]
+    norm = math.sqrt(math.fsum(found)) if all(map(math.isfinite, found)) else math.inf
+    return float(f"{norm:.6g}") if math.isfinite(norm) else None
 
 
 def _made_of(residual: Checkpoint) -> dict[str, Any]:

@@ -8,7 +8,7 @@ Hub, at their commits, and the names of folders; digests, sizes and samples of t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from ires_kernels.checkpoints import hub, manifest
 from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.checkpoints.manifest import Manifest
 from ires_kernels.files import trust
 from ires_kernels.files.plain import several, table
 from ires_kernels.files.store import fsync_all, replace_file
@@ -42,6 +43,8 @@ class Publication:
     bytes_to_upload: int
     private: tuple[str, ...]
     """What else is in the folder, and is not to be uploaded."""
+    picture: str = ""
+    """The one of the card: its name, or why there is none."""
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON types."""
@@ -54,22 +57,16 @@ class Publication:
         rows += [("keep here", name) for name in self.private]
         if {card.NAME, card.BESIDE} <= {*self.upload}:
             rows.append(("card", f"{card.NAME} is the target's, {card.BESIDE} that of the merge: make one of the two"))
+        rows += [("picture", self.picture)] if self.picture else []
         exclude = f" --exclude '{_OURS}*'" if self.private else ""
         rows.append(("next", f"complete the card, then `hf upload USER/NAME {self.out} .{exclude}`"))
         return table(rows)
 
 
-def publish(out: StrPath, *, follow_links: bool = False) -> Publication:
+def publish(out: StrPath, draw: Callable[[Path, Manifest], str], *, follow_links: bool = False) -> Publication:
     """Take out of an output's manifest what tells of this machine, and say what of its folder to upload.
 
-    >>> report = ik.apply("target/", ("instruct/", "base/"), out="merged/")
-    >>> ik.publish("merged/").names
-    {'target': 'target', 'instruct': 'instruct', 'base': 'base'}
-    >>> bool(ik.verify("merged/", inputs={"target": "target/", "instruct": "instruct/", "base": "base/"}))
-    True
-
-    Names of folders stand in place of paths, and of models in the Hub's cache their ids and commits, so that `verify`
-    and `merge` find those again; others have to be told where they are. Nothing but the manifest is changed.
+    draw  makes the picture of the card of a folder, and returns its name or why there is none
 
     Raises CheckpointError where there is none, or where the output is not complete.
     """
@@ -94,11 +91,12 @@ def publish(out: StrPath, *, follow_links: bool = False) -> Publication:
                 told = public(found.table)
                 replace_file(path, provenance.as_text(trust.signed("manifest", told) if found.is_mine else told))
                 names = names or _names(found.table.get("inputs", {}))
+    picture = draw(folder, checkpoint.manifest) if checkpoint.path.is_dir() else ""
     there = [path.relative_to(folder) for path in _files(folder)]
     upload = [path for path in there if not path.parts[0].startswith(_OURS)]
     private = sorted({path.parts[0] for path in there if path.parts[0].startswith(_OURS)})
     total = sum((folder / path).stat().st_size for path in upload)
-    return Publication(checkpoint.path, names, tuple(map(str, upload)), total, tuple(private))
+    return Publication(checkpoint.path, names, tuple(map(str, upload)), total, tuple(private), picture)
 
 
 def public(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def keys(table: object) -> set[str]:
     return {key for value in table for key in keys(value)} if isinstance(table, list) else set()
 
 
+CHANGED = {"ires.json", "README.ires.md", "README.ires.png"}
 PRIVATE = {"mtime_ns", "ctime_ns", "dev", "ino", "unsynced"}
 
 
@@ -53,7 +55,7 @@ def test_nothing_of_this_machine_is_left(models: Path, sync: bool) -> None:
     before = json.loads(Path("out/ires.json").read_text())
     assert str(models) in Path("out/ires.json").read_text()
     assert PRIVATE - {"unsynced"} <= keys(before)
-    others = {name: kept for name, kept in snapshot(Path("out")).items() if name != "ires.json"}
+    others = {name: kept for name, kept in snapshot(Path("out")).items() if name not in CHANGED}
     found = ik.publish("out")
     assert found.names == {"target": "target", "instruct": "instruct", "base": f"org/base@{COMMIT}"}
     text = Path("out/ires.json").read_text()
@@ -61,8 +63,8 @@ def test_nothing_of_this_machine_is_left(models: Path, sync: bool) -> None:
     assert "somebody" not in text
     assert not PRIVATE & keys(after)
     assert (after["digest"], after["tensors"], after["id"]) == (before["digest"], before["tensors"], before["id"])
-    assert {name: kept for name, kept in snapshot(Path("out")).items() if name != "ires.json"} == others
-    assert sorted(found.upload) == sorted([*others, "ires.json"])
+    assert {name: kept for name, kept in snapshot(Path("out")).items() if name not in CHANGED} == others
+    assert sorted(found.upload) == sorted([*others, *CHANGED])
     assert found.bytes_to_upload == sum(path.stat().st_size for path in Path("out").iterdir())
     # It is ours as it was: what is asked with the models' places is answered, and without them as well where they lie.
     inputs = {"target": "target", "instruct": "instruct", "base": "base"}
@@ -199,3 +201,37 @@ def test_a_published_manifest_says_where_to_make_it_again() -> None:
     os.rename("target", "moved")
     with pytest.raises(ArgumentError, match="was published, and has no paths; target is not here"):
         ik.merge("out/ires.json", out="again")
+
+
+def test_the_card_gets_a_picture(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside our card, by its name alone, once; of what was added; and without matplotlib it is said."""
+    pytest.importorskip("matplotlib")
+    merge(out="out")
+    told = json.loads(Path("out/ires.json").read_text())["tensors"]
+    inputs = [read_model(models / name) for name in ("target", "instruct", "base")]
+    for name, t in inputs[0].items():
+        update = (inputs[1][name].double() - inputs[2][name].double()).norm().item()
+        assert told[name]["update"] == pytest.approx(update, rel=1e-5), (name, t.shape)
+    shutil.copytree("out", "plain")
+    shutil.copytree("out", "other")
+    found = ik.publish("out")
+    assert found.picture == "README.ires.png"
+    assert Path("out/README.ires.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("out/README.ires.md").read_text().count("](README.ires.png)") == 1
+    assert {"README.ires.png", "README.ires.md"} <= {*found.upload}
+    ik.publish("out")
+    assert Path("out/README.ires.md").read_text().count("](README.ires.png)") == 1
+    ik.publish("other")
+    assert Path("other/README.ires.png").read_bytes() == Path("out/README.ires.png").read_bytes()
+    assert ik.verify("out", inputs={"target": "target", "instruct": "instruct", "base": "base"})
+    ik.apply("out", ("instruct", "base"), out="further", alpha=-1)
+    assert not Path("further/README.ires.png").exists(), "what it shows is not what was added here"
+
+    monkeypatch.setattr("ires_kernels.pictures.profile.find_spec", lambda _: None)
+    found = ik.publish("plain")
+    assert "pip install 'ires_kernels[plot]'" in found.picture
+    assert "matplotlib" in f"{found}"
+    assert not list(Path("plain").glob("*.png"))
+    Path("plain/README.ires.md").unlink()
+    Path("plain/README.ires.md").symlink_to(models / "target/config.json")
+    assert ik.publish("plain", follow_links=True).picture == ""
