@@ -83,6 +83,11 @@ def is_address(path: object) -> bool:
     return _ADDRESS.match(f"{path}") is not None
 
 
+def is_elsewhere(path: object) -> bool:
+    """Whether a path that was written down is that of something elsewhere, at an address or on the Hub."""
+    return is_address(path) or f"{path}".startswith("hf+stream://")
+
+
 def _split_user(parts: SplitResult) -> tuple[str, str]:
     user, _, host = parts.netloc.rpartition("@")
     return user, host if parts.scheme.lower() in _PLACES else host.lower()

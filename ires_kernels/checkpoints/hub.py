@@ -19,16 +19,19 @@ from fnmatch import translate
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ires_kernels.checkpoints import objects, standins
 from ires_kernels.checkpoints.addresses import Address, is_address
 from ires_kernels.checkpoints.folders import listed
 from ires_kernels.checkpoints.header import CheckpointError
-from ires_kernels.checkpoints.standins import stand_in
+from ires_kernels.checkpoints.hub_objects import HubObject
+from ires_kernels.checkpoints.objects import Unreachable
 from ires_kernels.files.opening import MAX_INDEX, read_bytes
 
 StrPath = str | os.PathLike[str]
 
 _ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@\s:][^@\s]*))?")
 _SCHEME = "hf://"
+_STREAM = "hf+stream://"
 _SNAPSHOT = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)/snapshots/(?P<commit>[0-9a-f]{40})")
 _INDEX = "model.safetensors.index.json"
 # Weights in formats that are not read, and what comes along with models and is none of their files.
@@ -72,7 +75,7 @@ def is_remote(path: object) -> bool:
     Of the Hub it does where it says so, or looks like a name there and leads nowhere here.
     """
     text = f"{path}"
-    if text.startswith(_SCHEME) or is_address(text):
+    if text.startswith((_SCHEME, _STREAM)) or is_address(text):
         return True
     return bool(_ID.fullmatch(text)) and not os.path.lexists(text) and not os.path.isdir(text.partition("/")[0])
 
@@ -91,17 +94,24 @@ def check_out(path: StrPath) -> None:
         raise CheckpointError(f"{Address.of(path)}: wanted a folder on this disk to write. Upload it from there.")
 
 
+def streamed(path: str) -> str:
+    """A name on the Hub as one whose weights are read where they are; what is none stays what it is."""
+    if not is_remote(path) or is_address(path) or path.startswith(_STREAM):
+        return path
+    return f"{_STREAM}{path.removeprefix(_SCHEME)}"
+
+
 def local(path: StrPath) -> StrPath:
     """The folder of a model: of one on the Hub its snapshot in the cache, downloaded where it is not there yet.
 
     The path of a snapshot that is no longer in the cache, as a manifest may have it, is such a model at its commit. A
-    model at an address has a folder that stands in for it: see standins.py.
+    model at an address has a folder that stands in for it, and so has one at hf+stream://: see standins.py.
     Raises CheckpointError with the Hub's reason and the way out, OSError where an address cannot be reached.
     """
     if not isinstance(path, (str, os.PathLike)):
         return path
     if is_address(path):
-        return stand_in(f"{path}")
+        return standins.stand_in(f"{path}")
     if is_remote(path):
         return _snapshot(f"{path}")
     gone = None if os.path.lexists(path) else repo_of(path)
@@ -131,11 +141,11 @@ def needed(names: Iterable[str], weights: Iterable[str] | None) -> list[str]:
 
 
 def _snapshot(text: str) -> Path:
-    match = _ID.fullmatch(text.removeprefix(_SCHEME))
+    match = _ID.fullmatch(text.removeprefix(_STREAM).removeprefix(_SCHEME))
     if match is None:
         wanted = f"{_SCHEME}org/name or {_SCHEME}org/name@revision"
         raise CheckpointError(f"{text}: is no name of a model on the Hub, wanted {wanted}.")
-    here = "" if text.startswith(_SCHEME) else "no such file or folder, and on the Hub: "
+    here = "" if text.startswith((_SCHEME, _STREAM)) else "no such file or folder, and on the Hub: "
     try:
         import huggingface_hub as library
         from huggingface_hub import constants
@@ -145,12 +155,14 @@ def _snapshot(text: str) -> Path:
     repo, revision = match["id"], match["revision"]
     cached = None
     try:
+        if text.startswith(_STREAM):
+            return _streamed(library, repo, revision)
         cached = _cached(library, repo, revision)
         if cached is not None and (constants.HF_HUB_OFFLINE or _is_complete(cached, revision)):
             _check_weights(cached, repo)
             return cached
         return _download(library, repo, revision)
-    except CheckpointError:
+    except (CheckpointError, Unreachable):
         raise
     except Exception as error:  # of the library, or of what it asks with, which is another one in each of its versions
         if cached is not None and _has_weights(cached, revision):
@@ -179,7 +191,7 @@ def doubt(path: StrPath, tokenizer: bool) -> str | None:
     tokenizer  whether it has one
     """
     repo, folder = repo_of(path), Path(path)
-    if repo is None or not folder.is_dir():
+    if repo is None or not folder.is_dir() or folder in _streams.values():
         return None
     names = _recorded(folder)
     if names is None:
@@ -240,24 +252,60 @@ def _has_weights(folder: Path, revision: str | None) -> bool:
 
 def _download(library: Any, repo: str, revision: str | None) -> Path:
     while True:
-        info = library.HfApi().model_info(repo, revision=revision)
-        names = [entry.rfilename for entry in info.siblings or ()]
-        weights = None
-        if _INDEX in names:
-            weights = _named_by(Path(library.hf_hub_download(repo, _INDEX, revision=info.sha)))
-        files = needed(names, weights)
-        if not any(name.endswith(".safetensors") for name in files):
-            raise CheckpointError(
-                f"{_SCHEME}{repo}@{info.sha}: has no .safetensors files ({listed(names) or 'no files'}). "
-                "Take a model that is published as safetensors, or convert it: AutoModelForCausalLM.from_pretrained("
-                f"{repo!r}, dtype='auto').save_pretrained(NEW)."
-            )
+        commit, files = _files(library, repo, revision)
         # By its name, so that the cache knows offline what it was; which may be another commit by now.
-        patterns = [re.sub(r"([*?\[])", r"[\1]", name) for name in files]
-        folder = Path(library.snapshot_download(repo, revision=revision, allow_patterns=patterns))
-        if folder.name == info.sha:
+        folder = Path(library.snapshot_download(repo, revision=revision, allow_patterns=_patterns(files)))
+        if folder.name == commit:
             _record(folder, files)
             return folder
+
+
+def _streamed(library: Any, repo: str, revision: str | None) -> Path:
+    """A snapshot that has all but the bytes of the weights, in a cache of this process alone."""
+    cache = standins.home()
+    commit, files = _files(library, repo, revision, cache)
+    name = f"{_STREAM}{repo}@{commit}"
+    if name not in _streams:
+        small = [file for file in files if not file.endswith(".safetensors")]
+        library.snapshot_download(repo, revision=commit, allow_patterns=_patterns(small), cache_dir=cache)
+        folder = cache / f"models--{repo.replace('/', '--')}" / "snapshots" / commit
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = [file for file in files if file not in small]
+        heads = [standins.head(HubObject(library, repo, commit, file)) for file in weights]
+        found = objects.wait_for(objects.all_of(heads, at_once=8))
+        standins.fill(folder, name, dict(zip(weights, found, strict=True)))
+        _streams[name] = folder
+    return _streams[name]
+
+
+_streams: dict[str, Path] = {}
+
+
+def _files(library: Any, repo: str, revision: str | None, cache: Path | None = None) -> tuple[str, list[str]]:
+    """The commit that a revision is, and which of its files a merge needs.
+
+    cache  of a stand-in, which is small: no file beside the weights may be large
+    """
+    info = library.HfApi().model_info(repo, revision=revision, files_metadata=cache is not None)
+    names = [entry.rfilename for entry in info.siblings or ()]
+    weights = None
+    if _INDEX in names:
+        weights = _named_by(Path(library.hf_hub_download(repo, _INDEX, revision=info.sha, cache_dir=cache)))
+    files = needed(names, weights)
+    if not any(name.endswith(".safetensors") for name in files):
+        raise CheckpointError(
+            f"{_SCHEME}{repo}@{info.sha}: has no .safetensors files ({listed(names) or 'no files'}). "
+            "Take a model that is published as safetensors, or convert it: AutoModelForCausalLM.from_pretrained("
+            f"{repo!r}, dtype='auto').save_pretrained(NEW)."
+        )
+    for entry in (info.siblings or ()) if cache is not None else ():
+        if entry.rfilename in files and not entry.rfilename.endswith(".safetensors"):
+            standins.check_size(f"{_SCHEME}{repo}@{info.sha}/{entry.rfilename}", entry.rfilename, entry.size or 0)
+    return info.sha, files
+
+
+def _patterns(names: Iterable[str]) -> list[str]:
+    return [re.sub(r"([*?\[])", r"[\1]", name) for name in names]
 
 
 def _named_by(index: Path) -> Sequence[str] | None:

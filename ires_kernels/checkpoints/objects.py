@@ -40,7 +40,6 @@ class Pin(NamedTuple):
 
     size: int
     etag: str | None
-    """None where nobody tells, as of what another name pins already."""
     modified: str
 
     @property
@@ -72,13 +71,16 @@ class Place:
 
     def __init__(self, address: Address) -> None:
         self.address = address
-        self._store = None if address.query else _store(address)
+        self._store = None if address.query else store_at(address)
 
     def of(self, name: str) -> tuple[Any, str]:
         """The store to ask for a file in it, and by what name."""
         if self._store is not None:
             return self._store, name
-        return _store(self.address.child(name)), ""  # with its own query
+        return store_at(self.address.child(name)), ""  # with its own query
+
+    def file(self, name: str) -> Object:
+        return Object(self.address.child(name), self, name)
 
     def names(self, folder: str = "") -> list[str]:
         """What files there are, of what can be asked for that. Raises Unreachable."""
@@ -92,16 +94,16 @@ class Place:
 class Object:
     """One file elsewhere."""
 
-    def __init__(self, place: Place, name: str) -> None:
-        self.where = place.address.child(name)
+    expires = False
+    """Whether what is asked may be refused after a while, and be asked for anew then."""
+
+    def __init__(self, where: object, place: Place | None = None, name: str = "") -> None:
+        self.where = where
         self.pin: Pin | None = None
         self._place = place
         self._name = name
         self._asked: tuple[Any, str] | None = None
-
-    def again(self) -> bool:
-        """What to do where the answer was that this is not allowed: True, if it may be asked once more."""
-        return False
+        self._asking = asyncio.Lock()
 
     async def start(self, size: int) -> bytes:
         """Its first bytes, or all of a shorter one; this pins it."""
@@ -116,61 +118,69 @@ class Object:
 
     async def _ranged(self, start: int, stop: int, first: bool = False) -> Any:
         for left in reversed(range(_TRIES)):
+            asked = await self._ask()
             try:
-                return await self._once(start, stop, first)
+                return await self._once(asked, start, stop, first)
             except _Cut as error:
                 if not left:
                     raise Unreachable(self.where, f"{error}") from None
                 await asyncio.sleep(0.2 * 4 ** (_TRIES - 1 - left))
             except Missing:
-                if not left or not await asyncio.to_thread(self.again):
+                if not left or not self.expires:
                     raise
-                self._asked = None
+                if self._asked is asked:
+                    self._asked = None
         raise AssertionError
 
-    async def _once(self, start: int, stop: int, first: bool) -> Any:
+    async def _ask(self) -> tuple[Any, str]:
+        async with self._asking:
+            if self._asked is None:
+                self._asked = await asyncio.to_thread(self.asked)
+            return self._asked
+
+    async def _once(self, asked: tuple[Any, str], start: int, stop: int, first: bool) -> Any:
         import obstore
 
-        if self._asked is None:
-            self._asked = self.asked()
-        options: dict[str, Any] = {"range": (start, stop)}
-        pin = None if first else self.pin
-        if pin is not None and pin.etag and not pin.etag.startswith("W/"):
-            options["if_match"] = pin.etag
+        pin, options = None if first else self.pin, {"range": (start, stop)}
         async with _room:
             try:
-                answer = await obstore.get_async(*self._asked, options=options)  # type: ignore[arg-type]
-                pin = self._check(answer.meta, pin)
+                answer = await obstore.get_async(*asked, options={**options, **self.match(pin)})  # type: ignore[arg-type]
+                pin = self.check(_told(answer.meta), pin)
                 wanted = (start, min(stop, pin.size))
                 if tuple(answer.range) != wanted:
                     raise Unreachable(self.where, f"the answer has the bytes {answer.range}, wanted {wanted}")
                 data = await answer.bytes_async()
             except Exception as error:
                 if first and " 416 " in f"{error}":
-                    await self._check_empty()
+                    await self._check_empty(asked)
                 raise _explained(error, self.where) from None
         if len(data) != wanted[1] - start:
             raise _Cut(f"the answer has {len(data)} bytes, wanted {wanted[1] - start}")
         self.pin = pin
         return data
 
-    async def _check_empty(self) -> None:
+    async def _check_empty(self, asked: tuple[Any, str]) -> None:
         """Pin a file that has no bytes, and so no range of them. Raises _Empty."""
         import obstore
 
-        assert self._asked is not None
         with suppress(Exception):
-            pin = self._check(await obstore.head_async(*self._asked), None)
+            pin = self.check(_told(await obstore.head_async(*asked)), None)
             if not pin.size:
                 self.pin = pin
                 raise _Empty
 
     def asked(self) -> tuple[Any, str]:
         """The store to ask, and by what name."""
+        assert self._place is not None
         return self._place.of(self._name)
 
-    def _check(self, told: Any, pin: Pin | None) -> Pin:
-        now = Pin(told["size"], told["e_tag"], f"{told['last_modified'].timestamp()}")
+    def match(self, pin: Pin | None) -> dict[str, str]:
+        """What is asked on the condition that it is still the pinned file; weak tags are for no ranges."""
+        strong = pin is not None and pin.etag and not pin.etag.startswith("W/")
+        return {"if_match": f"{pin.etag}"} if pin is not None and strong else {}
+
+    def check(self, now: Pin, pin: Pin | None) -> Pin:
+        """The pin, where an answer is of `now`; the first one makes it. Raises Changed."""
         if pin is None:
             if not now.etag and now.modified == "0.0":
                 raise CheckpointError(
@@ -178,12 +188,13 @@ class Object:
                     "changes while it is read. Download it, and give the folder."
                 )
             return now
-        same = now.etag == pin.etag if now.etag and pin.etag else now.modified == pin.modified
-        if pin.etag is None:
-            same = True
-        if now.size != pin.size or not same:
+        if now.size != pin.size or (now.etag != pin.etag if pin.etag else now.modified != pin.modified):
             raise Changed(self.where)
         return pin
+
+
+def _told(meta: Any) -> Pin:
+    return Pin(meta["size"], meta["e_tag"], f"{meta['last_modified'].timestamp()}")
 
 
 class _Empty(BaseException):
@@ -248,8 +259,8 @@ def _library(address: Address) -> Any:
     return obstore
 
 
-def _store(address: Address) -> Any:
-    """What asks for files under an address."""
+def store_at(address: Address, **headers: str) -> Any:
+    """What asks for files under an address, with these headers, which go to its host alone."""
     _library(address)
     from obstore import store
 
@@ -262,7 +273,8 @@ def _store(address: Address) -> Any:
             client["allow_http"] = True
         if address.user:
             secret = base64.b64encode(unquote(address.user).encode()).decode()
-            client["default_headers"] = {"Authorization": f"Basic {secret}"}
+            headers["Authorization"] = f"Basic {secret}"
+        client["default_headers"] = headers
         full = address._replace(user="").full()
         return store.HTTPStore.from_url(full, retry_config=retry, client_options=client)  # type: ignore[arg-type]
     except Exception as error:
@@ -270,7 +282,7 @@ def _store(address: Address) -> Any:
         raise CheckpointError(f"{address}: {first}. Check it, and the settings of its store.") from None
 
 
-def _explained(error: Exception, where: Address) -> Exception:
+def _explained(error: Exception, where: object) -> Exception:
     """What went wrong, in words without secrets."""
     from obstore import exceptions as known
 

@@ -2,8 +2,8 @@
 
 What lies beside the weights is small and is here as a whole. A file of weights is here as far as its header goes: what
 reads more of it finds the end of the file, and never other bytes. `Files` knows what stands in for what, and reads the
-rest from where it is. Every file has its ETag, as a number, for its time: so what a merge knows its inputs by is the
-same on every machine, and another one when the model changes.
+rest from where it is. What a file is known by is made of its ETag, or of its bytes, and takes the place of its times:
+so a merge knows its inputs by the same on every machine, and by something else when the model changes.
 
 A stand-in lives as long as its process. It is one folder for as long as what is elsewhere stays the same.
 """
@@ -20,6 +20,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from secrets import token_hex
 from typing import NamedTuple
+
+import xxhash
 
 from ires_kernels.checkpoints import objects
 from ires_kernels.checkpoints.addresses import Address
@@ -106,7 +108,7 @@ async def _found(address: Address, place: Place) -> Path:
         weights = _weights(known, None)
     if not known and not weights:
         weights = ["model.safetensors"]
-    heads = await objects.all_of([_head(place, name, optional=weights is _EITHER) for name in weights])
+    heads = await objects.all_of([_head(place.file(name), optional=weights is _EITHER) for name in weights])
     found = {name: each for name, each in zip(weights, heads, strict=True) if each is not None}
     if not found and not known:
         raise CheckpointError(
@@ -143,7 +145,7 @@ async def _listed(place: Place) -> list[str]:
 
 async def _check_honest(place: Place) -> None:
     """Refuse a server that has something under any name: it would give a page for a tokenizer."""
-    nothing = Object(place, f"{token_hex(8)}.json")
+    nothing = place.file(f"{token_hex(8)}.json")
     try:
         await nothing.start(1)
     except Missing:
@@ -162,7 +164,7 @@ async def _small(place: Place, names: Iterable[str], all_there: bool = False) ->
 
 async def _whole(place: Place, name: str, there: bool) -> tuple[Object, bytes] | None:
     """All of a small file; None where there is none."""
-    file = Object(place, name)
+    file = place.file(name)
     try:
         raw = bytes(await file.start(_START))
     except Missing:
@@ -170,15 +172,20 @@ async def _whole(place: Place, name: str, there: bool) -> tuple[Object, bytes] |
             raise
         return None
     assert file.pin is not None
-    limit = _limit(name)
-    if file.pin.size > limit:
-        raise CheckpointError(
-            f"{file.where}: has {file.pin.size} bytes, wanted at most {limit} of a file beside the weights. Move it "
-            "elsewhere, or download the model without it."
-        )
+    check_size(file.where, name, file.pin.size)
     if len(raw) < file.pin.size:
         raw += bytes(await file.read(len(raw), file.pin.size))
     return file, raw
+
+
+def check_size(where: object, name: str, size: int) -> None:
+    """Refuse a file beside the weights that is too large to be one."""
+    limit = _limit(name)
+    if size > limit:
+        raise CheckpointError(
+            f"{where}: has {size} bytes, wanted at most {limit} of a file beside the weights. Move it elsewhere, or "
+            "download the model without it."
+        )
 
 
 def _limit(name: str) -> int:
@@ -189,17 +196,18 @@ def _limit(name: str) -> int:
     return MAX_CONFIG if name in _SETTINGS else MAX_OTHER
 
 
-async def _head(place: Place, name: str, optional: bool = False) -> tuple[Object, bytes] | None:
-    """The header of a file of weights, as far as there is one: what is wrong with it, its reader says."""
+async def _head(file: Object, optional: bool = False) -> tuple[Object, bytes] | None:
+    """The header of a file of weights; None where there is no file."""
     try:
-        return await _header(Object(place, name))
+        return await head(file)
     except Missing:
         if optional:
             return None
         raise
 
 
-async def _header(file: Object) -> tuple[Object, bytes]:
+async def head(file: Object) -> tuple[Object, bytes]:
+    """The header of a file of weights, as far as there is one: what is wrong with it, its reader says."""
     raw = bytes(await file.start(_START))
     assert file.pin is not None
     end = 8 + int.from_bytes(raw[:8], "little")
@@ -211,35 +219,36 @@ async def _header(file: Object) -> tuple[Object, bytes]:
 def _written(
     address: Address, known: Mapping[str, tuple[Object, bytes]], weights: Mapping[str, tuple[Object, bytes]]
 ) -> Path:
-    folder = folder_of(address.parent if address.is_file else address, known, weights)
-    return folder / address.name if address.is_file else folder
-
-
-def folder_of(
-    address: object, known: Mapping[str, tuple[Object, bytes]], weights: Mapping[str, tuple[Object, bytes]]
-) -> Path:
-    """The folder with these files, small ones and headers, for the one at an address."""
-    what = (f"{address}", *sorted((name, file.pin) for name, (file, _) in {**known, **weights}.items()))
+    """The folder with these files, small ones and headers, or the one file in it that the address is of."""
+    where = address.parent if address.is_file else address
+    what = (f"{where}", *sorted((name, file.pin) for name, (file, _) in {**known, **weights}.items()))
     with _lock:
-        if what in _made:
-            return _made[what]
-        top = Path(tempfile.mkdtemp(dir=_home()))
-        folder = top / f"{address}".replace("://", "/", 1).replace("\x00", "")
-        folder.mkdir(parents=True)
-        call(f"{folder}", f"{address}")
-        for name, (file, raw) in {**known, **weights}.items():
-            assert file.pin is not None
-            path = folder / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(raw)
-            os.utime(path, ns=(file.pin.tag, file.pin.tag))
-            if name in weights:
-                _known[path] = Far(file, file.pin.size, file.pin.tag)
-        _made[what] = folder
-        return folder
+        if what not in _made:
+            folder = Path(tempfile.mkdtemp(dir=home())) / f"{where}".replace("://", "/", 1)
+            folder.mkdir(parents=True)
+            for name, (_, raw) in known.items():
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_bytes(raw)
+            fill(folder, f"{where}", weights)
+            _made[what] = folder
+        return _made[what] / address.name if address.is_file else _made[what]
 
 
-def _home() -> Path:
+def fill(folder: Path, name: str, weights: Mapping[str, tuple[Object, bytes]]) -> None:
+    """Make a folder with the small files of a model a stand-in for what is called `name`."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            tag = xxhash.xxh3_64_intdigest(path.read_bytes()) >> 4
+            os.utime(path, ns=(tag, tag))
+    for file, (there, raw) in weights.items():
+        assert there.pin is not None
+        path = folder / file
+        path.write_bytes(raw)
+        _known[path] = Far(there, there.pin.size, there.pin.tag)
+    call(f"{folder}", name)
+
+
+def home() -> Path:
     """Where stand-ins are: nobody else may look at them, as what is elsewhere may be private."""
     if not _root:
         _root.append(Path(tempfile.mkdtemp(prefix="ires-elsewhere-")))

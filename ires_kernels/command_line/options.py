@@ -118,6 +118,14 @@ def follow_links(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def stream(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="read the weights of models on the Hub where they are, and download nothing to its cache",
+    )
+
+
 def common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="cpu", metavar="D",

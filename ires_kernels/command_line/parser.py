@@ -69,6 +69,7 @@ def _extract(commands: Commands) -> None:
     parser.add_argument("instruct", metavar="INSTRUCT", help="the instruct model made from it")
     parser.add_argument("-o", "--out", required=True, metavar="OUT", help="the new folder to write")
     options.merging(parser, dtype="f32", kept="of the residual (default: f32)")
+    options.stream(parser)
     parser.set_defaults(run=run.extract)
 
 
@@ -104,6 +105,7 @@ def _apply(commands: Commands) -> None:
     options.destination(parser)
     options.merging(parser, dtype=None, kept="of all tensors of floats or codes (default: as in the target)")
     parser._negative_number_matcher = _NEGATIVE_NUMBER
+    options.stream(parser)
     parser.set_defaults(run=run.apply, parser=parser)
 
 
@@ -129,6 +131,7 @@ def _compare(commands: Commands) -> None:
     )
     options.matching(parser)
     options.follow_links(parser)
+    options.stream(parser)
     options.plot(parser, "heat maps of layers and kinds of tensors, alpha, and ulps")
     parser.add_argument("--html", metavar="PATH", help="also write a page of its own, which loads nothing")
     parser.add_argument("--threads", type=int, metavar="N", help="default: one per CPU, 8 at most; more was slower")
@@ -147,6 +150,7 @@ def _inspect(commands: Commands) -> None:
     options.plot(parser, "where its parameters are")
     options.key(parser)
     options.follow_links(parser)
+    options.stream(parser)
     parser.set_defaults(run=run.inspect)
 
 

@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from ires_kernels.streaming.stream import Progress
 
 
+def _stream(arguments: argparse.Namespace, *names: str) -> None:
+    """With --stream: make names on the Hub, among the arguments of these names, those of what is read where it is."""
+    for name in names if arguments.stream else ():
+        if getattr(arguments, name) is not None:
+            setattr(arguments, name, hub.streamed(getattr(arguments, name)))
+
+
 def extract(arguments: argparse.Namespace) -> int:
+    _stream(arguments, "base", "instruct")
     with progress_bar(arguments, "extract") as progress:
         result = ik.extract(
             arguments.base, arguments.instruct, arguments.out, dtype=arguments.dtype, **_options(arguments, progress)
@@ -35,6 +43,7 @@ def apply(arguments: argparse.Namespace) -> int:
     _check_destination(arguments)
     if arguments.in_place:
         hub.check_local(arguments.target)
+    _stream(arguments, "target", "instruct", "base")
     common = 1.0 if arguments.alpha is None else arguments.alpha
     alpha: float | list[float] = common
     residuals: tuple[hub.StrPath, ...] | list[str] | list[tuple[str, str]]
@@ -43,8 +52,9 @@ def apply(arguments: argparse.Namespace) -> int:
         for role, path in zip(("instruct", "base"), residuals, strict=True):
             check_model(path, role, follow_links=arguments.follow_links)
     else:
-        pairs = [operands.pair(text) for text in arguments.pair]
-        specs = [operands.residual(text) for text in arguments.residuals]
+        as_is = (lambda path: path) if not arguments.stream else hub.streamed
+        pairs = [((as_is(one), as_is(two)), by) for (one, two), by in map(operands.pair, arguments.pair)]
+        specs = [(as_is(path), by) for path, by in map(operands.residual, arguments.residuals)]
         given = [factor for _, factor in (pairs or specs)]
         if arguments.alpha is not None and all(factor is not None for factor in given):
             what = "pairs" if pairs else "residuals"
@@ -77,6 +87,7 @@ def compare(arguments: argparse.Namespace) -> int:
         plot.check(arguments.plot)
     if arguments.html:
         page.check(arguments.html)
+    _stream(arguments, "target", "instruct", "base")
     with progress_bar(arguments, "compare") as progress:
         report = ik.compare(
             arguments.target,
@@ -219,6 +230,7 @@ def inspect(arguments: argparse.Namespace) -> int:
         from ires_kernels.pictures import plot
 
         plot.check(arguments.plot)
+    _stream(arguments, "path")
     table = ik.inspect(arguments.path, follow_links=arguments.follow_links)
     if arguments.plot:
         plot.inspected(table, arguments.plot)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from ires_kernels.checkpoints import roles, standins
-from ires_kernels.checkpoints.addresses import Address, is_address
+from ires_kernels.checkpoints.addresses import Address, is_address, is_elsewhere
 from ires_kernels.checkpoints.checkpoint import Checkpoint, Kind, open_checkpoint
 from ires_kernels.checkpoints.folders import MERGE_ADAPTER
 from ires_kernels.checkpoints.header import CheckpointError, brief
@@ -138,4 +138,4 @@ def recorded(path: StrPath, resolve: Callable[[StrPath], str] = os.path.abspath)
     if is_address(path):
         return f"{Address.of(path)}"
     text = shown(path)
-    return text if is_address(text) else resolve(path)
+    return text if is_elsewhere(text) else resolve(path)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ires_kernels.checkpoints import standins
-from ires_kernels.checkpoints.addresses import is_address
+from ires_kernels.checkpoints.addresses import is_elsewhere
 from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files import trust
@@ -195,7 +195,9 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("sync", "sha256", "follow_links"), _is_flag),
     "kind": ("apply", "extract", MAPPED).__contains__,
     "undo": UNDO.__contains__,
-    "paths": lambda value: _is_table(value, lambda path: _is_text(path) and (os.path.isabs(path) or is_address(path))),
+    "paths": lambda value: _is_table(
+        value, lambda path: _is_text(path) and (os.path.isabs(path) or is_elsewhere(path))
+    ),
     "rules": lambda value: isinstance(value, dict),
     "names": lambda value: _is_list(value, is_bare),
     "stamps": lambda value: _is_table(value, lambda files: _is_table(files, lambda stamp: _is_table(stamp, _is_time))),
