@@ -8,8 +8,8 @@ from pathlib import Path
 from ires_kernels.checkpoints import roles
 from ires_kernels.checkpoints.checkpoint import FileId
 from ires_kernels.checkpoints.header import CheckpointError, read_header
+from ires_kernels.checkpoints.standins import sample
 from ires_kernels.dtypes import FLOATS
-from ires_kernels.files.samples import sample
 from ires_kernels.files.store import StoreError
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.steps import Operand

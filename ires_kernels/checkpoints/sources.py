@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -12,8 +12,9 @@ from ires_kernels.checkpoints import standins
 from ires_kernels.checkpoints.ahead import RemoteFile, Window
 from ires_kernels.checkpoints.checkpoint import FileId
 from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.files import interrupts
 from ires_kernels.files.opening import open_file
-from ires_kernels.files.store import read_into, read_views
+from ires_kernels.files.store import Hasher, chunks, read_into, read_views
 
 MOST_OPEN = 16
 """Files that stay open until they are needed again, with those in use."""
@@ -63,6 +64,24 @@ class LocalFile:
 
     def close(self) -> None:
         os.close(self.fd)
+
+
+def contents(path: Path, hasher: Hasher) -> Iterator[object]:
+    """All bytes of a file of weights, here or elsewhere, by pieces, hashed on the way."""
+    far = standins.far(path)
+    if far is None:
+        yield from chunks(path, hasher)
+        return
+    source, buffer = RemoteFile(path, far, Window(), [(0, far.size)]), memoryview(bytearray(1 << 20))
+    try:
+        for offset in range(0, far.size, len(buffer)):
+            interrupts.check()
+            part = buffer[: far.size - offset]
+            source.read_into(part, offset)
+            hasher.update(part)
+            yield part
+    finally:
+        source.close()
 
 
 class Files:

@@ -27,6 +27,7 @@ from ires_kernels.checkpoints import objects
 from ires_kernels.checkpoints.addresses import Address
 from ires_kernels.checkpoints.header import MAX_HEADER, CheckpointError, Header, parse_header, parse_json
 from ires_kernels.checkpoints.objects import Missing, Object, Place
+from ires_kernels.files import samples
 from ires_kernels.files.opening import MAX_CONFIG, MAX_INDEX, MAX_MANIFEST
 from ires_kernels.files.plain import call, called
 
@@ -254,6 +255,12 @@ def home() -> Path:
         _root.append(Path(tempfile.mkdtemp(prefix="ires-elsewhere-")))
         atexit.register(shutil.rmtree, _root[0], ignore_errors=True)
     return _root[0]
+
+
+def sample(path: Path, seed: str) -> str:
+    """A sample of a file of weights, wherever it is: of one that is elsewhere what it is known by tells more."""
+    there = far(path)
+    return samples.sample(path, seed) if there is None else f"{there.tag:x}"
 
 
 def shown(path: object) -> str:

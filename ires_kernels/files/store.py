@@ -62,7 +62,7 @@ _CHUNK = 1 << 20  # bytes at a time of a side file
 class Hasher(Protocol):
     """Of hashlib, xxhash and the like."""
 
-    def update(self, data: bytes, /) -> None: ...
+    def update(self, data: bytes | memoryview, /) -> None: ...
 
 
 class LostError(StoreError):

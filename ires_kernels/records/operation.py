@@ -9,14 +9,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ires_kernels.checkpoints import standins
 from ires_kernels.checkpoints.addresses import is_elsewhere
 from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.checkpoints.standins import sample
 from ires_kernels.files import trust
 from ires_kernels.files.hidden import SEAL
 from ires_kernels.files.ownership import is_bare, is_inner, unproved
-from ires_kernels.files.samples import sample
 from ires_kernels.files.store import boot_id
 from ires_kernels.planning.inputs import StrPath, absolute
 from ires_kernels.planning.layout import Layout
@@ -225,9 +224,8 @@ def stamps_of(inputs: Mapping[str, Checkpoint]) -> dict[str, dict[str, dict[str,
 
 
 def samples_of(checkpoint: Checkpoint, seed: str) -> dict[str, str]:
-    """A `sample` of each of its weights, by name; of what is elsewhere there is none, as its ETag tells more."""
-    near = [shard.path for shard in checkpoint.shards if standins.far(shard.path) is None]
-    return {path.name: sample(path, seed) for path in near}
+    """A `sample` of each of its weights, by name."""
+    return {shard.path.name: sample(shard.path, seed) for shard in checkpoint.shards}
 
 
 def other_files(inputs: Mapping[str, Checkpoint], stamps: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[Path]:

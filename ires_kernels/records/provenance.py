@@ -23,6 +23,7 @@ import xxhash
 from ires_kernels.checkpoints import hub, names
 from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId
 from ires_kernels.checkpoints.manifest import Stamp
+from ires_kernels.checkpoints.sources import contents
 from ires_kernels.files import interrupts, trust
 from ires_kernels.files.samples import sample
 from ires_kernels.files.store import chunks
@@ -138,7 +139,7 @@ def sha256(files: Mapping[str, Path], threads: int | None = None) -> dict[str, s
 
     def one(path: Path) -> str:
         hasher = hashlib.sha256()
-        for _ in chunks(path, hasher):
+        for _ in contents(path, hasher):
             if errors:
                 break
         return hasher.hexdigest()

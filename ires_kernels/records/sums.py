@@ -62,6 +62,8 @@ def sha256(path: StrPath, *, write: bool = False, threads: int | None = None, fo
 
     Raises CheckpointError for what is no model, and where `write` would change what is recorded.
     """
+    if write:
+        hub.check_local(path)
     checkpoint = open_checkpoint(hub.local(path), follow_links=follow_links)
     files = {shard.path.name: shard.path for shard in checkpoint.shards}
     one = None if checkpoint.path.is_dir() else checkpoint.path

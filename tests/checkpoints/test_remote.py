@@ -451,3 +451,10 @@ def test_a_server_that_is_not_ours(models: Path, plain: dict[str, bytes], tmp_pa
     finally:
         server.terminate()
         server.wait()
+
+
+def test_sums_are_of_all_bytes(models: Path, addresses: dict[str, str]) -> None:
+    """Not of what stands in for a file."""
+    assert ik.sha256(addresses["base"]).sums == ik.sha256(models / "base").sums
+    with pytest.raises(CheckpointError, match="is only read"):
+        ik.sha256(addresses["base"], write=True)
