@@ -63,7 +63,7 @@ sanitize: $(VENV)/installed
 	$(BIN)/python tests/sanitize.py
 
 bench: $(VENV)/installed
-	$(BIN)/python -m ires_kernels.bench all
+	$(BIN)/python -m ires_kernels.bench all --gates
 
 peers: $(VENV)/installed
 	$(BIN)/python bench/peers.py
@@ -98,7 +98,7 @@ gpu-sanitize: gpu-there
 	$(PYTHON) tests/compute_sanitizer.py
 
 gpu-bench: gpu-there
-	$(PYTHON) -m ires_kernels.bench gpu --results bench/results $(BENCH_GPU)
+	$(PYTHON) -m ires_kernels.bench gpu --gates --results bench/results $(BENCH_GPU)
 
 # Without GPU kernels unless IRES_CUDA=1: which CUDA runtime a wheel needs is for who publishes it to decide.
 wheel: $(VENV)/installed

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,11 +26,12 @@ from rich.console import Console
 from ires_kernels.backends.choice import backends, choose
 from ires_kernels.bench import gpu, gpu_merges, kernels, mappings, merges, outlook, quantized, start
 from ires_kernels.bench.accelerator import Accelerator, open_cuda
+from ires_kernels.bench.arguments import kernel_threads, parse
 from ires_kernels.bench.contenders import TORCH
-from ires_kernels.bench.kernels import CASES, Case, VerificationError
+from ires_kernels.bench.kernels import VerificationError
 from ires_kernels.bench.measure import machine
 from ires_kernels.bench.result import Comparison, Result
-from ires_kernels.bench.synthetic import SHAPES, Shape, Triple, count_of, shape_of, write_triple
+from ires_kernels.bench.synthetic import SHAPES, Shape, Triple, write_triple
 from ires_kernels.bench.tables import (
     open_console,
     print_comparisons,
@@ -41,14 +41,10 @@ from ires_kernels.bench.tables import (
 )
 from ires_kernels.streaming.stream import default_threads
 
-ELEMENTS = 1 << 27  # of each tensor: far beyond any cache
-ON_GPU = 1 << 30
-MODEL, LIST = "llama-1b", "llama-8b"
-
 
 def main(argv: Sequence[str] | None = None, device: Accelerator | None = None) -> int:
     """Verify, measure, print; returns the exit code. `device` stands in for the GPU that ``gpu`` would open."""
-    arguments = _parse(argv)
+    arguments = parse(argv)
     console = open_console(stderr=arguments.json == "-")
     try:
         if arguments.what == "gpu":
@@ -71,24 +67,25 @@ def main(argv: Sequence[str] | None = None, device: Accelerator | None = None) -
         if arguments.what == "gpu":
             assert device is not None
             report.gpu = device.facts()
-            title = f"{device.name}: median and quartiles; what is wanted informs and fails nothing"
+            title = f"{device.name}: median and quartiles"
             _on_gpu(arguments, device, report)
-        if arguments.what in ("kernels", "all"):
+        if "kernels" in arguments.parts:
             _kernels(arguments, report)
-        if arguments.what in ("quantized", "all"):
+        if "quantized" in arguments.parts:
             _quantized(arguments, report)
-        if arguments.what in ("merge", "all"):
+        if "merge" in arguments.parts:
             _merges(arguments, report)
-        if arguments.what == "fp8":
+        if "fp8" in arguments.parts:
             _fp8(arguments, report)
-        if arguments.what in ("mapped", "all"):
+        if "mapped" in arguments.parts:
             _mapped(arguments, report)
-        if arguments.what in ("start", "all"):
+        if "start" in arguments.parts:
             _start(arguments, report)
     except VerificationError as error:
         print(f"bench: wrong result: {error}", file=sys.stderr)
         return 1
-    print_comparisons(console, title, report.comparisons())
+    if arguments.gates or "gpu" in arguments.parts:  # where other tables have not all of it
+        print_comparisons(console, title, report.comparisons(), wanted=arguments.gates)
     record = report.to_dict()
     text = json.dumps(record, indent=1) + "\n"
     if arguments.json == "-":
@@ -149,122 +146,28 @@ class Report:
         }
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-        def parsed(text: str) -> Any:
-            try:
-                return parse(text)
-            except (ValueError, re.error) as error:
-                raise argparse.ArgumentTypeError(f"{error}") from None
-
-        return parsed
-
-    def threads(text: str) -> list[int]:
-        return [_at_least_one(part) for part in text.split(",")]
-
-    parser = argparse.ArgumentParser(prog="python -m ires_kernels.bench", description=__doc__.partition("\n")[0])
-    whats = ["kernels", "quantized", "merge", "fp8", "mapped", "start", "all", "gpu"]
-    parser.add_argument("what", nargs="?", choices=whats, default="all")
-    parser.add_argument(
-        "--size",
-        metavar="N",
-        help=f"elements of a tensor, or parameters of a model: 250M, 500MB (16 bits each), {', '.join(SHAPES)} "
-        f"(default: {ELEMENTS:,} elements, on a GPU {ON_GPU:,}, and {MODEL})",
-    )
-    parser.add_argument("--list", metavar="NAME", choices=SHAPES, default=LIST, help="gpu: tensors of one call")
-    parser.add_argument("--model", metavar="N", default=MODEL, help="gpu: size of the models to merge")
-    parser.add_argument("--sizes", metavar="N,N,…", default="", help="merges of more sizes, for the cost per byte")
-    parser.add_argument(
-        "--threads",
-        metavar="N,N,…",
-        type=argument(threads),
-        help="default: 1, 2, 4, … for kernels, for merges as many as apply takes",
-    )
-    parser.add_argument("--rounds", metavar="N", type=argument(_at_least_one), default=7)
-    parser.add_argument("--cases", metavar="REGEX", type=argument(re.compile), default="", help="only these kernels")
-    parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes a while")
-    parser.add_argument("--cold", action="store_true", help="drop the inputs of merges from the page cache each time")
-    parser.add_argument("--dir", metavar="FOLDER", help="where models are written and removed (default: $TMPDIR)")
-    parser.add_argument("--json", metavar="FILE", help="write everything as JSON; - for stdout, and tables to stderr")
-    parser.add_argument("--results", metavar="FOLDER", help="gpu: write the JSON there as <gpu>-<commit>.json")
-    parser.add_argument("--plot", metavar="FILE", help="draw it: .png, .svg or .pdf; needs matplotlib; not for gpu")
-    parser.add_argument("--device", help="where the tensors are (default: cpu; for gpu: cuda)")
-    arguments = parser.parse_args(argv)
-    size, on_gpu = arguments.size, arguments.what == "gpu"
-    if on_gpu and arguments.plot:
-        parser.error("--plot draws kernels and merges on the CPU, not gpu")
-    if arguments.results and not (on_gpu and Path(arguments.results).is_dir()):
-        parser.error(f"--results {arguments.results}: wanted a folder that exists, and only for gpu")
-    if arguments.dir and not Path(arguments.dir).is_dir():
-        parser.error(f"--dir {arguments.dir}: wanted a folder that exists")
-    try:
-        if arguments.what not in ("merge", "fp8", "mapped", "start"):
-            default = ON_GPU if on_gpu else ELEMENTS
-            arguments.elements = (
-                default if size is None else SHAPES[size].parameters if size in SHAPES else count_of(size)
-            )
-        if on_gpu:
-            arguments.shapes = [shape_of(arguments.model)]
-        elif arguments.what not in ("kernels", "quantized", "start"):
-            arguments.shapes = [shape_of(text) for text in [size or MODEL, *filter(None, arguments.sizes.split(","))]]
-    except ValueError as error:
-        parser.error(f"{error}")
-    try:
-        arguments.chosen = _chosen(arguments)
-    except ValueError as error:
-        parser.error(f"--cases {arguments.cases.pattern}: {error}")
-    return arguments
-
-
-def _chosen(arguments: argparse.Namespace) -> Sequence[Case | gpu.Workload]:
-    """The kernels that --cases names, all without it. Raises ValueError where it names none."""
-    known: Sequence[Case | gpu.Workload] = ()
-    if arguments.what == "gpu":
-        known = gpu.workloads(arguments.elements, SHAPES[arguments.list], arguments.list)
-    elif arguments.what in ("kernels", "all"):
-        known = CASES
-    elif arguments.cases.pattern:
-        raise ValueError(f"chooses kernels, for kernels, all and gpu; {arguments.what} has none")
-    found = [each for each in known if arguments.cases.search(each.name)]
-    if known and not found:
-        raise ValueError(f"got a pattern of no case, wanted one of {[each.name for each in known]}")
-    return found
-
-
 def _ahead(arguments: argparse.Namespace) -> Iterator[outlook.Outlook]:
     """What every part of the run will take."""
-    what, rounds, compiled = arguments.what, arguments.rounds, not arguments.no_compile
-    if what == "gpu":
+    rounds, compiled = arguments.rounds, not arguments.no_compile
+    if "gpu" in arguments.parts:
         yield outlook.of_gpu(arguments.chosen, arguments.shapes[0], rounds, compiled=compiled)
-    if what in ("kernels", "all"):
-        threads = _kernel_threads(arguments)
+    if "kernels" in arguments.parts:
+        threads = kernel_threads(arguments)
         yield outlook.of_kernels(arguments.chosen, arguments.elements, threads, rounds, compiled=compiled)
-    if what in ("quantized", "all"):
-        yield outlook.of_quantized(len(quantized.CASES), arguments.elements, _kernel_threads(arguments), rounds)
-    if what in ("merge", "all"):
-        yield outlook.of_merges(arguments.shapes, rounds)
-    if what == "fp8":
+    if "quantized" in arguments.parts:
+        yield outlook.of_quantized(len(quantized.CASES), arguments.elements, kernel_threads(arguments), rounds)
+    if "merge" in arguments.parts:
+        yield outlook.of_merges(arguments.shapes, rounds, brief=arguments.quick)
+    if "fp8" in arguments.parts:
         yield outlook.of_fp8(arguments.shapes, rounds)
-    if what in ("mapped", "all"):
+    if "mapped" in arguments.parts:
         yield outlook.of_mapped(arguments.shapes, rounds)
-    if what in ("start", "all"):
+    if "start" in arguments.parts:
         yield outlook.of_start(rounds)
 
 
-def _kernel_threads(arguments: argparse.Namespace) -> list[int]:
-    """Those given, or 1, 2, 4, … and all CPUs."""
-    cpus = len(os.sched_getaffinity(0))
-    return arguments.threads or sorted({1 << i for i in range(cpus.bit_length())} | {cpus})
-
-
-def _at_least_one(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError(f"got {text}, wanted 1 or more")
-    return int(text)
-
-
 def _kernels(arguments: argparse.Namespace, report: Report) -> None:
-    cases, threads = arguments.chosen, _kernel_threads(arguments)
+    cases, threads = arguments.chosen, kernel_threads(arguments)
     compared = sum(kernels.verify(case, threads) for case in cases)
     ours = kernels.ours()
     what = f"{len(cases)} kernels ({', '.join(ours)}; threads {threads})"
@@ -296,7 +199,7 @@ def _kernels(arguments: argparse.Namespace, report: Report) -> None:
 
 
 def _quantized(arguments: argparse.Namespace, report: Report) -> None:
-    threads, ours = _kernel_threads(arguments), kernels.ours()
+    threads, ours = kernel_threads(arguments), kernels.ours()
     compared = sum(quantized.verify(case, threads) for case in quantized.CASES)
     report.say_verified(f"{compared} results of quantized weights ({', '.join(ours)}) equal the definition bit for bit")
     for case in quantized.CASES:
@@ -320,7 +223,12 @@ def _merges(arguments: argparse.Namespace, report: Report) -> None:
             report.say_verified(f"merge of {triple.models}: {compared:,} elements equal the reference bit for bit")
             with report.console.status(f"merging {triple.models}"):
                 result = merges.measure(
-                    triple, folder, arguments.rounds, threads=threads, cold=arguments.cold, only_one_pass=i > 0
+                    triple,
+                    folder,
+                    arguments.rounds,
+                    threads=threads,
+                    cold=arguments.cold,
+                    only_one_pass=i > 0 or arguments.quick,
                 )
         report.merges.append(result)
     report.across += merges.cost_per_byte(report.merges)

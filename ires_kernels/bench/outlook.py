@@ -62,14 +62,14 @@ def of_quantized(cases: int, elements: int, threads: Sequence[int], rounds: int)
     return Outlook(what, seconds, 4 * elements)
 
 
-def of_merges(shapes: Sequence[Shape], rounds: int) -> Outlook:
-    """Merges: of the first size all of them, of others the short list.
+def of_merges(shapes: Sequence[Shape], rounds: int, *, brief: bool = False) -> Outlook:
+    """Merges: of the first size all of them, unless it is to be brief, of others the short list.
 
     On the disk are three models, a copy that is changed, a residual of float32, and a new one of those.
     """
     first, *others = (2e-9 * shape.parameters for shape in shapes)
-    seconds = first * (rounds * _MERGES + _MODELS) + sum(others) * (rounds * _BRIEF + _MODELS)
-    disk = max(8 * first, 5 * max(others, default=0)) * 1e9
+    seconds = first * (rounds * (_BRIEF if brief else _MERGES) + _MODELS) + sum(others) * (rounds * _BRIEF + _MODELS)
+    disk = max((5 if brief else 8) * first, 5 * max(others, default=0)) * 1e9
     return Outlook(f"merge: {_models(shapes)}", seconds, disk=disk)
 
 

@@ -64,13 +64,13 @@ def print_ratios(
     console.print(table)
 
 
-def print_comparisons(console: Console, title: str, comparisons: Iterable[Comparison]) -> None:
-    """What was measured beside what is wanted; nothing where nothing was compared."""
-    table = _table(title, "what", "wanted", "reach for", "measured")
+def print_comparisons(console: Console, title: str, comparisons: Iterable[Comparison], *, wanted: bool) -> None:
+    """What was measured, and beside it what is wanted, if asked for; nothing where nothing was compared."""
+    table = _table(title, "what", *(["wanted", "reach for"] if wanted else []), "measured")
     for each in comparisons:
         sign = "≤" if each.at_most else "≥"
-        wanted = ("" if number is None else f"{sign} {number:g}" for number in (each.wanted, each.reach))
-        table.add_row(each.what, *wanted, _shown(each.measured))
+        gates = ("" if number is None else f"{sign} {number:g}" for number in (each.wanted, each.reach))
+        table.add_row(each.what, *(gates if wanted else ()), _shown(each.measured))
     if table.rows:
         console.print(table)
 

@@ -16,6 +16,7 @@ import torch
 from ires_kernels.backends import native, reference
 from ires_kernels.backends.call import Call
 from ires_kernels.bench import __main__ as bench
+from ires_kernels.bench import arguments as arguments_of
 from ires_kernels.bench import floor, fp8, kernels, mappings, merges, outlook, quantized, start
 from ires_kernels.bench.contenders import CHUNKED, COMPILED, EAGER, UPCAST, torch_contenders
 from ires_kernels.bench.measure import Quartiles, interleave, machine, private_memory, ratio, watch
@@ -45,7 +46,7 @@ def quartiles_of(contender, other):
 
 def test_kernels(tmp_path, capsys):
     path = tmp_path / "k.json"
-    assert bench.main(["kernels", *QUICK, "--size", "20K", "--json", f"{path}"]) == 0
+    assert bench.main(["kernels", *QUICK, "--size", "20K", "--gates", "--json", f"{path}"]) == 0
     record = json.loads(path.read_text())
     printed = capsys.readouterr().out
     assert "equal the reference bit for bit" in printed
@@ -187,6 +188,33 @@ def test_what_it_takes_is_said_first(tmp_path, monkeypatch, capsys):
         "start: commands that have little to do: less than a minute",
     ]
     assert all(line.endswith(" GB are free") for line in said[2:4])
+
+
+def test_quick(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(arguments_of, "_QUICK_ELEMENTS", 1 << 16)
+    monkeypatch.setattr(arguments_of, "_QUICK_MODEL", 300_000)
+    path = tmp_path / "r.json"
+    assert bench.main(["--quick", "--threads", "1", "--dir", f"{tmp_path}", "--json", f"{path}"]) == 0
+    out = capsys.readouterr().out
+    assert "kernels: 2 of 65,536 elements, threads [1]: less than a minute" in out
+    assert "Wanted, hoped for" not in out, "gates are for developers"
+    report = json.loads(path.read_text())
+    assert [entry["what"] for entry in report["kernels"]] == [
+        "add_difference bf16, threads 1",
+        "add bf16 + f32, threads 1",
+    ]
+    assert len(report["merges"]) == 1
+    assert [] == report["mapped"] == report["start"] == report["quantized"]
+    assert report["comparisons"], "JSON has them all the same"
+
+
+def test_quick_takes_what_it_says():
+    asked = arguments_of.parse(["--quick"])
+    ahead = [*bench._ahead(asked)]
+    assert sum(each.seconds for each in ahead) < 25
+    assert sum(each.memory for each in ahead) + sum(each.disk for each in ahead) < 2e9
+    assert asked.rounds == 3
+    assert arguments_of.parse(["--quick", "--rounds", "5"]).rounds == 5
 
 
 def test_minutes():
@@ -341,7 +369,8 @@ def test_without_native_kernels(monkeypatch, tmp_path):
         (["merge", "--cases", "bf16"], "--cases bf16: chooses kernels, for kernels, all and gpu; merge has none"),
         (["mapped", "--cases", "bf16"], "mapped has none"),
         (["merge", "--dir", "/no/such/folder"], "--dir /no/such/folder: wanted a folder that exists"),
-        (["everything"], "invalid choice"),
+        (["everything"], "invalid choice: 'everything' (choose from"),
+        (["start", "--quick"], "--quick is of kernels and merge, not of start"),
     ],
 )
 def test_wrong_usage(arguments, message, capsys):

@@ -101,7 +101,7 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     results.mkdir()
     monkeypatch.setattr(bench, "machine", lambda: {**measure.machine(), "commit": "0123456789abcdef+"})
     device = Abacus()
-    assert bench.main([*QUICK, "--results", f"{results}", "--dir", f"{tmp_path}"], device) == 0
+    assert bench.main([*QUICK, "--gates", "--results", f"{results}", "--dir", f"{tmp_path}"], device) == 0
     (path,) = results.iterdir()
     assert path.name == "abacus-r-9000-0123456+.json"
     record = json.loads(path.read_text())
