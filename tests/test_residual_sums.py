@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import xxhash
+from safetensors.torch import save_file
 from small_models import read_model, same, tensors, triple, write_model
 from torch import Tensor
 
@@ -193,6 +194,18 @@ def test_rows_of_new_tokens_have_no_multiples(models: Path) -> None:
     sum_ = ik.Residual.open(models / "residual") + ik.Residual.open(models / "second")
     with pytest.raises(CheckpointError, match="rows of tokens that its base does not have"):
         sum_.save(models / "sum")
+    sum_.save(models / "sum", skip="lm_head")
+    assert "by_token" not in manifest(models / "sum")
+
+
+def test_a_shard_of_a_residual_becomes_a_whole_one(models: Path) -> None:
+    ik.extract(models / "base", models / "code", models / "one")
+    file = models / "residual-00002-of-00009.safetensors"
+    save_file(read_model(models / "residual"), file)
+    sum_ = 2 * ik.Residual.open(file) + ik.Residual.open(models / "second")
+    sum_.save(models / "sum")
+    assert sorted(path.name for path in (models / "sum").glob("*.safetensors")) == ["residual.safetensors"]
+    assert ik.Residual.open(models / "sum").names == ik.Residual.open(models / "residual").names
 
 
 def test_damage_is_found(models: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -301,8 +301,8 @@ def plan_apply(
         found.problem(text, _IDS_BY_ROWS if rules.vocabulary == "rows" else _IDS)
     found.refuse("apply")
     side_files = sides.files
-    files, placed = lay_out(layout)
-    documents = [] if target.index_name is None else [(target.index_name, index(placed, target.index_metadata))]
+    files, placed = _lay_out(layout)
+    documents = [] if target.index_name is None else [(target.index_name, _index(placed, target.index_metadata))]
     if rules.dtype is not None:
         changed = settings.of_plain(config, side_files, STORAGE[rules.dtype].torch)
         documents += [(name, _json(table)) for name, table in changed.items() if table is not None]
@@ -361,15 +361,9 @@ def plan_extract(
     found.notes += found.vocabulary.notes()
     stored = found.vocabulary.by_token()
 
-    stem = "residual-{:05}-of-{:05}" if len(groups) > 1 else "residual"
-    layout = [
-        (f"{stem.format(number, len(groups))}.safetensors", {"format": "pt"}, group)
-        for number, group in enumerate(groups, 1)
-    ]
-    files, placed = lay_out(layout)
-    documents = [("residual.safetensors.index.json", index(placed, {}))] if len(groups) > 1 else []
+    files, placed, documents = lay_out_residual(groups)
     return Plan(
-        "extract", dict(inputs), rules, files, placed, tuple(documents), tuple(sidefiles.of_residual(instruct)),
+        "extract", dict(inputs), rules, files, placed, documents, tuple(sidefiles.of_residual(instruct)),
         tuple(found.comparisons), found.not_stored, tuple(found.missing), (), tuple(found.warnings),
         tuple(found.notes),
         sidefiles.record(base, instruct) | ({"by_token": stored} if stored else {}), share,
@@ -459,7 +453,21 @@ def _read(operand: Operand) -> dict[str, Any]:
     return {"name": operand.text, "dtype": operand.dtype, "runs": len(operand.refs), "first_runs": runs}
 
 
-def lay_out(
+def lay_out_residual(
+    groups: Sequence[list[Step]],
+) -> tuple[tuple[OutputFile, ...], tuple[Step, ...], tuple[tuple[str, bytes], ...]]:
+    """The files of a residual, one for each group of steps; these in their places; and the index, where it has one."""
+    stem = "residual-{:05}-of-{:05}" if len(groups) > 1 else "residual"
+    layout = [
+        (f"{stem.format(number, len(groups))}.safetensors", {"format": "pt"}, group)
+        for number, group in enumerate(groups, 1)
+    ]
+    files, placed = _lay_out(layout)
+    documents = [("residual.safetensors.index.json", _index(placed, {}))] if len(groups) > 1 else []
+    return files, placed, tuple(documents)
+
+
+def _lay_out(
     layout: Iterable[tuple[str, dict[str, str], list[Step]]],
 ) -> tuple[tuple[OutputFile, ...], tuple[Step, ...]]:
     """Give every step its place in the files, each of which is (name, metadata, steps)."""
@@ -477,8 +485,7 @@ def lay_out(
     return tuple(files), tuple(placed)
 
 
-def index(placed: Iterable[Step], metadata: dict[str, Any]) -> bytes:
-    """The index of files, as JSON text."""
+def _index(placed: Iterable[Step], metadata: dict[str, Any]) -> bytes:
     weight_map = {step.name: step.file for step in placed}
     total = sum(step.nbytes for step in placed)
     return _json({"metadata": metadata | {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})

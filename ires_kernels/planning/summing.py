@@ -15,13 +15,13 @@ from typing import Any, NoReturn, cast
 import xxhash
 
 from ires_kernels.checkpoints import configs, names, roles, sidefiles
-from ires_kernels.checkpoints.checkpoint import Checkpoint
+from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.dtypes import FLOATS
 from ires_kernels.planning.evidence import ALIKE, Looks, likeness
 from ires_kernels.planning.inputs import StrPath
 from ires_kernels.planning.layout import Layout
-from ires_kernels.planning.plan import Plan, index, lay_out, plan_extract
+from ires_kernels.planning.plan import Plan, lay_out_residual, plan_extract
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.steps import Operand, Output, Step
 from ires_kernels.planning.sums import Term
@@ -68,7 +68,7 @@ def _of_residuals(inputs: Mapping[str, Checkpoint], rules: Rules, looks: Looks |
             "allow_missing, vocabulary and renames are for models, and these are residuals of the same tensors: leave "
             "them out."
         )
-    first = next(iter(inputs.values()))
+    giver, first = next(iter(inputs.items()))
     unmatched = rules.unmatched(dict.fromkeys(name for each in inputs.values() for name in each.tensors))
     if unmatched:
         raise CheckpointError(
@@ -78,41 +78,38 @@ def _of_residuals(inputs: Mapping[str, Checkpoint], rules: Rules, looks: Looks |
     kept = {role: {n: r for n, r in each.tensors.items() if not rules.skipped(n)} for role, each in inputs.items()}
     for role, each in inputs.items():
         _check_shapes(kept, role, inputs)
-        if each.manifest is not None and each.manifest.by_token:
-            _refuse_rows(f"{each.path}", next(iter(each.manifest.by_token)))
-    layout = []
-    for shard in first.shards:
-        group = []
-        for name in shard.header.tensors:
-            if name not in next(iter(kept.values())):
-                continue
-            operands = tuple(Operand(role, (tensors[name],)) for role, tensors in kept.items())
-            odd = next((operand for operand in operands if operand.dtype not in FLOATS), None)
-            if odd is not None:
-                raise CheckpointError(
-                    f"{odd.paths[0]}: {name!r} is {odd.dtype}, and no residual is. Leave it out with skip, or extract "
-                    "that residual again."
-                )
-            output = Output(name, dtype, operands[0].refs[0].shape)
-            stream = xxhash.xxh3_64_intdigest(name.encode())
-            group.append(Step(output, "add", operands, rules.alpha, stream))
-        layout += [(shard.path.name, {"format": "pt"}, group)] if group else []
-    if not layout:
+        by_token = kept[role].keys() & (each.manifest.by_token if each.manifest is not None else {})
+        if by_token:
+            _refuse_rows(f"{each.path}", min(by_token))
+    names_by_shard = [[name for name in shard.header.tensors if name in kept[giver]] for shard in first.shards]
+    groups = [[_added(name, kept, dtype, rules) for name in its] for its in names_by_shard if its]
+    if not groups:
         raise CheckpointError("no tensor would be stored: skip leaves out all of them. Skip less.")
-    files, placed = lay_out(layout)
-    documents = [("residual.safetensors.index.json", index(placed, {}))] if len(layout) > 1 else []
+    files, placed, documents = lay_out_residual(groups)
     recorded = first.manifest
     about: dict[str, Any] = {}
     if recorded is not None:
         keys = ("config", "special_ids", "renamed_tokens")
         about = {key: recorded.table[key] for key in keys if key in recorded.table}
-        about["sketch"] = {name: text for name, text in recorded.sketch.items() if name in next(iter(kept.values()))}
+        about["sketch"] = {name: text for name, text in recorded.sketch.items() if name in kept[giver]}
     return Plan(
-        "extract", dict(inputs), rules, files, placed, tuple(documents),
-        tuple(sidefiles.of_residual(first, next(iter(inputs)))), (),
+        "extract", dict(inputs), rules, files, placed, documents, tuple(sidefiles.of_residual(first, giver)), (),
         {name: (each.reason, each) for name, each in recorded.not_stored.items()} if recorded else {}, (), (),
         (*_one_base(inputs, kept, looks), *_one_tokenizer(inputs), *configs.differences(inputs)), (), about,
     )  # fmt: skip
+
+
+def _added(name: str, residuals: Mapping[str, Mapping[str, TensorRef]], dtype: str, rules: Rules) -> Step:
+    """The step that adds up a tensor of all residuals."""
+    operands = tuple(Operand(role, (tensors[name],)) for role, tensors in residuals.items())
+    odd = next((operand for operand in operands if operand.dtype not in FLOATS), None)
+    if odd is not None:
+        raise CheckpointError(
+            f"{odd.paths[0]}: {name!r} is {odd.dtype}, and no residual is. Leave it out with skip, or extract that "
+            "residual again."
+        )
+    stream = xxhash.xxh3_64_intdigest(name.encode())
+    return Step(Output(name, dtype, operands[0].refs[0].shape), "add", operands, rules.alpha, stream)
 
 
 def _of_pairs(
