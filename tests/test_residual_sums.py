@@ -199,13 +199,12 @@ def test_rows_of_new_tokens_have_no_multiples(models: Path) -> None:
 
 
 def test_a_shard_of_a_residual_becomes_a_whole_one(models: Path) -> None:
-    ik.extract(models / "base", models / "code", models / "one")
     file = models / "residual-00002-of-00009.safetensors"
     save_file(read_model(models / "residual"), file)
     sum_ = 2 * ik.Residual.open(file) + ik.Residual.open(models / "second")
     sum_.save(models / "sum")
     assert sorted(path.name for path in (models / "sum").glob("*.safetensors")) == ["residual.safetensors"]
-    assert ik.Residual.open(models / "sum").names == ik.Residual.open(models / "residual").names
+    assert sorted(ik.Residual.open(models / "sum").names) == sorted(ik.Residual.open(models / "residual").names)
 
 
 def test_damage_is_found(models: Path) -> None:
