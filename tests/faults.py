@@ -82,6 +82,8 @@ class Run(NamedTuple):
     """Whether tensors are cut into hundreds of windows, so that a tiny model takes as many as a large one."""
     parts: bool = False
     """Whether matrices are made of parts, as in made_of_parts.py, and cut into dozens of windows."""
+    coded: bool = False
+    """Whether the target is quantized, and cut into dozens of windows."""
     user: int | None = None
     """Whose process it is, with this one as the only process or thread that the user may have."""
     out: str | None = None
@@ -209,9 +211,10 @@ def start(folder: Path, cwd: str, run: Run) -> int:
         if run.small:
             tiles.tiles.set(tiles.Tiles(elements=32))
             cuts.SIZES = cuts.Sizes(window=1024, unit=64, gap=16)
-        if run.parts:
+        if run.parts or run.coded:
             tiles.tiles.set(tiles.Tiles(elements=512, copied=512))
             cuts.SIZES = cuts.Sizes(window=2048, unit=512, gap=16)
+        if run.parts:
             deeds.apply_steps = made_of_parts.steps_of_parts
         prepare(f"{folder}", cwd, run)
         sys.argv = ["ires", *run.argv]

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from faults import Done, Fault, Warm
+from quantized_models import ENCODED
+from small_models import read_model, write_model
 
 MODELS = ("base", "instruct", "target")
 MANIFESTS = ("ires.json", "residual.json")
@@ -49,6 +51,8 @@ class Scenario(NamedTuple):
     writes_target: bool = False
     parts: bool = False
     """Whether tensors change in part, and in dozens of windows."""
+    coded: bool = False
+    """Whether the target is quantized, with scales in other shards than their codes, and dozens of windows."""
 
 
 def same(name: str, command: tuple[str, ...], *, writes_target: bool = False) -> Scenario:
@@ -74,6 +78,7 @@ SCENARIOS = [
     same("in place, undo kept", _UNDO, writes_target=True),
     same("in place, two threads, no fsync", (*_IN_PLACE[:-1], "2", "--no-sync"), writes_target=True),
     same("in place, in parts", _UNDO, writes_target=True)._replace(parts=True),
+    same("in place, quantized", _IN_PLACE, writes_target=True)._replace(coded=True),
     Scenario("in place, resumed", _IN_PLACE, RESUME, _IN_PLACE, writes_target=True),
     Scenario("in place, rolled back", _UNDO, ROLLBACK, None, writes_target=True),
     Scenario("resume", RESUME, RESUME, _IN_PLACE, ((_IN_PLACE, _HALF_WAY),), writes_target=True),
@@ -110,6 +115,25 @@ def make_models(folder: Path) -> Path:
                 parameter.add_(torch.randn(parameter.shape) * 2e-3)
         model.save_pretrained(folder / name, max_shard_size="20KB")
         (folder / name / "tokenizer.json").write_text(json.dumps({"from": name}))
+    return folder
+
+
+def coded(models: Path) -> Path:
+    """The same models with a target of float8, in blocks of 16 × 16."""
+    folder = models.with_name(f"{models.name}-coded")
+    if folder.exists():
+        return folder
+    for name in ("base", "instruct"):
+        shutil.copytree(models / name, folder / name)
+    tensors: dict[str, torch.Tensor] = {}
+    make, settings = ENCODED["fp8-block"]
+    for name, tensor in read_model(models / "target").items():
+        tensors |= make(name, tensor) if "proj" in name else {name: tensor}
+    scales = {name: tensor for name, tensor in tensors.items() if name.endswith("_scale_inv")}
+    codes = {name: tensor for name, tensor in tensors.items() if name not in scales}
+    config = json.loads((models / "target" / "config.json").read_text()) | {"quantization_config": settings}
+    files = {"tokenizer.json": json.dumps({"from": "target"})}
+    write_model(folder / "target", scales | codes, config=config, shards=3, files=files)
     return folder
 
 
@@ -153,9 +177,9 @@ class World:
         self.warm = warm
         self.small = small
         self.scenario = scenario
-        self.models = models
+        self.models = coded(models) if scenario.coded else models
         self.folder = folder
-        self.old = {name: contents(models / name) for name in MODELS}
+        self.old = {name: contents(self.models / name) for name in MODELS}
         self.wanted = self._uninterrupted(scenario.end)
         self.merge = next(
             c for c in (scenario.command, *(c for c, _ in scenario.before)) if c[0] in ("apply", "extract")
@@ -184,7 +208,8 @@ class World:
 
     def run(self, command: Sequence[str], fault: Fault | None = None, **options: Any) -> Done:
         """The command in the world's folder, with the options of Warm.run."""
-        return self.warm.run(command, self.folder, fault, small=self.small, parts=self.scenario.parts, **options)
+        cut = {"small": self.small, "parts": self.scenario.parts, "coded": self.scenario.coded}
+        return self.warm.run(command, self.folder, fault, **cut, **options)
 
     def found(self) -> dict[str, Contents]:
         """The contents of every folder in which there is anything."""

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ires_kernels import merging
+from ires_kernels.bench import merges
 from ires_kernels.bench.kernels import VerificationError
 from ires_kernels.bench.measure import Ways, interleave
 from ires_kernels.bench.result import Goal, Result
@@ -25,6 +26,7 @@ from ires_kernels.bench.synthetic import Triple
 BLOCK = 128
 SCALE = "_scale_inv"
 ONE_PASS, BY_HAND = "one pass", "by hand"
+BARE, RING = merges.BARE, merges.RING
 TO_BF16, BY_HAND_TO_BF16 = "one pass, onto bf16", "by hand, onto bf16"
 GOALS = (Goal(ONE_PASS, BY_HAND, 0.1), Goal(TO_BF16, BY_HAND_TO_BF16, 0.1))
 
@@ -130,12 +132,17 @@ def verify(target: Path, instruct: Path, base: Path, out: Path, threads: int | N
 
 
 def measure(triple: Triple, folder: Path, rounds: int, *, threads: int | None = None) -> Result:
-    """Time both ways below `folder`: three models of fp8 into one of fp8, and two onto one of bfloat16."""
+    """Time both ways below `folder`: three models of fp8 into one of fp8, and two onto one of bfloat16.
+
+    And in place, where scales are found in a pass of their own: the same copy of the target again and again.
+    """
     quantized = {role: folder / f"fp8-{role}" for role in ("target", "instruct", "base")}
     for role, path in quantized.items():
         encode(getattr(triple, role), path)
     target, instruct, base = quantized.values()
-    out = folder / "out"
+    out, changed = folder / "out", folder / "changed"
+    shutil.copytree(target, changed)
+    fp8 = triple._replace(target=target, instruct=instruct, base=base)
     compared = verify(triple.target, instruct, base, out, threads)
 
     def ours(target: Path) -> Callable[[], object]:
@@ -146,6 +153,8 @@ def measure(triple: Triple, folder: Path, rounds: int, *, threads: int | None = 
 
     ways: Ways = {
         ONE_PASS: ours(target),
+        BARE: lambda: merges.in_place(changed, fp8, threads),
+        RING: lambda: merges.in_place(changed, fp8, threads, undo="ring"),
         BY_HAND: theirs(target, True),
         TO_BF16: ours(triple.target),
         BY_HAND_TO_BF16: theirs(triple.target, False),
@@ -156,9 +165,9 @@ def measure(triple: Triple, folder: Path, rounds: int, *, threads: int | None = 
         triple.models,
         {**triple.facts(), "fp8_bytes": small, "threads": threads, "compared": compared},
         times,
-        {ONE_PASS: 4 * small, TO_BF16: 2 * small + 2 * large},
+        {**dict.fromkeys((ONE_PASS, BARE, RING), 4 * small), TO_BF16: 2 * small + 2 * large},
         by="time",
-        yardsticks=(BY_HAND, BY_HAND_TO_BF16),
+        yardsticks=(ONE_PASS, BY_HAND, BY_HAND_TO_BF16),
         goals=GOALS,
     )
 
