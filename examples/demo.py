@@ -177,7 +177,9 @@ def load_with_transformers(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="500MB", help="size of a made-up model: 500MB, 250M, or llama-1b …")
+    parser.add_argument(
+        "--shape", "--size", default="500MB", help="size of a made-up model: 500MB, 250M, or llama-1b …"
+    )
     parser.add_argument("--keep", type=Path, help="work in this new folder and keep it")
     arguments = parser.parse_args()
     from transformers.utils import logging

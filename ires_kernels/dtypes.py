@@ -83,3 +83,19 @@ NUMBERS = {
 
 FLOATS = {number.name: number.bits // 8 for number in NUMBERS.values()}
 """Their widths in bytes."""
+
+_SPELLINGS = {
+    spelling: number.name
+    for number in NUMBERS.values()
+    for spelling in (number.name.lower(), number.torch, f"torch.{number.torch}", f"fp{number.name[1:]}".lower())
+}
+
+
+def number_of(dtype: object) -> Number | None:
+    """The number that a dtype is, however it is spelt: f32, F32, fp32, float32 or torch.float32, or torch's itself.
+
+    >>> number_of("torch.bfloat16").name, number_of("int8")
+    ('BF16', None)
+    """
+    text = dtype if isinstance(dtype, str) else f"{dtype}" if type(dtype).__name__ == "dtype" else ""
+    return NUMBERS.get(_SPELLINGS.get(text.lower(), ""))

@@ -75,7 +75,7 @@ def extract(
     instruct: StrPath,
     out: StrPath,
     *,
-    dtype: str = "f32",
+    dtype: str | torch.dtype = "f32",
     skip: Iterable[str] | str = (),
     allow_missing: bool | str = False,
     rounding: str = "nearest",
@@ -100,7 +100,7 @@ def extract(
     (7, 0)
 
     dtype          of the residual: f32 loses nothing of a bf16 or f16 pair beyond one rounding; bf16 and f16 are half
-                   the size; f64
+                   the size; f64. It may be spelt otherwise: "float32", torch.float32
     skip           regular expressions found in the names of tensors to leave out
     allow_missing  leave out tensors that only one of the two models has, which is an error otherwise; up to a tenth of
                    what the residual would hold, or with "any" whatever there is
@@ -140,7 +140,7 @@ def save_sum(
     factors: Sequence[float],
     out: StrPath,
     *,
-    dtype: str = "f32",
+    dtype: str | torch.dtype = "f32",
     skip: Iterable[str] | str = (),
     allow_missing: bool | str = False,
     rounding: str = "nearest",
@@ -198,7 +198,7 @@ def apply(
     alpha: float | Sequence[float] = 1.0,
     alphas: Factors = (),
     skip: Iterable[str] | str = (),
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     allow_missing: bool | str = False,
     rounding: str = "nearest",
     seed: int = 0,
@@ -511,7 +511,7 @@ def load(
     alpha: float | Sequence[float] = 1.0,
     alphas: Factors = (),
     skip: Iterable[str] | str = (),
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     allow_missing: bool | str = False,
     rounding: str = "nearest",
     seed: int = 0,
@@ -583,7 +583,7 @@ def compare(
     alpha: float = 1.0,
     curve: bool = False,
     skip: Iterable[str] | str = (),
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     allow_missing: bool | str = False,
     vocabulary: str | None = None,
     renames: Renames = (),
@@ -645,7 +645,7 @@ def weights(
     alpha: float | Sequence[float] = 1.0,
     alphas: Factors = (),
     skip: Iterable[str] | str = (),
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     allow_missing: bool | str = False,
     rounding: str = "nearest",
     seed: int = 0,

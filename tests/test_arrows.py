@@ -44,7 +44,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "publishing": {"pictures", "planning", "records"},
     "residual": {"checkpoints", "memory", "merging", "planning", "records", "streaming"},
-    "command_line": {"__init__", "checkpoints", "files", "pictures", "planning", "streaming"},
+    "command_line": {"__init__", "checkpoints", "dtypes", "files", "pictures", "planning", "streaming"},
     "cli": {"command_line", "files"},
     "__main__": {"cli"},
     "__init__": {"backends", "checking", "live", "memory", "merging", "publishing", "records", "residual", "tensors"},

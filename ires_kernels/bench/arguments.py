@@ -50,6 +50,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--size",
+        "--shape",
         metavar="N",
         help=f"elements of a tensor, or parameters of a model: 250M, 500MB (16 bits each), {', '.join(SHAPES)} "
         f"(default: {ELEMENTS:,} elements, on a GPU {ON_GPU:,}, and {MODEL})",

@@ -342,7 +342,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m ires_kernels.bench.synthetic", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("folder", metavar="FOLDER", help="gets base/, instruct/ and target/")
-    parser.add_argument("--shape", default="llama-1b", help=f"{', '.join(SHAPES)}, or a size: 250M parameters, 500MB")
+    parser.add_argument(
+        "--shape", "--size", default="llama-1b", help=f"{', '.join(SHAPES)}, or a size: 250M parameters, 500MB"
+    )
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shards", type=int, help="files of a model (default: as the shape says)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ires_kernels.dtypes import number_of
 from ires_kernels.planning.rules import DTYPES, VOCABULARIES
 
 
@@ -13,28 +14,43 @@ def destination(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--in-place", action="store_true", help="change the files of TARGET, with no second copy")
     undo = parser.add_mutually_exclusive_group()
     undo.add_argument(
+        "--undo",
+        choices=["ring", "all", "none"],
+        help="in place: the old bytes to keep: what an interrupted run needs (ring, the default), all, or none",
+    )
+    undo.add_argument(
         "--keep-undo",
         dest="undo",
         action="store_const",
         const="all",
-        help="in place: keep all old bytes, so that `ires rollback` can take back the finished update",
+        help="--undo all: `ires rollback` can take back the finished update as well",
     )
     undo.add_argument(
         "--no-undo",
         dest="undo",
         action="store_const",
         const="none",
-        help="in place: keep no old bytes; faster, but to be killed or to lose power on the way ruins TARGET",
+        help="--undo none: faster, but to be killed or to lose power on the way ruins TARGET",
     )
     parser.add_argument("--tag", default="", metavar="TEXT", help="in place: to apply the same once more on purpose")
 
 
 def merging(parser: argparse.ArgumentParser, *, dtype: str | None, kept: str) -> None:
-    parser.add_argument("--dtype", choices=list(DTYPES), default=dtype, help=f"dtype {kept}")
+    dtype_option(parser, f"dtype {kept}", default=dtype)
     matching(parser)
     parser.add_argument("--rounding", choices=["nearest", "stochastic"], default="nearest")
     parser.add_argument("--seed", type=int, default=0, help="of stochastic rounding (default: 0)")
     running(parser)
+
+
+def dtype_option(parser: argparse.ArgumentParser, text: str, default: str | None = None) -> None:
+    parser.add_argument("--dtype", type=_dtype, choices=list(DTYPES), default=default, help=text)
+
+
+def _dtype(text: str) -> str:
+    """The short name of a dtype; what is none stays what it is, and is refused."""
+    number = number_of(text)
+    return number.name.lower() if number else text
 
 
 def matching(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +83,8 @@ def matching(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--rename",
+        "--renames",
+        dest="rename",
         action="append",
         default=[],
         metavar="A=B",

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from ires_kernels.command_line import completions, operands, options, run
 from ires_kernels.command_line.streams import NotPrinted, fail, say
 from ires_kernels.planning.plan import VERSION
-from ires_kernels.planning.rules import DTYPES
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -89,6 +88,8 @@ def _apply(commands: Commands) -> None:
     )
     parser.add_argument(
         "--alpha-for",
+        "--alphas",
+        dest="alpha_for",
         type=operands.alpha_for,
         action="append",
         default=[],
@@ -126,9 +127,7 @@ def _compare(commands: Commands) -> None:
     parser.add_argument(
         "--alpha", type=float, default=1.0, metavar="A", help="of which to say what rounding would leave (default: 1)"
     )
-    parser.add_argument(
-        "--dtype", choices=list(DTYPES), help="which the merged model would have (default: the target's)"
-    )
+    options.dtype_option(parser, "which the merged model would have (default: the target's)")
     options.matching(parser)
     options.follow_links(parser)
     options.stream(parser)

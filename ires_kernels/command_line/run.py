@@ -133,7 +133,7 @@ def merge(arguments: argparse.Namespace) -> int:
 
 def _check_destination(arguments: argparse.Namespace) -> None:
     if not arguments.in_place and (arguments.undo or arguments.tag):
-        arguments.parser.error("--keep-undo, --no-undo and --tag go with --in-place")
+        arguments.parser.error("--undo, --keep-undo, --no-undo and --tag go with --in-place")
 
 
 def _options(arguments: argparse.Namespace, progress: Progress | None) -> dict[str, Any]:

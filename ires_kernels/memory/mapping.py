@@ -80,6 +80,7 @@ def mapped(
 
     Raises CheckpointError for what cannot be used, StoreError for what cannot be written, as everywhere, and OSError.
     """
+    undo = "copy" if undo == "all" else undo  # as `apply` calls it
     if undo not in UNDO:
         raise ArgumentError(f"undo is {undo!r}, wanted one of {', '.join(UNDO)}.")
     how = {"undo": undo == "copy", "sync": sync, "locked": lock}

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from ires_kernels.checkpoints import hub, manifest, names, roles
 from ires_kernels.checkpoints.checkpoint import open_checkpoint
+from ires_kernels.dtypes import number_of
 from ires_kernels.files.opening import read_bytes
 from ires_kernels.planning.inputs import StrPath
 from ires_kernels.planning.numbers import numbers
@@ -26,7 +27,6 @@ from ires_kernels.planning.yamls import LONGEST, Node, parse
 _MERGEKIT = ("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source")
 _RULES = ("alphas", "skip", "rounding", "seed", "vocabulary", "renames", "trust_names", "allow_missing")
 _KEYS = (*_MERGEKIT, "target", "pairs", "residuals", *_RULES)
-_SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
 _WEIGHT = "a number, a list of numbers as a gradient over the layers, or a list of tables {filter, value}"
 _LAYER = re.compile(r"(?P<stack>.*?)(?:^|\.)(?P<layer>\d+)(?=\.)")
 _ROOM = 8000  # characters of a pattern
@@ -186,11 +186,16 @@ def _path(node: Node, folder: Path) -> StrPath:
 
 
 def _dtype(table: Mapping[str, Node]) -> str | None:
-    node = table.get("out_dtype", table.get("dtype"))
-    for each in (table.get("dtype"), table.get("out_dtype")):
-        if each is not None and _SHORT.get(each.word(), each.word()) not in DTYPES:
-            raise each.wrong(f"one of {', '.join(_SHORT)}")
-    return None if node is None else _SHORT.get(node.word(), node.word())
+    names = [_short(node) for key in ("out_dtype", "dtype") if (node := table.get(key)) is not None]
+    return names[0] if names else None
+
+
+def _short(node: Node) -> str:
+    """A dtype, however it is spelt."""
+    number = number_of(node.word())
+    if number is None or number.name not in DTYPES.values():
+        raise node.wrong("one of float32, bfloat16, float16, float64")
+    return number.name.lower()
 
 
 def _vocabulary(table: Mapping[str, Node]) -> str | None:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeGuard
 
 from ires_kernels.checkpoints.header import brief
-from ires_kernels.dtypes import FLOATS, NUMBERS
+from ires_kernels.dtypes import FLOATS, NUMBERS, number_of
 from ires_kernels.files.plain import Refused
 from ires_kernels.planning.patterns import PatternError, compiled, matches, unmatched
 
@@ -60,7 +60,7 @@ class Rules:
         alpha: object = 1.0,
         alphas: Iterable[tuple[str, object]] | Mapping[str, object] = (),
         skip: Iterable[str] | str = (),
-        dtype: str | None = None,
+        dtype: object = None,
         allow_missing: bool | str = False,
         rounding: str = "nearest",
         seed: int = 0,
@@ -73,7 +73,8 @@ class Rules:
 
         Raises ArgumentError for values, TypeError for kinds: factors are finite real numbers that float32 holds.
         """
-        if dtype is not None and (not isinstance(dtype, str) or dtype not in DTYPES):
+        number = None if dtype is None else number_of(dtype)
+        if dtype is not None and (number is None or number.name not in DTYPES.values()):
             raise ArgumentError(f"dtype is {brief(dtype)}, wanted one of {', '.join(DTYPES)}.")
         if rounding not in ("nearest", "stochastic"):
             raise ArgumentError(f'rounding is {brief(rounding)}, wanted "nearest" or "stochastic".')
@@ -93,7 +94,7 @@ class Rules:
             _factors(alpha, residuals, "alpha"),
             tuple((pattern, _factors_of(pattern, value, residuals)) for pattern, value in _pairs(alphas)),
             tuple(_pattern(each, f"skip[{i}]") for i, each in enumerate(_listed(skip))),
-            None if dtype is None else DTYPES[dtype],
+            None if number is None else number.name,
             allow_missing,
             rounding,
             seed,

@@ -19,7 +19,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from ires_kernels.dtypes import NUMBERS
+from ires_kernels.dtypes import NUMBERS, number_of
 from ires_kernels.tensors import regions
 
 # Storage types and their widths in bytes.
@@ -123,9 +123,13 @@ def stochastic(rounding: Any, op: str) -> bool:
 
 
 def storage_dtype(dtype: Any, where: str) -> torch.dtype:
-    """A storage type asked for with dtype=."""
+    """A storage type asked for with dtype=: torch's, or its name."""
     if isinstance(dtype, torch.dtype) and dtype in STORAGE:
         return dtype
+    number = number_of(dtype) if isinstance(dtype, str) else None
+    if number is not None:
+        found: torch.dtype = getattr(torch, number.torch)
+        return found
     raise TypeError(f"{where} is {dtype}, {_WANTED}")
 
 

@@ -43,7 +43,7 @@ step of a loop a seed of its own, and each tensor a stream of its own.
 """
 _APART = """
 out         write here, and return it; the default makes a new tensor. It may be exactly an operand
-dtype       of the new tensor
+dtype       of the new tensor, torch.float32 or "f32"
 """
 _TALLY = """
 tally       an ires_kernels.Tally to count into what rounding and overflow did
@@ -66,7 +66,7 @@ def subtract(
     b: T,
     *,
     out: T | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     rounding: str = "nearest",
     seed: int = 0,
     stream: int | Sequence[int] = 0,
@@ -93,7 +93,7 @@ def add(
     alpha: float | Sequence[float] = 1.0,
     *,
     out: T | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     rounding: str = "nearest",
     seed: int = 0,
     stream: int | Sequence[int] = 0,
@@ -148,7 +148,7 @@ def scale(
     s: float,
     *,
     out: T | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     rounding: str = "nearest",
     seed: int = 0,
     stream: int | Sequence[int] = 0,
@@ -194,7 +194,7 @@ def add_difference(
     alpha: float | Sequence[float] = 1.0,
     *,
     out: T | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     rounding: str = "nearest",
     seed: int = 0,
     stream: int | Sequence[int] = 0,
@@ -248,7 +248,7 @@ def _apart(
     inputs: list[tuple[Tensor, ...]],
     factors: tuple[float, ...],
     out: Tensors | None,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | str | None,
     rounding: Rounding,
     tally: Tally | None,
 ) -> Tensors:

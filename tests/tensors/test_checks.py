@@ -115,7 +115,8 @@ def test_dtypes_that_are_not_storage_types(dtype: torch.dtype) -> None:
 
 def test_dtype_arguments() -> None:
     t = ones(4)
-    refused(TypeError, "scale: dtype is bfloat16, wanted one of", t, lambda: ik.scale(t, 2.0, dtype="bfloat16"))
+    refused(TypeError, "scale: dtype is brain16, wanted one of", t, lambda: ik.scale(t, 2.0, dtype="brain16"))
+    assert ik.scale(t, 2.0, dtype="bfloat16").dtype == ik.scale(t, 2.0, dtype="torch.bfloat16").dtype == torch.bfloat16
     message = "scale: out has dtype torch.bfloat16, and dtype= asks for torch.float32"
     refused(ValueError, message, t, lambda: ik.scale(ones(4), 2.0, out=t, dtype=torch.float32))
     assert ik.scale(ones(4), 2.0, out=t, dtype=torch.bfloat16) is t
