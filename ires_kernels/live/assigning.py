@@ -12,7 +12,7 @@ from ires_kernels.checkpoints.header import brief
 from ires_kernels.live import sharding
 from ires_kernels.live import tensors as held
 from ires_kernels.live.peers import Peers
-from ires_kernels.planning.boxes import Box
+from ires_kernels.planning.box import Box
 from ires_kernels.planning.rules import ArgumentError
 
 _ELSE = "Or load the target's files into a model as its library does, and add to that with apply_."

@@ -17,7 +17,7 @@ from ires_kernels.live import parts
 from ires_kernels.live.peers import Peers
 from ires_kernels.live.placing import Wanted, places
 from ires_kernels.planning import ancestry
-from ires_kernels.planning.boxes import Box
+from ires_kernels.planning.box import Box
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.inputs import StrPath, open_inputs
 from ires_kernels.planning.plan import Plan, plan_apply

@@ -8,7 +8,8 @@ import xxhash
 
 from ires_kernels.checkpoints.checkpoint import TensorRef
 from ires_kernels.live.peers import PeerError, Peers
-from ires_kernels.planning.boxes import Box, shared_out, within
+from ires_kernels.planning.box import Box
+from ires_kernels.planning.boxes import shared_out, within
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.steps import Step
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ires_kernels.checkpoints.header import brief
 from ires_kernels.live.peers import Peers
-from ires_kernels.planning.boxes import Box
+from ires_kernels.planning.box import Box
 from ires_kernels.planning.rules import ArgumentError
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId, Shard, Tenso
 from ires_kernels.checkpoints.header import Header, TensorInfo, tensor_bytes
 from ires_kernels.live.peers import Peers
 from ires_kernels.live.snapshot import Snapshot
-from ires_kernels.planning.boxes import Box
+from ires_kernels.planning.box import Box
 from ires_kernels.planning.evidence import places
 
 _SMALL = 1 << 13

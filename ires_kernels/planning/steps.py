@@ -13,6 +13,7 @@ import xxhash
 from ires_kernels.checkpoints.checkpoint import TensorRef
 from ires_kernels.checkpoints.quantized import QuantizedRef, Ref
 from ires_kernels.dtypes import STORAGE
+from ires_kernels.planning.box import Box
 
 Op = Literal["add", "add_difference", "subtract", "convert", "copy"]
 
@@ -154,8 +155,8 @@ class Step:
     """Flat index of the first element."""
     count: int = -1
     """Number of elements; -1: all that follow."""
-    shift: int = 0
-    """Of a block of a tensor: how much further into that its elements are, by whose index there random bits are."""
+    box: Box | None = None
+    """Of which block of a whole tensor the output is, where random bits are those of an element's index there."""
 
     def __post_init__(self) -> None:
         if self.count < 0:
@@ -166,6 +167,10 @@ class Step:
                 raise ValueError(f"{self.label} takes {self.taken} elements of {operand.role}, got {got}")
             if self.op == "copy" and operand.dtype != self.dtype:
                 raise ValueError(f"{self.label} is {self.dtype}, and no copy of {operand.text!r}: {operand.dtype}")
+
+    def number(self, index: int) -> int:
+        """By what an element of the output, of a flat index, has its random bits."""
+        return index if self.box is None else self.box.place(index)
 
     @property
     def taken(self) -> int:

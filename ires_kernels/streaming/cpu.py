@@ -149,14 +149,19 @@ def compute(
     coded  on the CPU: of which operands the numbers are decoded on the way; these tensors are memory for them
     """
     if coded:
-        decoding.run(call(step, operands, out, first, rules, tally), coded)
+        decoding.run(call(step, operands, out, step.number(first), rules, tally), coded)
+        return
+    if step.box is not None and not step.box.is_run:
+        for at, count, number in step.box.pieces(first, len(out)):
+            here = slice(at, at + count)
+            decoding.run(call(step, [each[here] for each in operands], out[here], number, rules, tally), {})
         return
     options: dict[str, Any] = {
         "out": out,
         "rounding": rules.rounding,
         "seed": rules.seed,
         "stream": step.stream,
-        "offset": first,
+        "offset": step.number(first),
         "tally": tally,
     }
     t, *others = operands

@@ -227,6 +227,7 @@ class _Part:
         self.readers = readers
         self.coder = coder
         self.copied = step.op == "copy" or step.is_scale
+        self.is_run = step.box is None or step.box.is_run
         self.length = _length(step)
         self.tile = max(1, self.length) if step.is_scale else sizes[self.copied]
         self.tiles = -(-self.length // self.tile)
@@ -255,7 +256,8 @@ class _Tensor:
         self.is_copy = len(parts) == 1 and parts[0].copied
         self.is_written = all(part.out is None for part in parts)
         # Whether a processor may read it itself: it stays there, and its operands are in files as they are.
-        stays = not (self.is_written and kept)
+        # As one run of what has random bits.
+        stays = not (self.is_written and kept) and all(part.is_run for part in parts)
         self.is_loaded = stays and all(r.reads(0, 0) is not None for part in parts for r in part.readers)
         self.hasher = xxhash.xxh3_128() if self.is_written and kept else None
         apart = not (self.is_copy and self.is_written)
@@ -283,7 +285,7 @@ class _Tensor:
         step, count = part.step, min(part.tile, part.length - first)
         out = None if part.out is None else part.out[first : first + count]
         reads = [reads for reader in part.readers if (reads := reader.reads(first, count)) is not None]
-        return Portion(step, step.shift + step.first + first, count, out, reads)
+        return Portion(step, step.number(step.first + first), count, out, reads)
 
 
 class _Tile(NamedTuple):
@@ -502,7 +504,7 @@ class _Engine:
         while self.waiting:
             _, (step, *more) = self.waiting[self._next_file()][0]
             room -= _packed(step)
-            alike = (step.op, step.factors, step.shift) == (part.step.op, part.step.factors, part.step.shift)
+            alike = (step.op, step.factors, step.number(0)) == (part.step.op, part.step.factors, part.step.number(0))
             if more or not alike or room < 0 or not 0 < _length(step) <= part.tile or self._is_made(step):
                 return
             tensor = self._start()
@@ -589,7 +591,7 @@ class _Engine:
             scales = part.coder.scales(step, part.readers, slot, self.sizes[False], lambda: self.stopped)
             if step.is_scale:
                 return self._scales_tile(tensor, index, slot, scales.stored)
-        seen, coded = take(part.readers, slot.buffers, first, count, codes=slot.decodes)
+        seen, coded = take(part.readers, slot.buffers, first, count, codes=slot.decodes and part.is_run)
         read, written = sum(len(view) for views in seen for view in views), count * part.width
         at = tensor.place(index)
         written = 0 if part.stays or at < tensor.done else written
@@ -597,11 +599,11 @@ class _Engine:
         if part.coder is not None:
             coding = part.coder.coding(seen[0][-1])
         if part.out is not None:
-            slot.start(step, step.shift + step.first + first, count, part.out[first : first + count], coded, coding)
+            slot.start(step, step.first + first, count, part.out[first : first + count], coded, coding)
         elif part.copied or (at < tensor.done and part.overwrites):
             result = seen[0][-1]  # where it is written already, what the target held is gone: this is the result
         else:
-            slot.start(step, step.shift + step.first + first, count, None, coded, coding)
+            slot.start(step, step.first + first, count, None, coded, coding)
             result = slot.buffers[-1][: count * part.width]
         return _Tile(tensor, index, part, first, slot, seen, result, at, read, written)
 

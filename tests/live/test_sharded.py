@@ -26,7 +26,7 @@ from relayouts import family as relatives
 from small_models import Tensors, normal, same, write_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -163,6 +163,27 @@ def split_by_columns_and_rows_and_fully_sharded(folder: Path) -> None:
     assert "[Shard(dim=0), Shard(dim=1)]" in kinds
     assert_applied(folder / "plain", model, pair(folder / "plain"), alpha=0.7)
     assert_applied(folder / "plain", model, folder / "plain/residual", alpha=0.7, rounding="stochastic", seed=5)
+
+
+@check
+def in_other_ways(folder: Path) -> None:
+    """With copies, by columns, and computing in another dtype."""
+    cross = mesh(2, 2)
+    policy = MixedPrecisionPolicy(param_dtype=torch.float32)
+
+    def columns(parameter: nn.Parameter) -> Shard:
+        return Shard(parameter.dim() - 1)
+
+    model = read(folder / "plain")
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=cross, mp_policy=policy, shard_placement_fn=columns)
+    fully_shard(model, mesh=cross, reshard_after_forward=False, mp_policy=policy)
+    assert list(model.model.layers[0].mlp.up_proj.weight.placements) == [Replicate(), Shard(1)]
+    with torch.no_grad():
+        assert model(IDS).logits.dtype == torch.float32
+    assert_applied(folder / "plain", model, pair(folder / "plain"), alpha=0.7, rounding="stochastic")
+    with pytest.raises(ArgumentError, match=r"is torch\.bfloat16 in the module, and would get torch\.float32"):
+        ik.load(folder / "plain/target", pair(folder / "plain"), dtype="f32", module=model)
 
 
 @check

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from ires_kernels.checkpoints.checkpoint import TensorRef
 from ires_kernels.checkpoints.header import CheckpointError
-from ires_kernels.planning.boxes import Box, shared_out, within
+from ires_kernels.planning.box import Box
+from ires_kernels.planning.boxes import shared_out, within
 from ires_kernels.planning.steps import Operand, Output, Step
 
 torch = pytest.importorskip("torch")
@@ -81,7 +82,11 @@ def test_steps_of_a_block(box: Box, data: st.DataObject) -> None:
         assert added == here
         assert own == (here if memory is None else [*range(step.first, step.first + step.count)])
         if numbered:
-            assert [step.shift + step.first + i for i in range(step.count)] == here
+            assert [step.number(step.first + i) for i in range(step.count)] == here
+            assert step.box is not None
+            pieces = [*step.box.pieces(step.first, step.count)]
+            assert [number + i for _, count, number in pieces for i in range(count)] == here
+            assert [at + i for at, count, _ in pieces for i in range(count)] == [*range(step.count)]
 
 
 def test_other_elements_of_the_target_are_not_here() -> None:
