@@ -2,8 +2,8 @@
 
 Everything is checked against the reference arithmetic before the clock starts, contenders take turns in one run, and
 what is reported are medians and quartiles of the rounds' ratios. The cases are in kernels, quantized, merges,
-mappings and start; that of ``fp8``, which takes as long as those do who merge by hand, in fp8; and those of ``gpu``,
-for a GPU machine, in gpu and gpu_merges.
+mappings and start; those that are run by themselves in fp8, comparing (``compare``) and living (``live``), and those of
+``gpu``, for a GPU machine, in gpu and gpu_merges.
 Exit codes: 0 measured, whatever the numbers; 1 a result was wrong, nothing was timed; 2 wrong usage.
 """
 
@@ -79,6 +79,10 @@ def main(argv: Sequence[str] | None = None, device: Accelerator | None = None) -
             _fp8(arguments, report)
         if "mapped" in arguments.parts:
             _mapped(arguments, report)
+        if "compare" in arguments.parts:
+            _comparing(arguments, report)
+        if "live" in arguments.parts:
+            _living(arguments, report)
         if "start" in arguments.parts:
             _start(arguments, report)
     except VerificationError as error:
@@ -115,6 +119,8 @@ class Report:
     merges: list[Result] = field(default_factory=list)
     fp8: list[Result] = field(default_factory=list)
     mapped: list[Result] = field(default_factory=list)
+    looked: list[Result] = field(default_factory=list)
+    """Of `compare` and of live models."""
     start: list[Result] = field(default_factory=list)
     across: list[Comparison] = field(default_factory=list)
     """What was measured of several results together."""
@@ -126,7 +132,7 @@ class Report:
 
     def comparisons(self) -> list[Comparison]:
         """Those of all results."""
-        results = (*self.kernels, *self.quantized, *self.merges, *self.fp8, *self.mapped, *self.start)
+        results = (*self.kernels, *self.quantized, *self.merges, *self.fp8, *self.mapped, *self.looked, *self.start)
         return [each for result in results for each in result.comparisons()] + self.across
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,6 +147,7 @@ class Report:
             "merges": [result.to_dict() for result in self.merges],
             "fp8": [result.to_dict() for result in self.fp8],
             "mapped": [result.to_dict() for result in self.mapped],
+            "looked": [result.to_dict() for result in self.looked],
             "start": [result.to_dict() for result in self.start],
             "comparisons": [each.to_dict() for each in self.comparisons()],
         }
@@ -162,6 +169,10 @@ def _ahead(arguments: argparse.Namespace) -> Iterator[outlook.Outlook]:
         yield outlook.of_fp8(arguments.shapes, rounds)
     if "mapped" in arguments.parts:
         yield outlook.of_mapped(arguments.shapes, rounds)
+    if "compare" in arguments.parts:
+        yield outlook.of_comparing(arguments.shapes, rounds)
+    if "live" in arguments.parts:
+        yield outlook.of_living(arguments.shapes, rounds)
     if "start" in arguments.parts:
         yield outlook.of_start(rounds)
 
@@ -262,6 +273,33 @@ def _mapped(arguments: argparse.Namespace, report: Report) -> None:
                 report.mapped.append(mappings.measure(triple, folder, arguments.rounds, threads=threads))
     title = f"In place through mapped pages, threads {threads}, no fsync"
     print_contenders(report.console, title, report.mapped)
+
+
+def _comparing(arguments: argparse.Namespace, report: Report) -> None:
+    from ires_kernels.bench import comparing
+
+    threads = max(arguments.threads) if arguments.threads else None
+    for shape in arguments.shapes:
+        with _models(arguments, shape, report.console) as (triple, _):
+            compared = comparing.verify(triple, threads)
+            report.say_verified(f"compare of {triple.models}: {compared:,} elements are counted as by the definition")
+            with report.console.status(f"comparing {triple.models}"):
+                report.looked.append(comparing.measure(triple, arguments.rounds, threads=threads))
+    print_contenders(report.console, "Three models, page cache warm where they fit", report.looked)
+
+
+def _living(arguments: argparse.Namespace, report: Report) -> None:
+    from ires_kernels.bench import living
+
+    threads = max(arguments.threads) if arguments.threads else default_threads()
+    for shape in arguments.shapes:
+        with _models(arguments, shape, report.console) as (triple, _):
+            live = living.Live(triple)
+            compared = living.verify(live, triple, threads)
+            report.say_verified(f"apply_ and undo: {compared:,} elements have the bits of load, and those from before")
+            with report.console.status(f"changing a module of {triple.nbytes / 1e9:.3g} GB"):
+                report.looked.append(living.measure(live, triple, arguments.rounds, threads))
+    print_contenders(report.console, f"Live on the CPU, threads {threads}", report.looked)
 
 
 def _start(arguments: argparse.Namespace, report: Report) -> None:

@@ -40,7 +40,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m ires_kernels.bench",
         description="How fast the kernels and whole merges are here, beside what limits them.",
     )
-    whats = [*_ALL, "fp8", "all", "gpu"]
+    whats = [*_ALL, "fp8", "compare", "live", "all", "gpu"]
     parser.add_argument("what", nargs="?", choices=whats, default="all")
     parser.add_argument(
         "--quick",
@@ -93,7 +93,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.dir and not Path(arguments.dir).is_dir():
         parser.error(f"--dir {arguments.dir}: wanted a folder that exists")
     try:
-        if arguments.what not in ("merge", "fp8", "mapped", "start"):
+        if arguments.what not in ("merge", "fp8", "mapped", "compare", "live", "start"):
             default = ON_GPU if on_gpu else _QUICK_ELEMENTS if arguments.quick else ELEMENTS
             arguments.elements = (
                 default if size is None else SHAPES[size].parameters if size in SHAPES else count_of(size)

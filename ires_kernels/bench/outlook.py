@@ -22,6 +22,7 @@ _MERGES, _BRIEF, _MAPPED, _THROUGH_GPU = 13.0, 5.0, 13.0, 2.1  # seconds of a ro
 _BY_HAND = 40.0  # seconds of a round for a GB of a model of 16 bits that is merged as one of fp8, and by hand
 _MODELS = 5.0  # seconds for a GB of a model: to write three of them, and to compare a merge
 _ON_GPU = 0.1  # seconds of a round for a GB that a workload reads and writes
+_LOOKED, _LIVE = 1.5, 3.0  # seconds of a round for a GB of a model
 _START = 4.0  # seconds of a round of commands
 _SCALES = 4  # threads with which kernels still become faster, at least
 
@@ -84,6 +85,19 @@ def of_mapped(shapes: Sequence[Shape], rounds: int) -> Outlook:
     sizes = [2e-9 * shape.parameters for shape in shapes]
     disk = max((6 + 1 / shape.shards) * size for shape, size in zip(shapes, sizes, strict=True)) * 1e9
     return Outlook(f"mapped: {_models(shapes)}", sum(sizes) * (rounds * _MAPPED + _MODELS), disk=disk)
+
+
+def of_comparing(shapes: Sequence[Shape], rounds: int) -> Outlook:
+    """`compare` twice a round, and `cat`: three models."""
+    sizes = [2e-9 * shape.parameters for shape in shapes]
+    return Outlook(f"compare: {_models(shapes)}", sum(sizes) * (rounds * _LOOKED + _MODELS), disk=3e9 * max(sizes))
+
+
+def of_living(shapes: Sequence[Shape], rounds: int) -> Outlook:
+    """`apply_` three times a round and undone: three models in memory, and while it is verified two more."""
+    sizes = [2e-9 * shape.parameters for shape in shapes]
+    seconds = sum(sizes) * (rounds * _LIVE + _MODELS)
+    return Outlook(f"live: {_models(shapes)}", seconds, 5e9 * max(sizes), 3e9 * max(sizes))
 
 
 def of_start(rounds: int) -> Outlook:

@@ -77,7 +77,7 @@ def weigh(triple: Triple, folder: Path) -> dict[str, int]:
     merging.extract(triple.base, triple.instruct, folder / "residual", sync=False)
     peaks = {}
     for name, command in commands(triple, folder).items():
-        done = subprocess.run(command.weighed(), env=_environment(), capture_output=True, text=True, check=False)
+        done = subprocess.run(command.weighed(), env=environment(), capture_output=True, text=True, check=False)
         *_, last = done.stderr.splitlines() or [""]
         if done.returncode != command.code or not last.isdigit():
             raise VerificationError(f"{name} ended with {done.returncode}, wanted {command.code}: {done.stderr}")
@@ -90,7 +90,7 @@ def measure(triple: Triple, folder: Path, rounds: int, peaks: Mapping[str, int])
     """Time the commands in turns, after `weigh` has read all that they read and compiled all that they import."""
 
     def run(command: Command) -> None:
-        subprocess.run(command.timed(), env=_environment(), capture_output=True, check=False)
+        subprocess.run(command.timed(), env=environment(), capture_output=True, check=False)
 
     ways = {name: partial(run, command) for name, command in commands(triple, folder).items()}
     times = interleave(ways, rounds, after=lambda _: shutil.rmtree(folder / "out", ignore_errors=True))
@@ -110,6 +110,6 @@ def measure(triple: Triple, folder: Path, rounds: int, peaks: Mapping[str, int])
     )
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Ours, but that what is imported is compiled once, as for a user."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}

@@ -81,11 +81,13 @@ def apply(arguments: argparse.Namespace) -> int:
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    from ires_kernels.pictures import page, plot
-
     if arguments.plot:
+        from ires_kernels.pictures import plot
+
         plot.check(arguments.plot)
     if arguments.html:
+        from ires_kernels.pictures import page
+
         page.check(arguments.html)
     _stream(arguments, "target", "instruct", "base")
     with progress_bar(arguments, "compare") as progress:

@@ -168,6 +168,11 @@ def _room(nbytes: int) -> mmap.mmap:
     return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
+def forget() -> None:
+    """Let go of memory that is there for the next copy."""
+    _spare.clear()
+
+
 def _leave(memory: mmap.mmap) -> None:
     """For the next one, if there is no other."""
     if not _spare and hasattr(mmap, "MADV_FREE"):

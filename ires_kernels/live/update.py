@@ -45,14 +45,15 @@ class Applied:
     It holds the bits from before, which take as much memory as what was changed; they go with it.
     """
 
-    def __init__(self, module: nn.Module, target: Target, changed: Sequence[str]):
+    def __init__(self, module: nn.Module, target: Target, changed: Sequence[str], *, undo: bool):
         self.changed = tuple(changed)
         """The names of the tensors that were changed; of a sharded module those of which something is here."""
-        self.nbytes = target.before.nbytes
+        self.nbytes = target.before.nbytes if undo else 0
         """Bytes of memory that are held for `undo`."""
+        self._kept = undo
         self._module = module
         self._tensors = {name: target.tensors[name] for name in changed}
-        self._before: Snapshot | None = target.before
+        self._before: Snapshot | None = target.before if undo else None
         self._versions = self._seen()
         known = _newest.get(module)
         self._under = known() if known is not None else None
@@ -65,8 +66,10 @@ class Applied:
 
         Of a sharded module each process gives back what it has, and asks nobody: all of them are to call it.
 
-        Raises ArgumentError where they have, and where they have another dtype or shape now.
+        Raises ArgumentError where they have, where they have another dtype or shape now, and where nothing was kept.
         """
+        if not self._kept:
+            raise ArgumentError("apply_ was called with undo=False: no bits were kept that could be given back.")
         if self._before is None:
             return
         sharding.reshard(self._module)
@@ -103,7 +106,8 @@ class Applied:
         self.undo()
 
     def __repr__(self) -> str:
-        state = "undone" if self._before is None else f"{len(self.changed)} tensors changed, {self.nbytes} bytes kept"
+        undone = self._kept and self._before is None
+        state = "undone" if undone else f"{len(self.changed)} tensors changed, {self.nbytes} bytes kept"
         return f"<apply_ to {type(self._module).__name__}: {state}>"
 
     def _seen(self) -> list[tuple[int, int]]:
@@ -123,6 +127,7 @@ def apply_(
     vocabulary: str | None = None,
     renames: Iterable[str | tuple[str, str]] | Mapping[str, str] = (),
     trust_names: bool = False,
+    undo: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
     follow_links: bool = False,
@@ -152,6 +157,9 @@ def apply_(
     optimiser has of the model, such as moments and float32 copies of its weights, does not know of the update: make it
     anew.
 
+    undo  False: keep no bits, which saves that memory and half of the time. Nothing can be taken back then, and where
+          something fails after the first tensor was changed, a warning says that the module is no longer whole
+
     Of a module that several processes hold, as fully_shard and parallelize_module make it of DTensors, each of them
     calls this, reads what belongs to its own blocks, and has the bits that the whole module would have there; and the
     result says what was changed in this process. Where one of them fails all do, with PeerError, and all of them have
@@ -160,7 +168,7 @@ def apply_(
     The other arguments, and errors, as for `apply`; and ArgumentError for a module whose tensors are on the meta
     device, quantized, or of torch.inference_mode, and for DTensors that are sums still to be made (Partial).
     """
-    check_flags(follow_links=follow_links)
+    check_flags(follow_links=follow_links, undo=undo)
     module = held.inner(module)
     with sharding.peers(module) as peers:
         options = Options.of("cpu", threads, progress)
@@ -196,13 +204,15 @@ def apply_(
             here = target.local()
             try:
                 with interrupts.held():
-                    target.keep(plan, changed)
+                    target.keep(plan, changed, undo=undo)
                     _fill(plan, {name: here[name] for name in changed}, target, options)
-                    applied = Applied(module, target, changed)
+                    applied = Applied(module, target, changed, undo=undo)
                     peers.end()
             except BaseException:  # also what a signal has raised as the region was left
                 with interrupts.held():
                     target.before.put_back(here, changed)
+                if not undo:
+                    warnings.warn(f"{type(module).__name__} may be changed in part: load it again", stacklevel=2)
                 raise
         except Refused as error:
             error.args = (target.named(f"{error}"),)

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from ires_kernels.backends.fit import Fit
 from ires_kernels.files.plain import plain, plain_lines, several, table
@@ -27,7 +21,7 @@ cpt, cpt-v1.1 and cpt-registry, "whole distance"."""
 CURVE = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 """Alphas of the curve in a picture, beside the one that is asked."""
 
-_WIDTH, _BAR = 80, 6
+_BAR = 6
 _NAME = 24
 _LISTED = 40
 _NUMBER = re.compile(r"^(.*?)\.?\b(\d+)\.(.+)$")
@@ -181,34 +175,34 @@ class FitReport:
         """80 columns, with bars of drift and size on one scale."""
         rows = {**first, **fits}
         largest = max([r for f in rows.values() for r in (f.relative_drift, f.relative_size) if r], default=1.0)
-        lines = Table(box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False, show_edge=False)
-        lines.add_column(title, overflow="fold", max_width=_NAME, min_width=_NAME)
-        for head in (f"{'drift':<{_BAR}}", f"{'size':<{_BAR}}"):
-            lines.add_column(head, no_wrap=True)
-            lines.add_column("", justify="right", no_wrap=True)
-        for head in ("cosine", "signs", "≤1ulp", " alpha"):
-            lines.add_column(head, justify="right", no_wrap=True)
+        bars, numbers = [f"{'drift':<{_BAR}}", "", f"{'size':<{_BAR}}", ""], ["cosine", "signs", "≤1ulp", " alpha"]
+        cells = [[title, *bars, *numbers]]
         for name, fit in rows.items():
-            lines.add_row(
-                Text(_in_parts(plain(name))),
-                bar(fit.relative_drift, largest), _short(fit.relative_drift),
-                bar(fit.relative_size, largest), _short(fit.relative_size),
-                _short(fit.cosine), _percent(fit.conflict_share), _percent(fit.small_share),
-                _short(fit.effective(self.alphas)[0]),
-            )  # fmt: skip
-        out = StringIO()
-        Console(file=out, width=_WIDTH, color_system=None, highlight=False).print(lines)
-        return "\n".join(line.rstrip() for line in out.getvalue().rstrip().split("\n"))
+            beside = [text for r in (fit.relative_drift, fit.relative_size) for text in (bar(r, largest), _short(r))]
+            shares = _percent(fit.conflict_share), _percent(fit.small_share)
+            first_line, *more = _in_parts(plain(name))
+            effective = _short(fit.effective(self.alphas)[0])
+            cells.append([first_line, *beside, _short(fit.cosine), *shares, effective])
+            cells += [[line] for line in more]
+        widths = [_NAME, *(max(len(row[k]) for row in cells if len(row) > k) for k in range(1, len(cells[0])))]
+        lines = [" ".join(_aligned(row, widths)).rstrip() for row in cells]
+        return "\n".join([lines[0], "─" * (sum(widths) + len(widths) - 1), *lines[1:]])
 
 
-def _in_parts(name: str) -> str:
-    """A name in lines that fit into the column, broken after dots."""
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
+    """Names and bars to the left, numbers to the right."""
+    for number, (cell, width) in enumerate(zip(row, widths, strict=False)):
+        yield cell.ljust(width) if number in (0, 1, 3) else cell.rjust(width)
+
+
+def _in_parts(name: str) -> list[str]:
+    """A name in lines that fit into the column, broken after dots where that is possible."""
     lines = [""]
-    for part in re.findall(r"[^.]*\.?", name):
+    for part in re.findall(rf"[^.]{{1,{_NAME - 1}}}\.?|\.", name):
         if lines[-1] and len(lines[-1]) + len(part) > _NAME:
             lines.append("")
         lines[-1] += part
-    return "\n".join(lines)
+    return lines
 
 
 def bar(value: float | None, largest: float) -> str:

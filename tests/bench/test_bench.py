@@ -149,6 +149,17 @@ def test_mapped(tmp_path, capsys):
     assert [each.name for each in tmp_path.iterdir()] == ["m.json"]
 
 
+@pytest.mark.parametrize(("what", "text"), [("compare", "as by the definition"), ("live", "and those from before")])
+def test_compare_and_live(tmp_path, capsys, what, text):
+    path = tmp_path / "c.json"
+    assert bench.main([what, "--size", "tiny", "--rounds", "1", "--dir", f"{tmp_path}", "--json", f"{path}"]) == 0
+    assert text in capsys.readouterr().out
+    (entry,) = json.loads(path.read_text())["looked"]
+    assert entry["model_bytes"] == 2 * 131_392
+    assert all(len(each["seconds"]) == 1 for each in entry["contenders"].values())
+    assert [each.name for each in tmp_path.iterdir()] == ["c.json"]
+
+
 def test_start(tmp_path, monkeypatch, capsys):
     every = start.commands
     few = (start.TORCH, "ires --help", "ires apply --in-place --dry-run")

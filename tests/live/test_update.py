@@ -212,6 +212,21 @@ def test_a_failure_after_any_tile_leaves_the_module_as_it_was(
     assert number > failed
 
 
+def test_nothing_is_kept_where_nobody_wants_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, instruct, base = small(tmp_path)
+    with ik.apply_(model, (instruct, base)) as applied:
+        wanted = bits(model)
+    applied = ik.apply_(model, (instruct, base), undo=False)
+    assert_same(bits(model), wanted)
+    assert applied.nbytes == 0
+    assert "0 bytes kept" in repr(applied)
+    with pytest.raises(ArgumentError, match="undo=False"):
+        applied.undo()
+    monkeypatch.setattr(guards, "check_unchanged", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    with pytest.warns(UserWarning, match="changed in part"), pytest.raises(KeyboardInterrupt):
+        ik.apply_(model, (instruct, base), undo=False)
+
+
 def test_what_is_moved_is_kept_before(tmp_path: Path) -> None:
     """Elements that are read elsewhere than where they are changed, and those that nobody reads."""
 
