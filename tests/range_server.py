@@ -161,7 +161,10 @@ def serving(host: str = "127.0.0.1") -> Iterator[Files]:
                 self.wfile.write(data[at : at + (1 << 20)])
                 time.sleep(max(0.0, began + (at + (1 << 20)) / files.rate - time.monotonic()))
 
-    server = ThreadingHTTPServer((host, 0), Handler)
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 256  # or many that come at once are sent away, for seconds
+
+    server = Server((host, 0), Handler)
     server.daemon_threads = True
     server.block_on_close = False
     files.address = f"http://{host}:{server.server_address[1]}"

@@ -9,10 +9,12 @@ read. Whatever else is read comes from a request of its own, or from pieces that
 from __future__ import annotations
 
 from bisect import bisect_right, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
+from itertools import pairwise
 from pathlib import Path
-from threading import Lock
+from threading import RLock, get_ident
+from time import monotonic
 from typing import Any
 
 from ires_kernels.checkpoints import objects
@@ -23,24 +25,45 @@ from ires_kernels.checkpoints.standins import Far
 PIECE = 12 << 20
 """Bytes of a request: at 25 MB/s and 50 ms away, .48 s of .53 s are spent with bytes on their way."""
 AT_ONCE = 32
-"""Requests that are on their way, or have brought what nobody has read yet, of all files of a run together."""
+"""Requests for pieces that are on their way, of all files of a run together."""
+MOST = 48 * PIECE
+"""Bytes that are on their way or were not read yet: so many that no request waits for who reads."""
+_LATELY = 5.0
+"""Seconds for which a place where a thread has read counts as one where it reads."""
 _SMALL = 1 << 18
 """Bytes for which, where a piece was dropped already, only they are asked for again."""
 
 
 class Window:
-    """How much the files of a run may have asked for ahead, and how many read at once."""
+    """How much the files of a run may have asked for ahead, and where they are read."""
 
     def __init__(self) -> None:
-        self.lock = Lock()
+        self.lock = RLock()
         self.near = 0
         """Bytes that were asked for and are not all read."""
-        self.streams = 1
-        """Places at which files are read."""
+        self.under_way = 0
+        """Requests."""
+        self._places: dict[object, tuple[int, float]] = {}  # of each file, how many, and when
 
     @property
     def room(self) -> int:
-        return AT_ONCE * PIECE - self.near
+        return MOST - self.near
+
+    def share(self, file: object, places: int) -> int:
+        """Bytes that a file may ask for ahead of each of the places where it is read."""
+        now = monotonic()
+        self._places[file] = places, now
+        return AT_ONCE * PIECE // max(1, sum(count for count, at in self._places.values() if now - at < _LATELY))
+
+    def ask(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
+        self.under_way += 1
+        future = objects.begin(work)
+        future.add_done_callback(self._has_come)
+        return future
+
+    def _has_come(self, _: object) -> None:
+        with self.lock:
+            self.under_way -= 1
 
 
 class RemoteFile:
@@ -56,6 +79,7 @@ class RemoteFile:
         self._near: dict[int, Future[Any]] = {}
         self._left: dict[int, int] = {}  # bytes of a piece that are not read
         self._done: set[int] = set()
+        self._at: dict[int, tuple[int, float]] = {}  # by thread, the piece that it reads, and when
         self._closed = False
 
     def stamp(self) -> FileId:
@@ -75,8 +99,9 @@ class RemoteFile:
                 data = memoryview(self._result(objects.begin(self._far.object.read(offset, stop))))
                 start = offset
             else:
-                data = memoryview(self._result(self._ask(number)))
+                piece = self._ask(number)
                 self._ask_ahead(number)
+                data = memoryview(self._result(piece))
                 self._read_of(number, stop - offset)
             view[: stop - offset] = data[offset - start : stop - start]
             view, offset = view[stop - offset :], stop
@@ -124,21 +149,28 @@ class RemoteFile:
             if self._closed:
                 raise Unreachable(self._far.object.where, "was closed meanwhile")
             if number not in self._near:
-                self._near[number] = objects.begin(self._far.object.read(start, stop))
+                self._near[number] = self._window.ask(self._far.object.read(start, stop))
                 self._left[number] = stop - start
                 self._window.near += stop - start
             return self._near[number]
 
     def _ask_ahead(self, number: int) -> None:
-        """Have what comes behind a piece brought near, as much as is this stream's share."""
-        share = AT_ONCE * PIECE // max(1, self._window.streams)
+        """Have what comes behind a piece brought near, as much as is the share of this place."""
+        share = self._window.share(self, self._places(number))
         for behind in range(number + 1, len(self._pieces)):
             start, stop = self._pieces[behind]
             share -= stop - start
-            if share < 0 or self._window.room < stop - start or len(self._near) >= 2 * AT_ONCE:
+            if share < 0 or self._window.room < stop - start or self._window.under_way >= AT_ONCE:
                 return
             if behind not in self._done and behind not in self._near:
                 self._ask(behind)
+
+    def _places(self, number: int) -> int:
+        """How many places far from each other are read; threads at tensors next to each other are at one."""
+        now = monotonic()
+        self._at[get_ident()] = number, now
+        numbers = sorted(each for each, at in list(self._at.values()) if now - at < _LATELY)
+        return 1 + sum(two - one > AT_ONCE for one, two in pairwise(numbers))
 
     def _read_of(self, number: int, count: int) -> None:
         with self._window.lock:

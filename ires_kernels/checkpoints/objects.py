@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import errno
+import os
+import re
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
@@ -248,6 +250,9 @@ def _loop() -> asyncio.AbstractEventLoop:
         return _running[0]
 
 
+_CLOUDS, _YES = ("AWS", "AZURE", "GOOGLE"), ("true", "True", "1")
+
+
 def _library(address: Address) -> Any:
     try:
         import obstore
@@ -268,6 +273,7 @@ def store_at(address: Address, **headers: str) -> Any:
     retry: Any = {"max_retries": _RETRIES, "retry_timeout": timedelta(minutes=3), "backoff": _BACKOFF}
     try:
         if address.is_store:
+            client["allow_http"] = any(os.environ.get(f"{cloud}_ALLOW_HTTP", "") in _YES for cloud in _CLOUDS)
             return store.from_url(address.full(), retry_config=retry, client_options=client)  # type: ignore[call-overload]
         if address.scheme == "http":
             client["allow_http"] = True
@@ -291,7 +297,7 @@ def _explained(error: Exception, where: object) -> Exception:
         return error
     if isinstance(error, known.PreconditionError) or " 412 " in text:
         return Changed(where)
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) or " 404 " in text:
         return Missing(where, "nothing is there")
     if isinstance(error, (known.PermissionDeniedError, known.UnauthenticatedError)):
         return Missing(where, "access is refused (401 or 403): give credentials that may read it, or a newer address")
@@ -302,7 +308,8 @@ def _explained(error: Exception, where: object) -> Exception:
     for sign, why in _SIGNS.items():
         if sign in text:
             return (_Cut if sign in _BODY else lambda why: Unreachable(where, why))(why)
-    return Unreachable(where, f"{type(error).__name__} of the store")
+    said = re.sub(r"\w+://\S+", "it", (text.strip() or type(error).__name__).splitlines()[0])
+    return Unreachable(where, f"cannot be read ({said})")
 
 
 _BODY = ("body error", "decoding response body")

@@ -141,7 +141,6 @@ class Files:
         """A source that stays open until `release`."""
         source = self.open(path)
         self._held[path] += 1
-        self._window.streams = self._held.total()
         return source
 
     def is_local(self, path: Path) -> bool:

@@ -107,8 +107,6 @@ async def _found(address: Address, place: Place) -> Path:
         await _check_honest(place)
         known = await _small(place, _KNOWN)
         weights = _weights(known, None)
-    if not known and not weights:
-        weights = ["model.safetensors"]
     heads = await objects.all_of([_head(place.file(name), optional=weights is _EITHER) for name in weights])
     found = {name: each for name, each in zip(weights, heads, strict=True) if each is not None}
     if not found and not known:

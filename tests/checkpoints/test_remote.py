@@ -390,6 +390,7 @@ def test_ctrl_c_does_not_wait_for_a_server(addresses: dict[str, str], server: Fi
 def test_reading_ahead(server: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Latency is paid once and not for each tile, and memory stays within its bound."""
     monkeypatch.setattr(ahead, "PIECE", 1 << 18)
+    monkeypatch.setattr(ahead, "MOST", 48 << 18)
     most = [0]
     known = ahead.Window.room.fget
     assert known is not None
@@ -411,7 +412,7 @@ def test_reading_ahead(server: Files, tmp_path: Path, monkeypatch: pytest.Monkey
     pieces = [r for r in server.requests if r.path.endswith(".safetensors") and r.stop and r.stop - r.start >= 1 << 18]
     assert len(pieces) >= 64
     assert server.most >= 16, "many requests are under way at once"
-    assert most[0] <= (ahead.AT_ONCE + 4) * ahead.PIECE
+    assert most[0] <= ahead.MOST + 4 * ahead.PIECE
 
 
 def test_pieces() -> None:
@@ -428,16 +429,12 @@ def test_a_server_that_is_not_ours(models: Path, plain: dict[str, bytes], tmp_pa
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    for path in (tmp_path, *models.rglob("*"), models):
-        path.chmod(0o755)
-    for parent in tmp_path.parents:
-        if parent.stat().st_uid == os.getuid() and parent != Path("/"):
-            parent.chmod(parent.stat().st_mode | 0o011)
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     temporary = " ".join(f"{kind}_temp_path {tmp_path}/{kind};" for kind in kinds)
+    user = "" if os.getuid() else "user root;"  # others cannot look into the folder of a test
     config = tmp_path / "nginx.conf"
     config.write_text(
-        f"daemon off; pid {tmp_path}/pid; events {{}}\n"
+        f"daemon off; pid {tmp_path}/pid; {user} events {{}}\n"
         f"http {{ access_log off; {temporary} server {{ listen 127.0.0.1:{port}; root {models}; }} }}\n"
     )
     server = subprocess.Popen(["nginx", "-c", f"{config}", "-e", f"{tmp_path}/errors"], stderr=subprocess.DEVNULL)
