@@ -8,9 +8,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import xxhash
+
 from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId, Shard, TensorRef
 from ires_kernels.checkpoints.header import Header, TensorInfo, tensor_bytes
-from ires_kernels.live.peers import Peers
+from ires_kernels.live.peers import PeerError, Peers
 from ires_kernels.live.snapshot import Snapshot
 from ires_kernels.planning.box import Box
 from ires_kernels.planning.evidence import places
@@ -46,6 +48,7 @@ class Whole:
             for name, info in before.infos.items()
         ]
         self._ends = list(accumulate(sizes))
+        self._check_same()
         self._known: dict[str, list[tuple[int, bytes]]] = {}
         for want, data in self._gathered([want for name in self._names for want in self._samples(name)]).items():
             self._known.setdefault(want.name, []).append((want.begin, data))
@@ -89,6 +92,19 @@ class Whole:
 
     def close(self) -> None:
         """It goes with its memory."""
+
+    def _check_same(self) -> None:
+        """Make sure that all processes have a module of the same tensors. Raises PeerError."""
+        mine = [
+            (name, info.dtype, end) for (name, info), end in zip(self.before.infos.items(), self._ends, strict=True)
+        ]
+        digest = xxhash.xxh3_128_hexdigest(f"{mine} {sorted(self._boxes)}".encode())
+        for rank, its in self._peers.exchange("the module", digest).items():
+            if its != digest:
+                raise PeerError(
+                    f"rank {rank} has other tensors in its module than rank {self._peers.rank}: nothing was changed. "
+                    "Give each process its part of one module."
+                )
 
     def _samples(self, name: str) -> Iterator[_Want]:
         """What planning looks at in any case of a tensor that lies in parts."""

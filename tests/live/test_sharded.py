@@ -304,6 +304,10 @@ def one_that_fails_fails_all(folder: Path) -> None:
     with pytest.raises(PeerError, match=r"rank [01] was called with other arguments"):
         ik.apply_(model, pair(folder / "plain"), 0.7 if rank else 0.8)
     assert_blocks(model, before)
+    model.register_buffer(f"of {rank}", torch.ones(3))
+    with pytest.raises(PeerError, match=r"rank [01] has other tensors in its module"):
+        ik.apply_(model, pair(folder / "plain"), allow_missing=True)
+    del model._buffers[f"of {rank}"]
 
     def fail(done: int, _: int) -> None:
         if rank == 1 and done:
