@@ -158,7 +158,8 @@ def apply_(
     anew.
 
     undo  False: keep no bits, which saves that memory and half of the time. Nothing can be taken back then, and where
-          something fails after the first tensor was changed, a warning says that the module is no longer whole
+          something fails after the first tensor was changed, a warning says that the module is no longer whole. Of
+          a module that several processes hold they are kept until all have succeeded
 
     Of a module that several processes hold, as fully_shard and parallelize_module make it of DTensors, each of them
     calls this, reads what belongs to its own blocks, and has the bits that the whole module would have there; and the
@@ -211,7 +212,7 @@ def apply_(
             except BaseException:  # also what a signal has raised as the region was left
                 with interrupts.held():
                     target.before.put_back(here, changed)
-                if not undo:
+                if not undo and not peers.are_several:
                     warnings.warn(f"{type(module).__name__} may be changed in part: load it again", stacklevel=2)
                 raise
         except Refused as error:

@@ -313,9 +313,10 @@ def one_that_fails_fails_all(folder: Path) -> None:
         if rank == 1 and done:
             raise OSError(5, "Input/output error")
 
-    with pytest.raises(PeerError if rank != 1 else OSError, match="Input/output error"):
-        ik.apply_(model, pair(folder / "plain"), progress=fail)
-    assert_blocks(model, before)
+    for undo in (True, False):
+        with pytest.raises(PeerError if rank != 1 else OSError, match="Input/output error"):
+            ik.apply_(model, pair(folder / "plain"), undo=undo, progress=fail)
+        assert_blocks(model, before)
     assert_applied(folder / "plain", model, pair(folder / "plain"), alpha=0.7)
 
 
