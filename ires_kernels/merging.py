@@ -30,7 +30,7 @@ from ires_kernels.planning.plan import Plan, plan_apply, related
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.summing import plan_residual
 from ires_kernels.planning.sums import Sum, written_out
-from ires_kernels.planning.workers import Worker
+from ires_kernels.planning.workers import Cluster, Worker, asked
 from ires_kernels.records import repetition, state
 from ires_kernels.records.operation import UNDO, Operation, other_files, same_plan
 from ires_kernels.records.report import Report
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ires_kernels.live.loading import Weights
+    from ires_kernels.new_folder.on_ray import Task
     from ires_kernels.records.fit import FitReport
 
 __all__ = [
@@ -121,7 +122,8 @@ def extract(
     lock           False does without the lock (flock), on file systems that have none: no other process may write there
     workers        (rank, world): this is one of several processes, perhaps on other machines, that were all given this
                    call, each with its rank. It does its share and returns a WorkerReport; the last one to end finishes
-                   the folder and returns the Report. "env" takes both from torchrun, mpirun or Slurm
+                   the folder and returns the Report. "env" takes both from torchrun, mpirun or Slurm. "ray" or
+                   "ray:ADDRESS" has it done by the machines of a Ray cluster, and returns the Report
 
     Called again after an interruption it goes on, with the files that are not complete; called again after success it
     changes nothing. Raises CheckpointError, StoreError and ArgumentError, all ValueErrors, before anything is written;
@@ -166,7 +168,7 @@ def save_sum(
     check_path(out, "out")
     hub.check_out(out)
     check_flags(sync=sync, sha256=sha256, dry_run=dry_run, follow_links=follow_links, lock=lock)
-    worker = _worker(workers, sync)
+    worker = _worker(workers, device, sync)
     if vocabulary not in (None, "rows"):
         raise ArgumentError(f'vocabulary is {vocabulary!r}, and extract takes "rows" alone: there is no target yet.')
     rules = Rules.of(
@@ -183,7 +185,7 @@ def save_sum(
     )
     paths = {role: hub.local(path) for role, path in paths.items()}
     inputs = open_inputs(paths, follow_links=follow_links, dry_run=dry_run)
-    options = Options.of(device, threads, progress, lock, idle=dry_run)
+    options = Options.of(_here(device, worker), threads, progress, lock, idle=dry_run)
     with Looks(inputs) as looks:
         plan = _warned(plan_residual(inputs, rules, second_copies(inputs), looks=looks), looks)
     return _written(plan, Path(out), options, worker, sync=sync, sha256=sha256, dry_run=dry_run)
@@ -250,7 +252,9 @@ def apply(
 
     The others as for `extract`, and the same errors.
     """
-    where = Destination(out, in_place, undo, tag, sync, sha256, dry_run, follow_links, lock, _worker(workers, sync))
+    where = Destination(
+        out, in_place, undo, tag, sync, sha256, dry_run, follow_links, lock, _worker(workers, device, sync)
+    )
     where.check()
     if in_place:
         hub.check_local(target)
@@ -259,7 +263,7 @@ def apply(
         skip=skip, dtype=dtype, allow_missing=allow_missing, rounding=rounding, seed=seed,
         vocabulary=vocabulary, renames=renames, trust_names=trust_names,
     )  # fmt: skip
-    return _applied(paths, rules, where, Options.of(device, threads, progress, lock, idle=dry_run))
+    return _applied(paths, rules, where, Options.of(_here(device, where.worker), threads, progress, lock, idle=dry_run))
 
 
 def merge(
@@ -299,7 +303,9 @@ def merge(
 
     The others and the errors as for `apply`; what is not supported is an ArgumentError that names line and key.
     """
-    where = Destination(out, in_place, undo, tag, sync, sha256, dry_run, follow_links, lock, _worker(workers, sync))
+    where = Destination(
+        out, in_place, undo, tag, sync, sha256, dry_run, follow_links, lock, _worker(workers, device, sync)
+    )
     where.check()
     check_flags(trust_inputs=trust_inputs)
     check_path(recipe, "recipe")
@@ -309,7 +315,9 @@ def merge(
     if in_place:
         repo = hub.repo_of(paths["target"])
         hub.check_local(paths["target"] if repo is None else f"{repo}")
-    done = _applied(paths, rules, where, Options.of(device, threads, progress, lock, idle=dry_run), made)
+    done = _applied(
+        paths, rules, where, Options.of(_here(device, where.worker), threads, progress, lock, idle=dry_run), made
+    )
     return repetition.compared(done, made) if made and isinstance(done, Report) and not in_place else done
 
 
@@ -325,7 +333,7 @@ class Destination(NamedTuple):
     dry_run: bool
     follow_links: bool
     lock: bool
-    worker: Worker | None
+    worker: Worker | Cluster | None
 
     def check(self) -> None:
         """Refuse arguments of wrong kinds, and those that do not go together."""
@@ -346,20 +354,36 @@ class Destination(NamedTuple):
             raise ArgumentError("workers go with out, a new folder: in place one process updates a model.")
 
 
-def _worker(workers: Workers, sync: bool) -> Worker | None:
-    """Which of several processes this is."""
-    worker = Worker.asked(workers)
+def _worker(workers: Workers, device: str | torch.device, sync: bool) -> Worker | Cluster | None:
+    """Which of several processes this is, or who has them."""
+    worker = asked(workers, f"{device}")
     if worker is not None and not sync:
         raise ArgumentError("workers wait for the disk: of what others wrote a machine that restarts knows nothing.")
     return worker
 
 
+def _here(device: str | torch.device, worker: Worker | Cluster | None) -> str | torch.device:
+    """On what this process computes: the machines of a cluster may have GPUs, and this one none."""
+    return "cpu" if isinstance(worker, Cluster) else device
+
+
 def _written(
-    plan: Plan, out: Path, options: Options, worker: Worker | None, *, sync: bool, sha256: bool, dry_run: bool
+    plan: Plan, out: Path, options: Options, worker: Worker | Cluster | None, *, sync: bool, sha256: bool, dry_run: bool
 ) -> Report | WorkerReport | Plan:
     if worker is None or dry_run:
         return write_folder(plan, out, options, sync=sync, sha256=sha256, dry_run=dry_run)
-    return write_share(plan, out, options, worker, sha256=sha256)
+    if isinstance(worker, Worker):
+        return write_share(plan, out, options, worker, sha256=sha256)
+    from ires_kernels.new_folder.on_ray import write_on_ray
+
+    return write_on_ray(plan, out, options, worker, carry_out, sha256=sha256)
+
+
+def carry_out(task: Task) -> object:
+    """What a task of Ray does: `write_item`, in a process that has to plan for itself."""
+    from ires_kernels.new_folder.on_ray import write_item
+
+    return write_item(task, _planned_again)
 
 
 def _applied(

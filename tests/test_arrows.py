@@ -114,7 +114,7 @@ def test_imports_follow_the_arrows(room: str) -> None:
     assert own <= ARROWS[room]
     if room in NO_TORCH:
         others -= {"planning": {"numpy"}, "pictures": {"matplotlib"}}.get(room, set())
-        known = {"xxhash", "rich", "huggingface_hub", "obstore", "yaml", "_typeshed"}
+        known = {"xxhash", "rich", "huggingface_hub", "obstore", "ray", "yaml", "_typeshed"}
         assert others <= set(sys.stdlib_module_names) | known
     assert not others & {"transformers", "safetensors"}
 

@@ -76,9 +76,15 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def worker(arguments: argparse.Namespace) -> Worker | None:
-    """Which of several processes this is, where it was asked to be one."""
-    rank, world = arguments.rank, arguments.world
+def workers(arguments: argparse.Namespace) -> Worker | str | None:
+    """Which of several processes this is, where it was asked to be one; or the cluster that has them."""
+    rank, world, address = arguments.rank, arguments.world, arguments.address
+    if arguments.engine:
+        if arguments.workers or rank is not None or world is not None:
+            raise ArgumentError("--engine has workers of its own: leave out --workers, --rank and --world.")
+        return f"ray:{address}" if address else "ray"
+    if address:
+        raise ArgumentError("--address goes with --engine ray.")
     if rank is not None and world is not None:
         return Worker.of(rank, world)
     if rank is not None or (world is not None and not arguments.workers):

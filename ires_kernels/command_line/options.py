@@ -125,6 +125,11 @@ def workers(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--rank", type=int, metavar="R", help="which one it is, from 0 on; it does its share and ends")
     group.add_argument("--world", type=int, metavar="W", help="how many they are")
+    group = parser.add_argument_group("or by a cluster, with -o")
+    group.add_argument("--engine", choices=["ray"], help="have it done by the machines of a Ray cluster")
+    group.add_argument(
+        "--address", metavar="A", help="of that cluster (default: RAY_ADDRESS, or processes of this machine)"
+    )
 
 
 def follow_links(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,13 @@ def progress_bar(arguments: argparse.Namespace, what: str) -> Iterator[Progress 
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     bar = Bar(*columns, console=Console(stderr=True), transient=True, auto_refresh=False)
     drawing = [True]
 
@@ -35,8 +41,17 @@ def progress_bar(arguments: argparse.Namespace, what: str) -> Iterator[Progress 
                 drawing[0] = False
 
     task = bar.add_task(what, total=None)
+
+    class Drawn:
+        def __call__(self, done: int, todo: int) -> None:
+            draw(lambda: bar.update(task, completed=done, total=todo, refresh=True))
+
+        def tell(self, text: str) -> None:
+            """What it is that is done, where that changes."""
+            draw(lambda: bar.update(task, description=text))
+
     draw(bar.start)
     try:
-        yield lambda done, todo: draw(lambda: bar.update(task, completed=done, total=todo, refresh=True))
+        yield Drawn()
     finally:
         draw(bar.stop)

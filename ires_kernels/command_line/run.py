@@ -162,7 +162,7 @@ def _how(arguments: argparse.Namespace, progress: Progress | None) -> dict[str, 
         "progress": progress,
         "follow_links": arguments.follow_links,
         "lock": not arguments.no_lock,
-        "workers": operands.worker(arguments),
+        "workers": operands.workers(arguments),
     }
 
 

@@ -530,12 +530,14 @@ def read_kept(out: Path) -> bytes:
     with _ours(partial) as at, named(partial):
         fd = open_own(partial / MARKER)
         try:
-            if is_unused(os.listdir(at)):
-                raise StoreError(
-                    f"{partial}: was left by a merge that ended before it began. Give the command again; or "
-                    f"`ires rollback {out}` removes it."
-                )
             return read_lock(fd, partial)[1]
+        except Foreign:
+            if not is_unused(os.listdir(at)):
+                raise
+            raise StoreError(
+                f"{partial}: was left by a merge that ended before it began. Give the command again; or "
+                f"`ires rollback {out}` removes it."
+            ) from None
         finally:
             os.close(fd)
 

@@ -31,16 +31,16 @@ from ires_kernels.planning.workers import Item, Worker, share
 from ires_kernels.records import sides
 from ires_kernels.records.operation import Operation
 from ires_kernels.records.report import Report
-from ires_kernels.records.workers import Note, WorkerReport
+from ires_kernels.records.workers import WorkerReport, note
 from ires_kernels.streaming.options import Options
 from ires_kernels.streaming.outcome import Outcome
 
 _SECONDS = 2.0
-"""Between two notes of how far a worker is."""
+"""Between two notes of how far a process is."""
 
 
 @dataclass(frozen=True)
-class _Joined:
+class Joined:
     """What a process has to work with, or to finish."""
 
     plan: Plan
@@ -48,6 +48,28 @@ class _Joined:
     options: Options
     operation: Operation
     compared: dict[str, dict[str, str]]
+
+    @classmethod
+    def of(cls, plan: Plan, out: Path, options: Options, *, sha256: bool) -> Joined:
+        """Raises CheckpointError for inputs that cannot be used."""
+        compared, operation = prepared(plan, sync=True, sha256=sha256)
+        return cls(plan, out, options, operation, compared)
+
+    def folder(self) -> SharedFolder:
+        """The folder, as a context in which this process works there."""
+        return SharedFolder(
+            self.out, identity(self.operation), self.operation.to_bytes(), accept=partial(_check_same, self),
+            locked=self.options.locked, access=sides.access_of(self.plan),
+        )  # fmt: skip
+
+    def is_finished(self) -> bool:
+        """Whether another process has given the folder its name."""
+        return os.path.lexists(self.out) and bool(os.listdir(self.out))
+
+    def missing(self, folder: SharedFolder) -> list[str]:
+        """The files that are not complete."""
+        complete = folder.complete()
+        return [file.name for file in self.plan.files if file.name not in complete]
 
 
 @interrupts.uninterrupted
@@ -58,19 +80,11 @@ def write_share(plan: Plan, out: Path, options: Options, worker: Worker, *, sha2
         return recorded
     check_destination(out, [checkpoint.path for checkpoint in plan.inputs.values()])
     started = time.perf_counter()
-    compared, operation = prepared(plan, sync=True, sha256=sha256)
-    joined = _Joined(plan, out, options, operation, compared)
-    outcome = Outcome()
-    with _folder(joined) as folder:
-        try:
-            if not os.path.lexists(out) or not os.listdir(out):  # else it was finished just now
-                write_items(plan, share(plan, worker), folder, options, worker, outcome)
-            missing = _settled(plan, folder)
-        except OSError:
-            missing = [file.name for file in plan.files if file.name not in folder.complete()]
-            if missing and not os.path.lexists(out):
-                raise  # else others have done it, and removed what was not needed any more
-    report = None if missing and not os.path.lexists(out) else _finished(joined, outcome, started)
+    joined = Joined.of(plan, out, options, sha256=sha256)
+    with joined.folder() as folder:
+        outcome = write_items(joined, share(plan, worker), folder, f"rank-{worker.rank}-of-{worker.world}")
+        missing = [] if joined.is_finished() else settled(joined, folder)
+    report = None if missing else finished(joined, outcome, started)
     seconds = time.perf_counter() - started
     return report or WorkerReport(
         plan.operation, plan.id, out, *worker, seconds, outcome.bytes_read, outcome.bytes_written,
@@ -82,10 +96,9 @@ def write_share(plan: Plan, out: Path, options: Options, worker: Worker, *, sha2
 def finish_folder(plan: Plan, out: Path, options: Options, *, sha256: bool) -> Report:
     """Finish a folder whose workers have ended. Raises StoreError where something is missing, or is being written."""
     started = time.perf_counter()
-    compared, operation = prepared(plan, sync=True, sha256=sha256)
-    joined = _Joined(plan, out, options, operation, compared)
-    with _folder(joined) as folder:
-        missing = _settled(plan, folder)
+    joined = Joined.of(plan, out, options, sha256=sha256)
+    with joined.folder() as folder:
+        missing = settled(joined, folder)
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise StoreError(
@@ -93,39 +106,56 @@ def finish_folder(plan: Plan, out: Path, options: Options, *, sha256: bool) -> R
             f"{', '.join(missing[:3])}{more}. Start the workers again that have not ended well: each goes on where it "
             f"was. Or `ires resume {out}` writes the rest in one process."
         )
-    report = _finished(joined, Outcome(), started)
+    report = finished(joined, Outcome(), started)
     if report is None:
         raise InUse(f"{partial_path(out)}: another process is finishing it. Wait for it to end.")
     return report
 
 
-def write_items(
-    plan: Plan, items: Iterable[Item], folder: SharedFolder, options: Options, worker: Worker, outcome: Outcome
-) -> None:
-    """Write the items that are not complete; the outcome learns of them."""
-    sizes = {file.name: file for file in plan.files}
+def write_items(joined: Joined, items: Iterable[Item], folder: SharedFolder, note: str) -> Outcome:
+    """Write those of the items that are not complete; returns what was learnt.
+
+    note  under which name it is noted how far this is
+    """
+    outcome = Outcome()
+    if joined.is_finished():
+        return outcome
+    try:
+        parts = list(_reserved(joined, items, folder, outcome))
+        with _noted(joined.options, folder, note) as options:
+            write_parts(joined.plan, parts, folder, options, outcome)
+    except OSError:
+        if not joined.is_finished() and joined.missing(folder):
+            raise
+        # Else others have done it, and removed what was not needed any more.
+    return outcome
+
+
+def _reserved(
+    joined: Joined, items: Iterable[Item], folder: SharedFolder, outcome: Outcome
+) -> Iterator[tuple[list[Step], NewFile]]:
+    """Steps that are to be carried out, and the file, or the range of one, that they make."""
+    plan = joined.plan
+    files = {file.name: file for file in plan.files}
     steps: dict[str, list[Step]] = {}
     for step in plan.steps:
         steps.setdefault(step.name, []).append(step)
     complete = folder.complete()
-    parts: list[tuple[list[Step], NewFile]] = []
     for item in items:
-        file = sizes[item.file]
+        file = files[item.file]
         if file.name in complete:
             continue
         if item.is_whole:
             folder.reserve(*file)
             each = [step for name in item.tensors for step in steps[name]]
-            parts.append((each, folder.file(file.name, partial(_checked, plan, outcome, each))))
+            yield each, folder.file(file.name, partial(_checked, plan, outcome, each))
             outcome.bytes_written += len(file.header)
             continue
         folder.share(*file)
         known = learnt(folder.parts(file.name)).outputs
         for run in _runs(steps[name] for name in item.tensors if name not in known):
             start, stop = run[0].offset, run[-1].offset + run[-1].start + run[-1].nbytes
-            parts.append((run, folder.range(file.name, start, stop, partial(_checked, plan, outcome, run))))
-    with _noted(folder, options, worker) as noted:
-        write_parts(plan, parts, folder, noted, outcome)
+            yield run, folder.range(file.name, start, stop, partial(_checked, plan, outcome, run))
 
 
 def _runs(tensors: Iterable[list[Step]]) -> list[list[Step]]:
@@ -147,31 +177,24 @@ def _checked(plan: Plan, outcome: Outcome, steps: Iterable[Step]) -> bytes:
 
 
 @contextmanager
-def _noted(folder: SharedFolder, options: Options, worker: Worker) -> Iterator[Options]:
+def _noted(options: Options, folder: SharedFolder, name: str) -> Iterator[Options]:
     """Options whose progress is noted in the folder as well."""
-    note, last = Note(worker), 0.0
+    done, todo, last = 0, 0, 0.0
 
-    def progress(done: int, todo: int) -> None:
-        nonlocal last
-        note.done, note.todo = done, todo
+    def progress(*numbers: int) -> None:
+        nonlocal done, todo, last
+        done, todo = numbers
         if time.monotonic() - last > _SECONDS:
             last = time.monotonic()
-            folder.note(note.name, note.to_bytes())
+            folder.note(name, note(done, todo))
         if options.progress:
             options.progress(done, todo)
 
     yield replace(options, progress=progress)
-    folder.note(note.name, note.to_bytes())
+    folder.note(name, note(done, todo))
 
 
-def _folder(joined: _Joined) -> SharedFolder:
-    return SharedFolder(
-        joined.out, identity(joined.operation), joined.operation.to_bytes(), accept=partial(_check_same, joined),
-        locked=joined.options.locked, access=sides.access_of(joined.plan),
-    )  # fmt: skip
-
-
-def _check_same(joined: _Joined, kept: bytes, _: object) -> None:
+def _check_same(joined: Joined, kept: bytes, _: object) -> None:
     """Refuse to work with others whose inputs are not the same, by samples of their bytes, or who do something else."""
     mine, partial_folder = joined.operation, partial_path(joined.out)
     try:
@@ -190,10 +213,9 @@ def _check_same(joined: _Joined, kept: bytes, _: object) -> None:
                 )
 
 
-def _settled(plan: Plan, folder: SharedFolder) -> list[str]:
+def settled(joined: Joined, folder: SharedFolder) -> list[str]:
     """Give their names to shared files whose ranges are all there; returns which files are not complete."""
-    complete = folder.complete()
-    missing = [file.name for file in plan.files if file.name not in complete]
+    plan, missing = joined.plan, joined.missing(folder)
     tensors: dict[str, dict[str, list[Step]]] = {name: {} for name in missing}
     for step in plan.steps:
         if step.file in tensors:
@@ -205,13 +227,10 @@ def _settled(plan: Plan, folder: SharedFolder) -> list[str]:
             each = [step for parts in steps.values() for step in parts]
             found = True
             folder.conclude(name, record(known, each))
-    if not found:
-        return missing
-    complete = folder.complete()
-    return [name for name in missing if name not in complete]
+    return joined.missing(folder) if found else missing
 
 
-def _finished(joined: _Joined, outcome: Outcome, started: float) -> Report | None:
+def finished(joined: Joined, outcome: Outcome, started: float) -> Report | None:
     """Finish the folder, or look at what another process has finished; None where one is just doing so."""
     plan, out, options, operation = joined.plan, joined.out, joined.options, joined.operation
     place = FinishedFolder(

@@ -1,7 +1,7 @@
 """Who writes what, where several processes carry out one plan: which of how many a process is, and what its share is.
 
-Nobody deals the work out: every process has the same plan, and finds the same shares by itself. An item of work is a
-file of the output. Where files are too few, or too large for that, some of them are cut between tensors, and a run of
+Nobody need deal the work out: every process has the same plan, and finds the same shares by itself. An item of work is
+a file of the output. Where files are too few, or too large for that, some of them are cut between tensors, and a run of
 tensors is an item.
 """
 
@@ -48,17 +48,6 @@ class Worker(NamedTuple):
         return cls(rank, world)
 
     @classmethod
-    def asked(cls, workers: object) -> Worker | None:
-        """Of an argument: (rank, world), "env" for what the environment tells, None for one process alone."""
-        if workers is None:
-            return None
-        if workers == "env":
-            return cls.of_environment(os.environ)
-        if not isinstance(workers, tuple) or len(workers) != 2:
-            raise TypeError(f'workers is {brief(workers)}, wanted (rank, world), "env" or None')
-        return cls.of(*workers)
-
-    @classmethod
     def of_environment(cls, environment: Mapping[str, str], world: int | None = None) -> Worker:
         """As launchers tell their processes: torchrun, mpirun, Slurm and the tasks of its arrays, Kubernetes.
 
@@ -86,6 +75,31 @@ class Worker(NamedTuple):
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.world}"
+
+
+class Cluster(NamedTuple):
+    """Who gives the items to processes that it has started itself: Ray."""
+
+    address: str | None
+    """None: that of RAY_ADDRESS, or else processes of this machine."""
+    device: str
+    """cpu, or cuda: the GPU that each of them gets."""
+
+
+def asked(workers: object, device: str = "cpu") -> Worker | Cluster | None:
+    """Of an argument: (rank, world), "env" for what the environment tells, "ray"; None for one process alone.
+
+    device  on which to compute, for Ray
+    """
+    if workers is None:
+        return None
+    if workers == "env":
+        return Worker.of_environment(os.environ)
+    if isinstance(workers, str) and workers.partition(":")[0] == "ray":
+        return Cluster(workers.partition(":")[2] or None, device.partition(":")[0])
+    if not isinstance(workers, tuple) or len(workers) != 2:
+        raise TypeError(f'workers is {brief(workers)}, wanted (rank, world), "env", "ray", "ray:ADDRESS" or None')
+    return Worker.of(*workers)
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

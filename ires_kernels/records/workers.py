@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ires_kernels.files.plain import table
 from ires_kernels.planning.plan import size
@@ -52,36 +53,41 @@ class WorkerReport:
         return table([*rows, ("finished", last)])
 
 
-class Note:
-    """How far a worker is, for `status`: anybody may have written it, and nothing follows from it."""
+def note(done: int, todo: int) -> bytes:
+    """How far this process is, for `told`."""
+    place = {"host": socket.gethostname(), "process": os.getpid(), "at": time.time()}
+    return json.dumps({"done": done, "todo": todo, **place}).encode()
 
-    def __init__(self, worker: Worker) -> None:
-        self.worker = worker
-        self.done = self.todo = 0
 
-    @property
-    def name(self) -> str:
-        return f"{self.worker.rank}-of-{self.worker.world}"
+class Noted(NamedTuple):
+    """What a process has noted: anybody may have written it, and nothing follows from it."""
 
-    def to_bytes(self) -> bytes:
-        place = {"host": socket.gethostname(), "process": os.getpid(), "at": time.time()}
-        return json.dumps({"done": self.done, "todo": self.todo, **place}).encode()
+    done: float
+    todo: float
+    at: float
+    """By the clock of its machine."""
+    host: str
+    process: int
+
+    @classmethod
+    def of(cls, raw: bytes) -> Noted | None:
+        """What `note` made, if it is that."""
+        try:
+            table = json.loads(raw)
+            done, todo, at = (float(table[key]) for key in ("done", "todo", "at"))
+            if math.isfinite(done + todo + at):
+                return cls(done, todo, at, f"{table['host']}", int(table["process"]))
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            pass
+        return None
+
+    def __str__(self) -> str:
+        ago = max(0.0, time.time() - self.at)
+        read = f"{size(self.done)} of {size(self.todo)} read and written"
+        return f"{read}, {ago:.0f} s ago, by {self.host}, process {self.process}"
 
 
 def told(notes: Mapping[str, bytes]) -> tuple[str, ...]:
-    """A line for each worker that has said how far it is."""
-    lines = []
-    for name, raw in sorted(notes.items(), key=lambda each: (len(each[0]), each[0])):
-        try:
-            note = json.loads(raw)
-            done, todo, at = (float(note[key]) for key in ("done", "todo", "at"))
-            place = f"{note['host']}, process {int(note['process'])}"
-            rank, _, world = name.partition("-of-")
-            ago = max(0.0, time.time() - at)
-            lines.append(
-                f"rank {int(rank)} of {int(world)}: {size(done)} of {size(todo)} read and written, {ago:.0f} s ago, "
-                f"by {place}"
-            )
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            continue
-    return tuple(lines)
+    """A line for each process that has noted how far it is."""
+    each = {name: Noted.of(raw) for name, raw in sorted(notes.items(), key=lambda each: (len(each[0]), each[0]))}
+    return tuple(f"{name.replace('-', ' ')}: {noted}" for name, noted in each.items() if noted)

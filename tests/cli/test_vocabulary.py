@@ -25,6 +25,7 @@ COMMANDS = (
     "inspect",
     "verify",
     "resume",
+    "finish",
     "rollback",
     "status",
     "sha256",

@@ -70,11 +70,11 @@ def test_an_environment_that_does_not_tell(environment: dict[str, str], world: i
 def test_an_environment_means_nothing_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
-    assert Worker.asked(None) is None
-    assert Worker.asked("env") == Worker.asked((1, 4)) == (1, 4)
+    assert workers.asked(None) is None
+    assert workers.asked("env") == workers.asked((1, 4)) == (1, 4)
     for wrong, kind in (([0, 1], TypeError), (3, TypeError), ((0, True), TypeError), ((-1, 2), ArgumentError)):
         with pytest.raises(kind):
-            Worker.asked(wrong)
+            workers.asked(wrong)
     with pytest.raises(ArgumentError, match="workers go with out"):
         ik.apply(tmp_path, tmp_path, in_place=True, workers=(0, 2))
     with pytest.raises(ArgumentError, match="workers wait for the disk"):
