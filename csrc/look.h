@@ -47,7 +47,7 @@ private:
 // Counts the elements of `run`, whose pointers are set here; `operands` have their bytes. On a failure says of which operand.
 inline Unread fit_files(FitRun run, Runs (&operands)[3], const std::string& isa, Fit* fit, int* failed) {
     constexpr int64_t kPiece = int64_t(1) << 15;
-    const std::unique_ptr<char[]> memory(new char[3 * kPiece * 4]);
+    static thread_local const std::unique_ptr<char[]> memory(new char[3 * kPiece * 4]);  // its pages are not fresh next time
     const int64_t n = run.n;
     for (int64_t i = 0; i < n; i += kPiece) {
         run.n = std::min(kPiece, n - i);

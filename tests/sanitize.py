@@ -19,7 +19,7 @@ CHECKS = "address,undefined,float-cast-overflow"
 TESTS = (
     *(
         f"tests/backends/test_{name}.py"
-        for name in ("numerics", "stochastic", "stats", "counting", "decoding", "encoding")
+        for name in ("numerics", "stochastic", "stats", "counting", "decoding", "encoding", "fit")
     ),
     *(f"tests/tensors/test_{name}.py" for name in ("ops", "checks")),
     "tests/new_folder/test_merge.py",

@@ -174,7 +174,7 @@ def forget() -> None:
 
 
 def _leave(memory: mmap.mmap) -> None:
-    """For the next one, if there is no other."""
-    if not _spare and hasattr(mmap, "MADV_FREE"):
+    """For the next one, unless a larger one is there."""
+    if hasattr(mmap, "MADV_FREE") and all(len(other) < len(memory) for other in _spare):
         memory.madvise(mmap.MADV_FREE)
-        _spare.append(memory)
+        _spare[:] = [memory]
