@@ -6,6 +6,7 @@ and for nobody else: what is written and said of a model is its address without 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from typing import NamedTuple
@@ -15,6 +16,24 @@ from ires_kernels.files.opening import CheckpointError
 
 _ADDRESS = re.compile(r"(https?|s3|gs|az)://", re.IGNORECASE)
 _PLACES = {"s3": "s3://bucket/folder", "gs": "gs://bucket/folder", "az": "az://container/folder"}
+
+
+class Unreachable(OSError):
+    """Something that is elsewhere could not be read."""
+
+    def __init__(self, where: object, why: str) -> None:
+        super().__init__(errno.EREMOTEIO, why, f"{where}")
+
+
+class Missing(Unreachable):
+    """There is nothing under that name, or nothing that may be read: some stores answer the same to both."""
+
+
+class Changed(Unreachable, ValueError):
+    """It is no longer the file that it was, so nothing that was made of it is of use: see `NewFolder`."""
+
+    def __init__(self, where: object) -> None:
+        super().__init__(where, "changed after it was first read. Start again when nobody writes there")
 
 
 class Address(NamedTuple):

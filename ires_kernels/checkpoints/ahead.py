@@ -18,8 +18,8 @@ from time import monotonic
 from typing import Any
 
 from ires_kernels.checkpoints import objects
+from ires_kernels.checkpoints.addresses import Unreachable
 from ires_kernels.checkpoints.checkpoint import FileId
-from ires_kernels.checkpoints.objects import Unreachable
 from ires_kernels.checkpoints.standins import Far
 
 PIECE = 12 << 20

@@ -19,12 +19,10 @@ from fnmatch import translate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ires_kernels.checkpoints import objects, standins
-from ires_kernels.checkpoints.addresses import Address, is_address
+from ires_kernels.checkpoints import standins
+from ires_kernels.checkpoints.addresses import Address, Unreachable, is_address
 from ires_kernels.checkpoints.folders import listed
 from ires_kernels.checkpoints.header import CheckpointError
-from ires_kernels.checkpoints.hub_objects import HubObject
-from ires_kernels.checkpoints.objects import Unreachable
 from ires_kernels.files.opening import MAX_INDEX, read_bytes
 
 StrPath = str | os.PathLike[str]
@@ -111,7 +109,9 @@ def local(path: StrPath) -> StrPath:
     if not isinstance(path, (str, os.PathLike)):
         return path
     if is_address(path):
-        return standins.stand_in(f"{path}")
+        from ires_kernels.checkpoints.far_folders import stand_in
+
+        return stand_in(f"{path}")
     if is_remote(path):
         return _snapshot(f"{path}")
     gone = None if os.path.lexists(path) else repo_of(path)
@@ -262,6 +262,9 @@ def _download(library: Any, repo: str, revision: str | None) -> Path:
 
 def _streamed(library: Any, repo: str, revision: str | None) -> Path:
     """A snapshot that has all but the bytes of the weights, in a cache of this process alone."""
+    from ires_kernels.checkpoints import far_folders, objects
+    from ires_kernels.checkpoints.hub_objects import HubObject
+
     cache = standins.home()
     commit, files = _files(library, repo, revision, cache)
     name = f"{_STREAM}{repo}@{commit}"
@@ -271,7 +274,7 @@ def _streamed(library: Any, repo: str, revision: str | None) -> Path:
         folder = cache / f"models--{repo.replace('/', '--')}" / "snapshots" / commit
         folder.mkdir(parents=True, exist_ok=True)
         weights = [file for file in files if file not in small]
-        heads = [standins.head(HubObject(library, repo, commit, file)) for file in weights]
+        heads = [far_folders.head(HubObject(library, repo, commit, file)) for file in weights]
         found = objects.wait_for(objects.all_of(heads, at_once=8))
         standins.fill(folder, name, dict(zip(weights, found, strict=True)))
         _streams[name] = folder
@@ -298,9 +301,13 @@ def _files(library: Any, repo: str, revision: str | None, cache: Path | None = N
             "Take a model that is published as safetensors, or convert it: AutoModelForCausalLM.from_pretrained("
             f"{repo!r}, dtype='auto').save_pretrained(NEW)."
         )
-    for entry in (info.siblings or ()) if cache is not None else ():
+    if cache is None:
+        return info.sha, files
+    from ires_kernels.checkpoints.far_folders import check_size
+
+    for entry in info.siblings or ():
         if entry.rfilename in files and not entry.rfilename.endswith(".safetensors"):
-            standins.check_size(f"{_SCHEME}{repo}@{info.sha}/{entry.rfilename}", entry.rfilename, entry.size or 0)
+            check_size(f"{_SCHEME}{repo}@{info.sha}/{entry.rfilename}", entry.rfilename, entry.size or 0)
     return info.sha, files
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ires_kernels.checkpoints.addresses import Address
-from ires_kernels.checkpoints.objects import Changed, Object, Pin, Unreachable, store_at
+from ires_kernels.checkpoints.addresses import Address, Changed, Unreachable
+from ires_kernels.checkpoints.objects import Object, Pin, store_at
 
 
 class HubObject(Object):

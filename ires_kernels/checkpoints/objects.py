@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import errno
 import os
 import re
 import threading
@@ -23,7 +22,7 @@ from urllib.parse import unquote
 
 import xxhash
 
-from ires_kernels.checkpoints.addresses import Address
+from ires_kernels.checkpoints.addresses import Address, Changed, Missing, Unreachable
 from ires_kernels.files.opening import CheckpointError
 
 T = TypeVar("T")
@@ -48,24 +47,6 @@ class Pin(NamedTuple):
     def tag(self) -> int:
         """A number for what it was, other than its size: of 60 bits, so that it can be the time of a file."""
         return xxhash.xxh3_64_intdigest(f"{self.etag or self.modified}".encode()) >> 4
-
-
-class Unreachable(OSError):
-    """Something that is elsewhere could not be read."""
-
-    def __init__(self, where: object, why: str) -> None:
-        super().__init__(errno.EREMOTEIO, why, f"{where}")
-
-
-class Missing(Unreachable):
-    """There is nothing under that name, or nothing that may be read: some stores answer the same to both."""
-
-
-class Changed(Unreachable, ValueError):
-    """It is no longer the file that it was, so nothing that was made of it is of use: see `NewFolder`."""
-
-    def __init__(self, where: object) -> None:
-        super().__init__(where, "changed after it was first read. Start again when nobody writes there")
 
 
 class Place:

@@ -6,15 +6,17 @@ import os
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ires_kernels.checkpoints import standins
-from ires_kernels.checkpoints.ahead import RemoteFile, Window
 from ires_kernels.checkpoints.checkpoint import FileId
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files import interrupts
 from ires_kernels.files.opening import open_file
 from ires_kernels.files.store import Hasher, chunks, read_into, read_views
+
+if TYPE_CHECKING:
+    from ires_kernels.checkpoints.ahead import RemoteFile, Window
 
 MOST_OPEN = 16
 """Files that stay open until they are needed again, with those in use."""
@@ -72,6 +74,8 @@ def contents(path: Path, hasher: Hasher) -> Iterator[object]:
     if far is None:
         yield from chunks(path, hasher)
         return
+    from ires_kernels.checkpoints.ahead import RemoteFile, Window
+
     source, buffer = RemoteFile(path, far, Window(), [(0, far.size)]), memoryview(bytearray(1 << 20))
     try:
         for offset in range(0, far.size, len(buffer)):
@@ -110,7 +114,7 @@ class Files:
         self._uses = Counter(uses)
         self._held: Counter[Path] = Counter()
         self._open: dict[Path, LocalFile | RemoteFile] = {}
-        self._window = Window()
+        self._window: Window | None = None
         self._reads: dict[Path, list[tuple[int, int]]] = {}
         if any(map(standins.far, file_ids)):
             for path, offset, size in reads():
@@ -126,16 +130,22 @@ class Files:
                 idle = next((other for other in self._open if not self._held[other]), None)
                 if idle is not None:
                     self._open.pop(idle).close()
-            far = standins.far(path)
-            reads = self._reads.get(path, ())
-            source = LocalFile(path) if far is None else RemoteFile(path, far, self._window, reads)
-            self._open[path] = source
+            source = self._open[path] = self._opened(path)
             now, known = source.stamp(), self._file_ids[path]
             if path in self._written:
                 known = known._replace(mtime_ns=now.mtime_ns)
             if not now.is_unwritten(known):
                 raise CheckpointError(f"{path}: changed after it was validated. Wait for its writer, then start again.")
         return source
+
+    def _opened(self, path: Path) -> LocalFile | RemoteFile:
+        far = standins.far(path)
+        if far is None:
+            return LocalFile(path)
+        from ires_kernels.checkpoints.ahead import RemoteFile, Window
+
+        self._window = self._window or Window()
+        return RemoteFile(path, far, self._window, self._reads.get(path, ()))
 
     def hold(self, path: Path) -> Source:
         """A source that stays open until `release`."""
@@ -157,7 +167,7 @@ class Files:
     def interrupt(self) -> None:
         """Let nobody wait any longer for what comes from elsewhere."""
         for source in list(self._open.values()):
-            if isinstance(source, RemoteFile):
+            if not isinstance(source, LocalFile):
                 source.close()
 
     def close(self) -> None:

@@ -30,9 +30,9 @@ import xxhash
 
 from ires_kernels.backends.call import Tally
 from ires_kernels.backends.call import threads as kernel_threads
+from ires_kernels.checkpoints.addresses import Changed
 from ires_kernels.checkpoints.checkpoint import FileId, TensorRef
 from ires_kernels.checkpoints.header import CheckpointError
-from ires_kernels.checkpoints.objects import Changed
 from ires_kernels.checkpoints.quantized import QuantizedRef
 from ires_kernels.checkpoints.sources import Files, Source
 from ires_kernels.dtypes import FLOATS
