@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ires_kernels.checkpoints import hub
 from ires_kernels.checkpoints.checkpoint import FileId, with_settings
 from ires_kernels.files import moving
 from ires_kernels.files.inplace import Workplace
@@ -55,7 +56,7 @@ def hide_and_plan(place: Workplace, operation: Operation) -> Update:
         begun.check_files(place.work, operation, place.model)
     model = place.model if place.folder == place.target else place.model / place.target.name
     target = operation.paths["target"]
-    paths = {role: model if path == target else path for role, path in operation.paths.items()}
+    paths = {role: model if path == target else hub.local(path) for role, path in operation.paths.items()}
     inputs = open_inputs(paths, follow_links=operation.follow_links)
     files = all_file_ids(inputs)
     before, changed = {}, []

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import range_server
 import torch
+from quantized_models import FORMATS
 from range_server import Answer, Files, Request
 from small_models import normal, triple, write_model
 
 import ires_kernels as ik
-from ires_kernels.checkpoints import ahead, hub, objects
+from ires_kernels.checkpoints import ahead, far_folders, hub, objects
 from ires_kernels.checkpoints.addresses import Address
 from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
@@ -455,3 +456,45 @@ def test_sums_are_of_all_bytes(models: Path, addresses: dict[str, str]) -> None:
     assert ik.sha256(addresses["base"]).sums == ik.sha256(models / "base").sums
     with pytest.raises(CheckpointError, match="is only read"):
         ik.sha256(addresses["base"], write=True)
+
+
+def test_in_place_and_interrupted(models: Path, addresses: dict[str, str], tmp_path: Path) -> None:
+    """The target is here; what is added to it is elsewhere, and asked for again by who goes on."""
+    for name in ("here", "there"):
+        shutil.copytree(models / "target", tmp_path / name)
+    ik.apply(tmp_path / "here", (models / "instruct", models / "base"), in_place=True)
+
+    def stop(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    pair = (addresses["instruct"], addresses["base"])
+    with pytest.raises(KeyboardInterrupt):
+        ik.apply(tmp_path / "there", pair, in_place=True, progress=stop)
+    ik.resume(tmp_path / "there")
+    assert weights(tmp_path / "there") == weights(tmp_path / "here")
+    assert "this was applied before" in f"{ik.apply(tmp_path / 'there', pair, in_place=True)}"
+
+
+def test_several_workers(addresses: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each makes its own stand-ins, and comes to the same plan."""
+    merged(addresses, tmp_path / "alone")
+    pair = addresses["instruct"], addresses["base"]
+    for rank in range(2):
+        monkeypatch.setattr(far_folders, "_made", {})
+        ik.apply(addresses["target"], pair, out=tmp_path / "out", alpha=0.7, workers=(rank, 2))
+    assert weights(tmp_path / "out") == weights(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("format", ["fp8-block", "nvfp4", "pack-quantized"])
+def test_codes(format: str, server: Files, tmp_path: Path) -> None:
+    make, settings = FORMATS[format]
+    weight = "model.layers.0.mlp.up_proj.weight"
+    addresses = {}
+    for i, role in enumerate(ROLES):
+        numbers = normal((64, 96), 1) + 0.01 * normal((64, 96), 7 + i)
+        stored = {weight: numbers} if role == "target" else make(weight, numbers)
+        config = {"model_type": "llama"} | ({} if role == "target" else {"quantization_config": settings})
+        write_model(tmp_path / role, {**stored, "model.norm.weight": normal((96,), 2)}, config=config)
+        addresses[role] = server.add(tmp_path / role, f"/{role}")
+    ik.apply(tmp_path / "target", (tmp_path / "instruct", tmp_path / "base"), out=tmp_path / "here", alpha=0.7)
+    assert merged(addresses, tmp_path / "out") == weights(tmp_path / "here")
