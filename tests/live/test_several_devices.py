@@ -177,3 +177,19 @@ def test_without_gpus_it_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="torch sees no CUDA device"):
         ik.load(target, (instruct, base), device="cuda:all")
     assert len(ik.load(target, (instruct, base), device={"": "cpu"})) == 7
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_on_the_gpus_that_there_are(tmp_path: Path) -> None:
+    base, instruct, target = triple(tmp_path)
+    rules: dict[str, Any] = {"alpha": 0.7, "rounding": "stochastic", "seed": 3}
+    wanted = ik.load(target, (instruct, base), **rules)
+    found = ik.load(target, (instruct, base), device="cuda:all", **rules)
+    assert {tensor.device.index for tensor in found.values()} <= {*range(torch.cuda.device_count())}
+    assert_same({name: tensor.cpu() for name, tensor in found.items()}, wanted)
+    other = ik.load(
+        target, (instruct, base), device={"model.layers": torch.cuda.device_count() - 1, "": "cpu"}, **rules
+    )
+    assert_same({name: tensor.cpu() for name, tensor in other.items()}, wanted)
+    assert other["lm_head.weight"].device.type == "cpu"

@@ -31,17 +31,19 @@ from torch import Tensor
 import ires_kernels as ik
 from ires_kernels.backends import native
 from ires_kernels.checkpoints import sources
-from ires_kernels.checkpoints.checkpoint import TensorRef
+from ires_kernels.checkpoints.checkpoint import TensorRef, open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.cli import main
 from ires_kernels.in_place.cuts import SIZES
 from ires_kernels.planning import deeds
+from ires_kernels.planning.box import Box
+from ires_kernels.planning.boxes import within
 from ires_kernels.planning.findings import Findings
 from ires_kernels.planning.plan import Plan
-from ires_kernels.planning.rules import ArgumentError
+from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.steps import Operand, Output, Step
 from ires_kernels.records.report import Report
-from ires_kernels.streaming import device, statedict
+from ires_kernels.streaming import device, statedict, stream
 from ires_kernels.streaming.ring import PIECE, PIECES, Ring
 from ires_kernels.streaming.tiles import TILES, ComputeError
 
@@ -795,3 +797,41 @@ def test_no_room_on_a_gpu(tmp_path: Path) -> None:
     step = Step(Output("huge", ref.dtype, ref.shape), "copy", (Operand("target", (ref,)),))
     with pytest.raises(MemoryError, match="cuda:0 has no room left"):
         statedict.allocate([step], torch.device("cuda:0"))
+
+
+BLOCKS = {
+    "rows": Box((12, 50), (3, 0), (6, 50)),
+    "columns": Box((12, 50), (0, 10), (12, 25)),
+    "both": Box((12, 50), (5, 49), (7, 1)),
+    "last": Box((12, 50), (11, 0), (1, 50)),
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("kind", [Late, Beside, pytest.param(Host, marks=needs_native)])
+@pytest.mark.usefixtures("small_tiles")
+def test_blocks_have_the_random_bits_of_the_whole(
+    tmp_path: Path, kind: Callable[[Any], device.Queue], block: str
+) -> None:
+    box = BLOCKS[block]
+    steps, ids, wanted = [], {}, {}
+    models = {
+        role: open_checkpoint(
+            write_model(tmp_path / role, {n: normal(box.shape, 10 * i + j) for j, n in enumerate("ab")})
+        )
+        for i, role in enumerate(("target", "residual"))
+    }
+    for name in "ab":
+        operands = tuple(Operand(role, (model.tensors[name],)) for role, model in models.items())
+        steps.append(Step(Output(name, "BF16", box.shape), "add", operands, (0.7,), 5))
+        wanted[name] = torch.empty(box.shape, dtype=torch.bfloat16)
+    for model in models.values():
+        ids |= model.file_ids
+    rules = Rules.of(1, rounding="stochastic", seed=9)
+    stream.fill(wanted, steps, ids, rules, hashed=())
+    made = [step for each in within(steps, dict.fromkeys("ab", box), numbered=True) for step in each]
+    found = {name: torch.empty(box.size, dtype=torch.bfloat16) for name in "ab"}
+    stream.fill(found, made, ids, rules, hashed=(), processors=partial(device.on_gpu, StandIn(kind)))
+    for name, tensor in found.items():
+        rows, columns = (slice(first, first + size) for first, size in zip(box.first, box.size, strict=True))
+        assert torch.equal(tensor, wanted[name][rows, columns])
