@@ -19,6 +19,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ires_kernels.checking import guards
 from ires_kernels.checkpoints.checkpoint import FileId, TensorRef
 from ires_kernels.checkpoints.quantized import QuantizedRef, Ref
 from ires_kernels.checkpoints.sources import Files
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 
     from ires_kernels.streaming.encoded import Scales
 
-_CHUNK = 1 << 20
-
 
 class Layout:
     """Where the file has the scales of which weight."""
@@ -53,10 +52,8 @@ class Layout:
         ends = list(accumulate((2 * size for size in sizes), initial=0))
         self.size = ends[-1]
         """Of all scales together, old and new."""
-        self.rest = 0
+        self.rest = sum(step.nbytes + (step.nbytes if step.is_scale else step.read_bytes) for step in every)
         """Bytes that the second pass reads and writes."""
-        for step in every:
-            self.rest += step.nbytes + (step.nbytes if step.is_scale else step.read_bytes)
         self._starts = {weight.codes.name: start for weight, start in zip(self.weights, ends, strict=False)}
 
     def old(self, weight: QuantizedRef) -> TensorRef:
@@ -92,10 +89,9 @@ def find(place: Workplace, plan: Plan, layout: Layout, options: Options) -> tupl
     """The first pass: find and keep all scales. Returns the digest of the file ("": none change), and bytes read."""
     if not layout.steps:
         return "", 0
-    from ires_kernels.checking.guards import file_ids
     from ires_kernels.streaming import encoded, measuring
 
-    known, lock = file_ids(plan), threading.Lock()
+    known, lock = guards.file_ids(plan), threading.Lock()
     fd = open_own(layout.path, write=True)
     try:
         _copy_old(fd, layout, known)
