@@ -19,6 +19,7 @@ from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.summing import plan_residual, roles_of_sum
 from ires_kernels.planning.sums import Sum, Term
+from ires_kernels.records.publication import public_copy
 from ires_kernels.streaming.reader import second_copies
 
 if TYPE_CHECKING:
@@ -94,6 +95,8 @@ class Residual(Sum):
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, **options: Any) -> str:
         """Upload it to a model on the Hub, which is made if it is not there; returns the address of the commit.
 
+        What is uploaded tells nothing of this machine, as after `publish`; the folder itself stays as it is.
+
         private  of a new repository
         options  of `save`, for what is in no folder yet: then it is saved to a temporary one first
 
@@ -110,9 +113,12 @@ class Residual(Sum):
                 raise CheckpointError(
                     f"{folder}: is a file; a residual is published with residual.json: open its folder."
                 )
+            copy = Path(place) / "upload"
+            copy.mkdir()
+            public_copy(folder, copy)
             api = huggingface_hub.HfApi()
             api.create_repo(repo_id, private=private, exist_ok=True)
-            return f"{api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message='Upload a residual')}"
+            return f"{api.upload_folder(repo_id=repo_id, folder_path=copy, commit_message='Upload a residual')}"
 
     def _folder(self) -> Path | None:
         """Where it lies as it is."""

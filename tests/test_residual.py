@@ -149,6 +149,8 @@ def test_publishing(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
         def upload_folder(self, *, repo_id: str, folder_path: Path, **_: str) -> str:
             asked.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+            assert f"{models}" not in (folder_path / "residual.json").read_text()
+            assert ik.inspect(folder_path, follow_links=True)["kind"] == "residual"
             return f"https://hub/{repo_id}/commit/1"
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)

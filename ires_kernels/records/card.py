@@ -27,6 +27,8 @@ BESIDE = "README.ires.md"
 _LICENCE = ("license", "license_name", "license_link")
 _PATH = re.compile(r"(?<![^\s'\"\[{,])(?:/|~|\.\.?/)[^\n'\",\]}#]*[^\s'\",\]}#]")
 """A path in a recipe that does not begin with a name, to the end of what it may be."""
+_ADDRESS = re.compile(r"(?:https?|s3|gs|az)://[^\s'\",\]}#]+", re.IGNORECASE)
+"""Or an address, whose query may hold a secret."""
 _ROWS = ("merged", "lost to rounding", "warning")
 
 
@@ -115,11 +117,11 @@ def without_paths(recipe: str, known: Iterable[str]) -> str:
     for path in sorted(known, key=len, reverse=True):
         if path.startswith("/"):
             recipe = recipe.replace(path, path.rstrip("/").rpartition("/")[2])
-    return _PATH.sub(_last_part, recipe)
+    return _PATH.sub(_last_part, _ADDRESS.sub(_last_part, recipe))
 
 
 def _last_part(match: re.Match[str]) -> str:
-    return match[0].rstrip("/").rpartition("/")[2]
+    return match[0].partition("?")[0].rstrip("/").rpartition("/")[2]
 
 
 def _options(rules: Rules) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ires_kernels.checkpoints import hub, manifest
+from ires_kernels.checkpoints.addresses import is_address
 from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.checkpoints.manifest import Manifest
@@ -99,6 +100,24 @@ def publish(out: StrPath, draw: Callable[[Path, Manifest], str], *, follow_links
     return Publication(checkpoint.path, names, tuple(map(str, upload)), total, tuple(private), picture)
 
 
+def public_copy(folder: Path, place: Path) -> None:
+    """Fill an empty folder with links to the files of another one, and with its manifest as `publish` would leave it.
+
+    For an upload of what stays as it is.
+    """
+    for path in _files(folder):
+        inner = path.relative_to(folder)
+        if inner.parts[0].startswith(_OURS):
+            continue
+        (place / inner).parent.mkdir(parents=True, exist_ok=True)
+        found = manifest.read(path) if inner.name in _MANIFESTS and len(inner.parts) == 1 else None
+        if found is None:
+            (place / inner).symlink_to(path.absolute())
+        else:
+            told = public(found.table)
+            (place / inner).write_bytes(provenance.as_text(trust.signed("manifest", told) if found.is_mine else told))
+
+
 def public(table: Mapping[str, Any]) -> dict[str, Any]:
     """A manifest in JSON types, unsigned, without what tells of the machine where it was made."""
     told = {key: value for key, value in table.items() if key not in (trust.SIGNATURE, "unsynced")}
@@ -137,9 +156,9 @@ def _names(inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     for role, entry in inputs.items():
         path = f"{entry.get('path', '')}"
         repo = hub.repo_of(path)
-        name = f"{repo}" if repo else path.rstrip("/").rpartition("/")[2].partition("?")[0] or role
-        if repo is None and hub.is_remote(path):  # published before
-            name = path
+        name = f"{repo}" if repo else path.rstrip("/").rpartition("/")[2] or role
+        if repo is None and hub.is_remote(path) and not is_address(path):  # streamed, or published before
+            name = path.rpartition("://")[2]
         if owners.setdefault(name, path) != path:
             name = f"{name}-{role}"
         names[role] = name

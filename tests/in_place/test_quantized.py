@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +47,18 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def triple(root: Path, format: str, *, shards: int = 3, scale: float = 4e-3) -> tuple[Path, Path, Path]:
-    """Folders target, in a format, instruct and base; scales lie in other shards than their codes."""
+def triple(root: Path, *formats: str, shards: int = 3, scale: float = 4e-3) -> tuple[Path, Path, Path]:
+    """Folders target, in a format, instruct and base, in formats or bfloat16; scales lie in other shards than codes."""
     paths = []
-    for seed, role in enumerate(("target", "instruct", "base")):
+    for seed, (role, format) in enumerate(zip_longest(("target", "instruct", "base"), formats)):
         stored: dict[str, Any] = {}
         config: dict[str, Any] = {"model_type": "llama", "torch_dtype": "bfloat16"}
         for i, (name, shape) in enumerate(SHAPES.items()):
             weight = normal(shape, i, torch.float32) + normal(shape, 100 * seed + i, torch.float32, scale)
-            make, settings = FORMATS[format]
-            quantized = role == "target" and name in QUANTIZED
+            make, settings = FORMATS[format or BLOCK]
+            quantized = format is not None and name in QUANTIZED
             stored |= make(name, weight.bfloat16()) if quantized else {name: weight.bfloat16()}
-            config |= {"quantization_config": settings} if role == "target" else {}
+            config |= {"quantization_config": settings} if format is not None else {}
         count = shards if role == "target" else 1
         paths.append(write_model(root / role, stored, config=config, shards=count))
     target, instruct, base = paths
@@ -122,7 +123,7 @@ def test_a_residual_of_zero_leaves_every_byte(tmp_path: Path, format: str, round
 
 
 def test_several_pairs_residuals_and_the_target_as_an_input(tmp_path: Path) -> None:
-    target, instruct, base = triple(tmp_path, BLOCK)
+    target, instruct, base = triple(tmp_path, BLOCK, "nvfp4", "fp8-channel")
     ik.extract(base, instruct, tmp_path / "residual", sync=False)
     ways: dict[str, tuple[Any, dict[str, Any]]] = {
         "pairs": ([(instruct, base), (base, instruct)], {"alpha": [0.5, -0.25]}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,6 +162,9 @@ def test_a_quantized_target_loads_as_what_was_stored(tmp_path: Path, family: str
     found = logits(tmp_path / "out")
     assert torch.equal(found, logits(written(target, rounded, tmp_path / "rounded")))
     ik.apply(target, (instruct, origin), out=tmp_path / "plain out", sync=False, dtype="bf16")
+    changed = shutil.copytree(target, tmp_path / "changed")
+    ik.apply(changed, (instruct, origin), in_place=True, sync=False)
+    assert (changed / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
     assert not torch.equal(logits(target), found)
     assert (logits(tmp_path / "plain out") - found).abs().max() < (logits(target) - found).abs().max() * 2
 

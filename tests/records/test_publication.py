@@ -16,6 +16,7 @@ import ires_kernels as ik
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.cli import main
 from ires_kernels.planning.rules import ArgumentError
+from ires_kernels.records.publication import public
 from ires_kernels.records.report import Report
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -235,3 +236,30 @@ def test_the_card_gets_a_picture(models: Path, monkeypatch: pytest.MonkeyPatch) 
     Path("plain/README.ires.md").unlink()
     Path("plain/README.ires.md").symlink_to(models / "target/config.json")
     assert ik.publish("plain", follow_links=True).picture == ""
+
+
+def test_addresses_are_told_by_their_last_part() -> None:
+    stamp = {"size": 1, "mtime_ns": 2, "sample": "ab"}
+    paths = {
+        "target": "s3://bucket/team/cpt",
+        "instruct": f"hf+stream://org/chat@{COMMIT}",
+        "base": "https://host/models/base",
+    }
+    recipe = (
+        "target: s3://bucket/team/cpt\npairs: [{instruct: org/chat, base: 'https://u:p@host/models/base?sig=SECRET'}]\n"
+    )
+    table = {
+        "inputs": {role: {"path": path, "files": {"model.safetensors": stamp}} for role, path in paths.items()},
+        "rules": {"recipe": recipe},
+    }
+    told = public(table)
+    assert {role: entry["path"] for role, entry in told["inputs"].items()} == {
+        "target": "cpt",
+        "instruct": f"org/chat@{COMMIT}",
+        "base": "base",
+    }
+    assert told["rules"]["recipe"] == "target: cpt\npairs: [{instruct: org/chat, base: 'base'}]\n"
+    assert told["inputs"]["base"]["files"] == {"model.safetensors": {"size": 1, "sample": "ab"}}
+    again = public(told)
+    assert again["inputs"] == told["inputs"]
+    assert public({"operation": "apply", "unsynced": "a boot"}) == {"operation": "apply"}
