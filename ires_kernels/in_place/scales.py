@@ -23,7 +23,7 @@ from ires_kernels.checking import guards
 from ires_kernels.checkpoints.checkpoint import FileId, TensorRef
 from ires_kernels.checkpoints.quantized import QuantizedRef, Ref
 from ires_kernels.checkpoints.sources import Files
-from ires_kernels.files import store
+from ires_kernels.files import interrupts, store
 from ires_kernels.files.inplace import SCALES, Workplace
 from ires_kernels.files.ownership import StoreError, open_own, private_mode
 from ires_kernels.planning.plan import Plan
@@ -126,6 +126,7 @@ def _copy_old(fd: int, layout: Layout, known: dict[Path, FileId]) -> None:
     files = Files(known, (scale_of(weight).path for weight in layout.weights))
     try:
         for weight in layout.weights:
+            interrupts.check()
             scale = scale_of(weight)
             view = memoryview(bytearray(scale.nbytes))
             files.open(scale.path).read_into(view, scale.offset)
