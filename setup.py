@@ -146,6 +146,7 @@ def extension():
         "kernel",
         "lanes",
         "look",
+        "scaled",
         "schedule",
         "tile",
         "words",

@@ -86,40 +86,53 @@ void run_strided(const Loops& loops, const Operation& op, const Item& item, uint
     }
 }
 
-// Inputs of an item of which some are decoded, a small piece at a time.
+// An item with inputs that are decoded, a small piece at a time.
 class Pieces {
 public:
-    Pieces(const Loops& loops, const Operation& op, const Item& item)
-        : loops_(loops), item_(item), numbers_(size_t(op.inputs)), in_(size_t(op.inputs)) {}
+    Pieces(const Loops& loops, const Operation& op, const Item& item, uint64_t offset)
+        : loops_(loops), op_(op), item_(item), offset_(offset), numbers_(size_t(op.inputs)), types_(item.in_types),
+          in_(size_t(op.inputs)), from_(size_t(op.inputs)) {}
 
-    // Where elements [i, i + m) of the inputs are, until the next piece; m <= kDecoded.
-    const void* const* at_piece(int64_t i, int64_t m) {
+    // Computes elements [i, i + m) into `out`; m <= kDecoded. `target` takes the place of input 0, in f32.
+    void run(int64_t i, int64_t m, DType out_type, void* out, const float* target, Tally* tally) {
         for (size_t k = 0; k < in_.size(); ++k) {
-            const Decoded from = item_.decoded.empty() ? Decoded{} : item_.decoded[k];
-            if (from.coded) loops_.decode(*from.coded, from.first + i, m, numbers_[k].x);
-            in_[k] = from.coded ? numbers_[k].x : at(item_.in[k], item_.in_types[k], i);
+            from_[k] = item_.decoded.empty() ? Decoded{} : item_.decoded[k];
+            from_[k].first += i;
+            if (!from_[k].coded) in_[k] = at(item_.in[k], item_.in_types[k], i);
         }
-        return in_.data();
+        if (target) in_[0] = target, from_[0] = {}, types_[0] = DType::f32;
+        const Run run{m, offset_ + uint64_t(i), item_.stream, out_type, types_.data(), out, in_.data()};
+        if (loops_.run_scaled(op_, run, from_.data(), tally)) return;
+        for (size_t k = 0; k < in_.size(); ++k)
+            if (from_[k].coded) in_[k] = numbers(k, i, m);
+        loops_.run(op_, run, tally);
+    }
+
+    // Elements [i, i + m) of an input that is decoded.
+    const float* numbers(size_t k, int64_t i, int64_t m) {
+        const Decoded& from = item_.decoded[k];
+        loops_.decode(*from.coded, from.first + i, m, numbers_[k].x);
+        return numbers_[k].x;
     }
 
 private:
     struct alignas(64) Numbers { float x[kDecoded]; };
     const Loops& loops_;
+    const Operation& op_;
     const Item& item_;
+    const uint64_t offset_;
     std::vector<Numbers> numbers_;
+    std::vector<DType> types_;
     std::vector<const void*> in_;
+    std::vector<Decoded> from_;
 };
 
 // Elements [first, first + n) of an item with operands that are decoded.
 void run_decoded(const Loops& loops, const Operation& op, const Item& item, uint64_t offset, int64_t first, int64_t n,
                  Tally* tally) {
-    Pieces pieces(loops, op, item);
-    for (int64_t done = 0; done < n; done += kDecoded) {
-        const int64_t i = first + done, m = std::min(kDecoded, n - done);
-        const void* const* in = pieces.at_piece(i, m);
-        void* out = at(item.out, item.out_type, i);
-        loops.run(op, {m, offset + uint64_t(i), item.stream, item.out_type, item.in_types.data(), out, in}, tally);
-    }
+    Pieces pieces(loops, op, item, offset);
+    for (int64_t i = first; i < first + n; i += kDecoded)
+        pieces.run(i, std::min(kDecoded, first + n - i), item.out_type, at(item.out, item.out_type, i), nullptr, tally);
 }
 
 struct Isa {
@@ -253,24 +266,20 @@ void store(const Operation& op, const Item& item, uint64_t offset, const Recoded
     const IeeeMode mode;
     const Loops& loops = find_loops(isa);
     const Coded& coded = *to.coded;
-    const DType* const types = item.in_types.data();
     alignas(64) float values[kRecoded], update[kRecoded], again[kRecoded];
-    static const double zeros[kRecoded] = {};  // of any type
-    Pieces pieces(loops, op, item);
-    std::vector<const void*> of_update(size_t(op.inputs));
+    alignas(64) static const float zeros[kRecoded] = {};
+    Pieces pieces(loops, op, item, offset);
     for (int64_t i = 0; i < item.n; i += kRecoded) {
         const int64_t m = std::min(kRecoded, item.n - i), at = int64_t(offset) + i;
-        const void* const* in = pieces.at_piece(i, m);
-        const float* const target = static_cast<const float*>(in[0]);
-        loops.run(op, {m, uint64_t(at), item.stream, DType::f32, types, values, in}, tally);
+        const bool is_coded = !item.decoded.empty() && item.decoded[0].coded;
+        const float* const target = is_coded ? pieces.numbers(0, i, m) : static_cast<const float*>(item.in[0]) + i;
+        pieces.run(i, m, DType::f32, values, target, tally);
         loops.encode(coded, at, m, values, to.draw, to.out + i);
         if (to.renewed) loops.decode(coded, at, m, again);
         const char* const before = coded.codes + (at - coded.skipped);
         loops.keep(m, values, to.renewed ? again : target, reinterpret_cast<const uint8_t*>(before), to.out + i);
         if (!tally) continue;
-        std::copy(in, in + op.inputs, of_update.begin());
-        of_update[0] = zeros;  // what is added to 0 is the update
-        loops.run(op, {m, uint64_t(at), item.stream, DType::f32, types, update, of_update.data()}, nullptr);
+        pieces.run(i, m, DType::f32, update, zeros, nullptr);  // what is added to 0 is the update
         Coded now = coded;
         now.codes = reinterpret_cast<const char*>(to.out), now.skipped = int64_t(offset);
         loops.decode(now, at, m, again);
@@ -283,11 +292,10 @@ void measure_results(const Operation& op, const Item& item, uint64_t offset, con
     const IeeeMode mode;
     const Loops& loops = find_loops(isa);
     alignas(64) float values[kRecoded];
-    Pieces pieces(loops, op, item);
+    Pieces pieces(loops, op, item, offset);
     for (int64_t i = 0; i < item.n; i += kRecoded) {
         const int64_t m = std::min(kRecoded, item.n - i), at = int64_t(offset) + i;
-        const void* const* in = pieces.at_piece(i, m);
-        loops.run(op, {m, uint64_t(at), item.stream, DType::f32, item.in_types.data(), values, in}, nullptr);
+        pieces.run(i, m, DType::f32, values, nullptr, nullptr);
         loops.measure(coded, at, m, values, largest);
     }
 }

@@ -78,6 +78,9 @@ struct Loops {
     // Computes one run on the calling thread. `tally` may be null; if it is not, `out` must not alias an input. A scaling
     // has no update that could be lost, so it has no tally.
     void (*run)(const Operation&, const Run&, Tally* tally);
+    // The same with inputs that are decoded, of as many elements as there are in the run; `from` has one of each input, and
+    // those that are not decoded are in the run. False, and nothing done, where there is no faster loop than by `decode`.
+    bool (*run_scaled)(const Operation&, const Run&, const Decoded* from, Tally* tally);
     // Touches the same bytes as `run` would, with no arithmetic worth the name: the ceiling the benchmarks divide by.
     // False: no such loop for these element sizes.
     bool (*memory)(const Run&, int inputs);

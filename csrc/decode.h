@@ -87,8 +87,10 @@ IRES_HD U extend_u8(const char* p) {
 }
 
 // e4m3 as a 256th of what it stands for, which is what its bits are as an f16's.
-IRES_HD Pair load_256th(const char* p) {
-    const S16x2 w = extend8(load_raw<S8x2>(p));
+template <Order order> IRES_HD Pair load_256th(const char* p) {
+    S8x2 bytes = load_raw<S8x2>(p);
+    if constexpr (order == Order::even_odd) bytes = evens_first(bytes, std::make_integer_sequence<int, 2 * W>{});
+    const S16x2 w = extend8(bytes);
     const S16x2 h = ((w << 7) & int16_t(0xbfff)) | (((w & 0x7f) == 0x7f) & 0x7c00);
     const f16_t* halves = reinterpret_cast<const f16_t*>(&h);
     return {load(halves), load(halves + W)};
@@ -116,42 +118,111 @@ struct alignas(64) Magnitudes {
 constexpr Magnitudes kMagnitudes;
 
 // What has AVX-512 and can look bytes up in a table of 128, all but the first of such CPUs, needs half the instructions
-// for e4m3. 64 at a time; returns how many were done.
-__attribute__((target("avx512vbmi"))) int64_t look_up_e4m3(const char* codes, int64_t n, float scale, float* out) {
-    const __m512i low[] = {_mm512_load_si512(kMagnitudes.low), _mm512_load_si512(kMagnitudes.low + 64)};
-    const __m512i high[] = {_mm512_load_si512(kMagnitudes.high), _mm512_load_si512(kMagnitudes.high + 64)};
-    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);  // undone by the unpacking
-    const __m512i sign = _mm512_set1_epi8(char(0x80)), zero = _mm512_setzero_si512();
-    const __m512 s = _mm512_set1_ps(scale);
-    int64_t i = 0;
-    for (; i + 64 <= n; i += 64) {
-        const __m512i x = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes + i));
-        const __m512i a = _mm512_permutex2var_epi8(low[0], x, low[1]);
-        const __m512i b = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(high[0], x, high[1]), x, sign, 0xf8);  // | x & sign
-        const __m512i first = _mm512_unpacklo_epi8(a, b), second = _mm512_unpackhi_epi8(a, b);
-        const auto put = [&](int64_t k, __m512i bits) {
-            _mm512_storeu_ps(out + i + k, _mm512_mul_ps(_mm512_castsi512_ps(bits), s));
-        };
-        put(0, _mm512_unpacklo_epi16(zero, first));
-        put(16, _mm512_unpackhi_epi16(zero, first));
-        put(32, _mm512_unpacklo_epi16(zero, second));
-        put(48, _mm512_unpackhi_epi16(zero, second));
+// for e4m3: 64 codes at a time.
+struct Lookup {
+    __m512i low[2], high[2];
+    static bool here() { return __builtin_cpu_supports("avx512vbmi"); }
+    Lookup() {
+        for (int k = 0; k < 2; ++k) {
+            low[k] = _mm512_load_si512(kMagnitudes.low + 64 * k);
+            high[k] = _mm512_load_si512(kMagnitudes.high + 64 * k);
+        }
     }
-    return i;
+
+    // By the low 7 bits of each byte. Not the intrinsic: a function of that instruction set is inlined nowhere else.
+    IRES_HD static __m512i at(const __m512i (&table)[2], __m512i index) {
+        asm("vpermi2b %2, %1, %0" : "+v"(index) : "v"(table[0]), "v"(table[1]));
+        return index;
+    }
+
+    // As bf16. In even_odd order these follow each other, 32 in each; in halves order unpacking words puts them so.
+    template <Order order> IRES_HD void at(const char* codes, U (&out)[2]) const {
+        const __m512i raw = _mm512_loadu_si512(codes), sign = _mm512_set1_epi8(char(0x80));
+        __m512i x;
+        if constexpr (order == Order::even_odd) x = _mm512_permutexvar_epi64(_mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0), raw);
+        else x = _mm512_permutexvar_epi32(_mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), raw);
+        const __m512i a = at(low, x), b = _mm512_ternarylogic_epi32(at(high, x), x, sign, 0xf8);  // | x & sign
+        out[0] = bit_cast<U>(_mm512_unpacklo_epi8(a, b));
+        out[1] = bit_cast<U>(_mm512_unpackhi_epi8(a, b));
+    }
+};
+#elif IRES_LANES == 8
+// The same, 32 codes at a time: their bits are shifted into place. Subnormal numbers, whose magnitudes are 0 to 7, differ
+// from that by what tables say.
+struct Lookup {
+    static bool here() { return true; }
+
+    template <Order order> IRES_HD void at(const char* codes, U (&out)[2]) const {
+        const auto all = [](int byte) { return _mm256_set1_epi8(char(byte)); };
+        const auto table = [](int64_t bytes) { return _mm256_set_epi64x(bytes, 0, bytes, 0); };  // entries 8 to 15
+        const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+        __m256i x;
+        if constexpr (order == Order::even_odd) x = _mm256_permute4x64_epi64(raw, 0xd8);
+        else x = _mm256_permutevar8x32_epi32(raw, _mm256_set_epi32(7, 5, 3, 1, 6, 4, 2, 0));
+        const __m256i m = _mm256_and_si256(x, all(0x7f));
+        const __m256i nan = _mm256_cmpeq_epi8(m, all(0x7f));
+        const __m256i index = _mm256_add_epi8(m, all(0x78));  // from 0x80 on it finds 0
+        __m256i low = _mm256_and_si256(_mm256_slli_epi16(m, 4), all(0xf0));
+        __m256i high = _mm256_add_epi8(_mm256_and_si256(_mm256_srli_epi16(m, 4), all(0x07)), all(0x3c));
+        low = _mm256_add_epi8(low, _mm256_shuffle_epi8(table(int64_t(0xf0e0d0c09060f000)), index));
+        high = _mm256_add_epi8(high, _mm256_shuffle_epi8(table(int64_t(0x00000000ffffffc4)), index));
+        high = _mm256_and_si256(_mm256_or_si256(high, nan), all(0x7f));
+        high = _mm256_or_si256(high, _mm256_and_si256(x, all(0x80)));
+        out[0] = bit_cast<U>(_mm256_unpacklo_epi8(low, high));
+        out[1] = bit_cast<U>(_mm256_unpackhi_epi8(low, high));
+    }
+};
+#endif
+
+#if IRES_LANES >= 8
+// Half of these, widened.
+template <Order order> IRES_HD Pair widen_looked_up(U x) {
+    if constexpr (order == Order::even_odd) return {bit_cast<F>(U(x << 16)), bit_cast<F>(U(x & 0xffff0000u))};
+#if IRES_LANES == 16
+    const __m512i zero = _mm512_setzero_si512(), words = bit_cast<__m512i>(x);
+    return {bit_cast<F>(_mm512_unpacklo_epi16(zero, words)), bit_cast<F>(_mm512_unpackhi_epi16(zero, words))};
+#else
+    const __m256i zero = _mm256_setzero_si256(), words = bit_cast<__m256i>(x);
+    return {bit_cast<F>(_mm256_unpacklo_epi16(zero, words)), bit_cast<F>(_mm256_unpackhi_epi16(zero, words))};
+#endif
 }
 #endif
+
+// Cells one after the other, each whole; returns how many were done, and of a format without a faster loop none.
+template <CodeType type>
+int64_t decode_cells([[maybe_unused]] const char* codes, [[maybe_unused]] int64_t width, [[maybe_unused]] int64_t count,
+                     [[maybe_unused]] const float* scale, [[maybe_unused]] float* out) {
+#if IRES_LANES >= 8
+    if constexpr (type == CodeType::e4m3) {
+        if (width % (4 * W) != 0 || !Lookup::here()) return 0;
+        const Lookup lookup;
+        for (int64_t k = 0; k < count; ++k) {
+            for (int64_t i = k * width; i < (k + 1) * width; i += 4 * W) {
+                __builtin_prefetch(codes + i + kPrefetch);
+                U x[2];
+                lookup.at<Order::halves>(codes + i, x);
+                for (int half = 0; half < 2; ++half) {
+                    const Pair y = widen_looked_up<Order::halves>(x[half]), z = {y.a * scale[k], y.b * scale[k]};
+                    memcpy(out + i + 2 * W * half, &z, sizeof z);
+                }
+            }
+        }
+        return count;
+    }
+#endif
+    return 0;
+}
 
 // Returns how many were done: whole vectors, and none where the scale is too large for a multiplication by 256.
 template <CodeType type, bool kZero> int64_t decode_bytes(const char* codes, int64_t n, float scale, float zero, float* out) {
     int64_t i = 0;
     if constexpr (type == CodeType::e4m3) {
-#if IRES_LANES == 16
-        if (n >= 64 && __builtin_cpu_supports("avx512vbmi")) i = look_up_e4m3(codes, n, scale, out);
-#endif
+        const int64_t whole = n - n % (4 * W);
+        i = whole * decode_cells<type>(codes, whole, whole > 0, &scale, out);
         if (!(scale < kNearlyLargest && scale > -kNearlyLargest)) return i;
         const float s = scale * 256.0f;  // exact
         for (; i + 2 * W <= n; i += 2 * W) {
-            const Pair x = load_256th(codes + i), y = {x.a * s, x.b * s};
+            const Pair x = load_256th<Order::halves>(codes + i), y = {x.a * s, x.b * s};
             memcpy(out + i, &y, sizeof y);
         }
     } else if constexpr (type == CodeType::e5m2) {
@@ -276,6 +347,11 @@ void decode_row(const Coded& c, int64_t row, int64_t column, int64_t n, float* o
             const char* const p = codes + (column + i) / 2;
             if (c.block_columns == 16) decode_narrow<kZero, 16>(table, shift, p, k, cells, out + i);
             else decode_narrow<kZero, 32>(table, shift, p, k, cells, out + i);
+            i += k * c.block_columns;
+        }
+        if (type == CodeType::e4m3 && c.block_columns % (4 * W) == 0 && (column + i) % c.block_columns == 0) {
+            k = std::min(count, (n - i) / c.block_columns);
+            k = decode_cells<type>(codes + column + i, c.block_columns, k, cells.scale, out + i);
             i += k * c.block_columns;
         }
         for (; k < count; ++k) {

@@ -82,7 +82,11 @@ IRES_HD U extend16(const void* p) { return bit_cast<U>(_mm_cvtepu16_epi32(_mm_lo
 IRES_HD S16x2 extend8(S8x2 v) { return bit_cast<S16x2>(_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&v)))); }
 #else
 IRES_HD U extend16(const void* p) { return __builtin_convertvector(load_raw<U16>(p), U); }
+#if IRES_LANES == 8  // gcc takes the vector in two
+IRES_HD S16x2 extend8(S8x2 v) { return bit_cast<S16x2>(_mm256_cvtepi8_epi16(bit_cast<__m128i>(v))); }
+#else
 IRES_HD S16x2 extend8(S8x2 v) { return __builtin_convertvector(v, S16x2); }
+#endif
 #endif
 
 template <class T> IRES_HD F load(const T* p) { return widen_bits<T>(extend16(p)); }

@@ -462,6 +462,7 @@ void run(const Operation& op, const Run& run, Tally* tally) {
 }  // namespace ires
 
 #include "fit.h"  // which takes its numbers by blocks as well
+#include "scaled.h"
 
 namespace ires {
 namespace IRES_ISA {
@@ -501,7 +502,7 @@ bool memory(const Run& run, int inputs) {
 }  // namespace
 
 extern const Loops loops;
-const Loops loops = {&run, &memory, &decode, &encode, &measure, &keep, &count_stored, &fit};
+const Loops loops = {&run, &run_scaled, &memory, &decode, &encode, &measure, &keep, &count_stored, &fit};
 
 }  // namespace IRES_ISA
 }  // namespace ires

@@ -94,6 +94,77 @@ def test_operations_decode_their_operands(backend: str, stochastic: bool, monkey
         assert [getattr(tallies[1], name) for name in COUNTS] == [getattr(tallies[0], name) for name in COUNTS]
 
 
+SHAPES = {
+    "fp8-block": (form("fp8-block", 128, 128, "F32"), (70, 384)),
+    "fp8-block 32": (form("fp8-block", 32, 32, "BF16"), (70, 384)),
+    "fp8-block 128, ragged": (form("fp8-block", 128, 128, "F32"), (70, 363)),
+    "fp8-channel": (form("fp8-channel", 1, 5000, "F32"), (7, 5000)),
+    "fp8-tensor": (form("fp8-tensor", 2 * 35, 384, "F32"), (2, 35, 384)),
+    "mxfp8": (form("mxfp8", 1, 32, "F8_E8M0"), (70, 384)),
+}
+CODES, B, F = None, torch.bfloat16, torch.float32  # what an operand is
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("scales", ["ordinary", "any"])
+def test_e4m3_goes_from_codes_to_results(backend: str, name: str, scales: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In registers where the cells of operands meet whole vectors and scales are not huge: the same bits and counts."""
+    use(backend, monkeypatch)
+    format, full = SHAPES[name]
+    generator = torch.Generator().manual_seed(1)
+    each = []
+    for i in range(3):
+        parts = dict(stored(format, full))
+        parts["codes"] = raw(torch.randint(0, 256, (math.prod(full),), generator=generator).to(torch.uint8))
+        if i == 2:  # sums without NaN, and many updates that are 0
+            parts["codes"] = raw(np.where(np.arange(math.prod(full)) % 7 == 0, 0, np.asarray(each[1]["codes"])))
+        if scales == "ordinary":
+            few = torch.rand(len(parts["scale"]) // SCALES[format.word("scale")], generator=generator) + 0.5
+            kinds = {"F32": few, "BF16": few.bfloat16(), "F8_E8M0": torch.randint(120, 130, few.shape).to(torch.uint8)}
+            parts["scale"] = raw(kinds[format.word("scale")])
+        each.append(parts)
+    ops = (
+        ("add_difference", B, (B, CODES, CODES), (0.3,)),
+        ("add_difference", B, (B, CODES, B), (0.3,)),
+        ("add_difference", F, (F, CODES, CODES), (0.3,)),
+        ("add_difference", F, (CODES, CODES, CODES), (1.0,)),
+        ("subtract", F, (CODES, CODES), ()),
+    )
+    for (op, out, kinds, factors), (first, count) in zip(
+        [each for each in ops for _ in range(3)], [(0, 5000), (64, 4992), (11, 5001)] * len(ops), strict=True
+    ):
+        stochastic = out == B and first == 0
+        coded, numbers = {}, []
+        for place, kind in enumerate(kinds):
+            if kind is None:
+                run = of_run(format, full, each[place], first, count)
+                coded[place] = Coded(format, full, first, run)
+                numbers.append(torch.empty(count))
+                decoding.define(format, full, first, count, run, numbers[-1])
+            else:
+                numbers.append(sample(kind, count, place + first))
+        for random in {False, stochastic}:
+            found = []
+            for decoded in (False, True):
+                inputs = tuple(
+                    torch.empty(count) if decoded and place in coded else x for place, x in enumerate(numbers)
+                )
+                result, tally = torch.empty(count, dtype=out), ik.Tally()
+                call = Call(op, [result], [inputs], factors, random, 7, [9], 4 * first, tally)
+                decoding.run(call, coded) if decoded else reference.run(call)
+                silent = torch.empty(count, dtype=out)
+                if decoded:
+                    decoding.run(call._replace(outs=[silent], tally=None), coded)
+                    assert_same(silent, result)
+                found.append((result, tally))
+            assert_same(found[1][0], found[0][0], f"{op} of {kinds} from {first} on")
+            got, wanted = ([getattr(tally, each) for each in COUNTS] for _, tally in found)
+            assert got == wanted
+            sums = [(tally.dot, tally.norm2) for _, tally in found]
+            assert sums[1] == pytest.approx(sums[0], rel=1e-5)
+
+
 def test_threads_share_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("IRES_BACKEND", raising=False)
     monkeypatch.setattr(native, "thread_count", lambda: 3)
