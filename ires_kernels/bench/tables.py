@@ -103,4 +103,9 @@ def _shown(quartiles: Quartiles | None, mark: str = "") -> str:
         return "–"
     if quartiles.rounds == 1:
         return f"{quartiles.median:.3g}{mark}"
-    return f"{quartiles.median:.2f}{mark} [dim]{quartiles.low:.2f}–{quartiles.high:.2f}[/dim]"
+    return f"{_digits(quartiles.median)}{mark} [dim]{_digits(quartiles.low)}–{_digits(quartiles.high)}[/dim]"
+
+
+def _digits(x: float) -> str:
+    """Three digits: what is cut at 80 columns says nothing."""
+    return f"{x:.2f}" if x < 9.995 else f"{x:.1f}" if x < 99.95 else f"{x:.0f}"

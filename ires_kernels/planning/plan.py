@@ -18,7 +18,7 @@ import xxhash
 
 from ires_kernels.checkpoints import configs, names, roles, settings, sidefiles
 from ires_kernels.checkpoints.checkpoint import Checkpoint
-from ires_kernels.checkpoints.header import build_header, tensor_bytes
+from ires_kernels.checkpoints.header import brief, build_header, tensor_bytes
 from ires_kernels.checkpoints.manifest import NotStored
 from ires_kernels.checkpoints.quantized import QuantizedRef, Ref
 from ires_kernels.checkpoints.sidefiles import SideFile
@@ -199,12 +199,16 @@ class Plan:
         }
 
     def __str__(self) -> str:
+        return table(self.rows())
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The table: what will be done, and of what."""
         rows = [("operation", f"{self.operation} {self.id}")]
         for role, checkpoint in self.inputs.items():
             rows.append((role, f"{checkpoint.path} ({several(len(checkpoint.tensors), 'tensor')})"))
         seed = f", seed {self.rules.seed}" if self.rules.rounding == "stochastic" else ""
         rows.append(("rounding", self.rules.rounding + seed))
-        made = Counter(_deed(step) for step in self.steps if step.is_whole)
+        made = Counter(f"{_deed(step)}{self._decided(step)}" for step in self.steps if step.is_whole)
         rows += [(several(count, "tensor"), deed) for deed, count in made.items()]
         rows += [("layout", line) for line in lines(self.layouts)]
         ruled = {(name, role) for role, layout in self.layouts.items() for name in layout.runs}
@@ -236,7 +240,12 @@ class Plan:
         rows += [("passes", _PASSES)] if self.passes > 1 else []
         where = "in place" if self.in_place else f"in {several(len(self.files), 'file')}"
         rows.append(("writes", f"{size(self.bytes_written)} {where}"))
-        return table(rows)
+        return rows
+
+    def _decided(self, step: Step) -> str:
+        """Which pattern gave a step its factors, if one did."""
+        pattern = self.rules.decided_by(step.name) if step.factors and self.rules.alphas else ""
+        return f", by {brief(pattern)}" if pattern else ""
 
 
 def plan_apply(

@@ -16,6 +16,7 @@ from ires_kernels.backends.call import Tally
 from ires_kernels.checkpoints.manifest import Requantized, Strength
 from ires_kernels.planning.absences import Absence
 from ires_kernels.planning.ancestry import Ancestry
+from ires_kernels.planning.plan import Plan
 from ires_kernels.records.report import Report
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs/merging.md"
@@ -114,3 +115,20 @@ def test_the_documents_explain_every_line() -> None:
     for title in titles:
         wanted = generic.get(title, title)
         assert any(wanted in (cell, *cell.split(", ")) for cell in explained), wanted
+
+
+def test_the_documents_explain_every_line_of_a_plan() -> None:
+    source = inspect.getsource(Plan.rows)
+    written = {*re.findall(r'\("([a-z ]+)", ', source)} | {"target", "instruct", "base", "residual", "N tensors"}
+    assert len(written) > 15
+    section = DOCUMENT.read_text().partition("prints the plan")[2].partition("\n## ")[0]
+    explained = {cell for row in re.findall(r"^\| (.+?) \|", section, re.MULTILINE) for cell in row.split(", ")}
+    explained |= {*re.findall(r"`([a-z ]+)`", section)}
+    assert written <= explained
+
+
+def test_a_plan_says_which_pattern_decides(tmp_path: Path) -> None:
+    base, instruct, target = triple(tmp_path)
+    plan = ik.apply(target, (instruct, base), out=tmp_path / "out", alphas={"mlp": 0.3}, dry_run=True)
+    assert "2 tensors  + 0.3 * (instruct - base), BF16 → BF16, by 'mlp'" in re.sub(" {2,}", "  ", f"{plan}")
+    assert "5 tensors  + 1 * (instruct - base), BF16 → BF16\n" in re.sub(" {2,}", "  ", f"{plan}")
