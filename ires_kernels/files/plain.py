@@ -62,9 +62,9 @@ def folded(line: str, width: int) -> str:
     if _columns(line) <= width:
         return line
     title = _TITLE.match(line)
+    if title is not None and len(title[0]) > width // 2:  # blanks in a sentence, and no column
+        title = None
     indent = len(title[0]) if title else 2
-    if indent > width // 2:
-        indent = 2
     lines, at = [line[: title.end()] if title else ""], title.end() if title else 0
     blank = True  # nothing but a title is in this line
     for space, word in _WORDS.findall(line[at:]):

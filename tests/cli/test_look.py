@@ -81,6 +81,7 @@ def test_80_columns(
         ("a  long/path/that/is/longer b", 10, "a  long/path/that/is/longer\n   b"),
         ("one  two", 80, "one  two"),
         ("日本語 日本語", 10, "日本語\n  日本語"),
+        ("a sentence with two  blanks far behind", 20, "a sentence with two\n  blanks far behind"),
         ("path  with/two  blanks in it that is kept", 30, "path  with/two  blanks in it\n      that is kept"),
     ],
 )
