@@ -9,7 +9,8 @@ import xxhash
 from ires_kernels.checkpoints.checkpoint import TensorRef
 from ires_kernels.live.peers import PeerError, Peers
 from ires_kernels.planning.box import Box
-from ires_kernels.planning.boxes import shared_out, within
+from ires_kernels.planning.boxes import within
+from ires_kernels.planning.dealing import dealt
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.steps import Step
 
@@ -61,4 +62,4 @@ def to_check(plan: Plan, peers: Peers) -> set[tuple[str, str]] | None:
     names = [(role, name) for role in residuals for o in plan.reads(role).values() for name in o.tensors]
     names = sorted(set(names))
     weights = [plan.inputs[role].tensors[name].nbytes for role, name in names]
-    return {names[index] for index in shared_out(weights, len(peers.ranks))[peers.ranks.index(peers.rank)]}
+    return {names[index] for index in dealt(weights, len(peers.ranks))[peers.ranks.index(peers.rank)]}

@@ -77,13 +77,3 @@ def _cut(step: Step, operand: Operand, pieces: Sequence[tuple[int, int]], own: T
             refs.append(ref.run(first, taken))
             begin, count, number = begin + taken, count - taken, number + 1
     return Operand(operand.role, tuple(refs))
-
-
-def shared_out(weights: Sequence[int], parts: int) -> list[list[int]]:
-    """The indexes of what weighs so much, in so many parts: the heaviest first, each into the lightest part so far."""
-    loads, found = [0] * parts, [[] for _ in range(parts)]  # type: list[int], list[list[int]]
-    for index in sorted(range(len(weights)), key=lambda index: (-weights[index], index)):
-        lightest = loads.index(min(loads))
-        loads[lightest] += weights[index]
-        found[lightest].append(index)
-    return found

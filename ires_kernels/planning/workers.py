@@ -7,7 +7,6 @@ tensors is an item.
 
 from __future__ import annotations
 
-import heapq
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from ires_kernels.checkpoints.header import brief
+from ires_kernels.planning.dealing import dealt
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import ArgumentError
 
@@ -166,13 +166,7 @@ def _weight(items: Sequence[Item]) -> int:
 
 def _dealt(items: Sequence[Item], world: int) -> list[list[Item]]:
     """The items by rank: the largest one first, to whom has least."""
-    shares: list[list[Item]] = [[] for _ in range(world)]
-    loads = [(0, rank) for rank in range(world)]
-    for item in sorted(items, key=lambda item: -item.weight):
-        load, rank = heapq.heappop(loads)
-        shares[rank].append(item)
-        heapq.heappush(loads, (load + item.weight, rank))
-    return shares
+    return [[items[index] for index in indexes] for indexes in dealt([item.weight for item in items], world)]
 
 
 def _cut(item: Item, weights: Mapping[str, int], size: float) -> list[Item]:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from ires_kernels.checkpoints.checkpoint import TensorRef
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.planning.box import Box
-from ires_kernels.planning.boxes import shared_out, within
+from ires_kernels.planning.boxes import within
+from ires_kernels.planning.dealing import dealt
 from ires_kernels.planning.steps import Operand, Output, Step
 
 torch = pytest.importorskip("torch")
@@ -97,8 +98,8 @@ def test_other_elements_of_the_target_are_not_here() -> None:
 
 
 @given(st.lists(st.integers(0, 100), max_size=20), st.integers(1, 6))
-def test_what_is_shared_out_is_balanced(weights: list[int], parts: int) -> None:
-    found = shared_out(weights, parts)
+def test_what_is_dealt_is_balanced(weights: list[int], parts: int) -> None:
+    found = dealt(weights, parts)
     assert sorted(index for part in found for index in part) == [*range(len(weights))]
     loads = [sum(weights[index] for index in part) for part in found]
     assert max(loads) - min(loads) <= max(weights, default=0)
