@@ -85,7 +85,7 @@ def changes(plan: Plan) -> tuple[Step, ...]:
     """
     tensors = plan.inputs["target"].tensors
     for step in plan.steps:
-        weight = step.operands[0].refs[0]
+        weight = next((operand.refs[0] for operand in step.operands if operand.role == "target"), None)
         if step.output.encoding is None and isinstance(weight, QuantizedRef):
             raise CheckpointError(
                 f"cannot apply in place: {brief(step.name)} is {weight.format} in {weight.path}, and would become "
