@@ -108,4 +108,4 @@ class _MeasuringSlot:
         raise AssertionError(f"{step.name} is stored, by what only looks")
 
     def wait(self) -> None:
-        """`start` has done it all."""
+        self.inner.wait()
