@@ -20,7 +20,15 @@ _WORDS = re.compile(r"(\s*)((?:`[^`]*`|\S)+)")
 
 def plain(line: object) -> str:
     """One line, with its control characters written as in Python: ``\\x1b`` for an escape, ``\\n`` for a line break."""
-    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), called(f"{line}"))
+    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), without_secrets(called(f"{line}")))
+
+
+_SECRET = re.compile(r"(https?://)(?:[^\s/@'\"]*@)?([^\s?#'\"<>{}|\\]*)(?:\?[^\s'\"<>{},]*)?", re.IGNORECASE)
+
+
+def without_secrets(text: str) -> str:
+    """A text in which addresses have no user with a password, and no query, which may be a signature."""
+    return _SECRET.sub(r"\1\2", text) if "://" in text else text
 
 
 _NAMES: dict[str, str] = {}

@@ -458,7 +458,7 @@ def _read(operand: Operand) -> dict[str, Any]:
     if len(operand.refs) == 1:
         one = {"name": operand.text, "dtype": operand.dtype, "file": f"{operand.paths[0]}"}
         return one | ({"format": operand.kinds[0]} if operand.is_decoded else {})
-    runs = [{"name": ref.name, "file": f"{ref.path}"} for ref in operand.refs[:_LISTED]]
+    runs = [{"name": ref.name, "file": shown(ref.path)} for ref in operand.refs[:_LISTED]]
     return {"name": operand.text, "dtype": operand.dtype, "runs": len(operand.refs), "first_runs": runs}
 
 

@@ -19,6 +19,7 @@ from ires_kernels.checkpoints import hub, manifest, names, roles
 from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.dtypes import number_of
 from ires_kernels.files.opening import read_bytes
+from ires_kernels.files.plain import without_secrets
 from ires_kernels.planning.inputs import StrPath
 from ires_kernels.planning.numbers import numbers
 from ires_kernels.planning.rules import DTYPES, VOCABULARIES, ArgumentError, Rules
@@ -82,7 +83,11 @@ def read(path: StrPath, *, in_place: bool = False, trust_inputs: bool = False, f
     given = [] if len(added[0].paths) == 2 else roles.of_residuals(len(added))
     named = given or roles.of_pairs(len(added))
     paths = dict(zip(named, (path for each in added for path in each.paths), strict=True))
-    options = _options(table) | {"dtype": _dtype(table), "vocabulary": _vocabulary(table), "recipe": raw.decode()}
+    options = _options(table) | {
+        "dtype": _dtype(table),
+        "vocabulary": _vocabulary(table),
+        "recipe": without_secrets(raw.decode()),
+    }
     alphas = [*_alphas(table.get("alphas")), *by_name]
     try:
         rules = Rules.of(len(added), alpha=alpha, alphas=alphas, **options)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ires_kernels.backends.fit import Fit
+from ires_kernels.checkpoints.standins import shown
 from ires_kernels.files.plain import plain, plain_lines, several, table
 from ires_kernels.planning.plan import Plan, size
 from ires_kernels.records.report import copied
@@ -116,7 +117,7 @@ class FitReport:
     def to_dict(self) -> dict[str, Any]:
         """All of it in JSON types; shares are of 1, and what cannot be told is None."""
         return {
-            "paths": {role: f"{path}" for role, path in self.paths.items()},
+            "paths": {role: shown(path) for role, path in self.paths.items()},
             "alpha": self.alpha,
             "seconds": self.seconds,
             "bytes_read": self.bytes_read,

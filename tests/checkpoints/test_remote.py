@@ -292,7 +292,16 @@ def test_secrets_stay_with_their_host(
         other.fault(status(403), first=True)
         assert main(command(addresses, tmp_path / "refused")) == 3
         failed = capsys.readouterr()
-        for text in (*texts, status_.out, status_.err, failed.out, failed.err):
+        recipe = tmp_path / "recipe.yml"
+        pair = f"instruct: '{addresses['instruct']}', base: '{addresses['base']}'"
+        recipe.write_text(f"{{target: '{addresses['target']}', pairs: [{{{pair}}}]}}")
+        other.faults.clear()
+        ik.merge(recipe, out=tmp_path / "by-recipe")
+        assert f"{server.address}/base" in (tmp_path / "by-recipe/ires.json").read_text()
+        texts += [path.read_bytes().decode(errors="replace") for path in (tmp_path / "by-recipe").iterdir()]
+        assert main(["apply", addresses["target"], "--pair", f"{addresses['base']}", "-o", "nowhere"]) == 2
+        odd = capsys.readouterr()
+        for text in (*texts, status_.out, status_.err, failed.out, failed.err, odd.out, odd.err):
             assert not re.search("pa55word|t0psecret|s1gnature|bWU6", text)
 
 

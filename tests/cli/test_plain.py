@@ -120,3 +120,13 @@ def test_a_file_system_that_fails_under_such_a_name(
     monkeypatch.setattr("ires_kernels.inspect", lambda *_, **__: torch.ones(1)[EVIL])
     assert cli.main(["inspect", f"{models[0]}"]) == 4
     assert is_clean(capsys.readouterr().err)
+
+
+def test_secrets_of_addresses_are_not_told() -> None:
+    for secret, shown in {
+        "https://me:pa55@host:80/a/b?sig=x&y=z: is gone": "https://host:80/a/b: is gone",
+        "see 'http://host/a?sig=x', twice: HTTP://u@h/?q": "see 'http://host/a', twice: HTTP://h/",
+        "{target: https://h/x?s=1, base: https://h/y}": "{target: https://h/x, base: https://h/y}",
+        "s3://bucket/a and x@y: https://host/a@b": "s3://bucket/a and x@y: https://host/a@b",
+    }.items():
+        assert plain(secret) == shown
