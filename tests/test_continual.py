@@ -235,3 +235,36 @@ def test_the_tables_are_those_of_the_recorded_runs() -> None:
     readme = (CONTINUAL / "README.md").read_text()
     assert plots.BEGIN in readme
     assert readme == plots.with_table(readme, results)
+
+
+def test_adapters_begin_as_nothing_train_alone_and_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    import drift
+
+    monkeypatch.setattr(train, "ROWS", 4)
+    w = world.World(0)
+    model, before = train.new_model(w, 0), train.new_model(w, 0)
+    drift.adapt(model, 8, 0)
+    ids = torch.tensor([w.prompt("who ?")])
+    assert torch.equal(model(ids).logits, before(ids).logits)
+    train.train(model, train.batches(w, "A and B", 0, "cpt"), 3, 5e-3, lambda _: None)
+    trained = model(ids).logits
+    drift.merge_adapters(model)
+    assert torch.equal(model(ids).logits, trained)
+    weights = dict(before.named_parameters())
+    assert weights.keys() == dict(model.named_parameters()).keys()
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, weights[name]) is not name.endswith("_proj.weight"), name
+        if name.endswith("_proj.weight"):
+            values = torch.linalg.svdvals(weight.detach().double() - weights[name].detach().double())
+            assert values[8] < 1e-4 * values[0], "of rank 8, but for roundings"
+
+
+def test_the_table_of_drift_is_that_of_the_recorded_runs() -> None:
+    pytest.importorskip("matplotlib")
+    import drift
+
+    results = drift.read(CONTINUAL / "results")
+    assert len(results) >= 3
+    lines = (CONTINUAL / "results" / "drift.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("|")] == drift.table(drift.measured(results))

@@ -198,7 +198,7 @@ def with_table(readme: str, results: Results) -> str:
     return "".join([before, BEGIN, "\n".join(table(results, README_ROWS, SUMMARY)), END, after])
 
 
-def _save(figure: Any, folder: Path, name: str) -> None:
+def save(figure: Any, folder: Path, name: str) -> None:
     figure.tight_layout()
     figure.savefig(folder / f"{name}.png", dpi=150)
     # neither a date nor random ids: the same numbers give the same file
@@ -229,7 +229,7 @@ def alpha_plot(results: Results, folder: Path) -> None:
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
         axes.legend()
-    _save(figure, folder, "alpha")
+    save(figure, folder, "alpha")
 
 
 def trade_plot(results: Results, folder: Path) -> None:
@@ -252,7 +252,7 @@ def trade_plot(results: Results, folder: Path) -> None:
     panels[0].set(ylabel="format", ylim=(-0.05, 1.05))
     panels[1].legend(fontsize="small")
     figure.suptitle("Format, knowledge of the news and perplexity on them, mean ± sd (runs)")
-    _save(figure, folder, "trade")
+    save(figure, folder, "trade")
 
 
 def make(folder: Path) -> None:

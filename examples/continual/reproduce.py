@@ -59,12 +59,15 @@ def gaussian(residual: torch.Tensor, generator: torch.Generator) -> torch.Tensor
 class Run:
     """A world and seed: its models, and its rows, each measured once."""
 
-    def __init__(self, work: Path, results: Path, world: int, seed: int, other: int, progress: Progress) -> None:
+    def __init__(
+        self, work: Path, results: Path, world: int, seed: int, other: int, progress: Progress, study: str = ""
+    ) -> None:
+        """`study` is what the names of other files of results than those of this module begin with."""
         self.world, self.seed = World(world), seed
-        self._folder = work / f"world-{world}" / f"seed-{seed}"
+        self.folder = work / f"world-{world}" / f"seed-{seed}"
         self._other = work / f"world-{world}" / f"seed-{other}"
         self._other_seed = other
-        self._path = results / f"world-{world}-seed-{seed}.json"
+        self._path = results / f"{study}world-{world}-seed-{seed}.json"
         self._about = {"world": world, "seed": seed, "other seed": other, "code": code(*CODE), "machine": machine()}
         self._rows: dict[str, Row] = {}
         if self._path.exists():
@@ -76,22 +79,22 @@ class Run:
                     f"{self._path}: was measured with another {' and '.join(sorted(differing))}; rows of both cannot "
                     "be compared. Move the results elsewhere, or give another folder with --results."
                 )
-        self._progress = progress
+        self.progress = progress
         self._lock = threading.Lock()
 
     def model(self, name: str, *, other_seed: bool = False) -> Path:
         """The folder of a model, which is trained if it is not there."""
         if other_seed:
-            return make(self._other, self.world, self._other_seed, name, self._progress)
-        return make(self._folder, self.world, self.seed, name, self._progress)
+            return make(self._other, self.world, self._other_seed, name, self.progress)
+        return make(self.folder, self.world, self.seed, name, self.progress)
 
     def add(self, name: str, measure: Callable[[Path], Row]) -> None:
         """Fill a row with what `measure` returns; it gets a folder for its models, which is removed."""
         with self._lock:
             if name in self._rows:
                 return
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self._folder) as temporary:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.folder) as temporary:
                 row = self._rows[name] = measure(Path(temporary))
             partial = self._path.with_suffix(".partial")
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +102,7 @@ class Run:
             partial.replace(self._path)
             plots.write_tables(self._path.parent)
         figures = ", ".join(f"{key} {value:.2f}" for key, value in row.items())
-        self._progress.print(f"world {self.world.number}, seed {self.seed}: {name}: {figures}")
+        self.progress.print(f"world {self.world.number}, seed {self.seed}: {name}: {figures}")
 
     def add_model(self, name: str, model: str, register: str = "plain") -> None:
         self.add(name, lambda _: scores(self.model(model), self.world, register))
