@@ -23,7 +23,9 @@ def plain(line: object) -> str:
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), without_secrets(called(f"{line}")))
 
 
-_SECRET = re.compile(r"(https?://)(?:[^\s/@'\"]*@)?([^\s?#'\"<>{}|\\]*)(?:\?[^\s'\"<>{},]*)?", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(https?://)(?:[^\s/@'\"]*@)?([^\s?#'\"<>{}|\\]*)(?:\?(?:[^\s'\"<>{},]*[^\s'\"<>{},.:;)])?)?", re.IGNORECASE
+)
 
 
 def without_secrets(text: str) -> str:
