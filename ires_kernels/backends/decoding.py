@@ -41,7 +41,13 @@ def decode(format: Format, full: tuple[int, ...], first: int, count: int, parts:
 def decode_on_device(
     format: Format, full: tuple[int, ...], first: int, parts: Mapping[str, Tensor], out: Tensor
 ) -> bool:
-    """`decode` on a GPU that has the parts, as bytes; False where its backend has no kernel for the format."""
+    """`decode` on a GPU that has the parts, as bytes; False where its backend has no kernel for the format.
+
+    On the CPU it is `decode`, for what is a device to its callers there.
+    """
+    if out.device.type == "cpu":
+        decode(format, full, first, len(out), {name: part.numpy().data for name, part in parts.items()}, out)
+        return True
     if choose(out.device) is native:
         return native.decode_on_device(format, full, first, parts, out)
     from ires_kernels.backends import triton  # which takes a while, and may not be there

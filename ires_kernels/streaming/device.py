@@ -7,6 +7,8 @@ Every thread has SLOTS tiles under way, each with host and device memory and a q
 is queued runs in order, so a slot needs no other care than to wait before its host memory is used again; queues of
 different slots overlap, so that copies in, kernels and copies out of all threads run at the same time.
 
+Weights that are quantized go there as their codes and scales, and are decoded where they are computed.
+
 Results that stay on an NVIDIA GPU take a shorter way (`_GpuSlot._load`): one call of the extension reads, copies and
 computes a tile, without Python's lock, and small tensors that follow each other share one.
 
@@ -29,7 +31,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ires_kernels.backends import counting, native
+from ires_kernels.backends import counting, decoding, native
 from ires_kernels.backends.call import Coded, Tally
 from ires_kernels.backends.choice import choose
 from ires_kernels.dtypes import FLOATS
@@ -248,7 +250,7 @@ def _tile_of(steps: Sequence[Step], piece: int) -> int:
 
 
 class _GpuSlot:
-    decodes = False
+    decodes = True
 
     def __init__(self, gpu: Gpu, piece: Piece) -> None:
         self.piece = piece
@@ -259,6 +261,7 @@ class _GpuSlot:
         self._views: list[memoryview] = []
         self._device: Sequence[Tensor] = ()
         self._whole: Tensor | None = None
+        self._parts: dict[tuple[int, str], tuple[memoryview, Tensor]] = {}
         self._numbers: Tensor | None = None
         self._counted = 0  # elements of the tile under way whose counts are on their way to `_numbers`
 
@@ -338,21 +341,23 @@ class _GpuSlot:
         coded: Mapping[int, Coded],
         coding: Coding | None = None,
     ) -> None:
-        assert not coded
         assert coding is None
         self._counted = count if self._gpu.counted and step.op != "copy" else 0
         if self._counted and self._numbers is None:
             self._numbers = self._gpu.runtime.pinned(8 * counting.NUMBERS).view(torch.float64)
-        self._queue.submit(partial(self._run, step, first, count, out))
+        self._queue.submit(partial(self._run, step, first, count, out, coded))
 
-    def _run(self, step: Step, first: int, count: int, out: Tensor | None) -> None:
+    def _run(self, step: Step, first: int, count: int, out: Tensor | None, coded: Mapping[int, Coded]) -> None:
         if step.op == "copy":
             assert out is not None
             out.copy_(self._host[0][:count], non_blocking=True)
             return
         if not self._device:
             self._allocate()
-        operands = [self._copied_in(slot, operand.dtype, count) for slot, operand in enumerate(step.operands)]
+        operands = [
+            self._decoded(slot, coded[slot], count) if slot in coded else self._copied_in(slot, operand.dtype, count)
+            for slot, operand in enumerate(step.operands)
+        ]
         if step.op == "convert":
             operands.append(self._gpu.zeros[step.operands[0].dtype][:count])
         elif step.is_from_zero:
@@ -371,6 +376,29 @@ class _GpuSlot:
         there = self._device[slot][:nbytes]
         there.copy_(self._host[slot][:nbytes], non_blocking=True)
         return there.view(TORCH_DTYPES[dtype])
+
+    def _decoded(self, slot: int, numbers: Coded, count: int) -> Tensor:
+        """The numbers of an operand whose codes are in the host's memory, made of them on the device.
+
+        What it has no kernel for is decoded by the CPU.
+        """
+        format, full, first, parts = numbers
+        there = self._device[slot][: 4 * count].view(torch.float32)
+        codes = decoding.as_bytes(parts["codes"]).to(there.device, non_blocking=True)
+        others = {name: self._part(slot, name, view) for name, view in parts.items() if name != "codes"}
+        if not decoding.decode_on_device(format, full, first, {"codes": codes, **others}, there):
+            here = torch.empty(count)
+            decoding.decode(format, full, first, count, parts, here)
+            there.copy_(here)
+        return there
+
+    def _part(self, slot: int, name: str, view: memoryview) -> Tensor:
+        """A part of a weight other than its codes, on the device; as long as the weight is the same it stays there."""
+        known = self._parts.get((slot, name))
+        if known is None or known[0] is not view:
+            known = view, decoding.as_bytes(view).to(self._gpu.runtime.device)
+            self._parts[slot, name] = known
+        return known[1]
 
     def wait(self) -> Tally | None:
         self._queue.wait()

@@ -29,7 +29,7 @@ from small_models import Tensors, normal, read_model, snapshot, triple, write_mo
 from torch import Tensor
 
 import ires_kernels as ik
-from ires_kernels.backends import native
+from ires_kernels.backends import decoding, native
 from ires_kernels.checkpoints import sources
 from ires_kernels.checkpoints.checkpoint import TensorRef, open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
@@ -255,14 +255,29 @@ def test_all_is_as_on_the_cpu(tmp_path: Path, case: str, queues: Callable[[Any],
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("queues", [Late, Beside, pytest.param(Host, marks=needs_native)])
-@pytest.mark.parametrize("format", ["fp8-block", "nvfp4"])
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(
+    ("format", "own", "known"),
+    [("fp8-block", False, True), ("fp8-block", True, True), ("nvfp4", False, True), ("pack-quantized", False, False)],
+)
 def test_quantized_weights_are_as_on_the_cpu(
-    tmp_path: Path, format: str, queues: Callable[[Any], device.Queue], threads: int, own: bool
+    tmp_path: Path,
+    format: str,
+    queues: Callable[[Any], device.Queue],
+    threads: int,
+    own: bool,
+    known: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Decoded by the CPU for the device, and where the target stays quantized computed there as well."""
+    """Decoded on the device where it has a kernel, and where the target stays quantized computed by the CPU."""
+    decode, decoded = decoding.decode_on_device, []
+
+    def on_device(*arguments: Any) -> bool:
+        decoded.append(arguments[0].name)
+        return known and decode(*arguments)
+
+    monkeypatch.setattr(decoding, "decode_on_device", on_device)
     make, settings = FORMATS[format]
-    paths, quantized = [], 1 - (own and format == "fp8-block")
+    paths, quantized = [], 1 - own
     for seed, role in enumerate(("target", "instruct", "base")):
         made = {
             "norm.weight": normal((70,), seed),
@@ -279,6 +294,7 @@ def test_quantized_weights_are_as_on_the_cpu(
         ik.apply(paths[0], (paths[1], paths[2]), out=tmp_path / "out", sync=False, threads=threads)
     assert_equal(found, wanted)
     assert_equal(read_model(tmp_path / "out"), wanted)
+    assert set(decoded) == (set() if own else {format})
 
 
 @pytest.mark.gpu
