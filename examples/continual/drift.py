@@ -1,4 +1,4 @@
-"""How far a base may drift before its old instruction residual no longer fits:
+"""How far a base may drift before its old instruction residual no longer fits: forty minutes of a core.
 
     python examples/continual/drift.py --seeds 0 1 2
 
