@@ -343,7 +343,7 @@ class FinishedFolder(NewFolder):
     def __init__(self, out: Path, identity: str, keep: bytes, *, locked: bool = True, access: Access | None = None):
         super().__init__(out, identity, keep, locked=locked, access=access)
         self._locks |= {FINISHING}
-        self._left_to_others = True
+        self._stays = True
         self._finishing = -1
 
     def _make(self) -> None:

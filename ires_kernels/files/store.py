@@ -205,75 +205,7 @@ class NewFile:
             os.close(fd)
 
 
-class Part:
-    """An unfinished folder `out`, of which this process writes files that are reserved; that takes no lock.
-
-    identity  one line of words, the first of which is the operation
-    """
-
-    def __init__(self, out: Path, identity: str, *, sync: bool) -> None:
-        self.partial = partial_path(out)
-        self._identity = identity.encode()
-        self._sync = sync
-        self._attempt = ""
-        self._reserved: dict[str, Reserved] = {}
-        self._files: list[NewFile] = []
-
-    @property
-    def _operation(self) -> bytes:
-        """Which one it is, as records say it."""
-        return self._identity.split()[0]
-
-    def check(self) -> None:
-        """Raise StoreError where this is not the folder of the operation, Foreign where it is not ours."""
-        with _ours(self.partial), named(self.partial):
-            fd = open_own(self.partial / MARKER)
-            try:
-                identity, _ = read_lock(fd, self.partial)
-            finally:
-                os.close(fd)
-        if identity != self._identity:
-            mine = self._identity.decode(errors="replace")
-            raise StoreError(f"{self.partial}: is of another operation than {mine}, which was to be written there.")
-
-    def find(self, name: str, head: bytes, size: int) -> None:
-        """Look for a file that another process has reserved. Raises StoreError where none is there any more."""
-        temporary = hidden_path(self.partial / name, _TEMPORARY)
-        try:
-            fd = open_own(temporary)
-        except FileNotFoundError:
-            raise StoreError(f"{temporary}: is not there: {name} is complete, or was not reserved.") from None
-        try:
-            status = os.fstat(fd)
-            if status.st_size != size or os.pread(fd, len(head), 0) != head:
-                raise meddled(temporary)
-        finally:
-            os.close(fd)
-        self._reserved[name] = Reserved(size, len(head), status.st_dev, status.st_ino)
-
-    def file(self, name: str, record: Callable[[], bytes] = bytes) -> NewFile:
-        """One of the files that are reserved, to be written.
-
-        `record` is called when all of it was written; its bytes come back in `finished` if the run is interrupted.
-        """
-        made = self._reserved[name]
-        path, operation = self.partial / name, self._operation
-        file = NewFile(path, made, record, operation=operation, attempt=self._attempt, sync=self._sync)
-        self._files.append(file)
-        return file
-
-    def finish_files(self) -> None:
-        """Every file that was taken to be written is written, and gets its name."""
-        for file in self._files:
-            file.finish()
-
-    def abandon_files(self) -> None:
-        """Close as they are those that are not finished."""
-        for file in self._files:
-            file.abandon()
-
-
-class NewFolder(Part):
+class NewFolder:
     """A context in which the files of `out` are made, under a lock; `commit` ends it.
 
     identity  one line of words: what an earlier run with the same line, or with its first word alone, has completed is
@@ -299,11 +231,17 @@ class NewFolder(Part):
         locked: bool = True,
         access: Access | None = None,
     ) -> None:
-        super().__init__(out, identity, sync=sync)
         self.out = out
+        self.partial = partial_path(out)
         self.access = access or Access()
         self.finished: dict[str, bytes] = {}
         """Files that need not be made, by name, and what was recorded of them."""
+        self._identity = identity.encode()
+        self._attempt = ""
+        """What hidden names have in them, where other processes may make the same files."""
+        self._sync = sync
+        self._reserved: dict[str, Reserved] = {}
+        self._files: list[NewFile] = []
         self._keep = keep
         self._accept = accept
         self._locked = locked
@@ -313,7 +251,12 @@ class NewFolder(Part):
         self._records: dict[str, str] = {}
         """Which file of the folder is the record of a complete one."""
         self._locks = {MARKER}
-        self._renamed = self._left_to_others = False
+        self._renamed = self._stays = False
+
+    @property
+    def _operation(self) -> bytes:
+        """Which one it is, as records say it."""
+        return self._identity.split()[0]
 
     def __enter__(self) -> NewFolder:
         content = content_of_lock(self._identity, self._keep)  # before anything is there: it may lack a key
@@ -454,14 +397,27 @@ class NewFolder(Part):
             write_file(path, chunks, sync=self._sync, mode=self.access.file if mode is None else mode)
             self._identities[name] = _identity(os.lstat(path), self._sync)
 
-    def leave_to_others(self) -> None:
-        """Leaving keeps what is reserved: others write it as a `Part`, and who enters again finds complete what is."""
-        self._left_to_others = True
+    def file(self, name: str, record: Callable[[], bytes] = bytes) -> NewFile:
+        """One of the files that are reserved, to be written.
+
+        `record` is called when all of it was written; its bytes come back in `finished` if the run is interrupted.
+        """
+        made = self._reserved[name]
+        path, operation = self.partial / name, self._operation
+        file = NewFile(path, made, record, operation=operation, attempt=self._attempt, sync=self._sync)
+        self._files.append(file)
+        return file
 
     def finish_files(self) -> None:
-        super().finish_files()
+        """Every file that was taken to be written is written, and gets its name."""
         for file in self._files:
+            file.finish()
             self._identities[file.path.name] = file.identity
+
+    def abandon_files(self) -> None:
+        """Close as they are those that are not finished."""
+        for file in self._files:
+            file.abandon()
 
     def _check_files(self) -> None:
         """Raise OSError where a file is no longer the one that was written."""
@@ -505,7 +461,7 @@ class NewFolder(Part):
 
     def _leave(self, error: BaseException | None) -> None:
         self.abandon_files()
-        if not self._renamed and not self._left_to_others:
+        if not self._renamed and not self._stays:
             with suppress(OSError):  # the error that brought us here matters more; the next run removes the rest
                 if isinstance(error, ValueError):
                     self.finished, self._records = {}, {}

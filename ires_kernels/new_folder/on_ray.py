@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,9 +25,8 @@ from typing import Any, NamedTuple
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files import interrupts, trust
 from ires_kernels.files.shared import SharedFolder, notes
-from ires_kernels.files.store import StoreError, check_destination
-from ires_kernels.new_folder import before
-from ires_kernels.new_folder.workers import Joined, finished, settled, write_items
+from ires_kernels.files.store import StoreError
+from ires_kernels.new_folder.workers import Joined, finished, recorded_or_free, settled, write_items
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import ArgumentError
 from ires_kernels.planning.workers import Cluster, Item, items
@@ -91,20 +92,17 @@ def write_on_ray(
 
     carry_out  the function `write_item` with its second argument, which Ray finds by its name
     """
-    recorded = before.recorded(plan, out, options.threads, sync=True, sha256=sha256)
+    recorded = recorded_or_free(plan, out, options, sha256=sha256)
     if recorded is not None:
         return recorded
-    check_destination(out, [checkpoint.path for checkpoint in plan.inputs.values()])
-    started = time.perf_counter()
-    with _connected(cluster) as ray:
-        joined = Joined.of(plan, out, options, sha256=sha256)
-        with joined.folder() as folder:
-            outcome = Outcome()
-            if not joined.is_finished():
-                threads, slots = _slots(ray, options.threads, cluster.device)
-                tasks = _tasks(joined, folder, items(plan, slots), cluster.device, threads)
-                _Run(ray, joined, folder, carry_out, tasks, threads, outcome).run()
-            missing = [] if joined.is_finished() else settled(joined, folder)
+    started, outcome, ray = time.perf_counter(), Outcome(), _ray()
+    joined = Joined.of(plan, out, options, sha256=sha256)
+    with _connected(ray, cluster), joined.folder() as folder:
+        if not joined.is_finished():
+            threads, slots = _slots(ray, options.threads, cluster.device)
+            tasks = _tasks(joined, folder, items(plan, slots), cluster.device, threads)
+            _Run(ray, joined, folder, carry_out, tasks, threads, outcome).run()
+        missing = [] if joined.is_finished() else settled(joined, folder)
     report = None if missing else finished(joined, outcome, started)
     if report is None:
         raise StoreError(
@@ -151,25 +149,33 @@ def _write_item(task: Task, planned_again: Callable[[Operation], Plan]) -> tuple
     return outcome.bytes_read, outcome.bytes_written
 
 
-@contextmanager
-def _connected(cluster: Cluster) -> Iterator[Any]:
-    """Ray, connected to the cluster; where there is none, to processes of this machine that end with this one."""
+def _ray() -> Any:
+    """The library. Raises ArgumentError where it is not there."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
     except ImportError:
         raise ArgumentError("--engine ray needs Ray: pip install 'ires_kernels[ray]'.") from None
+    return ray
+
+
+@contextmanager
+def _connected(ray: Any, cluster: Cluster) -> Iterator[None]:
+    """To the cluster; where there is none, to processes of this machine that end with this one."""
     if ray.is_initialized():
-        yield ray
+        yield
         return
     _check_reachable(cluster.address or os.environ.get("RAY_ADDRESS") or "")
+    before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = cluster.address or os.environ.get("RAY_ADDRESS") or "this machine"
         raise OSError(None, f"Ray cannot be reached: {error}".rstrip("."), where) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)  # Ray has one that ends the process at once
     try:
-        yield ray
+        yield
     finally:
         ray.shutdown()
 
@@ -188,14 +194,17 @@ def _check_reachable(address: str) -> None:
 def _slots(ray: Any, threads: int | None, device: str) -> tuple[int, int]:
     """How many threads a task has, and how many tasks the cluster carries out at a time."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if device != "cpu":
+        gpus = [each for each in machines if each.get("GPU", 0) >= 1]
+        if machines and not gpus:
+            raise ArgumentError(f"--device {device}: the Ray cluster has no GPU. Leave it out to compute on its CPUs.")
+        machines = gpus
     cpus = [int(each["CPU"]) for each in machines if each.get("CPU", 0) >= 1]
     threads = threads or min([_THREADS, *cpus])
+    each = [max(1, count // threads) for count in cpus]
     if device != "cpu":
-        gpus = int(sum(each.get("GPU", 0) for each in machines))
-        if cpus and not gpus:
-            raise ArgumentError(f"--device {device}: the Ray cluster has no GPU. Leave it out to compute on its CPUs.")
-        return threads, gpus or _LEAST
-    return threads, sum(count // threads for count in cpus) or _LEAST
+        each = [int(machine["GPU"]) for machine in machines]
+    return threads, sum(each) or _LEAST
 
 
 def _tasks(joined: Joined, folder: SharedFolder, every: list[Item], device: str, threads: int) -> dict[Task, int]:
@@ -240,7 +249,9 @@ class _Run:
         self.before = notes(self.folder.partial)
         device = next(iter(self.weights)).device if self.weights else "cpu"
         given = {"num_gpus": 1} if device != "cpu" else {}
-        remote = self.ray.remote(num_cpus=self.threads, max_retries=_RETRIES, **given)(self.carry_out)
+        most = max((int(node["Resources"].get("CPU", 0)) for node in self.ray.nodes() if node["Alive"]), default=0)
+        cpus = min(self.threads, most or self.threads)  # else nobody could take it
+        remote = self.ray.remote(num_cpus=cpus, max_retries=_RETRIES, **given)(self.carry_out)
         try:
             for task in self.weights:
                 self.refs[remote.remote(task)] = task

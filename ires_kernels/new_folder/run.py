@@ -4,8 +4,8 @@
     write   stream the tensors of some files into them; each is recorded and gets its name when it is complete
     finish  check what was read → side files, sums, manifest → give the folder its name
 
-Only `begin` and `finish` hold the lock. Between the two any process may write any of the files, with `write_files`:
-what it has learnt of them is in their records, and the run that finishes reads it there.
+What was learnt of a file is in its record, and a run that finds it complete reads it there. So the middle may be done
+by several processes, each of which makes some of the files: see workers.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ires_kernels.checkpoints import roles
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files import interrupts
 from ires_kernels.files.samples import sample
-from ires_kernels.files.store import NewFile, NewFolder, Part, StoreError, check_destination, partial_path
+from ires_kernels.files.store import NewFile, NewFolder, StoreError, check_destination, partial_path
 from ires_kernels.new_folder import before
 from ires_kernels.planning import ancestry
 from ires_kernels.planning.evidence import Looks
@@ -102,21 +102,7 @@ def prepared(plan: Plan, *, sync: bool, sha256: bool) -> tuple[dict[str, dict[st
     return compared, Operation.of(plan, sync=sync, sha256=sha256, outputs=sizes)
 
 
-def write_file(plan: Plan, name: str, out: Path, options: Options, *, sync: bool = True) -> Outcome:
-    """Write one of the files that another process has reserved in `out`; takes no lock. Returns what is recorded of it.
-
-    Raises StoreError where that file, or the folder, is not there to be written.
-    """
-    folder = Part(out, identity(Operation.of(plan, sync=sync)), sync=sync)
-    folder.check()
-    file = next((file for file in plan.files if file.name == name), None)
-    if file is None:
-        raise StoreError(f"{name} is no file of this plan, which has {', '.join(file.name for file in plan.files)}.")
-    folder.find(name, file.header, file.size)
-    return write_files(plan, [name], folder, options)
-
-
-def write_files(plan: Plan, names: Collection[str], folder: Part, options: Options) -> Outcome:
+def write_files(plan: Plan, names: Collection[str], folder: NewFolder, options: Options) -> Outcome:
     """Write some of the files that are reserved in `folder`; returns what is recorded of them."""
     steps: dict[str, list[Step]] = {name: [] for name in names}
     for step in plan.steps:
@@ -130,7 +116,7 @@ def write_files(plan: Plan, names: Collection[str], folder: Part, options: Optio
 
 
 def write_parts(
-    plan: Plan, parts: Iterable[tuple[list[Step], NewFile]], folder: Part, options: Options, outcome: Outcome
+    plan: Plan, parts: Iterable[tuple[list[Step], NewFile]], folder: NewFolder, options: Options, outcome: Outcome
 ) -> None:
     """Carry out steps, each into one of the files of `folder`; the outcome learns what is recorded of them.
 

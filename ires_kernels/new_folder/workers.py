@@ -75,10 +75,9 @@ class Joined:
 @interrupts.uninterrupted
 def write_share(plan: Plan, out: Path, options: Options, worker: Worker, *, sha256: bool) -> Report | WorkerReport:
     """Write the share of a worker, and finish the folder where all is complete then."""
-    recorded = before.recorded(plan, out, options.threads, sync=True, sha256=sha256)
+    recorded = recorded_or_free(plan, out, options, sha256=sha256)
     if recorded is not None:
         return recorded
-    check_destination(out, [checkpoint.path for checkpoint in plan.inputs.values()])
     started = time.perf_counter()
     joined = Joined.of(plan, out, options, sha256=sha256)
     with joined.folder() as folder:
@@ -90,6 +89,19 @@ def write_share(plan: Plan, out: Path, options: Options, worker: Worker, *, sha2
         plan.operation, plan.id, out, *worker, seconds, outcome.bytes_read, outcome.bytes_written,
         len(plan.files) - len(missing), tuple(missing),
     )  # fmt: skip
+
+
+def recorded_or_free(plan: Plan, out: Path, options: Options, *, sha256: bool) -> Report | None:
+    """The report of this very plan, if it was carried out. Refuses with StoreError a place that is not free."""
+    recorded = before.recorded(plan, out, options.threads, sync=True, sha256=sha256)
+    if recorded is None:
+        try:
+            check_destination(out, [checkpoint.path for checkpoint in plan.inputs.values()])
+        except StoreError:  # or another worker has finished it between the two looks
+            recorded = before.recorded(plan, out, options.threads, sync=True, sha256=sha256)
+            if recorded is None:
+                raise
+    return recorded
 
 
 @interrupts.uninterrupted

@@ -20,11 +20,6 @@ import ires_kernels as ik
 from ires_kernels.backends import encoding
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files.store import NewFile
-from ires_kernels.new_folder.run import begin, write_file
-from ires_kernels.planning.inputs import open_inputs
-from ires_kernels.planning.plan import plan_apply
-from ires_kernels.planning.rules import Rules
-from ires_kernels.streaming.options import Options
 
 SHAPES = {
     "model.embed_tokens.weight": (40, 64),
@@ -361,16 +356,13 @@ def test_codes_and_scales_in_other_files_are_written_by_whoever_goes_on(
     assert ik.verify(tmp_path / "out")
 
 
-def test_each_file_can_be_written_alone(tmp_path: Path) -> None:
-    """As by workers on several machines: who writes scales computes the codes that are in another file for that."""
-    paths = models(tmp_path, "fp8-block", None, None, shards=7, scale=4e-3)
+@pytest.mark.parametrize("shards", [7, 1])
+def test_each_file_can_be_written_alone(tmp_path: Path, shards: int) -> None:
+    """As by workers on several machines: who writes scales computes the codes that another one writes for that."""
+    paths = models(tmp_path, "fp8-block", None, None, shards=shards, scale=4e-3)
     report = ik.apply(paths[0], (paths[1], paths[2]), out=tmp_path / "whole", sync=False)
-    inputs = open_inputs(dict(zip(("target", "instruct", "base"), paths, strict=True)))
-    plan, options = plan_apply(inputs, Rules.of(1)), Options.of("cpu", 1, None)
-    with begin(plan, tmp_path / "out", options, sync=False, sha256=False) as begun:
-        for name in begun.missing:
-            write_file(plan, name, tmp_path / "out", options, sync=False)
-    again = ik.apply(paths[0], (paths[1], paths[2]), out=tmp_path / "out", sync=False)
+    for rank in range(7):
+        again = ik.apply(paths[0], (paths[1], paths[2]), out=tmp_path / "out", workers=(rank, 7))
     assert again.requantized == report.requantized  # type: ignore[union-attr]
     wanted, found = read_model(tmp_path / "whole"), read_model(tmp_path / "out")
     assert all(same(found[name], wanted[name]) for name in wanted)
