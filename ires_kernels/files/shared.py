@@ -35,6 +35,7 @@ from ires_kernels.files.ownership import Access, Foreign, is_same, open_own, pri
 from ires_kernels.files.store import (
     FINISHING,
     MARKER,
+    WORKING,
     NewFile,
     NewFolder,
     Reserved,
@@ -53,8 +54,6 @@ from ires_kernels.files.store import (
     write_file,
 )
 
-WORKING = ".ires-working-"
-"""What the names of notes begin with."""
 _TEMPORARY, _PART = ".tmp", ".part"
 _ATTEMPT = re.compile(r"\.ires-.+(\.[\w-]+-\d+-[0-9a-f]{8})(?:-(\d+)-(\d+))?\.(tmp|part)")
 _END = 1 << 16

@@ -48,7 +48,9 @@ MARKER = ".ires-lock"
 FINISHING = ".ires-finishing"
 """The lock of who finishes a folder that several processes have filled; see shared.py."""
 _SUFFIX = ".partial"
-_HIDDEN, _TEMPORARY, _RECORD = ".ires-", ".tmp", ".done"
+_HIDDEN, _TEMPORARY, _RECORD, _PART = ".ires-", ".tmp", ".done", ".part"
+WORKING = ".ires-working-"
+"""What the names of notes begin with, of how far one of several processes is."""
 
 
 NO_THREAD = (
@@ -529,8 +531,10 @@ def tidy(out: Path) -> None:
     finally:
         os.close(fd)
     for name in sorted(os.listdir(out), key=MARKER.__eq__):
-        if name in (MARKER, FINISHING) or (name.startswith(_HIDDEN) and name.endswith(_RECORD)):
-            os.unlink(out / name)
+        ours = name.endswith((_RECORD, _TEMPORARY, _PART)) or name.startswith(WORKING)
+        if name in (MARKER, FINISHING) or (name.startswith(_HIDDEN) and ours):
+            with suppress(FileNotFoundError):  # another process does the same
+                os.unlink(out / name)
 
 
 @contextmanager

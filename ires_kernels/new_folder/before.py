@@ -63,6 +63,7 @@ def finished(out: Path) -> Report:
         except OSError:
             continue
         if table is not None and table.is_mine and table.in_place is None:
+            tidy(out)
             note = "nothing was done: all of it was finished before"
             return Report.recorded(table.operation, table.id, out, table.report, note)
     raise StoreError(f"{out}: nothing is unfinished there, and it is no output of yours. Is the name right?")

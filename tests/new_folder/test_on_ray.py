@@ -187,8 +187,9 @@ def test_a_machine_is_killed(merge: Merge, cluster: Any) -> None:
 
 @marked
 @pytest.mark.parametrize("merge", [1], indirect=True)
-def test_a_machine_is_stopped(merge: Merge, cluster: Any) -> None:
-    """It is counted dead, what it did is begun again, and it goes on when all is finished."""
+def test_a_machine_is_stopped(merge: Merge, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it did is begun again, and it goes on when all is finished."""
+    monkeypatch.setattr(on_ray, "_SILENT", 15.0)
     node = cluster.add_node(num_cpus=1)
     raylet = node.all_processes["raylet"][0].process.pid
     stopped: list[int] = []

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -325,6 +326,34 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         assert "--rank and --world go together" in ires(*command, *wrong)[2]
     code, _, err = ires(*command, "--workers", "env", RANK="", WORLD_SIZE="2")
     assert (code, "RANK is '' in the environment" in err) == (2, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+def test_workers_die_at_any_time(merge: Merge, seed: int) -> None:
+    """Ranks are started, twice as well, and killed, whatever they are doing, until one of them has finished it."""
+    chance, world = random.Random(seed), 3
+
+    def work(rank: int) -> None:
+        slow = chance.random() / 20
+        in_the_middle(lambda: time.sleep(slow))()
+        merge.work(rank, world)
+
+    killed = 0
+    for _ in range(200):
+        children = [forked(lambda rank=rank: work(rank)) for rank in chance.choices(range(world), k=3)]  # type: ignore[misc]
+        for child in children:
+            time.sleep(chance.random() / 8)
+            if chance.random() < 0.6:
+                os.kill(child, signal.SIGKILL)
+        ends = [end_of(child) for child in children]
+        killed += ends.count(-signal.SIGKILL)
+        assert set(ends) <= {0, -signal.SIGKILL}
+        if merge.out.exists():
+            break
+    assert killed
+    ik.finish(merge.out)  # as the last one may have been killed as it removed what nobody needs any more
+    merge.check()
 
 
 @pytest.mark.slow
