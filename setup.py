@@ -142,7 +142,7 @@ def extension():
         "decode",
         "encode",
         "fit",
-        "fit_bf16",
+        "fit16",
         "kernel",
         "lanes",
         "look",

@@ -118,7 +118,7 @@ template <class T, class In> void fit_block(const In* target, const In* instruct
 }  // namespace IRES_ISA
 }  // namespace ires
 
-#include "fit_bf16.h"  // which leaves to `fit_block` what it cannot do
+#include "fit16.h"  // which leaves to `fit_block` what it cannot do
 
 namespace ires {
 namespace IRES_ISA {
@@ -134,7 +134,7 @@ template <class T> void fit_as(const FitRun& run, Fit* fit) {
         const int64_t n = std::min(same ? kFitPart : kBlock, run.n - i);
         if (same && n >= W) {
             const auto at = [&](int k) { return static_cast<const T*>(run.in[k]) + i; };
-            if constexpr (std::is_same_v<T, bf16_t>) {
+            if constexpr (sizeof(T) == 2) {
                 if (n >= kFitBlock) {
                     fit_part(at(0), at(1), at(2), n / kFitBlock * kFitBlock, run.alphas, run.count, &sums, fit);
                     i += n / kFitBlock * kFitBlock;

@@ -54,13 +54,20 @@ def test_loops_count_what_the_definition_counts(isa: str, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("isa", native.isas())
-@pytest.mark.parametrize("size", [1, 1e-8, 1e-17, 1e-21, 1e-37, 1e19])
-def test_blocks_of_bf16(isa: str, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        *((torch.bfloat16, size) for size in (1, 1e-8, 1e-17, 1e-21, 1e-37, 1e19)),
+        (torch.float16, 1),
+        (torch.float16, 2e5),
+    ],
+)
+def test_blocks(isa: str, dtype: torch.dtype, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers of models; and where squares of float32 underflow or overflow, or are none, the sums of float64."""
     use(f"native-{isa}", monkeypatch)
     generator = torch.Generator().manual_seed(4)
     y, u, d = (torch.randn(3, 40_000, generator=generator) * torch.tensor([[0.02], [2e-4], [4e-4]])).mul(size)
-    t, x, y = ((y + each).bfloat16() for each in (d, u, torch.zeros(())))
+    t, x, y = ((y + each).to(dtype) for each in (d, u, torch.zeros(())))
     x[:6000] = y[:6000]
     t[4000:8000] = y[4000:8000]
     y[9000:12_000] = 0
