@@ -1,4 +1,4 @@
-// The sums of fit.h where all three models are stored as bf16, as nearly all are, or as f16: 5 times as fast.
+// The sums of fit.h where all three models are stored as bf16, as nearly all are, or as f16: 4 times as fast.
 // Included by fit.h.
 //
 // A block is summed in f32 lanes, of 64 products each, which then go on in f64: that differs from sums in f64 by 1e-6 of
