@@ -36,6 +36,7 @@ class Live:
     def __init__(self, triple: Triple) -> None:
         self.pair = triple.instruct, triple.base
         self.target, *self.others = (_read(path) for path in (triple.target, *self.pair))
+        self.before = {name: values.clone() for name, values in self.target.items()}
         self.module = nn.Module()
         for name, values in self.target.items():
             *path, last = name.split(".")
@@ -50,6 +51,11 @@ class Live:
     def apply(self, threads: int, *, undo: bool = True) -> ik.Applied:
         """All of it, with half of the residual."""
         return ik.apply_(self.module, self.pair, 0.5, threads=threads, undo=undo)
+
+    def restore(self) -> None:
+        """Give the module the bits of the target's files."""
+        for name, values in self.target.items():
+            values.copy_(self.before[name])
 
     def touch(self, threads: int) -> None:
         """The memory loop."""
@@ -79,17 +85,16 @@ def verify(live: Live, triple: Triple, threads: int) -> int:
 
     Raises VerificationError.
     """
-    before = {name: values.clone() for name, values in live.target.items()}
     wanted = ik.load(triple.target, live.pair, alpha=0.5, threads=threads)
     applied = live.apply(threads)
     wrong = [name for name, values in live.target.items() if not torch.equal(values, wanted[name])]
     applied.undo()
-    wrong += [name for name, values in live.target.items() if not torch.equal(values, before[name])]
+    wrong += [name for name, values in live.target.items() if not torch.equal(values, live.before[name])]
     if wrong:
         raise VerificationError(
             f"live: {wrong[0]!r} has not the bits of load, or not those from before. Nothing timed."
         )
-    return sum(values.numel() for values in before.values())
+    return sum(values.numel() for values in live.before.values())
 
 
 def measure(live: Live, triple: Triple, rounds: int, threads: int) -> Result:
@@ -104,11 +109,12 @@ def measure(live: Live, triple: Triple, rounds: int, threads: int) -> Result:
         if name == FIRST:
             snapshot.forget()
 
-    def after(_: str) -> None:
-        while applied:
-            if applied[-1].nbytes:
-                applied[-1].undo()
-            applied.pop()
+    def after(name: str) -> None:
+        if name in (FIRST, AGAIN):
+            applied[0].undo()
+        elif name == UNKEPT:
+            live.restore()  # or the module would be another one soon
+        applied.clear()
 
     times = interleave(ways, rounds, before=before, after=after)
     traffic = dict.fromkeys(times, 4 * triple.nbytes)  # what is kept apart
