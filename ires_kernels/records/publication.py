@@ -8,6 +8,7 @@ Hub, at their commits, and the names of folders; digests, sizes and samples of t
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,7 +61,9 @@ class Publication:
             rows.append(("card", f"{card.NAME} is the target's, {card.BESIDE} that of the merge: make one of the two"))
         rows += [("picture", self.picture)] if self.picture else []
         exclude = f" --exclude '{_OURS}*'" if self.private else ""
-        rows.append(("next", f"complete the card, then `hf upload USER/NAME {self.out} .{exclude}`"))
+        upload = f"`hf upload USER/NAME {shlex.quote(f'{self.out}')} .{exclude}`"
+        has_card = not {card.NAME, card.BESIDE}.isdisjoint(self.upload)
+        rows.append(("next", f"complete the card, then {upload}" if has_card else upload))
         return table(rows)
 
 

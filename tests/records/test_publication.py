@@ -102,7 +102,11 @@ def test_a_recipe_and_an_update_in_place(models: Path) -> None:
 
 def test_a_residual(models: Path) -> None:
     ik.extract("base", "instruct", "residual")
-    assert ik.publish("residual").names == {"base": f"org/base@{COMMIT}", "instruct": "instruct"}
+    found = ik.publish("residual")
+    assert found.names == {"base": f"org/base@{COMMIT}", "instruct": "instruct"}
+    assert f"{found}".endswith("next      `hf upload USER/NAME residual .`"), "it has no card"
+    words = shlex.split(f"{ik.publish(models / 'residual')}".rpartition("`hf ")[2].rstrip("`"))
+    assert words == ["upload", "USER/NAME", f"{models / 'residual'}", "."]
     assert "somebody" not in Path("residual/residual.json").read_text()
     ik.apply("target", "residual", out="one")
     merge(out="two")
