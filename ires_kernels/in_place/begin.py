@@ -60,7 +60,6 @@ def look(plan: Plan, options: Options, *, sync: bool, tag: str) -> Ready | Repor
         return Report.recorded(plan.operation, plan.id, target.path, before.report, _AGAIN)
     on_others = on_top([*history, repetition.under_way(plan, recipe)]) if steps else ()
     guards.compare(plan)
-    guards.check_companions(plan)
     return Ready(replace(plan, warnings=(*plan.warnings, *warnings, *on_others)), steps, recipe, history)
 
 

@@ -54,6 +54,7 @@ def update_model(
     plan = ready.plan
     if dry_run:
         return plan
+    guards.check_companions(plan)  # which takes torch, and a dry run does without
     if not ready.steps:
         return Report.of(plan, Outcome(), plan.inputs["target"].path, time.perf_counter() - started)
     sizes = sizes or cuts.SIZES

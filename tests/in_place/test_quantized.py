@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -339,6 +341,8 @@ def test_a_dry_run_says_that_there_are_two_passes(tmp_path: Path, capsys: pytest
     assert main([*command, "--skip", "proj", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["passes"] == 1
     assert snapshot(target) == before
+    program = f"import sys; from ires_kernels.cli import main; main({command!r}); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("format", DECODED)
