@@ -119,8 +119,8 @@ def changed(inputs: Mapping[str, Checkpoint], table: Manifest) -> Iterable[str]:
         if then and now != then:
             other = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
             yield (
-                f"{checkpoint.path}: is not the {role} that {table.path} is of: {listed(other)} changed since. What is "
-                "made now is another model"
+                f"{checkpoint.path}: is not the {role} that {table.path.name} tells of: {listed(other)} changed since. "
+                "What is made now is another model"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -167,11 +168,12 @@ def test_made_again_of_what_it_was_made_of(models: Path) -> None:
     assert not [text for text in ik.merge("out/ires.json", out="copy", dry_run=True).warnings if "changed" in text]
     one.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
     plan = ik.merge("out/ires.json", out="other", dry_run=True)
-    assert any(
-        f"instruct: is not the instruct that out/ires.json is of: {one.name} changed" in w for w in plan.warnings
-    )
+    assert any(f"instruct: is not the instruct that ires.json tells of: {one.name} changed" in w for w in plan.warnings)
     other = ik.merge("out/ires.json", out="other")
     assert any("the tensors are not those of out/ires.json" in text for text in other.warnings)
+    made = ik.merge(models / "out/ires.json", out=models / "from here")
+    assert any("tells of" in text for text in made.warnings)
+    assert "somebody" not in Path("from here/README.ires.md").read_text(), "a card has the warnings, and no path"
 
 
 @pytest.mark.usefixtures("models")
@@ -268,3 +270,19 @@ def test_addresses_are_told_by_their_last_part() -> None:
     again = public(told)
     assert again["inputs"] == told["inputs"]
     assert public({"operation": "apply", "unsynced": "a boot"}) == {"operation": "apply"}
+
+
+@pytest.mark.usefixtures("models")
+def test_a_disk_that_fails_leaves_the_manifest_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    merge(out="out")
+    before = snapshot(Path("out"))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for call in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, full)
+            assert main(["publish", "out"]) == 3
+        assert snapshot(Path("out")) == before
+    assert main(["publish", "out", "--quiet"]) == 0
