@@ -149,6 +149,7 @@ def check_unchanged(
     *,
     but: Container[str] = (),
     current: Mapping[Path, FileId] | None = None,
+    only: Container[Path] | None = None,
     threads: int | None = None,
 ) -> None:
     """Refuse inputs whose files are no longer those that were validated; not of the roles `but`, which we change.
@@ -156,9 +157,10 @@ def check_unchanged(
     read     xxh3_128 of what was read of them, by role and name: where a file has got another name, a link or a mode,
              or was written and its time set back, its content tells which
     current  what they were when they were opened, if the plan has another time for them
+    only     these files; None: all of them
     """
     for role, checkpoint in plan.inputs.items():
-        written, others = ([], []) if role in but else checkpoint.changed(current)
+        written, others = ([], []) if role in but else checkpoint.changed(current, only)
         touched = set(others)
         hashes = (read or {}).get(role, {})
         known = _readable(plan, role)

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -159,14 +159,19 @@ class Checkpoint:
         """What its files were when they were validated."""
         return {shard.path: shard.file_id for shard in self.shards}
 
-    def changed(self, current: Mapping[Path, FileId] | None = None) -> tuple[list[Path], list[Path]]:
+    def changed(
+        self, current: Mapping[Path, FileId] | None = None, only: Container[Path] | None = None
+    ) -> tuple[list[Path], list[Path]]:
         """The shards that are no longer the files that were validated, or those that `current` says they were.
 
         And those of which only the time of the last change of their status is another one, by a write or by something
-        else. Raises OSError for one that is elsewhere and has changed, or cannot be asked.
+        else. Of the shards `only`, or of all. Raises OSError for one that is elsewhere and has changed, or cannot be
+        asked.
         """
         known = self.file_ids if current is None else current
-        now = {path: _file_id_now(path) for path in self.file_ids}
+        paths = [path for path in self.file_ids if only is None or path in only]
+        standins.check(paths)
+        now = {path: _file_id_now(path) for path in paths}
         written = [path for path, file_id in now.items() if not (file_id and file_id.is_unwritten(known[path]))]
         return written, [path for path, file_id in now.items() if path not in written and file_id != known[path]]
 
@@ -491,12 +496,9 @@ def _file_id(path: Path) -> FileId | None:
 
 
 def _file_id_now(path: Path) -> FileId | None:
-    """As it is by now, also of a file that is elsewhere."""
+    """As it is by now, also of a file that is elsewhere, and was asked for."""
     far = standins.far(path)
-    if far is None:
-        return _file_id(path)
-    standins.check(far)
-    return FileId.far(far.size, far.tag)
+    return _file_id(path) if far is None else FileId.far(far.size, far.tag)
 
 
 def _unreachable(path: Path, error: Exception) -> str:

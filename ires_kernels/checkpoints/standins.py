@@ -14,7 +14,7 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -50,11 +50,16 @@ def header(path: Path, here: Far) -> Header:
     return parse_header(path.read_bytes(), here.size, f"{path}")
 
 
-def check(here: Far) -> None:
-    """Raise Changed for a file that is no longer what it was, and Unreachable where nobody can tell."""
-    from ires_kernels.checkpoints import objects  # which takes longer to load than all that reads models here
+def check(paths: Iterable[Path]) -> None:
+    """Raise Changed for a file elsewhere that is no longer what it was, and Unreachable where nobody can tell.
 
-    objects.wait_for(here.object.read(0, min(here.size, 1)))
+    All are asked for at once: of hundreds of files, each some round trips away, one after the other takes minutes.
+    """
+    there = [here for here in map(far, paths) if here]
+    if there:
+        from ires_kernels.checkpoints import objects  # which takes longer to load than all that reads models here
+
+        objects.wait_for(objects.all_of([here.object.read(0, min(here.size, 1)) for here in there]))
 
 
 def fill(folder: Path, name: str, weights: Mapping[str, tuple[Object, bytes]]) -> None:

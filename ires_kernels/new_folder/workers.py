@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -182,9 +182,10 @@ def _runs(tensors: Iterable[list[Step]]) -> list[list[Step]]:
     return runs
 
 
-def _checked(plan: Plan, outcome: Outcome, steps: Iterable[Step]) -> bytes:
+def _checked(plan: Plan, outcome: Outcome, steps: Collection[Step]) -> bytes:
     """The record of what is written, if that was made of what the plan is of: whoever finishes cannot tell."""
-    guards.check_unchanged(plan, outcome.of(steps).inputs, threads=1)
+    files = {path for step in steps for operand in step.operands for path in operand.paths}
+    guards.check_unchanged(plan, outcome.of(steps).inputs, only=files, threads=1)
     return record(outcome, steps)
 
 

@@ -137,17 +137,21 @@ class Item:
 
 
 def items(plan: Plan, world: int) -> list[Item]:
-    """What is to be done, in items that so many workers can share evenly; a file is cut only where it takes that."""
+    """What is to be done, in items that so many workers can share evenly."""
     weights: dict[str, dict[str, int]] = {file.name: {} for file in plan.files}
     for step in plan.steps:
         tensors = weights[step.file]
         tensors[step.name] = tensors.get(step.name, 0) + step.nbytes + step.read_bytes
+    return cut(weights, world)
+
+
+def cut(weights: Mapping[str, Mapping[str, int]], world: int) -> list[Item]:
+    """Items of files whose tensors weigh so much; a file is cut only where it takes that for even shares."""
     found = {name: [Item(name, tuple(each), True, sum(each.values()))] for name, each in weights.items()}
     fair = sum(item.weight for each in found.values() for item in each) / world
     while True:
         every = [item for each in found.values() for item in each]
-        shares = _dealt(every, world)
-        largest = max(shares, key=_weight)
+        largest = max(shares(every, world), key=_weight)
         cuttable = [item for item in largest if item.is_whole and len(item.tensors) > 1]
         if _weight(largest) <= _UNEVEN * fair or not cuttable:
             return every
@@ -157,14 +161,14 @@ def items(plan: Plan, world: int) -> list[Item]:
 
 def share(plan: Plan, worker: Worker) -> list[Item]:
     """The items of one worker."""
-    return _dealt(items(plan, worker.world), worker.world)[worker.rank]
+    return shares(items(plan, worker.world), worker.world)[worker.rank]
 
 
 def _weight(items: Sequence[Item]) -> int:
     return sum(item.weight for item in items)
 
 
-def _dealt(items: Sequence[Item], world: int) -> list[list[Item]]:
+def shares(items: Sequence[Item], world: int) -> list[list[Item]]:
     """The items by rank: the largest one first, to whom has least."""
     return [[items[index] for index in indexes] for indexes in dealt([item.weight for item in items], world)]
 

@@ -494,6 +494,28 @@ def test_several_workers(addresses: dict[str, str], tmp_path: Path, monkeypatch:
     assert weights(tmp_path / "out") == weights(tmp_path / "alone")
 
 
+def test_a_worker_asks_only_for_what_it_has_read(addresses: dict[str, str], server: Files, tmp_path: Path) -> None:
+    """Whether all is as it was: of what goes into its file, and all at once; whoever finishes asks for all files."""
+    for rank in range(2):
+        server.requests.clear()
+        ik.apply(
+            addresses["target"],
+            (addresses["instruct"], addresses["base"]),
+            out=tmp_path / "out",
+            threads=1,
+            workers=(rank, 2),
+        )
+        asked = [request.path for request in server.requests if (request.start, request.stop) == (0, 1)]
+        files = [path for path in asked if path.endswith(".safetensors")]
+        if rank == 0:
+            assert len({path.rpartition("/")[2] for path in files}) == 1
+            assert len(set(files)) == 3
+    target = open_checkpoint(hub.local(addresses["target"]))
+    server.latency, server.most = 0.3, 0
+    target.changed()
+    assert server.most == 2
+
+
 @pytest.mark.parametrize("format", ["fp8-block", "nvfp4", "pack-quantized"])
 def test_codes(format: str, server: Files, tmp_path: Path) -> None:
     make, settings = FORMATS[format]
