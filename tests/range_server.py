@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
@@ -81,7 +82,7 @@ class Files:
             return Answer(404, b"", {})
         headers = {"Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT", "Accept-Ranges": "bytes"}
         if self.etags:
-            headers["ETag"] = f'"{hashlib.md5(body).hexdigest()}"'
+            headers["ETag"] = _etag(body)
         wanted = request.headers.get("if-match")
         if self.pins and wanted is not None and wanted != headers.get("ETag"):
             return Answer(412, b"", headers)
@@ -92,6 +93,11 @@ class Files:
         stop = min(request.stop, len(body))
         headers["Content-Range"] = f"bytes {request.start}-{stop - 1}/{len(body)}"
         return Answer(206, body[request.start : stop], headers)
+
+
+@lru_cache(maxsize=256)
+def _etag(body: bytes) -> str:
+    return f'"{hashlib.md5(body).hexdigest()}"'
 
 
 @contextmanager

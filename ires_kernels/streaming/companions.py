@@ -26,7 +26,10 @@ def faults(steps: Iterable[Step], file_ids: Mapping[Path, FileId]) -> dict[tuple
     from ires_kernels.backends.companions import fault
 
     found = {}
-    files = Files(file_ids, (part.path for ref in weights.values() for _, part in ref.parts[1:]))
+    read = [part for ref in weights.values() for _, part in ref.parts[1:]]
+    files = Files(
+        file_ids, (part.path for part in read), reads=lambda: ((part.path, part.offset, part.nbytes) for part in read)
+    )
     try:
         for key, ref in weights.items():
             interrupts.check()

@@ -42,7 +42,8 @@ class Comparer:
         self.found: dict[str, Mismatch] = {}
         self.other_nan: set[str] = set()
         self._out = out
-        self._files = Files(out.file_ids, ())
+        refs = out.tensors.values()
+        self._files = Files(out.file_ids, (), reads=lambda: ((ref.path, ref.offset, ref.nbytes) for ref in refs))
         self._mine = threading.local()
         self._lock = threading.Lock()
 

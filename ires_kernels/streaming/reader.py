@@ -28,7 +28,8 @@ def differing(
     comparisons = list(comparisons)
     different = []
     digests: dict[str, dict[str, str]] = {}
-    files = Files(file_ids, (ref.path for comparison in comparisons for ref in comparison.inputs))
+    refs = [ref for comparison in comparisons for ref in comparison.inputs]
+    files = Files(file_ids, (ref.path for ref in refs), reads=lambda: map(_whole, refs))
     try:
         for comparison in comparisons:
             hashers = [xxhash.xxh3_128() for _ in comparison.inputs]
@@ -52,19 +53,39 @@ def second_copies(inputs: Mapping[str, Checkpoint], memory: Mapping[Path, Source
     found = names.second_copies(inputs)
     file_ids = all_file_ids(inputs)
     copies = {}
-    files = Files(file_ids, (ref.path for models in found.values() for _, *pair in models for ref in pair), memory)
+    refs = [ref for models in found.values() for _, *pair in models for ref in pair]
+    # Most differ at their beginning: only where they do not is there something to read ahead.
+    begins = Files(file_ids, (), memory)
+    files = Files(file_ids, (ref.path for ref in refs), memory, reads=lambda: map(_whole, refs))
     try:
         for name, models in found.items():
-            if all(one.nbytes == two.nbytes and _equal(files, (one, two)) for _, one, two in models):
+            pairs = [(one, two) for _, one, two in models]
+            if all(one.nbytes == two.nbytes and _equal(begins, (one, two), size=_CHUNK) for one, two in pairs) and all(
+                _equal(files, pair) for pair in pairs
+            ):
                 copies[name] = models[0][2].name
     finally:
+        begins.close()
         files.close()
     return copies
 
 
-def _equal(files: Files, refs: tuple[TensorRef, TensorRef], hashers: Sequence[xxhash.xxh3_128] = ()) -> bool:
-    """Whether two tensors of one size have the same bytes. With hashers both are hashed to their end."""
-    size = refs[0].nbytes
+def _whole(ref: TensorRef) -> tuple[Path, int, int]:
+    """What is read of a tensor: all of it."""
+    return ref.path, ref.offset, ref.nbytes
+
+
+def _equal(
+    files: Files,
+    refs: tuple[TensorRef, TensorRef],
+    hashers: Sequence[xxhash.xxh3_128] = (),
+    size: int | None = None,
+) -> bool:
+    """Whether two tensors of one size have the same bytes, or begin with the same `size` of them.
+
+    With hashers both are hashed to their end.
+    """
+    size = min(refs[0].nbytes, size or refs[0].nbytes)
     buffers = [bytearray(min(_CHUNK, size)) for _ in refs]
     equal = True
     for start in range(0, size, _CHUNK):

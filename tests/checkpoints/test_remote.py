@@ -529,3 +529,22 @@ def test_codes(format: str, server: Files, tmp_path: Path) -> None:
         addresses[role] = server.add(tmp_path / role, f"/{role}")
     ik.apply(tmp_path / "target", (tmp_path / "instruct", tmp_path / "base"), out=tmp_path / "here", alpha=0.7)
     assert merged(addresses, tmp_path / "out") == weights(tmp_path / "here")
+
+
+def test_what_is_compared_before_is_read_ahead(server: Files, tmp_path: Path) -> None:
+    """A head that is the embedding once more is read to its end, in pieces and not in the steps of the comparison."""
+    embedding = normal((1000, 1024), 1)
+    addresses = {}
+    for i, role in enumerate(ROLES):
+        own = embedding + 0.01 * normal((1000, 1024), 7 + i)
+        tensors = {
+            "model.embed_tokens.weight": own,
+            "lm_head.weight": own.clone(),
+            "model.norm.weight": normal((9,), 2),
+        }
+        write_model(tmp_path / role, tensors, config={"model_type": "llama"})
+        addresses[role] = server.add(tmp_path / role, f"/{role}")
+    ik.apply(tmp_path / "target", (tmp_path / "instruct", tmp_path / "base"), out=tmp_path / "here", alpha=0.7)
+    assert merged(addresses, tmp_path / "out") == weights(tmp_path / "here")
+    large = [request for request in server.requests if request.stop and request.stop - request.start > 1 << 17]
+    assert len(large) == 3 * (2 + 1 + 1), "the beginnings of both, both as one piece, and what is merged"
