@@ -53,7 +53,8 @@ class Window:
         """Bytes that a file may ask for ahead of each of the places where it is read."""
         now = monotonic()
         self._places[file] = places, now
-        return AT_ONCE * PIECE // max(1, sum(count for count, at in self._places.values() if now - at < _LATELY))
+        lately = [count for count, at in list(self._places.values()) if now - at < _LATELY]
+        return AT_ONCE * PIECE // max(1, sum(lately))
 
     def ask(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         self.under_way += 1
@@ -157,7 +158,7 @@ class RemoteFile:
     def _ask_ahead(self, number: int) -> None:
         """Have what comes behind a piece brought near, as much as is the share of this place."""
         share = self._window.share(self, self._places(number))
-        for behind in range(number + 1, len(self._pieces)):
+        for behind in range(number + 1, min(number + 1 + 2 * AT_ONCE, len(self._pieces))):  # some may be small
             start, stop = self._pieces[behind]
             share -= stop - start
             if share < 0 or self._window.room < stop - start or self._window.under_way >= AT_ONCE:

@@ -14,7 +14,7 @@ import os
 import re
 import threading
 from collections.abc import Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -23,6 +23,7 @@ from urllib.parse import unquote
 import xxhash
 
 from ires_kernels.checkpoints.addresses import Address, Changed, Missing, Unreachable
+from ires_kernels.files import interrupts
 from ires_kernels.files.opening import CheckpointError
 
 T = TypeVar("T")
@@ -189,8 +190,16 @@ class _Cut(Exception):
 
 
 def wait_for(work: Coroutine[Any, Any, T]) -> T:
-    """The result of something that is waited for here."""
-    return begin(work).result()
+    """The result of something that is waited for here; an interrupt ends it."""
+    future = begin(work)
+    try:
+        while not future.done():
+            interrupts.check()
+            wait([future], 0.1)
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
 
 
 def begin(work: Coroutine[Any, Any, T]) -> Future[T]:
@@ -250,7 +259,7 @@ def store_at(address: Address, **headers: str) -> Any:
     _library(address)
     from obstore import store
 
-    client: dict[str, Any] = {"timeout": timedelta(hours=1), "read_timeout": _STALLED, "connect_timeout": _STALLED}
+    client: dict[str, Any] = {"timeout": timedelta(hours=1), "read_timeout": _STALLED}
     retry: Any = {"max_retries": _RETRIES, "retry_timeout": timedelta(minutes=3), "backoff": _BACKOFF}
     try:
         if address.is_store:
@@ -295,6 +304,8 @@ def _explained(error: Exception, where: object) -> Exception:
 
 _BODY = ("body error", "decoding response body")
 _SIGNS = {
+    "Error performing PUT": "there are no credentials to ask with (AWS_ACCESS_KEY_ID …), and the machine gives none. "
+    "For what everybody may read, set AWS_SKIP_SIGNATURE=true",
     "body error": "the answer was cut off each time",
     "decoding response body": "the answer was cut off each time",
     " 429 ": "its server has no time for more requests (429). Try again later: what is complete is kept",
