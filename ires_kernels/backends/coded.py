@@ -80,6 +80,12 @@ def layout(format: Format, full: tuple[int, ...]) -> Layout | None:
     )
 
 
+def nibbles_high_first(table: tuple[float, ...], width: int, size: int) -> Layout:
+    """The layout of a row of so many nibbles, of which those in the high bits come first, in blocks of `size`."""
+    shape = 1, 1, width, -(-width // 2)
+    return Layout(_CODES["nibbles"], True, False, table, shape, (1, size), _SCALES["F32"], 0, 0)
+
+
 def encoded(format: Format, full: tuple[int, ...]) -> Layout | None:
     """The layout of weights of this shape whose codes the loops make, or None."""
     return layout(format, full) if format.is_encoded else None

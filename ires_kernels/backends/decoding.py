@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ires_kernels.backends import native
+from ires_kernels.backends import bitsandbytes, native
 from ires_kernels.backends.call import Call, Coded
 from ires_kernels.backends.choice import choose
 from ires_kernels.backends.reference import PIECE, subnormals_kept
@@ -25,8 +25,6 @@ _SCALES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ALL = slice(None)
 _AWQ_NIBBLE = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
 """In which nibble of its word each of eight columns lies."""
-_BNB_INT8 = torch.tensor(0.007874015718698502)
-"""1 / 127 as bitsandbytes multiplies by it."""
 
 
 def decode(format: Format, full: tuple[int, ...], first: int, count: int, parts: Parts, out: Tensor) -> None:
@@ -34,8 +32,12 @@ def decode(format: Format, full: tuple[int, ...], first: int, count: int, parts:
 
     parts["codes"] holds the bytes that `formats.span` names for this run, and no others; the other parts are whole.
     """
-    if choose(out.device) is not native or not native.decode(format, full, first, count, parts, out):
-        define(format, full, first, count, parts, out)
+    if choose(out.device) is native:
+        if native.decode(format, full, first, count, parts, out):
+            return
+        if bitsandbytes.decode(Weight.of(format, full, first, count, parts), first, count, out):
+            return
+    define(format, full, first, count, parts, out)
 
 
 def decode_on_device(
@@ -77,9 +79,7 @@ def settle(call: Call, coded: Mapping[int, Coded]) -> dict[int, Coded]:
 
 def define(format: Format, full: tuple[int, ...], first: int, count: int, parts: Parts, out: Tensor) -> None:
     """`decode` in plain torch."""
-    base = span(format, full, first, count)[0]
-    stored = {part: as_bytes(view) for part, view in parts.items()}
-    weight = _Weight(format, full, base, stored, Grid.of(format, full))
+    weight = Weight.of(format, full, first, count, parts)
     number = _NUMBERS.get(format.name, _scaled)
     width, stop = matrices(full)[2], first + count
     with subnormals_kept():
@@ -118,7 +118,7 @@ class Grid(NamedTuple):
         return line * across + column // self.columns
 
 
-class _Weight(NamedTuple):
+class Weight(NamedTuple):
     """What an element's number is made of."""
 
     format: Format
@@ -128,6 +128,13 @@ class _Weight(NamedTuple):
     parts: Mapping[str, Tensor]
     """The bytes of each."""
     grid: Grid
+
+    @classmethod
+    def of(cls, format: Format, full: tuple[int, ...], first: int, count: int, parts: Parts) -> Weight:
+        """A weight of which there are the codes of this run."""
+        base = span(format, full, first, count)[0]
+        stored = {part: as_bytes(view) for part, view in parts.items()}
+        return cls(format, full, base, stored, Grid.of(format, full))
 
     def place(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Row, counted through all matrices, and column of elements by their flat index."""
@@ -146,7 +153,7 @@ class _Weight(NamedTuple):
         return self.parts["codes"][position // 8 - self.base].long() >> position % 8 & (1 << width) - 1
 
 
-def _scaled(weight: _Weight, index: Tensor) -> Tensor:
+def _scaled(weight: Weight, index: Tensor) -> Tensor:
     """A code times a scale, in formats whose rows follow each other."""
     row, column = weight.place(index)
     name = weight.format.name
@@ -165,7 +172,7 @@ def _scaled(weight: _Weight, index: Tensor) -> Tensor:
     return _E4M3[code] * scale
 
 
-def _integer(weight: _Weight, code: Tensor, row: Tensor, column: Tensor, block: Tensor) -> Tensor:
+def _integer(weight: Weight, code: Tensor, row: Tensor, column: Tensor, block: Tensor) -> Tensor:
     middle = 1 << weight.format.bits - 1
     value = code - middle if weight.format.name == "pack-quantized" else _signed(code)
     order = weight.parts.get("g_idx")
@@ -177,7 +184,7 @@ def _integer(weight: _Weight, code: Tensor, row: Tensor, column: Tensor, block: 
     return value.float() * weight.scale(block)
 
 
-def _zero_point(weight: _Weight, block: Tensor) -> Tensor:
+def _zero_point(weight: Weight, block: Tensor) -> Tensor:
     stored = weight.parts["zero_point"]
     if weight.format.word("zero_point") == "I8":
         return _signed(stored.long()[block])
@@ -190,7 +197,7 @@ def _zero_point(weight: _Weight, block: Tensor) -> Tensor:
     return (word >> row % each * bits & (1 << bits) - 1) - (1 << bits - 1)
 
 
-def _transposed(weight: _Weight, index: Tensor) -> Tensor:
+def _transposed(weight: Weight, index: Tensor) -> Tensor:
     """MXFP4 in the matrix that is stored, (in, out), from which the numbers' (out, in) is read."""
     height, width = matrices(weight.full)[1:]
     row, column = weight.place(index)
@@ -200,7 +207,7 @@ def _transposed(weight: _Weight, index: Tensor) -> Tensor:
     return _E2M1[weight.bits(position * 4)] * weight.scale(block)
 
 
-def _turned(weight: _Weight, rows: Tensor) -> Tensor:
+def _turned(weight: Weight, rows: Tensor) -> Tensor:
     """Whole rows of GPTQ and AWQ, whose words lie along the other dimension than their numbers, (in, out).
 
     Codes of GPTQ are a stream down each column of words, zero points of both and codes of AWQ are along each row.
@@ -235,42 +242,10 @@ def fields(words: Tensor, bit: Tensor, bits: int) -> Tensor:
     return ((words[:, after].long() << 32 | words[:, word].long() & 0xFFFFFFFF) >> shift & mask).to(torch.int32)
 
 
-def _bnb_4bit(weight: _Weight, index: Tensor) -> Tensor:
-    """Codes that follow each other through the whole weight, two in a byte, and so do their blocks."""
-    first, count = int(index[0]), len(index)
-    pairs = weight.parts["codes"][first // 2 - weight.base : (first + count + 1) // 2 - weight.base]
-    codes = torch.stack((pairs >> 4, pairs & 15), 1).view(-1)[first % 2 :][:count]
-    block, lengths = _blocks(first, count, weight.format.number("columns"))
-    if "nested_absmax" in weight.parts:
-        code, outer = weight.parts["absmax"][block].long(), block // weight.format.number("nested")
-        inner = weight.floats("nested_quant_map", code) * weight.floats("nested_absmax", outer)
-        absmax = inner + torch.tensor(float.fromhex(weight.format.word("offset")))
-    else:
-        absmax = weight.floats("absmax", block)
-    return weight.floats("quant_map", codes.int()) * absmax.repeat_interleave(lengths)
-
-
-def _bnb_int8(weight: _Weight, index: Tensor) -> Tensor:
-    """A scale for each row, and one factor for all."""
-    first, count = int(index[0]), len(index)
-    codes = weight.parts["codes"][first - weight.base :][:count].view(torch.int8)
-    rows, lengths = _blocks(first, count, weight.grid.width)
-    return codes.float() * weight.scale(rows).repeat_interleave(lengths) * _BNB_INT8
-
-
-def _blocks(first: int, count: int, size: int) -> tuple[Tensor, Tensor]:
-    """The blocks of this size in which elements that follow each other lie, and how many of them in each."""
-    block = torch.arange(first // size, (first + count - 1) // size + 1)
-    lengths = torch.full_like(block, size)
-    lengths[0] -= first % size
-    lengths[-1] -= (int(block[-1]) + 1) * size - (first + count)
-    return block, lengths
-
-
-_NUMBERS: dict[str, Callable[[_Weight, Tensor], Tensor]] = {
+_NUMBERS: dict[str, Callable[[Weight, Tensor], Tensor]] = {
     "mxfp4-transposed": _transposed,
-    "bnb-4bit": _bnb_4bit,
-    "bnb-int8": _bnb_int8,
+    "bnb-4bit": bitsandbytes.four_bits,
+    "bnb-int8": bitsandbytes.int8,
 }
 
 

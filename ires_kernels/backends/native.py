@@ -189,6 +189,18 @@ def decode(
     return True
 
 
+def decode_row(
+    codes: memoryview, table: tuple[float, ...], size: int, scales: memoryview, first: int, count: int, out: Tensor
+) -> None:
+    """Numbers of a row of nibbles, high ones first, in blocks of `size` with a scale in float32 each.
+
+    `codes` begins with the byte of element `first`, `scales` with that of the first block.
+    """
+    width = first + count
+    what = coded.nibbles_high_first(table, width, size), (codes, first // 2, scales, None, None, None)
+    _native.decode(*what, first, count, out.data_ptr(), thread_count(), os.environ.get("IRES_ISA", ""))
+
+
 def decode_on_device(
     format: Format, full: tuple[int, ...], first: int, parts: Mapping[str, Tensor], out: Tensor
 ) -> bool:

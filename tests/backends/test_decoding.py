@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
-from coded_weights import CASES, SCALES, form, of_run, raw, stored
+from coded_weights import CASES, SCALES, any_bytes, form, of_run, raw, stored
 from oracle import assert_same, sample
 from selection import COMPILED, use
 
@@ -163,6 +163,36 @@ def test_e4m3_goes_from_codes_to_results(backend: str, name: str, scales: str, m
             assert got == wanted
             sums = [(tally.dot, tally.norm2) for _, tally in found]
             assert sums[1] == pytest.approx(sums[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("kind", ["nested", "4bit", "int8"])
+def test_bitsandbytes_by_the_loops_of_other_formats(backend: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From anywhere on, with subnormal scales as well; nothing of it is left to torch."""
+    use(backend, monkeypatch)
+    full, count, random = (37, 129), 37 * 129, np.random.default_rng(1)
+
+    def floats(size: int) -> memoryview:
+        return raw(np.where(np.arange(size) % 3, random.normal(size=size), 1e-40).astype(np.float32))
+
+    if kind == "int8":
+        format = form("bnb-int8", 1, 129, "F32")
+        parts = {"codes": any_bytes(count), "scale": floats(37)}
+    else:
+        format = Format("bnb-4bit", (("columns", 64), ("nested", 4), ("offset", (0.03).hex())))
+        blocks = -(-count // 64)
+        parts = {"codes": any_bytes(-(-count // 2)), "quant_map": floats(16), "absmax": floats(blocks)}
+        if kind == "nested":
+            more = {"nested_absmax": floats(-(-blocks // 4)), "nested_quant_map": floats(256)}
+            parts = {**parts, "absmax": any_bytes(blocks), **more}
+    define = decoding.define
+    monkeypatch.setattr(decoding, "define", None)
+    for first, size in ((0, count), (1, 500), (63, 2), (64, 64), (65, 777), (1001, count - 1001), (count - 1, 1)):
+        run = of_run(format, full, parts, first, size)
+        wanted, got = torch.empty(2, size)
+        define(format, full, first, size, run, wanted)
+        decoding.decode(format, full, first, size, run, got)
+        assert_same(got, wanted, f"{kind} from {first} on")
 
 
 def test_threads_share_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
