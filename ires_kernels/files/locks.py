@@ -59,7 +59,7 @@ def lock(path: Path, *, make: bool = False, wanted: bool = True) -> int:
 def lock_with_others(path: Path, *, wanted: bool = True) -> tuple[int, bool]:
     """Open the lock of a folder that several processes fill, or make it, and hold it together with them.
 
-    Returns its descriptor, and whether it is held alone: then others wait for `share`. Raises as `lock` does.
+    Returns its descriptor, and whether it is held alone: then others wait for `hold_together`. Raises as `lock` does.
     """
     end = time.monotonic() + _PATIENCE
     while True:
@@ -86,7 +86,7 @@ def lock_with_others(path: Path, *, wanted: bool = True) -> tuple[int, bool]:
         time.sleep(0.05)
 
 
-def share(fd: int, path: Path) -> None:
+def hold_together(fd: int, path: Path) -> None:
     """Let others hold a lock as well that is held alone."""
     end = time.monotonic() + _PATIENCE
     while not _try(fd, fcntl.LOCK_SH, path):  # another process may have been faster in between

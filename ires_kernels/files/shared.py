@@ -29,7 +29,7 @@ from types import TracebackType
 
 import xxhash
 
-from ires_kernels.files.locks import InUse, is_held_alone, lock, lock_with_others, share
+from ires_kernels.files.locks import InUse, hold_together, is_held_alone, lock, lock_with_others
 from ires_kernels.files.opening import MAX_MANIFEST, read_open
 from ires_kernels.files.ownership import Access, Foreign, is_same, open_own, private_mode
 from ires_kernels.files.store import (
@@ -127,7 +127,7 @@ class SharedFolder(NewFolder):
             )
         if alone:
             self._sweep()
-            share(self._lock, marker)
+            hold_together(self._lock, marker)
         if kept != self._keep and self._accept is not None:
             self._accept(kept, {})
 
@@ -178,7 +178,7 @@ class SharedFolder(NewFolder):
                 os.close(fd)
         self._reserved[name] = Reserved(size, len(head), status.st_dev, status.st_ino)
 
-    def range(self, name: str, start: int, stop: int, record: Callable[[], bytes]) -> NewFile:
+    def range_of(self, name: str, start: int, stop: int, record: Callable[[], bytes]) -> NewFile:
         """The bytes [start, stop) of a file that is shared, to be written; they are recorded as a file's are."""
         made = self._reserved[name]
         file = Range(self.partial / name, made, record, start, stop, operation=self._operation, attempt=self._attempt)
@@ -225,7 +225,6 @@ class SharedFolder(NewFolder):
             return False
         try:
             status = os.fstat(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             for hidden, (_, _, start, stop, ends), _ in parts:
                 if _ends(fd, int(start), int(stop), shared) != ends:
                     os.unlink(hidden)
@@ -356,7 +355,7 @@ class FinishedFolder(NewFolder):
         try:
             fd, alone = lock_with_others(marker, wanted=self._locked)
             if alone:
-                share(fd, marker)
+                hold_together(fd, marker)
         except BaseException:
             self._unlock()
             raise
@@ -377,6 +376,7 @@ def _ends(fd: int, start: int, stop: int, path: Path) -> str:
     size = min(_END, stop - start)
     hasher = xxhash.xxh3_128()
     for place in dict.fromkeys((start, stop - size)):
+        os.posix_fadvise(fd, place, size, os.POSIX_FADV_DONTNEED)  # to see what the server has, where there is one
         view = memoryview(bytearray(size))
         read_into(fd, view, place, path)
         hasher.update(view)

@@ -167,7 +167,7 @@ def _reserved(
         known = learnt(folder.parts(file.name)).outputs
         for run in _runs(steps[name] for name in item.tensors if name not in known):
             start, stop = run[0].offset, run[-1].offset + run[-1].start + run[-1].nbytes
-            yield run, folder.range(file.name, start, stop, partial(_checked, plan, outcome, run))
+            yield run, folder.range_of(file.name, start, stop, partial(_checked, plan, outcome, run))
 
 
 def _runs(tensors: Iterable[list[Step]]) -> list[list[Step]]:

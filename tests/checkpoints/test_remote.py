@@ -69,6 +69,19 @@ def weights(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir() if path.suffix in (".safetensors", ".index.json")}
 
 
+def test_several_workers_on_models_at_addresses(
+    addresses: dict[str, str], plain: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    pair = (addresses["instruct"], addresses["base"])
+    ik.apply(addresses["target"], pair, out=out, alpha=0.7, workers=(1, 3))
+    ik.resume(out)
+    assert weights(out) == plain
+    for rank in range(3):
+        ik.apply(addresses["target"], pair, out=tmp_path / "other", alpha=0.7, workers=(rank, 3))
+    assert weights(tmp_path / "other") == plain
+
+
 def merged(addresses: dict[str, str], out: Path) -> dict[str, bytes]:
     ik.apply(addresses["target"], (addresses["instruct"], addresses["base"]), out=out, alpha=0.7)
     return weights(out)

@@ -171,18 +171,19 @@ def marked(test: Any) -> Any:
 @marked
 @pytest.mark.parametrize("merge", [6], indirect=True)
 def test_a_machine_is_killed(merge: Merge, cluster: Any) -> None:
-    node = cluster.add_node(num_cpus=1)
+    node, other = cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)
 
     def kill(found: list[Noted]) -> bool:
-        if len(found) == 2:
+        if len(found) == 3:
             cluster.remove_node(node, allow_graceful=False)
-        return len(found) == 2
+        return len(found) == 3
 
     thread = meanwhile(merge, kill)
     report = merge.on(cluster, slowly)
     thread.join()
     assert report.tensors == 7
     merge.check()
+    cluster.remove_node(other, allow_graceful=False)
 
 
 @marked
