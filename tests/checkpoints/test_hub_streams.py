@@ -117,7 +117,8 @@ def test_other_bytes_than_the_hub_says(shell: Shell) -> None:
         answer.headers["Content-Range"] = re.sub("/.*", "/99999", answer.headers["Content-Range"])
 
     shell.bytes.fault(longer, first=True)
-    assert "changed after it was first read" in shell.run("sha256", "hf+stream://org/base", code=3)
+    said = shell.run("sha256", "hf+stream://org/base", code=3)
+    assert re.search("changed after it was first read|answers with another range", said)
 
 
 def test_a_file_that_the_hub_keeps_itself(shell: Shell, tmp_path: Path) -> None:
