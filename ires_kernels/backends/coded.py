@@ -86,6 +86,13 @@ def nibbles_high_first(table: tuple[float, ...], width: int, size: int) -> Layou
     return Layout(_CODES["nibbles"], True, False, table, shape, (1, size), _SCALES["F32"], 0, 0)
 
 
+def groups(bits: int, shape: tuple[int, int], size: int) -> Layout:
+    """The layout of a matrix of codes of 4 bits, low ones first, or of 8 less 128, in groups of `size` columns."""
+    codes, table = (_CODES["nibbles"], tuple(map(float, range(16)))) if bits == 4 else (_CODES["U8"], ())
+    whole = 1, *shape, shape[1] * bits // 8
+    return Layout(codes, False, False, table, whole, (1, size), _SCALES["F32"], _ZEROS["I8"], 0)
+
+
 def encoded(format: Format, full: tuple[int, ...]) -> Layout | None:
     """The layout of weights of this shape whose codes the loops make, or None."""
     return layout(format, full) if format.is_encoded else None

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ires_kernels.backends import bitsandbytes, native
+from ires_kernels.backends import bitsandbytes, gptq, native
 from ires_kernels.backends.call import Call, Coded
 from ires_kernels.backends.choice import choose
 from ires_kernels.backends.reference import PIECE, subnormals_kept
@@ -35,7 +35,8 @@ def decode(format: Format, full: tuple[int, ...], first: int, count: int, parts:
     if choose(out.device) is native:
         if native.decode(format, full, first, count, parts, out):
             return
-        if bitsandbytes.decode(Weight.of(format, full, first, count, parts), first, count, out):
+        weight = Weight.of(format, full, first, count, parts)
+        if bitsandbytes.decode(weight, first, count, out) or gptq.decode(weight, first, count, out):
             return
     define(format, full, first, count, parts, out)
 

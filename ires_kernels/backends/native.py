@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -198,6 +198,24 @@ def decode_row(
     """
     width = first + count
     what = coded.nibbles_high_first(table, width, size), (codes, first // 2, scales, None, None, None)
+    _native.decode(*what, first, count, out.data_ptr(), thread_count(), os.environ.get("IRES_ISA", ""))
+
+
+def decode_groups(
+    bits: int,
+    shape: tuple[int, int],
+    size: int,
+    parts: Sequence[memoryview | None],
+    first: int,
+    count: int,
+    out: Tensor,
+) -> None:
+    """Numbers of a matrix of codes of 4 bits, or of 8 less 128, in groups of `size` columns.
+
+    `parts` are codes, scales in float32, zeros in int8, and maybe the group of each column.
+    """
+    codes, scales, zeros, order = parts
+    what = coded.groups(bits, shape, size), (codes, 0, scales, zeros, None, order)
     _native.decode(*what, first, count, out.data_ptr(), thread_count(), os.environ.get("IRES_ISA", ""))
 
 

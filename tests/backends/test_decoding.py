@@ -195,6 +195,33 @@ def test_bitsandbytes_by_the_loops_of_other_formats(backend: str, kind: str, mon
         assert_same(got, wanted, f"{kind} from {first} on")
 
 
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zeros", ["v1", "v2", "middle"])
+def test_gptq_by_the_loops_of_other_formats(
+    backend: str, bits: int, zeros: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From anywhere on, with groups in order and in none; nothing of it is left to torch."""
+    use(backend, monkeypatch)
+    height, width, size = 24, 160, 32
+    format = form("gptq", 1, size, "F16", bits=bits, zeros=zeros)
+    count, full, random = height * width, (height, width), np.random.default_rng(1)
+    parts = {
+        "codes": any_bytes(count * bits // 8),
+        "scale": raw(random.normal(size=5 * height).astype(np.float16)),
+        "zero_point": any_bytes(5 * height * bits // 8),
+    }
+    define = decoding.define
+    monkeypatch.setattr(decoding, "define", None)
+    for order in (None, np.arange(width) // size, random.integers(0, 5, width)):
+        own = parts if order is None else {**parts, "g_idx": raw(order.astype(np.int32))}
+        for first, some in ((0, count), (1, 500), (159, 2), (160, 160), (333, 777), (count - 1, 1)):
+            wanted, got = torch.empty(2, some)
+            define(format, full, first, some, own, wanted)
+            decoding.decode(format, full, first, some, own, got)
+            assert_same(got, wanted, f"{bits} bits, {zeros}, from {first} on")
+
+
 def test_threads_share_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("IRES_BACKEND", raising=False)
     monkeypatch.setattr(native, "thread_count", lambda: 3)
