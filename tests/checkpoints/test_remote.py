@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -561,3 +562,47 @@ def test_what_is_compared_before_is_read_ahead(server: Files, tmp_path: Path) ->
     assert merged(addresses, tmp_path / "out") == weights(tmp_path / "here")
     large = [request for request in server.requests if request.stop and request.stop - request.start > 1 << 17]
     assert len(large) == 3 * (2 + 1 + 1), "the beginnings of both, both as one piece, and what is merged"
+
+
+def weak(_: Request, answer: Answer) -> None:
+    if "ETag" in answer.headers:
+        answer.headers["ETag"] = f"W/{answer.headers['ETag']}"
+
+
+@pytest.mark.parametrize("how", ["weak ETags", "times alone"])
+def test_files_that_are_pinned_otherwise(
+    how: str, addresses: dict[str, str], plain: dict[str, bytes], server: Files, tmp_path: Path
+) -> None:
+    """A weak ETag is compared, and no condition of requests, as ranges need a strong one; a time serves as well."""
+    server.etags = how == "weak ETags"
+    server.fault(weak, name="", first=True)
+    assert merged(addresses, tmp_path / "out") == plain
+    assert not any("if-match" in request.headers for request in server.requests)
+
+    def later(_: Request, answer: Answer) -> None:
+        answer.headers["Last-Modified"] = "Tue, 02 Jan 2024 00:00:00 GMT"
+        answer.headers.update({"ETag": 'W/"another"'} if server.etags else {})
+
+    server.fault(later, name="base/model-00002-of-00002.safetensors")
+    with pytest.raises(OSError, match="changed after it was first read"):
+        merged(addresses, tmp_path / "changed")
+
+
+def test_a_long_header(server: Files, tmp_path: Path) -> None:
+    """It takes a second request."""
+    write_model(tmp_path / "long", {f"model.layers.{i}.norm.weight": normal((4,), i) for i in range(1500)}, config={})
+    address = server.add(tmp_path / "long", "/long")
+    assert ik.inspect(address)["tensors"] == 1500
+    assert ik.sha256(address).sums == ik.sha256(tmp_path / "long").sums
+
+
+def test_nothing_here_can_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(CheckpointError, match=r"pip install 'ires_kernels\[remote\]'"):
+        ik.inspect("https://127.0.0.1:9/model")
+
+
+def test_nobody_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "_RETRIES", 1)
+    with pytest.raises(OSError, match="nobody answers there"):
+        ik.inspect("http://127.0.0.1:9/model")
