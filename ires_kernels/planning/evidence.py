@@ -31,6 +31,7 @@ from typing import NamedTuple
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
 from ires_kernels.checkpoints.quantized import QuantizedRef, Ref
 from ires_kernels.checkpoints.sources import Files, Source
+from ires_kernels.checkpoints.standins import far
 from ires_kernels.dtypes import FLOATS
 from ires_kernels.planning.elements import decoded, is_known, numbers
 
@@ -255,6 +256,7 @@ class Looks:
         """`memory`: of models that are in no files, by their paths."""
         self.inputs = inputs
         self.bytes_read = 0
+        self._requests = 0  # for what is elsewhere
         self._known: dict[tuple[str, str, tuple[Run, ...]], Sample | None] = {}
         self._following: dict[str, tuple[Sequence[Ref], Mapping[str, int]]] = {}
         self._asked: dict[str, int] = {}  # up to which of them
@@ -278,6 +280,10 @@ class Looks:
         if self.inputs[role].is_unread:
             return None
         key = role, ref.name, runs
+        if key not in self._known and far(ref.path) is not None:
+            self._requests += len(runs)
+            if self._requests > _MOST_REQUESTS:
+                return None
         if key not in self._known:
             started = time.perf_counter()
             self._known[key] = self._read(ref, runs) if runs and ref.dtype in FLOATS else None
@@ -355,6 +361,9 @@ class Looks:
 
 _SLOW = 2.5e-4
 """Seconds that reading a sample takes from a disk, rather than from memory, where it is a tenth of it."""
+_MOST_REQUESTS = 30_000
+"""Places that are looked at in files elsewhere, each a request: a minute at most. Of models with some 1,500 tensors and
+more (three of them) it is the first tensors that are compared, and of the others nothing is known."""
 _AHEAD = 256
 """Tensors whose samples are asked for then. 20,000 tensors of three models took 31 s from a disk one by one, 9 s so."""
 _NEAR = 1 << 13

@@ -27,6 +27,7 @@ from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.cli import main
 from ires_kernels.files.store import partial_path
+from ires_kernels.planning import evidence
 from ires_kernels.streaming import stream
 
 pytest.importorskip("obstore")
@@ -606,3 +607,16 @@ def test_nobody_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objects, "_RETRIES", 1)
     with pytest.raises(OSError, match="nobody answers there"):
         ik.inspect("http://127.0.0.1:9/model")
+
+
+def test_looks_are_bounded(
+    addresses: dict[str, str], plain: dict[str, bytes], server: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is a request, and a model may have 100,000 tensors."""
+    asked = []
+    for most in (30_000, 8, 0):
+        monkeypatch.setattr(evidence, "_MOST_REQUESTS", most)
+        server.requests.clear()
+        assert merged(addresses, tmp_path / f"out-{most}") == plain
+        asked.append(len(server.requests))
+    assert asked[0] > asked[1] > asked[2]
