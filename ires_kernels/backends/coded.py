@@ -86,11 +86,12 @@ def nibbles_high_first(table: tuple[float, ...], width: int, size: int) -> Layou
     return Layout(_CODES["nibbles"], True, False, table, shape, (1, size), _SCALES["F32"], 0, 0)
 
 
-def groups(bits: int, shape: tuple[int, int], size: int) -> Layout:
-    """The layout of a matrix of codes of 4 bits, low ones first, or of 8 less 128, in groups of `size` columns."""
-    codes, table = (_CODES["nibbles"], tuple(map(float, range(16)))) if bits == 4 else (_CODES["U8"], ())
-    whole = 1, *shape, shape[1] * bits // 8
-    return Layout(codes, False, False, table, whole, (1, size), _SCALES["F32"], _ZEROS["I8"], 0)
+def groups(kind: str, shape: tuple[int, int], size: int) -> Layout:
+    """The layout of a matrix of codes, nibbles, low ones first, or I8 or U8 less 128, in groups of `size` columns."""
+    nibbles = kind == "nibbles"
+    table = tuple(map(float, range(16))) if nibbles else ()
+    whole = 1, *shape, shape[1] // 2 if nibbles else shape[1]
+    return Layout(_CODES[kind], False, False, table, whole, (1, size), _SCALES["F32"], _ZEROS["I8"], 0)
 
 
 def encoded(format: Format, full: tuple[int, ...]) -> Layout | None:

@@ -23,8 +23,7 @@ _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, 
 _E4M3 = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
 _SCALES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ALL = slice(None)
-_AWQ_NIBBLE = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
-"""In which nibble of its word each of eight columns lies."""
+_AWQ_NIBBLE = torch.tensor(gptq.AWQ_NIBBLE)
 
 
 def decode(format: Format, full: tuple[int, ...], first: int, count: int, parts: Parts, out: Tensor) -> None:

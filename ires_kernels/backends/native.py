@@ -202,7 +202,7 @@ def decode_row(
 
 
 def decode_groups(
-    bits: int,
+    kind: str,
     shape: tuple[int, int],
     size: int,
     parts: Sequence[memoryview | None],
@@ -210,12 +210,12 @@ def decode_groups(
     count: int,
     out: Tensor,
 ) -> None:
-    """Numbers of a matrix of codes of 4 bits, or of 8 less 128, in groups of `size` columns.
+    """Numbers of a matrix of codes, nibbles, I8 or U8 less 128, in groups of `size` columns.
 
     `parts` are codes, scales in float32, zeros in int8, and maybe the group of each column.
     """
     codes, scales, zeros, order = parts
-    what = coded.groups(bits, shape, size), (codes, 0, scales, zeros, None, order)
+    what = coded.groups(kind, shape, size), (codes, 0, scales, zeros, None, order)
     _native.decode(*what, first, count, out.data_ptr(), thread_count(), os.environ.get("IRES_ISA", ""))
 
 

@@ -196,15 +196,17 @@ def test_bitsandbytes_by_the_loops_of_other_formats(backend: str, kind: str, mon
 
 
 @pytest.mark.parametrize("backend", NATIVE)
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("zeros", ["v1", "v2", "middle"])
-def test_gptq_by_the_loops_of_other_formats(
-    backend: str, bits: int, zeros: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "bits", "zeros"),
+    [*(("gptq", bits, zeros) for bits in (4, 8) for zeros in ("v1", "v2", "middle")), ("awq", 4, "")],
+)
+def test_gptq_and_awq_by_the_loops_of_other_formats(
+    backend: str, name: str, bits: int, zeros: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From anywhere on, with groups in order and in none; nothing of it is left to torch."""
     use(backend, monkeypatch)
     height, width, size = 24, 160, 32
-    format = form("gptq", 1, size, "F16", bits=bits, zeros=zeros)
+    format = form(name, 1, size, "F16", bits=bits, zeros=zeros)
     count, full, random = height * width, (height, width), np.random.default_rng(1)
     parts = {
         "codes": any_bytes(count * bits // 8),
@@ -213,7 +215,8 @@ def test_gptq_by_the_loops_of_other_formats(
     }
     define = decoding.define
     monkeypatch.setattr(decoding, "define", None)
-    for order in (None, np.arange(width) // size, random.integers(0, 5, width)):
+    orders = (None, np.arange(width) // size, random.integers(0, 5, width))
+    for order in orders if name == "gptq" else orders[:1]:
         own = parts if order is None else {**parts, "g_idx": raw(order.astype(np.int32))}
         for first, some in ((0, count), (1, 500), (159, 2), (160, 160), (333, 777), (count - 1, 1)):
             wanted, got = torch.empty(2, some)
