@@ -386,7 +386,10 @@ def _ends(fd: int, start: int, stop: int, path: Path) -> str:
 def notes(partial: Path) -> dict[str, bytes]:
     """What processes have said of how far they are, by rank."""
     found = {}
-    for name in sorted(os.listdir(partial)):
+    names: list[str] = []
+    with suppress(FileNotFoundError):  # it has its name by now
+        names = sorted(os.listdir(partial))
+    for name in names:
         if name.startswith(WORKING) and "." not in name.removeprefix(WORKING):
             with suppress(OSError, ValueError):
                 fd = open_own(partial / name)

@@ -303,7 +303,7 @@ class _Run:
         progress = self.joined.options.progress
         if progress:
             tell = getattr(progress, "tell", None)
-            if tell:
+            if tell:  # a bar of ours, which has words as well
                 tell(f"{self.joined.plan.operation}, {working} workers")
             progress(int(done), sum(self.weights.values()))
 
