@@ -35,7 +35,7 @@ $(BIN)/python:
 	fi
 
 $(VENV)/installed: $(BIN)/python $(SOURCES)
-	$(BIN)/python -m pip install -q -e '.[test,bench,demo]'
+	$(BIN)/python -m pip install -q -e '.[test,bench,demo,remote-tests]'
 	@touch $@
 
 demo: $(VENV)/installed
