@@ -6,6 +6,7 @@ and for nobody else: what is written and said of a model is its address without 
 
 from __future__ import annotations
 
+import base64
 import errno
 import os
 import re
@@ -13,6 +14,7 @@ from typing import NamedTuple
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from ires_kernels.files.opening import CheckpointError
+from ires_kernels.files.plain import without_secrets
 
 _ADDRESS = re.compile(r"(https?|s3|gs|az)://", re.IGNORECASE)
 _PLACES = {"s3": "s3://bucket/folder", "gs": "gs://bucket/folder", "az": "az://container/folder"}
@@ -51,12 +53,15 @@ class Address(NamedTuple):
     @classmethod
     def of(cls, text: str | os.PathLike[str]) -> Address:
         """Raises CheckpointError for what is none."""
-        said = f"{text}".partition("?")[0].rpartition("@")[2]
+        said = without_secrets(f"{text}")
         try:
             parts = urlsplit(f"{text}")
             parts.port  # noqa: B018 - raises where it is none
-        except ValueError as error:
-            raise CheckpointError(f"{said}: is no address ({error}).") from None
+        except ValueError:  # whose words have parts of a password in them
+            raise CheckpointError(
+                f"{said}: is no address. In a user's name and password write `/`, `?`, `#` and `@` as %2F, %3F, %23 "
+                "and %40; a port is a number below 65536."
+            ) from None
         scheme, user, host = parts.scheme.lower(), *_split_user(parts)
         wanted = _PLACES.get(scheme, "https://host/folder")
         bad = not host or parts.fragment or (scheme in _PLACES and (parts.query or user))
@@ -92,6 +97,11 @@ class Address(NamedTuple):
         """All of it, for the host alone."""
         at, query = f"{self.user}@" if self.user else "", f"?{self.query}" if self.query else ""
         return f"{self.scheme}://{at}{self.host}{self.path}{query}"
+
+    def authorization(self) -> dict[str, str]:
+        """The header that has user and password, for the host alone."""
+        secret = base64.b64encode(unquote(self.user).encode()).decode()
+        return {"Authorization": f"Basic {secret}"} if self.user else {}
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.host}{self.path}"

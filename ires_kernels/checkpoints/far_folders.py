@@ -192,4 +192,6 @@ def _written(
                 (folder / name).write_bytes(raw)
             standins.fill(folder, f"{where}", weights)
             _made[what] = folder
+        else:
+            standins.ask(_made[what], weights)
         return _made[what] / address.name if address.is_file else _made[what]

@@ -9,7 +9,6 @@ have addresses with signatures in them, so none of them is passed on.
 from __future__ import annotations
 
 import asyncio
-import base64
 import os
 import re
 import threading
@@ -18,7 +17,6 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import unquote
 
 import xxhash
 
@@ -57,11 +55,15 @@ class Place:
         self.address = address
         self._store = None if address.query else store_at(address)
 
-    def of(self, name: str) -> tuple[Any, str]:
-        """The store to ask for a file in it, and by what name."""
+    def of(self, name: str) -> tuple[Any, str, bool]:
+        """The store to ask for a file in it, by what name, and whether that is elsewhere than the address says."""
         if self._store is not None:
-            return self._store, name
-        return store_at(self.address.child(name)), ""  # with its own query
+            return self._store, name, False
+        from ires_kernels.checkpoints.landing import landing
+
+        address = self.address.child(name)  # with the query, which is for its host alone
+        there = landing(address)
+        return store_at(there), "", there != address
 
     def file(self, name: str) -> Object:
         return Object(self.address.child(name), self, name)
@@ -70,7 +72,7 @@ class Place:
         """What files there are, of what can be asked for that. Raises Unreachable."""
         try:
             found = _library(self.address).list_with_delimiter(self._store, folder or None)
-        except Exception as error:
+        except BaseException as error:
             raise _explained(error, self.address) from None
         return [entry["path"] for entry in found["objects"]]
 
@@ -134,7 +136,7 @@ class Object:
                 if tuple(answer.range) != wanted:
                     raise Unreachable(self.where, f"the answer has the bytes {answer.range}, wanted {wanted}")
                 data = await answer.bytes_async()
-            except Exception as error:
+            except BaseException as error:
                 if first and " 416 " in f"{error}":
                     await self._check_empty(asked)
                 raise _explained(error, self.where) from None
@@ -156,7 +158,8 @@ class Object:
     def asked(self) -> tuple[Any, str]:
         """The store to ask, and by what name."""
         assert self._place is not None
-        return self._place.of(self._name)
+        store, name, self.expires = self._place.of(self._name)  # what one is sent on to is most often signed
+        return store, name
 
     def match(self, pin: Pin | None) -> dict[str, str]:
         """What is asked on the condition that it is still the pinned file; weak tags are for no ranges."""
@@ -204,7 +207,11 @@ def wait_for(work: Coroutine[Any, Any, T]) -> T:
 
 def begin(work: Coroutine[Any, Any, T]) -> Future[T]:
     """Have work done meanwhile, in the one thread that does all of it."""
-    return asyncio.run_coroutine_threadsafe(work, _loop())
+    try:
+        return asyncio.run_coroutine_threadsafe(work, _loop())
+    except CheckpointError:
+        work.close()
+        raise
 
 
 async def all_of(work: list[Coroutine[Any, Any, T]], at_once: int = 32) -> list[T]:
@@ -228,7 +235,8 @@ async def all_of(work: list[Coroutine[Any, Any, T]], at_once: int = 32) -> list[
 _room = asyncio.Semaphore(64)
 """Requests at once, of all there are."""
 _lock = threading.Lock()
-_running: list[asyncio.AbstractEventLoop] = []
+_running: list[tuple[int, asyncio.AbstractEventLoop]] = []
+"""With the process that it runs in."""
 
 
 def _loop() -> asyncio.AbstractEventLoop:
@@ -236,8 +244,18 @@ def _loop() -> asyncio.AbstractEventLoop:
         if not _running:
             loop = asyncio.new_event_loop()
             threading.Thread(target=loop.run_forever, name="ires-remote", daemon=True).start()
-            _running.append(loop)
-        return _running[0]
+            _running.append((os.getpid(), loop))
+        check_not_forked()
+        return _running[0][1]
+
+
+def check_not_forked() -> None:
+    """Refuse to read in a fork: the threads that would do it stayed behind, and it would wait for ever."""
+    if _running and _running[0][0] != os.getpid():
+        raise CheckpointError(
+            "this process is a fork of one that has read models elsewhere, and cannot read any. Start processes anew: "
+            'multiprocessing.get_context("spawn"); or let none but forks read them.'
+        )
 
 
 _CLOUDS, _YES = ("AWS", "AZURE", "GOOGLE"), ("true", "True", "1")
@@ -256,6 +274,7 @@ def _library(address: Address) -> Any:
 
 def store_at(address: Address, **headers: str) -> Any:
     """What asks for files under an address, with these headers, which go to its host alone."""
+    check_not_forked()
     _library(address)
     from obstore import store
 
@@ -263,25 +282,39 @@ def store_at(address: Address, **headers: str) -> Any:
     retry: Any = {"max_retries": _RETRIES, "retry_timeout": timedelta(minutes=3), "backoff": _BACKOFF}
     try:
         if address.is_store:
+            _check_settings(address)
             client["allow_http"] = any(os.environ.get(f"{cloud}_ALLOW_HTTP", "") in _YES for cloud in _CLOUDS)
             return store.from_url(address.full(), retry_config=retry, client_options=client)  # type: ignore[call-overload]
         if address.scheme == "http":
             client["allow_http"] = True
-        if address.user:
-            secret = base64.b64encode(unquote(address.user).encode()).decode()
-            headers["Authorization"] = f"Basic {secret}"
-        client["default_headers"] = headers
+        client["default_headers"] = headers | address.authorization()
         full = address._replace(user="").full()
         return store.HTTPStore.from_url(full, retry_config=retry, client_options=client)  # type: ignore[arg-type]
+    except CheckpointError:
+        raise
     except Exception as error:
         first = f"{error}".strip().splitlines()[0] if address.is_store else "is no address that can be asked"
         raise CheckpointError(f"{address}: {first}. Check it, and the settings of its store.") from None
 
 
-def _explained(error: Exception, where: object) -> Exception:
+def _check_settings(address: Address) -> None:
+    """Refuse what obstore would panic at: a token with a line break, as a file that was read whole ends in one."""
+    for name, value in os.environ.items():
+        if name.startswith(("AWS_", "AZURE_")) and not value.isprintable():
+            raise CheckpointError(
+                f"{address}: {name} in the environment has a line break or another character that is not printed, "
+                "which no setting has. Set it without."
+            )
+
+
+def _explained(error: BaseException, where: object) -> BaseException:
     """What went wrong, in words without secrets."""
     from obstore import exceptions as known
 
+    if type(error).__name__ == "PanicException":  # of Rust, and no Exception
+        return CheckpointError(f"{where}: cannot be asked for with the settings of its store. Check its endpoint.")
+    if not isinstance(error, Exception):
+        return error
     text = f"{error}"
     if isinstance(error, (CheckpointError, Unreachable, _Cut)):
         return error

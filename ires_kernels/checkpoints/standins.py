@@ -68,12 +68,17 @@ def fill(folder: Path, name: str, weights: Mapping[str, tuple[Object, bytes]]) -
         if path.is_file():
             tag = xxhash.xxh3_64_intdigest(path.read_bytes()) >> 4
             os.utime(path, ns=(tag, tag))
-    for file, (there, raw) in weights.items():
-        assert there.pin is not None
-        path = folder / file
-        path.write_bytes(raw)
-        _known[path] = Far(there, there.pin.size, there.pin.tag)
+    for file, (_, raw) in weights.items():
+        (folder / file).write_bytes(raw)
+    ask(folder, weights)
     call(f"{folder}", name)
+
+
+def ask(folder: Path, weights: Mapping[str, tuple[Object, bytes]]) -> None:
+    """Have these asked for the bytes of a stand-in's weights: they may have a newer signature."""
+    for file, (there, _) in weights.items():
+        assert there.pin is not None
+        _known[folder / file] = Far(there, there.pin.size, there.pin.tag)
 
 
 def home() -> Path:

@@ -23,14 +23,20 @@ def plain(line: object) -> str:
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), without_secrets(called(f"{line}")))
 
 
+_SCHEME = r"(?:https?|ftps?|s3|gs|az):/"
 _SECRET = re.compile(
-    r"(https?://)(?:[^\s/@'\"]*@)?([^\s?#'\"<>{}|\\]*)(?:\?(?:[^\s'\"<>{},]*[^\s'\"<>{},.:;)])?)?", re.IGNORECASE
+    rf"({_SCHEME}/?)"  # as a path it has one slash
+    rf"(?:(?:(?!{_SCHEME})[^\s/?#'\"])*@"  # a user with a password
+    rf"|[^\s/?#@'\"]*:(?!\d*(?:[/?#\s'\",:]|$))(?:(?!{_SCHEME})[^\s'\"])*@)?"  # which has what should be %2F
+    rf"((?:(?!{_SCHEME})[^\s?#'\"<>{{}}|\\])*)"
+    rf"(?:\?(?:(?:(?!{_SCHEME})[^\s'\"<>{{}},])*[^\s'\"<>{{}},.:;)])?)?",
+    re.IGNORECASE,
 )
 
 
 def without_secrets(text: str) -> str:
     """A text in which addresses have no user with a password, and no query, which may be a signature."""
-    return _SECRET.sub(r"\1\2", text) if "://" in text else text
+    return _SECRET.sub(r"\1\2", text) if ":/" in text else text
 
 
 _NAMES: dict[str, str] = {}

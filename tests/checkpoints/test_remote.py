@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import range_server
 import torch
+from children import end_of, forked
 from quantized_models import FORMATS
 from range_server import Answer, Files, Request
 from small_models import normal, triple, write_model
@@ -299,6 +300,7 @@ def test_secrets_stay_with_their_host(
         assert main(command(addresses, out)) == 0
         assert other.requests
         assert all("authorization" not in request.headers for request in other.requests)
+        assert not re.search("s1gnature|pa55word", f"{other.requests}")
         asked = [request for request in server.requests if not request.query]
         assert {request.headers.get("authorization") for request in asked} == {"Basic bWU6cGE1NXdvcmQ="}
         assert main(["status", f"{out}"]) == 0
@@ -318,6 +320,88 @@ def test_secrets_stay_with_their_host(
         odd = capsys.readouterr()
         for text in (*texts, status_.out, status_.err, failed.out, failed.err, odd.out, odd.err):
             assert not re.search("pa55word|t0psecret|s1gnature|bWU6", text)
+
+
+@pytest.mark.parametrize(
+    "rest", ["pa55/w0rd@host/x", "pa55#w0rd@host/x", "pa55?w0rd@host/x", "pa55@w0rd@host:99999/x", "pa55\u2100@host/x"]
+)
+def test_addresses_that_are_none_keep_their_secrets(rest: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor are they said by commands that want a path: as one, an address has a slash less."""
+    text = f"https://me:{rest}"
+    out = ["-o", "nowhere"]
+    for command_ in (["inspect", text], ["apply", text, text, *out], ["apply", "x", "--pair", f"{text}:{text}", *out]):
+        assert main(command_) == 2
+        assert not re.search("pa55|w0rd", capsys.readouterr().err)
+    for command_ in (["status", text], ["finish", text], ["resume", text], ["rollback", text]):
+        assert main(command_) == 2
+        assert not re.search("pa55|w0rd", capsys.readouterr().err)
+
+
+def test_where_a_signed_address_leads(server: Files, models: Path) -> None:
+    """On to another that is signed as well, and asked for anew where that has expired; never to what is less safe."""
+    server.add(models / "base", "/kept")
+    signed, known = [0], server.answer
+
+    def answer(request: Request) -> Answer:
+        if request.path.startswith("/base/") and request.query == "sig=s1gnature":
+            signed[0] += 1
+            location = f"{request.path.replace('/base', '/kept')}?number={signed[0]}"
+            there = known(Request("GET", request.path.replace("/base", "/kept"), "", {}, 0, 1))
+            return Answer(302, b"", {"Location": location}) if there.status == 206 else there
+        if request.path.startswith("/kept/") and request.query == "number=1":
+            return Answer(403, b"", {})
+        return known(request)
+
+    server.answer = answer  # type: ignore[method-assign]
+    assert ik.inspect(f"{server.address}/base?sig=s1gnature")["tensors"] == 7
+    assert not re.search("s1gnature", f"{[request for request in server.requests if '/kept/' in request.path]}")
+    for location in (
+        "ftp://host/x",
+        "s3://bucket/x",
+        "http://[::1",
+        f"{server.address}/base/config.json?sig=s1gnature",
+    ):
+        server.answer = lambda _, to=location: Answer(302, b"", {"Location": to})  # type: ignore[misc,method-assign]
+        with pytest.raises(OSError, match=r"leads (to|from)") as caught:
+            ik.inspect(f"{server.address}/base?sig=s1gnature")
+        assert "s1gnature" not in f"{caught.value}"
+
+
+def test_a_newer_signature_is_used(server: Files, models: Path, tmp_path: Path) -> None:
+    """Also where the model was read with an older one before, which is refused by now."""
+    server.add(models / "base", "/base")
+    valid, known = ["old"], server.answer
+    server.answer = lambda request: known(request) if request.query == valid[0] else Answer(403, b"", {})  # type: ignore[method-assign]
+    ik.inspect(f"{server.address}/base?old")
+    valid[0] = "new"
+    ik.extract(f"{server.address}/base?new", models / "instruct", tmp_path / "residual")
+    ik.extract(models / "base", models / "instruct", tmp_path / "here")
+    assert weights(tmp_path / "residual") == weights(tmp_path / "here")
+
+
+def test_forks_of_who_reads_elsewhere(server: Files, models: Path) -> None:
+    """They say so, and do not wait for threads that they do not have."""
+    address = server.add(models / "base", "/base")
+    ik.inspect(address)
+
+    def read() -> None:
+        with pytest.raises(CheckpointError, match="is a fork"):
+            ik.inspect(address)
+
+    assert end_of(forked(read)) == 0
+
+
+def test_settings_that_no_store_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "me")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "pa55word")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "t0psecret\n")
+    with pytest.raises(CheckpointError, match="AWS_SESSION_TOKEN in the environment has a line break") as caught:
+        ik.inspect("s3://bucket/model")
+    assert "t0psecret" not in f"{caught.value}"
+    monkeypatch.delenv("AWS_SESSION_TOKEN")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://[bad")
+    with pytest.raises(CheckpointError, match="Check its endpoint"):
+        ik.inspect("s3://bucket/model")
 
 
 def test_a_server_that_has_everything_is_refused(server: Files, models: Path) -> None:
