@@ -24,7 +24,7 @@ NAMES = re.compile(r"([\w.]+(?:, [\w.]+)*) +(.*)")
 ROOMS = {
     "Tensors": "subtract add add_ scale scale_ add_difference add_difference_ Tally",
     "Checkpoints": "extract apply merge load weights compare inspect verify",
-    "After an interruption": "status resume rollback",
+    "After an interruption": "status resume finish rollback",
     "For others": "publish sha256",
     "Models in memory, and residuals as values": "mapped apply_ Residual",
     "What is there": "backends BackendStatus",

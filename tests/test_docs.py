@@ -23,6 +23,12 @@ def test_the_table_of_roundings(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed in (ROOT / "docs/merging.md").read_text()
 
 
+def test_all_names(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where this fails: python docs/api.py > docs/api.md"""
+    runpy.run_path(f"{ROOT / 'docs/api.py'}", run_name="__main__")
+    assert capsys.readouterr().out == (ROOT / "docs/api.md").read_text()
+
+
 def recipes() -> dict[str, str]:
     """The shell blocks of the cookbook by their headings."""
     text = (ROOT / "docs/cookbook.md").read_text()
