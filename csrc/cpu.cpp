@@ -252,15 +252,6 @@ void measure(const Coded& coded, int64_t first, int64_t n, const float* values, 
     find_loops(isa).measure(coded, first, n, values, largest);
 }
 
-void keep(int64_t n, const float* values, const float* again, const uint8_t* before, uint8_t* codes, const std::string& isa) {
-    find_loops(isa).keep(n, values, again, before, codes);
-}
-
-Stored count_stored(int64_t n, const float* target, const float* update, const float* values, const float* stored,
-                    const std::string& isa) {
-    return find_loops(isa).count_stored(n, target, update, values, stored);
-}
-
 void store(const Operation& op, const Item& item, uint64_t offset, const Recoded& to, const std::string& isa, Tally* tally,
            Stored* stored) {
     const IeeeMode mode;

@@ -114,9 +114,6 @@ void decode(const Coded& coded, int64_t first, int64_t n, float* out, int thread
 void encode(const Coded& coded, int64_t first, int64_t n, const float* values, const Draw* draw, uint8_t* out, int threads,
             const std::string& isa);
 void measure(const Coded& coded, int64_t first, int64_t n, const float* values, float* largest, const std::string& isa);
-void keep(int64_t n, const float* values, const float* again, const uint8_t* before, uint8_t* codes, const std::string& isa);
-Stored count_stored(int64_t n, const float* target, const float* update, const float* values, const float* stored,
-                    const std::string& isa);
 
 // Results of an operation that become codes of a tensor: on the calling thread, by pieces whose numbers stay in the L1
 // cache. The output of `item` is not used. `offset` counts within the tensor, as well.

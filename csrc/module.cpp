@@ -356,23 +356,6 @@ py::object store(int code, const py::tuple& t, const std::vector<double>& factor
                           stored.norm2, stored.noise);
 }
 
-void keep(int64_t n, uintptr_t values, uintptr_t again, uintptr_t before, uintptr_t codes, const std::string& isa) {
-    const py::gil_scoped_release release;
-    ires::keep(n, reinterpret_cast<const float*>(values), reinterpret_cast<const float*>(again),
-               reinterpret_cast<const uint8_t*>(before), reinterpret_cast<uint8_t*>(codes), isa);
-}
-
-py::tuple count_stored(int64_t n, uintptr_t target, uintptr_t update, uintptr_t values, uintptr_t stored,
-                       const std::string& isa) {
-    ires::Stored found;
-    {
-        const py::gil_scoped_release release;
-        found = ires::count_stored(n, reinterpret_cast<const float*>(target), reinterpret_cast<const float*>(update),
-                                   reinterpret_cast<const float*>(values), reinterpret_cast<const float*>(stored), isa);
-    }
-    return py::make_tuple(found.lost, found.nan_out, found.dot, found.norm2, found.noise);
-}
-
 // Target, instruct and base: each a buffer or a pointer to elements of its type; or, `fit_files`, its (descriptor, offset,
 // bytes) in files, one after the other.
 ires::FitRun fit_run(int64_t n, int out_type, const py::tuple& types, size_t operands, const std::vector<float>& alphas) {
@@ -457,10 +440,6 @@ PYBIND11_MODULE(_native, m) {
           py::arg("out"), py::arg("draw"), py::arg("threads"), py::arg("isa"));
     m.def("measure", &measure, py::arg("layout"), py::arg("first"), py::arg("n"), py::arg("values"), py::arg("largest"),
           py::arg("cells"), py::arg("isa"));
-    m.def("keep", &keep, py::arg("n"), py::arg("values"), py::arg("again"), py::arg("before"), py::arg("codes"),
-          py::arg("isa"));
-    m.def("count_stored", &count_stored, py::arg("n"), py::arg("target"), py::arg("update"), py::arg("values"),
-          py::arg("stored"), py::arg("isa"));
     m.def("measure_results", &measure_results, py::arg("op"), py::arg("item"), py::arg("factors"), py::arg("layout"),
           py::arg("first"), py::arg("largest"), py::arg("cells"), py::arg("isa"));
     m.def("store", &store, py::arg("op"), py::arg("item"), py::arg("factors"), py::arg("layout"), py::arg("parts"),

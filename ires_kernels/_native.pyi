@@ -79,10 +79,6 @@ def store(
     isa: str,
     tally: bool,
 ) -> tuple[int, int, int, int, int, int, float, float, float]: ...
-def keep(n: int, values: int, again: int, before: int, codes: int, isa: str) -> None: ...
-def count_stored(
-    n: int, target: int, update: int, values: int, stored: int, isa: str
-) -> tuple[int, int, float, float, float]: ...
 def fit(
     n: int,
     out_type: int,

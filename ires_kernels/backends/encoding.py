@@ -141,28 +141,25 @@ def store(
     if renewed:
         again = torch.empty(count)
         decoding.decode(format, full, first, count, parts, again)
-    keep(values, again, decoding.as_bytes(parts["codes"]), codes)
+    _keep(values, again, decoding.as_bytes(parts["codes"]), codes)
     if call.tally is not None:
         update, stored = torch.empty(2, count)
         inputs = (torch.zeros(count), *call.inputs[0][1:])  # what is added to 0 is the update
         choose(codes.device).run(call._replace(outs=[update], inputs=[inputs], tally=None))
         decoding.decode(format, full, first, count, {**parts, "codes": codes.numpy().data}, stored)
         tally = call.tally
-        tally.lost, tally.nan_out, tally.dot, tally.norm2, tally.noise = count_stored(target, update, values, stored)
+        tally.lost, tally.nan_out, tally.dot, tally.norm2, tally.noise = _count_stored(target, update, values, stored)
 
 
-def keep(values: Tensor, again: Tensor, before: Tensor, codes: Tensor) -> None:
+def _keep(values: Tensor, again: Tensor, before: Tensor, codes: Tensor) -> None:
     """Put back the codes of `before` where they still stand for the values: where these are what is decoded `again`.
 
     So what a merge leaves as it is keeps its bytes: -0 beside 0, and the sign of NaN.
     """
-    if choose(values.device) is native:
-        native.keep(values, again, before, codes)
-    else:
-        torch.where((values == again) | (values.isnan() & again.isnan()), before, codes, out=codes)
+    torch.where((values == again) | (values.isnan() & again.isnan()), before, codes, out=codes)
 
 
-class Stored(NamedTuple):
+class _Stored(NamedTuple):
     """What was stored as codes, counted as a `Tally` counts; `noise` is the sum of (stored - value)^2."""
 
     lost: int
@@ -172,17 +169,15 @@ class Stored(NamedTuple):
     noise: float
 
 
-def count_stored(target: Tensor, update: Tensor, values: Tensor, stored: Tensor) -> Stored:
+def _count_stored(target: Tensor, update: Tensor, values: Tensor, stored: Tensor) -> _Stored:
     """Count what is decoded from new codes: `stored` for `values`, which are `target` and `update` together."""
-    if choose(values.device) is native:
-        return Stored(*native.count_stored(target, update, values, stored))
     lost = (stored == target) & (update != 0) & ~update.isnan()
     measured = update.isfinite() & target.isfinite() & stored.isfinite()
     by = torch.where(measured, update, 0).double()
     moved = torch.where(measured, stored.double() - target.double(), 0)
     off = torch.where(values.isfinite() & stored.isfinite(), stored.double() - values.double(), 0)
     sums = (float(torch.dot(one, two)) for one, two in ((moved, by), (by, by), (off, off)))
-    return Stored(int(lost.sum()), int(stored.isnan().sum()), *sums)
+    return _Stored(int(lost.sum()), int(stored.isnan().sum()), *sums)
 
 
 def _codes(format: Format) -> str:

@@ -287,17 +287,3 @@ def encode(
     pointers, isa = (values.data_ptr(), out.data_ptr()), os.environ.get("IRES_ISA", "")
     _native.encode(layout, scales, first, len(values), *pointers, random, thread_count(), isa)
     return True
-
-
-def keep(values: Tensor, again: Tensor, before: Tensor, codes: Tensor) -> None:
-    """`encoding.keep` of contiguous memory."""
-    pointers = values.data_ptr(), again.data_ptr(), before.data_ptr(), codes.data_ptr()
-    _native.keep(len(values), *pointers, os.environ.get("IRES_ISA", ""))
-
-
-def count_stored(
-    target: Tensor, update: Tensor, values: Tensor, stored: Tensor
-) -> tuple[int, int, float, float, float]:
-    """`encoding.count_stored` of contiguous memory."""
-    pointers = target.data_ptr(), update.data_ptr(), values.data_ptr(), stored.data_ptr()
-    return _native.count_stored(len(values), *pointers, os.environ.get("IRES_ISA", ""))
