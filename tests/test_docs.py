@@ -9,9 +9,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import range_server
 from small_models import triple
 
 import ires_kernels as ik
+from ires_kernels.bench import scale
 from ires_kernels.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -84,3 +86,96 @@ def test_links() -> None:
                     page.name,
                     heading,
                 )
+
+
+def blocks_of(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """What is given to ires in a block, whatever stands before it."""
+    lines = (shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines())
+    return [words[words.index("ires") + 1 :] for words in lines if "ires" in words]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folders that the recipes for several machines name; the shared disk is this one."""
+    base, instruct, target = triple(tmp_path)
+    target.rename(tmp_path / "cpt-base")
+    ik.extract(base, instruct, tmp_path / "residual")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def here(words: list[str]) -> list[str]:
+    return [word.removeprefix("/shared/") for word in words]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_ranks() -> None:
+    apply, status, finish = commands_of(blocks_of("docs/scale.md", "sh")[0])
+    world = int(apply[-1])
+    for rank in range(world):
+        words = ["--rank", f"{rank}"]
+        at = apply.index("--rank")
+        assert main([*apply[:at], *words, *apply[at + 2 :]]) == 0
+    assert main(status) == 0
+    assert main(finish) == 0
+    assert main(["verify", "merged", "--quiet"]) == 0
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("launcher", ["torchrun", "array", "step"])
+def test_what_launchers_start(monkeypatch: pytest.MonkeyPatch, launcher: str) -> None:
+    number = ["torchrun", "array", "step"].index(launcher)
+    words = here(commands_of(blocks_of("docs/scale.md", "sh")[1])[number])
+    for rank in range(2):
+        variables = {
+            "torchrun": {"RANK": rank, "WORLD_SIZE": 2},
+            "array": {
+                "SLURM_ARRAY_TASK_ID": rank,
+                "SLURM_ARRAY_TASK_MIN": 0,
+                "SLURM_ARRAY_TASK_MAX": 1,
+                "SLURM_ARRAY_TASK_COUNT": 2,
+            },
+            "step": {"SLURM_PROCID": rank, "SLURM_NTASKS": 2},
+        }[launcher]
+        for name, value in variables.items():
+            monkeypatch.setenv(name, f"{value}")
+        assert main(words) == 0
+    assert main(["verify", "merged", "--quiet"]) == 0
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_job_of_kubernetes(monkeypatch: pytest.MonkeyPatch) -> None:
+    yaml = pytest.importorskip("yaml")
+    (text,) = blocks_of("docs/scale.md", "yaml")
+    job = yaml.safe_load(text)["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    words = here(container["command"])
+    assert words[0] == "ires"
+    assert int(words[words.index("--world") + 1]) == job["completions"] == job["parallelism"]
+    assert job["completionMode"] == "Indexed"
+    for index in range(job["completions"]):
+        monkeypatch.setenv("JOB_COMPLETION_INDEX", f"{index}")
+        assert main(words[1:]) == 0
+    assert main(["verify", "merged", "--quiet"]) == 0
+
+
+def test_a_model_elsewhere(cluster: Path) -> None:
+    pytest.importorskip("obstore")
+    block = next(each for each in blocks_of("docs/scale.md", "sh") if "https://" in each)
+    with range_server.serving() as files:
+        for role in ("instruct", "base"):
+            files.add(cluster / role, f"/{role}")
+        for words in commands_of(block):
+            assert main([word.replace("https://models.example", files.address) for word in words]) == 0
+        assert main(["verify", "merged", "--quiet"]) == 0
+
+
+def test_the_tables_of_scale() -> None:
+    """What the documents predict is what the formula says."""
+    text = (ROOT / "docs/scale.md").read_text()
+    for cluster in scale.TABLES.values():
+        assert scale.table(cluster) in text

@@ -2,8 +2,8 @@
 
 Everything is checked against the reference arithmetic before the clock starts, contenders take turns in one run, and
 what is reported are medians and quartiles of the rounds' ratios. The cases are in kernels, quantized, merges,
-mappings and start; those that are run by themselves in fp8, comparing (``compare``) and living (``live``), and those of
-``gpu``, for a GPU machine, in gpu and gpu_merges.
+mappings and start; those that are run by themselves in fp8, comparing (``compare``), living (``live``) and nodes
+(``scale``), and those of ``gpu``, for a GPU machine, in gpu and gpu_merges.
 Exit codes: 0 measured, whatever the numbers; 1 a result was wrong, nothing was timed; 2 wrong usage.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 import tempfile
@@ -83,6 +84,8 @@ def main(argv: Sequence[str] | None = None, device: Accelerator | None = None) -
             _comparing(arguments, report)
         if "live" in arguments.parts:
             _living(arguments, report)
+        if "scale" in arguments.parts:
+            _scale(arguments, report)
         if "start" in arguments.parts:
             _start(arguments, report)
     except VerificationError as error:
@@ -121,6 +124,9 @@ class Report:
     mapped: list[Result] = field(default_factory=list)
     looked: list[Result] = field(default_factory=list)
     """Of `compare` and of live models."""
+    workers: list[Result] = field(default_factory=list)
+    scale: dict[str, Any] | None = None
+    """What workers cost, and their runs behind links."""
     start: list[Result] = field(default_factory=list)
     across: list[Comparison] = field(default_factory=list)
     """What was measured of several results together."""
@@ -132,7 +138,8 @@ class Report:
 
     def comparisons(self) -> list[Comparison]:
         """Those of all results."""
-        results = (*self.kernels, *self.quantized, *self.merges, *self.fp8, *self.mapped, *self.looked, *self.start)
+        results = (*self.kernels, *self.quantized, *self.merges, *self.fp8, *self.mapped, *self.looked)
+        results = (*results, *self.workers, *self.start)
         return [each for result in results for each in result.comparisons()] + self.across
 
     def to_dict(self) -> dict[str, Any]:
@@ -148,6 +155,8 @@ class Report:
             "fp8": [result.to_dict() for result in self.fp8],
             "mapped": [result.to_dict() for result in self.mapped],
             "looked": [result.to_dict() for result in self.looked],
+            "workers": [result.to_dict() for result in self.workers],
+            **({"scale": self.scale} if self.scale else {}),
             "start": [result.to_dict() for result in self.start],
             "comparisons": [each.to_dict() for each in self.comparisons()],
         }
@@ -173,6 +182,8 @@ def _ahead(arguments: argparse.Namespace) -> Iterator[outlook.Outlook]:
         yield outlook.of_comparing(arguments.shapes, rounds)
     if "live" in arguments.parts:
         yield outlook.of_living(arguments.shapes, rounds)
+    if "scale" in arguments.parts:
+        yield outlook.of_scale(arguments.shapes, rounds, arguments.nodes)
     if "start" in arguments.parts:
         yield outlook.of_start(rounds)
 
@@ -300,6 +311,37 @@ def _living(arguments: argparse.Namespace, report: Report) -> None:
             with report.console.status(f"changing a module of {triple.nbytes / 1e9:.3g} GB"):
                 report.looked.append(living.measure(live, triple, arguments.rounds, threads))
     print_contenders(report.console, f"Live on the CPU, threads {threads}", report.looked)
+
+
+def _scale(arguments: argparse.Namespace, report: Report) -> None:
+    from ires_kernels.bench import nodes, scale
+
+    (shape,) = arguments.shapes
+    with _models(arguments, shape, report.console) as (triple, folder):
+        with report.console.status(f"workers of one machine, {triple.models}"):
+            local = nodes.locally(triple, folder, arguments.rounds)
+        report.say_verified("two workers write the bytes of one process")
+        report.workers.append(local)
+        print_contenders(report.console, "A folder that both see, with all fsyncs", report.workers)
+        with report.console.status("start, planning, finishing"):
+            known = nodes.costs(folder, arguments.rounds, local)
+    runs = []
+    of_source = nodes.SHORT[1] * nodes.LINK
+    for count, source in (*((count, math.inf) for count in arguments.nodes), (nodes.SHORT[0], of_source)):
+        with (
+            tempfile.TemporaryDirectory(prefix="ires-bench-", dir=arguments.dir) as name,
+            report.console.status(f"{count} processes behind links"),
+        ):
+            runs.append(nodes.simulate(Path(name), count, nodes.LAYERS * count, known, link=nodes.LINK, source=source))
+    report.say_verified(f"{', '.join(map(str, arguments.nodes))} workers behind links write the bytes of one process")
+    report.scale = nodes.record(known, runs)
+    report.console.print(nodes.costs_line(known), soft_wrap=True)
+    title = (
+        f"Each node behind a link of {nodes.LINK / 1e6:g} MB/s, the last ones behind one of {of_source / 1e6:g} as well"
+    )
+    report.console.print(f"{title}\n{nodes.table(runs)}", soft_wrap=True)
+    for title, cluster in scale.TABLES.items():
+        report.console.print(f"{title}\n{scale.table(cluster)}", soft_wrap=True)
 
 
 def _start(arguments: argparse.Namespace, report: Report) -> None:

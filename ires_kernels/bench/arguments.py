@@ -40,7 +40,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m ires_kernels.bench",
         description="How fast the kernels and whole merges are here, beside what limits them.",
     )
-    whats = [*_ALL, "fp8", "compare", "live", "all", "gpu"]
+    whats = [*_ALL, "fp8", "compare", "live", "scale", "all", "gpu"]
     parser.add_argument("what", nargs="?", choices=whats, default="all")
     parser.add_argument(
         "--quick",
@@ -67,6 +67,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", metavar="N", type=argument(_at_least_one), help="default: 7")
     parser.add_argument("--cases", metavar="REGEX", type=argument(re.compile), help="only these kernels")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes a while")
+    parser.add_argument(
+        "--nodes",
+        metavar="N,N,…",
+        type=argument(threads),
+        default=[1, 2, 4, 8, 16],
+        help="scale: processes, each behind a link of its own; the first is what the others are held against",
+    )
     parser.add_argument("--cold", action="store_true", help="drop the inputs of merges from the page cache each time")
     parser.add_argument("--dir", metavar="FOLDER", help="where models are written and removed (default: $TMPDIR)")
     parser.add_argument(
@@ -93,7 +100,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.dir and not Path(arguments.dir).is_dir():
         parser.error(f"--dir {arguments.dir}: wanted a folder that exists")
     try:
-        if arguments.what not in ("merge", "fp8", "mapped", "compare", "live", "start"):
+        if arguments.what not in ("merge", "fp8", "mapped", "compare", "live", "scale", "start"):
             default = ON_GPU if on_gpu else _QUICK_ELEMENTS if arguments.quick else ELEMENTS
             arguments.elements = (
                 default if size is None else SHAPES[size].parameters if size in SHAPES else count_of(size)

@@ -24,6 +24,7 @@ _MODELS = 5.0  # seconds for a GB of a model: to write three of them, and to com
 _ON_GPU = 0.1  # seconds of a round for a GB that a workload reads and writes
 _LOOKED, _LIVE = 1.5, 3.0  # seconds of a round for a GB of a model
 _START = 4.0  # seconds of a round of commands
+_BEHIND_LINKS = 75.0  # seconds of a run of processes behind links
 _SCALES = 4  # threads with which kernels still become faster, at least
 
 
@@ -98,6 +99,14 @@ def of_living(shapes: Sequence[Shape], rounds: int) -> Outlook:
     sizes = [2e-9 * shape.parameters for shape in shapes]
     seconds = sum(sizes) * (rounds * _LIVE + _MODELS)
     return Outlook(f"live: {_models(shapes)}", seconds, 5e9 * max(sizes), 3e9 * max(sizes))
+
+
+def of_scale(shapes: Sequence[Shape], rounds: int, nodes: Sequence[int]) -> Outlook:
+    """Local merges three times a round, and a minute or so for each number of processes behind links."""
+    sizes = [2e-9 * shape.parameters for shape in shapes]
+    seconds = sum(sizes) * (rounds * _MERGES + _MODELS) + rounds * _START + sum(_BEHIND_LINKS + n for n in (*nodes, 4))
+    disk = max(4e9 * max(sizes), 5 * 30e6 * max(nodes))
+    return Outlook(f"scale: {_models(shapes)}, {', '.join(map(str, nodes))} nodes", seconds, disk=disk)
 
 
 def of_start(rounds: int) -> Outlook:
