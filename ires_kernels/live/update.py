@@ -66,7 +66,8 @@ class Applied:
 
         Of a sharded module each process gives back what it has, and asks nobody: all of them are to call it.
 
-        Raises ArgumentError where they have, where they have another dtype or shape now, and where nothing was kept.
+        Raises ArgumentError where they have, where the module has other tensors in their places (as load_state_dict has
+        with assign=True), where they have another dtype or shape now, and where nothing was kept.
         """
         if not self._kept:
             raise ArgumentError("apply_ was called with undo=False: no bits were kept that could be given back.")
@@ -80,6 +81,13 @@ class Applied:
                 raise ArgumentError(
                     f"{brief(name)} is {tensor.dtype} of shape {list(tensor.shape)} now, and was {info.dtype} of shape "
                     f"{list(info.shape)}: no bits can be given back. Undo before the model is converted."
+                )
+        there = {id(tensor) for _, tensor in held.named(self._module)}
+        for name, tensor in self._tensors.items():
+            if id(tensor) not in there and not force:
+                raise ArgumentError(
+                    f"{brief(name)} is not the tensor that was changed: the module has another in its place, or none. "
+                    "Undo before it is replaced, or give force=True: the old tensor gets its bits, and nothing else."
                 )
         if self._versions != self._seen() and not force:
             raise ArgumentError(

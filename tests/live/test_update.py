@@ -157,6 +157,19 @@ def test_what_an_optimiser_did_is_not_lost_by_mistake(tmp_path: Path) -> None:
     assert_same(bits(model), before)
 
 
+def test_tensors_that_others_have_taken_the_place_of_are_not_undone_in_silence(tmp_path: Path) -> None:
+    model, instruct, base = small(tmp_path)
+    before, changed = bits(model), dict(model.named_parameters())
+    applied = ik.apply_(model, (instruct, base))
+    others = {name: tensor + 1 for name, tensor in bits(model).items()}
+    model.load_state_dict(others, assign=True)
+    with pytest.raises(ArgumentError, match="'0.weight' is not the tensor that was changed"):
+        applied.undo()
+    applied.undo(force=True)
+    assert_same(bits(model), others)
+    assert all(same(tensor.detach(), before[name]) for name, tensor in changed.items())
+
+
 def test_a_module_of_another_dtype_is_not_undone(tmp_path: Path) -> None:
     model, instruct, base = small(tmp_path)
     applied = ik.apply_(model, (instruct, base))
