@@ -42,7 +42,9 @@ def decode(weight: Weight, first: int, count: int, out: Tensor) -> bool:
     order = weight.parts.get("g_idx")
     if order is not None and torch.equal(order.view(torch.int32), torch.arange(width, dtype=torch.int32) // size):
         order = None
-    parts = [None if part is None else part.view(torch.uint8).numpy().data for part in (codes, scales, zeros, order)]
+    stored = (codes, scales, zeros, order)
+    # Flat first: a matrix of one column may have any stride along its rows, and torch does not see that it is bytes.
+    parts = [None if part is None else part.reshape(-1).view(torch.uint8).numpy().data for part in stored]
     what = "nibbles" if weight.format.name == "gptq" and bits == 4 else "U8" if bits == 8 else "I8"
     native.decode_groups(what, (len(rows), width), size, parts, start * width + first % width, count, out)
     return True

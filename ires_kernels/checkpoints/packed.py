@@ -50,10 +50,13 @@ def _width(codes: Codes, scale: TensorRef, stated: TensorRef | None, said: list[
     if stated is None:
         raise Undecided(f"there is no {codes.stem}weight_shape in any file, which tells the columns of the weight")
     shape = _stated_shape(codes, stated)
-    bits = next((bits for bits in (2, 4, 8) if -(-shape[-1] * bits // 32) == words), None)
-    if bits is None:
+    possible = [bits for bits in (2, 4, 8) if -(-shape[-1] * bits // 32) == words]
+    told = [bits for bits in possible if bits in {claim.bits for claim in said}] or possible
+    if not told:
         raise Undecided(f"{codes.ref.name} has {words} words for {shape[-1]} columns, wanted 2, 4 or 8 bits for each")
-    return shape[-1], bits
+    if len(told) > 1:  # of at most 8 columns
+        raise Undecided(f"{codes.ref.name} has one word for {shape[-1]} columns, and nothing tells the bits of each")
+    return shape[-1], told[0]
 
 
 def _stated_shape(codes: Codes, stated: TensorRef) -> tuple[int, ...]:

@@ -196,26 +196,27 @@ def test_bitsandbytes_by_the_loops_of_other_formats(backend: str, kind: str, mon
 
 
 @pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("groups", [5, 1])
 @pytest.mark.parametrize(
     ("name", "bits", "zeros"),
     [*(("gptq", bits, zeros) for bits in (4, 8) for zeros in ("v1", "v2", "middle")), ("awq", 4, "")],
 )
 def test_gptq_and_awq_by_the_loops_of_other_formats(
-    backend: str, name: str, bits: int, zeros: str, monkeypatch: pytest.MonkeyPatch
+    backend: str, groups: int, name: str, bits: int, zeros: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From anywhere on, with groups in order and in none; nothing of it is left to torch."""
+    """From anywhere on, with groups in order and in none, and one for all; nothing of it is left to torch."""
     use(backend, monkeypatch)
-    height, width, size = 24, 160, 32
+    height, width, size = 24, 160, 160 // groups
     format = form(name, 1, size, "F16", bits=bits, zeros=zeros)
     count, full, random = height * width, (height, width), np.random.default_rng(1)
     parts = {
         "codes": any_bytes(count * bits // 8),
-        "scale": raw(random.normal(size=5 * height).astype(np.float16)),
-        "zero_point": any_bytes(5 * height * bits // 8),
+        "scale": raw(random.normal(size=groups * height).astype(np.float16)),
+        "zero_point": any_bytes(groups * height * bits // 8),
     }
     define = decoding.define
     monkeypatch.setattr(decoding, "define", None)
-    orders = (None, np.arange(width) // size, random.integers(0, 5, width))
+    orders = (None, np.arange(width) // size, random.integers(0, groups, width))
     for order in orders if name == "gptq" else orders[:1]:
         own = parts if order is None else {**parts, "g_idx": raw(order.astype(np.int32))}
         for first, some in ((0, count), (1, 500), (159, 2), (160, 160), (333, 777), (count - 1, 1)):

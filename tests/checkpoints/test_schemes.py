@@ -372,6 +372,17 @@ def test_one_of_several_formats_is_enough(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("bits", [2, 4, None])
+def test_bits_of_less_than_a_word_are_those_that_settings_say(tmp_path: Path, bits: int | None) -> None:
+    stored = {f"{X}.weight_packed": torch.zeros(48, 1, dtype=I32), f"{X}.weight_scale": torch.ones(48, 1, dtype=BF16)}
+    stored[f"{X}.weight_shape"] = torch.tensor([48, 8])
+    config = groups("pack-quantized", num_bits=bits, type="int", strategy="channel") if bits else None
+    got = quantized(open_checkpoint(write_model(tmp_path / "model", stored, config=config)))
+    assert [ref.format.bits for ref in got.weights.values()] == ([bits] if bits else [])
+    if not bits:
+        assert "has one word for 8 columns, and nothing tells the bits of each" in f"{got.refused}"
+
+
 def test_old_exponents_of_compressed_tensors_are_lifted(tmp_path: Path) -> None:
     shapes, config, name, _, _ = FORMATS["compressed-tensors mxfp4"]
     assert config is not None
