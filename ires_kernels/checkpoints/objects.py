@@ -130,7 +130,7 @@ class Object:
         pin, options = None if first else self.pin, {"range": (start, stop)}
         async with _room:
             try:
-                answer = await obstore.get_async(*asked, options={**options, **self.match(pin)})  # type: ignore[arg-type]
+                answer = await obstore.get_async(*asked, options={**options, **self.match(pin)})
                 pin = self.check(_told(answer.meta), pin)
                 wanted = (start, min(stop, pin.size))
                 if tuple(answer.range) != wanted:
@@ -284,12 +284,12 @@ def store_at(address: Address, **headers: str) -> Any:
         if address.is_store:
             _check_settings(address)
             client["allow_http"] = any(os.environ.get(f"{cloud}_ALLOW_HTTP", "") in _YES for cloud in _CLOUDS)
-            return store.from_url(address.full(), retry_config=retry, client_options=client)  # type: ignore[call-overload]
+            return store.from_url(address.full(), retry_config=retry, client_options=client)
         if address.scheme == "http":
             client["allow_http"] = True
         client["default_headers"] = headers | address.authorization()
         full = address._replace(user="").full()
-        return store.HTTPStore.from_url(full, retry_config=retry, client_options=client)  # type: ignore[arg-type]
+        return store.HTTPStore.from_url(full, retry_config=retry, client_options=client)
     except CheckpointError:
         raise
     except Exception as error:
