@@ -5,7 +5,8 @@ A code is that of RN(value / scale), one rounding to float32, rounded to what co
 32 random bits. The scales are those that are there as long as they serve: a block whose largest |value| / scale still
 rounds to the largest code, being within half a step of it, keeps its own. Another one gets a new scale, the largest
 |value| over `_RANGE`, in the dtype of scales, and to the next power of two above it where those of the weight are such
-numbers. No number that a rule of quantizers gives to a block of zeros is needed: zeros never need a new scale.
+numbers. It is finite whatever the values: where the largest of float16 is too small, codes saturate. No number that a
+rule of quantizers gives to a block of zeros is needed: zeros never need a new scale.
 """
 
 from __future__ import annotations
@@ -67,13 +68,13 @@ def new_scales(format: Format, largest: Tensor, scales: memoryview) -> tuple[mem
     mantissa, _ = torch.frexp(before)
     if dtype == "F8_E8M0" or bool((mantissa == 0.5).all()):
         mantissa, exponent = torch.frexp(wanted)
-        exponent = (exponent - (mantissa == 0.5).int()).clamp(-127, 127)
+        exponent = (exponent - (mantissa == 0.5).int()).clamp(-127, 15 if dtype == "F16" else 127)
         wanted = torch.exp2(exponent.double()).float()
     if dtype == "F8_E8M0":
         stored[renewed] = (exponent + 127).to(torch.uint8)
     else:
         typed = stored.view(_SCALES[dtype])
-        typed[renewed] = round_to(wanted, typed.dtype)
+        typed[renewed] = round_to(wanted.clamp(max=torch.finfo(typed.dtype).max), typed.dtype)
     return stored.numpy().data, renewed
 
 

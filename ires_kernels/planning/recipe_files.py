@@ -113,7 +113,7 @@ def _again(path: Path, trust_inputs: bool) -> Merge:
     gone = [entry.path for entry in made_of.values() if not (os.path.lexists(entry.path) or hub.is_remote(entry.path))]
     if gone and not os.path.isabs(gone[0]):
         raise ArgumentError(
-            f"{path}: was published, and has no paths; {', '.join(gone)} is not here. Give the command in the folder "
+            f"{path}: was published, and has no paths; missing here: {', '.join(gone)}. Give the command in the folder "
             "where its models lie, under these names."
         )
     paths = {role: hub.local(entry.path) for role, entry in made_of.items()}

@@ -119,6 +119,18 @@ def test_scales_that_are_powers_of_two_stay_such_numbers(scale: str) -> None:
     assert stored.tolist() == ([129, 122, 126, 127] if scale == "F8_E8M0" else [4, 2.0**-5, 0.5, 1])
 
 
+@pytest.mark.parametrize(("before", "wanted"), [([0.01, 0.01], 65504.0), ([0.5, 0.25], 32768.0)])
+def test_scales_of_float16_stay_finite(before: list[float], wanted: float) -> None:
+    format, stored = form("fp8-channel", 1, 64, "F16"), torch.tensor(before, dtype=torch.float16)
+    new, renewed = encoding.new_scales(format, torch.tensor([6e7, 1.0]), raw(stored))
+    assert renewed is not None
+    assert renewed.tolist() == [True, False]
+    assert decoding.floats(torch.frombuffer(new, dtype=torch.uint8), "F16").tolist() == [wanted, float(stored[1])]
+    codes = torch.empty(128, dtype=torch.uint8)
+    encoding.encode(format, (2, 64), 0, torch.full((128,), 6e7), new, codes)
+    assert codes.view(torch.float8_e4m3fn).float().tolist() == [448.0] * 128
+
+
 def test_integers_are_rounded_to_even_and_end_at_127() -> None:
     format, full = form("int8-channel", 1, 6, "F32"), (1, 6)
     values = torch.tensor([0.5, 1.5, -2.5, 1000.0, -1000.0, math.nan])

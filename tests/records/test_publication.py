@@ -207,7 +207,7 @@ def test_a_published_manifest_says_where_to_make_it_again() -> None:
     merge(out="out")
     ik.publish("out")
     os.rename("target", "moved")
-    with pytest.raises(ArgumentError, match="was published, and has no paths; target is not here"):
+    with pytest.raises(ArgumentError, match="was published, and has no paths; missing here: target"):
         ik.merge("out/ires.json", out="again")
 
 
