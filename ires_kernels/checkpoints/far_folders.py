@@ -6,7 +6,6 @@ an index names.
 
 from __future__ import annotations
 
-import asyncio
 import re
 import tempfile
 import threading
@@ -99,8 +98,8 @@ def _weights(known: Mapping[str, tuple[Object, bytes]], there: list[str] | None)
 
 async def _listed(place: Place) -> list[str]:
     """What there is in a folder of a store, as far as it may be a file of a model."""
-    names = await asyncio.to_thread(place.names)
-    names += await asyncio.to_thread(place.names, _TEMPLATES)
+    names = await objects.aside(place.names)
+    names += await objects.aside(lambda: place.names(_TEMPLATES))
     return [name for name in names if not _OTHER.fullmatch(name.rpartition("/")[2])]
 
 

@@ -274,6 +274,9 @@ def _streamed(library: Any, repo: str, revision: str | None) -> Path:
         folder = cache / f"models--{repo.replace('/', '--')}" / "snapshots" / commit
         folder.mkdir(parents=True, exist_ok=True)
         weights = [file for file in files if file not in small]
+        for file in weights:
+            if "/" in file:  # it would lead out of the folder
+                raise CheckpointError(f"{name}: names weights {file!r}, wanted a file beside the others.")
         heads = [far_folders.head(HubObject(library, repo, commit, file)) for file in weights]
         found = objects.wait_for(objects.all_of(heads, at_once=8))
         standins.fill(folder, name, dict(zip(weights, found, strict=True)))

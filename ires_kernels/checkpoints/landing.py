@@ -6,11 +6,12 @@ asked for once before, by one that goes nowhere by itself, and what reads is giv
 
 from __future__ import annotations
 
+from functools import cache
 from http.client import HTTPException, HTTPMessage
 from typing import IO
 from urllib.error import HTTPError
 from urllib.parse import urljoin
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.request import HTTPRedirectHandler, OpenerDirector, Request, build_opener
 
 from ires_kernels.checkpoints.addresses import Address, Unreachable
 from ires_kernels.files.opening import CheckpointError
@@ -44,11 +45,16 @@ def landing(address: Address) -> Address:
     raise Unreachable(address, f"leads from one address to another, more than {_HOPS} times")
 
 
+@cache
+def _opener() -> OpenerDirector:  # which takes some time to be made
+    return build_opener(_Stay)
+
+
 def _location(address: Address) -> str | None:
     """Where an answer says to ask instead; None where none does, or nobody answers, as reading will find out."""
     try:
         request = Request(address._replace(user="").full(), headers={"Range": "bytes=0-0", **address.authorization()})
-        with build_opener(_Stay).open(request, timeout=_SECONDS):
+        with _opener().open(request, timeout=_SECONDS):
             return None
     except HTTPError as error:
         error.close()

@@ -12,7 +12,7 @@ import asyncio
 import os
 import re
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from datetime import timedelta
@@ -121,7 +121,7 @@ class Object:
     async def _ask(self) -> tuple[Any, str]:
         async with self._asking:
             if self._asked is None:
-                self._asked = await asyncio.to_thread(self.asked)
+                self._asked = await aside(self.asked)
             return self._asked
 
     async def _once(self, asked: tuple[Any, str], start: int, stop: int, first: bool) -> Any:
@@ -212,6 +212,21 @@ def begin(work: Coroutine[Any, Any, T]) -> Future[T]:
     except CheckpointError:
         work.close()
         raise
+
+
+async def aside(work: Callable[[], T]) -> T:
+    """The result of what waits by itself, in a thread that nobody waits for at the end of the process."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # whoever waits raises it
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await asyncio.wrap_future(future)
 
 
 async def all_of(work: list[Coroutine[Any, Any, T]], at_once: int = 32) -> list[T]:

@@ -18,6 +18,8 @@ from ires_kernels.planning.dealing import dealt
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import ArgumentError
 
+_MOST = 100_000
+"""Workers: shares of more take longer to find than to do."""
 _UNEVEN = 1.1
 """Times the fair share that the largest share may be before a file is cut for it."""
 _CUTS = 8
@@ -45,6 +47,8 @@ class Worker(NamedTuple):
         assert isinstance(world, int)
         if not 0 <= rank < world:
             raise ArgumentError(f"rank is {rank} of {world}, wanted 0 or more, and less than the number of workers.")
+        if world > _MOST:
+            raise ArgumentError(f"there are to be {world} workers, wanted {_MOST} at most.")
         return cls(rank, world)
 
     @classmethod
@@ -104,8 +108,8 @@ def asked(workers: object, device: str = "cpu") -> Worker | Cluster | None:
 
 def _number(environment: Mapping[str, str], name: str) -> int:
     text = environment.get(name)
-    if text is None or not text.strip().isdecimal():
-        raise ArgumentError(f"{name} is {text!r} in the environment, wanted a number. Or give --rank and --world.")
+    if text is None or not text.strip().isdecimal() or len(text) > 20:
+        raise ArgumentError(f"{name} is {brief(text)} in the environment, wanted a number. Or give --rank and --world.")
     return int(text)
 
 

@@ -126,3 +126,15 @@ def test_a_file_that_the_hub_keeps_itself(shell: Shell, tmp_path: Path) -> None:
     shell.hub.elsewhere = ""
     assert shell.run("sha256", "hf+stream://org/base@main") == sums(tmp_path / "models/base")
     assert shell.hub.tokens == {"Bearer hf_of_a_test"}
+
+
+def test_weights_whose_names_lead_elsewhere(shell: Shell, tmp_path: Path) -> None:
+    """Who is taken for the Hub may say any name; nothing is written but where it should be."""
+    name = "../../../../evil.safetensors"
+    index = json.dumps({"metadata": {}, "weight_map": {"a": name}}).encode()
+    raw = next((tmp_path / "models/base").glob("*.safetensors")).read_bytes()
+    model = shell.hub.models["org/base"]
+    model.refs["main"] = "e" * 40
+    model.commits["e" * 40] = {"config.json": b"{}", "model.safetensors.index.json": index, name: raw}
+    shell.hub.elsewhere = ""
+    assert "wanted a file beside the others" in shell.run("sha256", "hf+stream://org/base", code=2)

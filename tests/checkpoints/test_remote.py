@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -493,6 +494,19 @@ def test_ctrl_c_does_not_wait_for_a_server(addresses: dict[str, str], server: Fi
 
     with pytest.raises(KeyboardInterrupt):
         stream.hashes(checkpoint.tensors, checkpoint.file_ids, progress=interrupt)
+    assert time.monotonic() - started < 10
+
+
+def test_ctrl_c_while_a_model_is_opened(server: Files, tmp_path: Path) -> None:
+    """No thread that still asks is waited for."""
+    server.latency = 25
+    command_ = [sys.executable, "-m", "ires_kernels", "inspect", f"{server.address}/base?sig=s1gnature"]
+    child = subprocess.Popen(command_, env=os.environ | {"PYTHONPATH": f"{Path(__file__).parents[2]}"}, cwd=tmp_path)
+    while not server.now:
+        time.sleep(0.05)
+    started = time.monotonic()
+    child.send_signal(signal.SIGINT)
+    assert child.wait(60) == 130
     assert time.monotonic() - started < 10
 
 

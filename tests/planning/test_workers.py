@@ -57,6 +57,8 @@ def test_the_environment_tells_which_worker_it_is(
         ({"RANK": "1"}, None, "WORLD_SIZE is None in the environment, wanted a number"),
         ({"RANK": "x", "WORLD_SIZE": "2"}, None, "RANK is 'x' in the environment"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, None, "rank is 2 of 2, wanted 0 or more, and less"),
+        ({"RANK": "9" * 5000, "WORLD_SIZE": "2"}, None, r"RANK is '9+\.\.\.9+' in the environment"),
+        ({"RANK": "0", "WORLD_SIZE": "1000000000"}, None, "1000000000 workers, wanted 100000 at most"),
         (TORCHRUN, 5, "--world is 5, and WORLD_SIZE says 4"),
         ({"JOB_COMPLETION_INDEX": "3"}, None, "JOB_COMPLETION_INDEX is the rank, and nothing says of how many"),
         (ARRAY | {"SLURM_ARRAY_TASK_COUNT": "3"}, None, "the Slurm array has gaps"),
