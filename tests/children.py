@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import traceback
 import warnings
 from collections.abc import Callable
 
 
 def forked(run: Callable[[], object]) -> int:
-    """A child of this process that does something and ends: with 0, or with 1 if it raises. Returns its id."""
+    """A child of this process that does something and ends: with 0, or with 1 if it raises, and prints what. Its id."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which do not matter to what is done here
         child = os.fork()
@@ -18,6 +19,9 @@ def forked(run: Callable[[], object]) -> int:
         try:
             run()
             code = 0
+        except BaseException:
+            traceback.print_exc()
+            raise
         finally:
             os._exit(code)
     return child
