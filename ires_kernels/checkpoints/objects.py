@@ -258,7 +258,8 @@ def _loop() -> asyncio.AbstractEventLoop:
     with _lock:
         if not _running:
             loop = asyncio.new_event_loop()
-            threading.Thread(target=loop.run_forever, name="ires-remote", daemon=True).start()
+            # It outlives every run, whose threads are called ires-something.
+            threading.Thread(target=loop.run_forever, name="remote-ires", daemon=True).start()
             _running.append((os.getpid(), loop))
         check_not_forked()
         return _running[0][1]
