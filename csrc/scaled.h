@@ -124,8 +124,8 @@ private:
         walk_with<kTally>(None{}, i, n, column, of, sums);
     }
 
-    template <bool kTally, class Helper>
-    void walk_with(const Helper& helper, int64_t i, int64_t n, int64_t column, const Cells (&of)[Op::kInputs], Sums* sums) {
+    template <bool kTally, class Tables>
+    void walk_with(const Tables& tables, int64_t i, int64_t n, int64_t column, const Cells (&of)[Op::kInputs], Sums* sums) {
         const int64_t width = from_[kFirst].coded->block_columns;
         const F factor = (op_.code == OpCode::subtract ? 1.0f : float(op_.factors[0])) - F{};  // + would make +0 of -0
         const auto scale = [&](int k, int64_t m) { return kIs[k] ? of[k < Op::kInputs ? k : 0].scale[m] : 0.0f; };
@@ -136,15 +136,15 @@ private:
             const auto p0 = input<T0>(0, at, scale(0, m));
             const auto p1 = input<T1>(1, at, scale(1, m));
             const auto p2 = input<T2>(2, at, scale(2, m));
-            cell_of(helper, length, static_cast<Out*>(run_.out) + at, p0, p1, p2, factor, counted);
+            cell_of(tables, length, static_cast<Out*>(run_.out) + at, p0, p1, p2, factor, counted);
             done += length;
         }
         if (kTally) *sums = found;
     }
 
     // A whole number of pairs.
-    template <class Helper, class P0, class P1, class P2>
-    IRES_HD static void cell_of([[maybe_unused]] const Helper& helper, int64_t n, Out* out, P0 p0, P1 p1, P2 p2, F factor, Sums* sums) {
+    template <class Tables, class P0, class P1, class P2>
+    IRES_HD static void cell_of([[maybe_unused]] const Tables& tables, int64_t n, Out* out, P0 p0, P1 p1, P2 p2, F factor, Sums* sums) {
         const typename Step::PutNearest put;
         int64_t i = 0;
         const auto fetch = [&](int64_t count) {
@@ -153,12 +153,12 @@ private:
             prefetch(after(p2, i), count);
         };
 #if IRES_LANES >= 8
-        if constexpr (std::is_same_v<Helper, Lookup>) {
+        if constexpr (std::is_same_v<Tables, Lookup>) {
             for (; i + 4 * W <= n; i += 4 * W) {
                 fetch(4 * W);
-                const auto x = next_two<order>(helper, after(p0, i));
-                const auto y = next_two<order>(helper, after(p1, i));
-                const auto z = next_two<order>(helper, after(p2, i));
+                const auto x = next_two<order>(tables, after(p0, i));
+                const auto y = next_two<order>(tables, after(p1, i));
+                const auto z = next_two<order>(tables, after(p2, i));
                 Step::step(put, 0, out + i, x.first, y.first, z.first, factor, sums);
                 Step::step(put, 0, out + i + 2 * W, x.second, y.second, z.second, factor, sums);
             }
