@@ -255,14 +255,20 @@ class SharedFolder(NewFolder):
             write_file(temporary, [content], sync=False, mode=private_mode(0o660))
             os.rename(temporary, path)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def give_up(self) -> None:
+        """Remove what this process was to write and has not completed; it may be reserved anew."""
         self.abandon_files()
-        with suppress(OSError):  # who finishes removes the rest
+        self._files.clear()
+        with suppress(OSError):
             for name in os.listdir(self._at):
                 if name.endswith(f"{self._attempt}{_TEMPORARY}"):
                     os.unlink(name, dir_fd=self._at)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.give_up()
+        with suppress(OSError):  # who finishes removes the rest
             if self._locked and is_same(self._at, self.partial) and is_held_alone(self._lock, self.partial / MARKER):
                 self._remove_if_nothing_is_in_it()
         self._close()

@@ -124,22 +124,24 @@ def finish_folder(plan: Plan, out: Path, options: Options, *, sha256: bool) -> R
     return report
 
 
-def write_items(joined: Joined, items: Iterable[Item], folder: SharedFolder, note: str) -> Outcome:
+def write_items(joined: Joined, items: Collection[Item], folder: SharedFolder, note: str) -> Outcome:
     """Write those of the items that are not complete; returns what was learnt.
 
     note  under which name it is noted how far this is
     """
     outcome = Outcome()
-    if joined.is_finished():
-        return outcome
-    try:
-        parts = list(_reserved(joined, items, folder, outcome))
-        with _noted(joined.options, folder, note) as options:
-            write_parts(joined.plan, parts, folder, options, outcome)
-    except OSError:
-        if not joined.is_finished() and joined.missing(folder):
-            raise
-        # Else others have done it, and removed what was not needed any more.
+    while not joined.is_finished():
+        complete = set(folder.complete())
+        try:
+            parts = list(_reserved(joined, items, folder, outcome))
+            with _noted(joined.options, folder, note) as options:
+                write_parts(joined.plan, parts, folder, options, outcome)
+            break
+        except OSError:
+            # Others may have completed a file meanwhile, and removed what was not needed any more.
+            if not joined.is_finished() and joined.missing(folder) and folder.complete().keys() <= complete:
+                raise
+            folder.give_up()
     return outcome
 
 

@@ -144,6 +144,21 @@ def test_the_same_rank_twice_at_once(merge: Merge) -> None:
     merge.check()
 
 
+@pytest.mark.parametrize(("rank", "other"), [(rank, other) for rank in range(3) for other in range(3) if rank != other])
+def test_the_same_rank_twice_at_once_of_shared_files(tmp_path: Path, rank: int, other: int) -> None:
+    """A file of which it writes a range is completed by others, and the folder is not: it goes on with the rest."""
+    merge = Merge(tmp_path, 5)
+    child = started(merge, rank, 3, in_the_middle(stop))
+    os.waitpid(child, os.WUNTRACED)
+    merge.work(other, 3)
+    merge.work(rank, 3)
+    assert not merge.out.exists()
+    os.kill(child, signal.SIGCONT)
+    assert end_of(child) == 0
+    merge.work(3 - rank - other, 3)
+    merge.check()
+
+
 def test_two_of_a_rank_that_end_together(merge: Merge) -> None:
     """Whoever is last to rename has the file, and each of them has a record."""
     children = [forked(lambda: merge.work(0, 2)) for _ in range(3)]
