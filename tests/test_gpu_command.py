@@ -20,7 +20,7 @@ STEPS = {
     "gpu-suite": "-m pytest -q",
     "gpu-test": "-m pytest -q -m gpu -n 5",
     "gpu-sanitize": "tests/compute_sanitizer.py",
-    "gpu-bench": "-m ires_kernels.bench gpu --results bench/results",
+    "gpu-bench": "-m ires_kernels.bench gpu --gates --results bench/results",
 }
 
 needs_make = pytest.mark.skipif(not shutil.which("make"), reason="no make")

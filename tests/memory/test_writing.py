@@ -200,6 +200,7 @@ def test_it_is_hidden_and_locked(tmp_path: Path, target: Path) -> None:
 
 def test_one_of_two_writers_is_refused(target: Path) -> None:
     begin, start = os.pipe()
+    end, stop = os.pipe()
     refused = 7
 
     def write() -> None:
@@ -207,9 +208,9 @@ def test_one_of_two_writers_is_refused(target: Path) -> None:
         try:
             with ik.mapped(target, write=True) as t:
                 t[NAME].zero_()
-                os.read(begin, 1)
+                os.read(end, 1)
         except ValueError:
-            os.write(start, b"x")  # for the other one to end
+            os.write(stop, b"x")  # for the other one to end
             os._exit(refused)
 
     children = [forked(write) for _ in range(2)]
