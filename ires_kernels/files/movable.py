@@ -12,6 +12,7 @@ from pathlib import Path
 from ires_kernels.files import trust
 from ires_kernels.files.hidden import folder_of, foreign, work_folder
 from ires_kernels.files.inplace import Workplace
+from ires_kernels.files.locks import InUse
 from ires_kernels.files.ownership import Foreign, StoreError
 
 _FIXED = (errno.EPERM, errno.EACCES, errno.EBUSY, errno.EXDEV)
@@ -37,7 +38,10 @@ def check(target: Path, names: Iterable[str]) -> None:
     for path in (folder / name for name in names):
         if not _is_utf8(path.name):
             raise StoreError(f"{path!r}: its name is not UTF-8, and a manifest cannot tell it. Rename the file.")
-        status = os.lstat(path)
+        try:
+            status = os.lstat(path)
+        except FileNotFoundError:  # it was there when the model was read
+            raise _gone(path, target) from None
         if stat.S_ISLNK(status.st_mode):
             raise StoreError(f"{path}: is a symbolic link to {os.path.realpath(path)}. {_COPY}")
         if not stat.S_ISREG(status.st_mode):
@@ -52,8 +56,17 @@ def check(target: Path, names: Iterable[str]) -> None:
             os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
         except PermissionError as error:
             raise StoreError(f"{path}: cannot be written: {error.strerror}. {_COPY}") from None
+        except FileNotFoundError:
+            raise _gone(path, target) from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise StoreError(f"{folder}: no permission to make files in it, which the journal needs. {_COPY}")
+
+
+def _gone(path: Path, target: Path) -> InUse:
+    """What another process does that begins at this moment."""
+    return InUse(
+        f"{path}: was moved or removed just now. `ires status {target}` says whether another process works there."
+    )
 
 
 def check_movable(place: Workplace, names: Iterable[str]) -> None:
