@@ -70,24 +70,19 @@ def main(argv: Sequence[str] | None = None, device: Accelerator | None = None) -
             report.gpu = device.facts()
             title = f"{device.name}: median and quartiles"
             _on_gpu(arguments, device, report)
-        if "kernels" in arguments.parts:
-            _kernels(arguments, report)
-        if "quantized" in arguments.parts:
-            _quantized(arguments, report)
-        if "merge" in arguments.parts:
-            _merges(arguments, report)
-        if "fp8" in arguments.parts:
-            _fp8(arguments, report)
-        if "mapped" in arguments.parts:
-            _mapped(arguments, report)
-        if "compare" in arguments.parts:
-            _comparing(arguments, report)
-        if "live" in arguments.parts:
-            _living(arguments, report)
-        if "scale" in arguments.parts:
-            _scale(arguments, report)
-        if "start" in arguments.parts:
-            _start(arguments, report)
+        for part, measured in {
+            "kernels": _kernels,
+            "quantized": _quantized,
+            "merge": _merges,
+            "fp8": _fp8,
+            "mapped": _mapped,
+            "compare": _comparing,
+            "live": _living,
+            "scale": _scale,
+            "start": _start,
+        }.items():
+            if part in arguments.parts:
+                measured(arguments, report)
     except VerificationError as error:
         print(f"bench: wrong result: {error}", file=sys.stderr)
         return 1

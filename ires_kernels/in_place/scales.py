@@ -29,7 +29,7 @@ from ires_kernels.files.ownership import StoreError, open_own, private_mode
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.steps import Operand, Step
 from ires_kernels.records.operation import Operation
-from ires_kernels.records.provenance import hash_file
+from ires_kernels.records.provenance import has_hash, hash_file
 from ires_kernels.streaming.options import Options
 from ires_kernels.streaming.outcome import Outcome
 
@@ -168,11 +168,7 @@ def kept(place: Workplace, operation: Operation, steps: Sequence[Step]) -> Kept 
     layout = Layout(steps, place.work / SCALES)
     if not layout.steps:
         return None
-    try:
-        is_whole = hash_file(layout.path) == operation.scales
-    except FileNotFoundError:
-        is_whole = False
-    if not is_whole:
+    if not has_hash(layout.path, operation.scales):
         raise StoreError(
             f"{layout.path}: is gone or was changed, and it has the scales that the update goes on with. "
             f"`ires rollback {place.target}` takes it back where that is possible."

@@ -173,6 +173,14 @@ def hash_file(path: Path) -> str:
     return hasher.hexdigest()
 
 
+def has_hash(path: Path, digest: str) -> bool:
+    """Whether a file is there, and is what it was when this was its xxh3_128."""
+    try:
+        return hash_file(path) == digest
+    except FileNotFoundError:
+        return False
+
+
 def sums_file(sums: Mapping[str, str]) -> bytes:
     """The sums as `sha256sum -c` reads them."""
     lines = []

@@ -19,7 +19,7 @@ from ires_kernels.files.plain import plain_lines
 from ires_kernels.files.shared import notes
 from ires_kernels.files.store import MARKER, is_unfinished, partial_path, read_kept
 from ires_kernels.planning.inputs import StrPath
-from ires_kernels.records import headway
+from ires_kernels.records import headway, provenance
 from ires_kernels.records.headway import Headway
 from ires_kernels.records.history import on_top
 from ires_kernels.records.operation import MAPPED, Operation
@@ -200,7 +200,7 @@ def _of_update(found: Found) -> Status:
     windows = count_records(work)
     done = headway.of_update(operation.windows, windows)
     what = f"{operation.kind} in place, {done} new"
-    details = (f"It is {operation}. The model is in {work} until it is finished.",)
+    details: tuple[str, ...] = (f"It is {operation}. The model is in {work} until it is finished.",)
     back = f"`ires rollback {target}` takes it back."
     if phase in ("withdraw", "rollback", "restored"):
         return Status(f"{target}", "rolling back", what, (f"`ires rollback {target}` goes on.",), details, done)
@@ -208,8 +208,12 @@ def _of_update(found: Found) -> Status:
         lost = f"It broke off as it wrote, with --no-undo: the model must be copied again. Delete {work} before."
         return Status(f"{target}", "unfinished", what, (lost,), details, done)
     steps = [f"`ires resume {target}`, or the same command, goes on."]
+    if operation.scales and phase == "operation" and not provenance.has_hash(work / SCALES, operation.scales):
+        details += (f"{work / SCALES} is gone or was changed, so it cannot go on.",)
+        steps = []
     if operation.undo == "all" or (not windows and operation.undo == "ring"):
         steps.append(back)
+    steps = steps or [f"The model must be copied again. Delete {work} before."]
     return Status(f"{target}", "unfinished", what, tuple(steps), details, done)
 
 

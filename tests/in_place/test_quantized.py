@@ -238,6 +238,7 @@ def test_scales_that_are_not_what_was_kept(tmp_path: Path, how: str) -> None:
         file.write_bytes(raw[:-1] if how == "cut" else bytes([raw[0] ^ 1]) + raw[1:])
     with pytest.raises(StoreError, match=r"scales: is gone or was changed.* `ires rollback .*` takes it back"):
         ik.resume(target)
+    assert ik.status(target).next == (f"`ires rollback {target}` takes it back.",)
     assert "is what it was before" in ik.rollback(target)
 
 
