@@ -31,6 +31,21 @@ def test_all_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == (ROOT / "docs/api.md").read_text()
 
 
+def test_the_report_of_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the models that it names, all but how long it took, and where lines were folded."""
+    block = re.search(
+        r"^```console\n\$ ires (.*?)\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert block
+    shutil.copytree(ROOT / "examples/continual/family", tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(block[1])) == 0
+    printed, shown = (re.sub(r"(?m)^time .*", "", text).split() for text in (capsys.readouterr().out, block[2]))
+    assert printed == shown
+
+
 def recipes() -> dict[str, str]:
     """The shell blocks of the cookbook by their headings."""
     text = (ROOT / "docs/cookbook.md").read_text()
