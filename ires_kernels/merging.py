@@ -16,7 +16,7 @@ from ires_kernels.checkpoints.header import CheckpointError, brief
 from ires_kernels.checkpoints.manifest import Manifest
 from ires_kernels.files import hidden, interrupts
 from ires_kernels.files.ownership import StoreError
-from ires_kernels.files.store import discard
+from ires_kernels.files.unfinished import discard
 from ires_kernels.in_place.rollback import roll_back_kept, roll_back_update
 from ires_kernels.in_place.run import carry_on_as_asked, resume_update, update_model
 from ires_kernels.memory import writing

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ires_kernels.backends import native
 from ires_kernels.files.pages import Pages, populate
-from ires_kernels.files.store import allocate, write_all
+from ires_kernels.files.transfer import allocate, write_all
 
 TILE = 1 << 20  # bytes of a file at a time, so that what is written is still in the cache
 AHEAD = 8  # tiles that are made present at once

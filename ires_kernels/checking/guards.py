@@ -10,7 +10,7 @@ from ires_kernels.checkpoints.checkpoint import FileId
 from ires_kernels.checkpoints.header import CheckpointError, read_header
 from ires_kernels.checkpoints.standins import sample
 from ires_kernels.dtypes import FLOATS
-from ires_kernels.files.store import StoreError
+from ires_kernels.files.ownership import StoreError
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.steps import Operand
 from ires_kernels.streaming import companions, stream

@@ -25,7 +25,7 @@ from ires_kernels.checkpoints.manifest import Manifest
 from ires_kernels.dtypes import STORAGE
 from ires_kernels.files.hidden import foreign, unfinished
 from ires_kernels.files.opening import MAX_CONFIG, MAX_INDEX, MAX_MANIFEST, check_link, kind_of_file, read_bytes
-from ires_kernels.files.store import is_unfinished
+from ires_kernels.files.unfinished import is_unfinished
 
 Kind = Literal["model", "residual", "adapter"]
 

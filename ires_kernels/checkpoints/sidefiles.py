@@ -21,9 +21,9 @@ from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId
 from ires_kernels.checkpoints.header import CheckpointError, brief
 from ires_kernels.checkpoints.names import once
 from ires_kernels.checkpoints.tokens import MAX_TOKENIZER, Tokens, as_object
-from ires_kernels.files import store
+from ires_kernels.files import transfer
 from ires_kernels.files.opening import MAX_CONFIG, check_link, kind_of_file, open_file, read_bytes
-from ires_kernels.files.store import Hasher
+from ires_kernels.files.transfer import Hasher
 
 Group = Literal["tokenizer", "template", "generation", "processor", "model"]
 
@@ -545,7 +545,7 @@ def chunks(side: SideFile, hasher: Hasher) -> Iterator[bytes]:
     fd = open_file(side.source)
     try:
         if FileId.of(fd).is_unwritten(side.file_id):
-            yield from store.chunks(side.source, hasher, fd)
+            yield from transfer.chunks(side.source, hasher, fd)
         if not FileId.of(fd).is_unwritten(side.file_id):
             raise CheckpointError(f"{side.source}: changed after it was looked at. Wait for its writer, then repeat.")
     finally:

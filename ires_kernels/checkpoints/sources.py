@@ -13,7 +13,7 @@ from ires_kernels.checkpoints.checkpoint import FileId
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files import interrupts
 from ires_kernels.files.opening import open_file
-from ires_kernels.files.store import Hasher, chunks, read_into, read_views
+from ires_kernels.files.transfer import Hasher, chunks, read_into, read_views
 
 if TYPE_CHECKING:
     from ires_kernels.checkpoints.ahead import RemoteFile, Window

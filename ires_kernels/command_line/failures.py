@@ -15,8 +15,10 @@ from ires_kernels.command_line import run
 from ires_kernels.command_line.signals import Stopped
 from ires_kernels.command_line.streams import NotPrinted, fail, mute, say
 from ires_kernels.files.hidden import unfinished
+from ires_kernels.files.inplace import LostError
+from ires_kernels.files.ownership import StoreError
 from ires_kernels.files.plain import plain
-from ires_kernels.files.store import LostError, StoreError, is_unfinished, partial_path
+from ires_kernels.files.unfinished import is_unfinished, partial_path
 from ires_kernels.planning.rules import ArgumentError
 from ires_kernels.streaming.tiles import ComputeError
 

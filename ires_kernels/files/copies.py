@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ires_kernels.files import interrupts
 from ires_kernels.files.ownership import set_mode
-from ires_kernels.files.store import allocate, named
+from ires_kernels.files.transfer import allocate, named
 
 _FICLONE = 0x40049409
 _CHUNK = 1 << 28

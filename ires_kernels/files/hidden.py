@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ires_kernels.files import trust
+from ires_kernels.files.durable import fsync_folder, write_file
 from ires_kernels.files.locks import lock
 from ires_kernels.files.opening import MAX_MANIFEST, read_open
 from ires_kernels.files.ownership import (
@@ -25,7 +26,7 @@ from ires_kernels.files.ownership import (
     private_mode,
     unproved,
 )
-from ires_kernels.files.store import MARKER, fsync_folder, write_file
+from ires_kernels.files.unfinished import MARKER
 
 SEAL = "operation"
 """What the signature of an update's record is for."""

@@ -27,6 +27,7 @@ from itertools import count
 from pathlib import Path
 
 from ires_kernels.files import trust
+from ires_kernels.files.durable import fsync_folder, remove_from, write_file
 from ires_kernels.files.hidden import (
     FOLDERS,
     REPLACED,
@@ -44,10 +45,15 @@ from ires_kernels.files.hidden import (
 )
 from ires_kernels.files.locks import lock
 from ires_kernels.files.ownership import Foreign, StoreError, is_same, make_private, open_folder, private_mode
-from ires_kernels.files.store import MARKER, allocate, fsync_folder, named, remove_from, write_file
+from ires_kernels.files.transfer import allocate, named
+from ires_kernels.files.unfinished import MARKER
 
 SCALES = "scales"
 """What is in the hidden folder before anything has begun, of an update that looks for new scales first."""
+
+
+class LostError(StoreError):
+    """A model that is part old and part new, and nobody knows which part is."""
 
 
 class Workplace:

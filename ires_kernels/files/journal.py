@@ -24,10 +24,15 @@ from pathlib import Path
 from ires_kernels.files.log import Log
 from ires_kernels.files.ownership import open_own, private_mode
 from ires_kernels.files.slots import Extent, Slots, Targets
-from ires_kernels.files.store import NO_THREAD, allocate, named
+from ires_kernels.files.transfer import allocate, named
 
 AHEAD = 2
 """Windows that are saved before the first of them must be new; slots of a ring."""
+NO_THREAD = (
+    "the system starts no more threads, and an update in place needs one beside the computation: raise the limit on "
+    "processes (`ulimit -u`), or that of the container (pids.max)"
+)
+"""What an OSError says then."""
 
 
 class JournalError(ValueError):

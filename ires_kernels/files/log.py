@@ -12,7 +12,7 @@ from pathlib import Path
 import xxhash
 
 from ires_kernels.files.ownership import open_own
-from ires_kernels.files.store import named, read_into, write_all
+from ires_kernels.files.transfer import named, read_into, write_all
 
 _CHUNK = 1 << 20
 _RECORD = struct.Struct("<I16s")  # length and xxh3_128 of a record

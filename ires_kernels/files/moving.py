@@ -13,9 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from ires_kernels.files import trust
+from ires_kernels.files.durable import write_file
 from ires_kernels.files.inplace import Workplace
 from ires_kernels.files.ownership import StoreError
-from ires_kernels.files.store import write_file
 
 
 def move_in(place: Workplace, names: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from random import Random
 import xxhash
 
 from ires_kernels.files.opening import open_file
-from ires_kernels.files.store import read_into
+from ires_kernels.files.transfer import read_into
 
 _ENDS = 1 << 15  # bytes of the beginning, where the header is, and of the end
 _BLOCK, _BLOCKS = 1 << 14, 16  # of what is between, spread over it; few, as each may cost a disk a seek

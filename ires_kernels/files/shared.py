@@ -1,8 +1,8 @@
 """An unfinished folder that several processes fill at the same time, on one machine or many.
 
-None of them is first, none waits for another, and each may die, or be started twice. The folder is that of store.py,
-with the same lock, which they hold together, and the same records; so one process may go on with it as well. Their
-files have the names of the attempt in them:
+None of them is first, none waits for another, and each may die, or be started twice. The folder is that of
+unfinished.py, with the same lock, which they hold together, and the same records; so one process may go on with it as
+well. Their files have the names of the attempt in them:
 
     .ires-NAME.ATTEMPT.tmp   a file that one process writes; when it is durable and recorded it gets its name
     .ires-NAME.ATTEMPT.done  its record. Whoever is last to rename has the file, and there is a record of each attempt
@@ -29,29 +29,22 @@ from types import TracebackType
 
 import xxhash
 
+from ires_kernels.files.durable import fsync_folder, hidden_path, write_file
 from ires_kernels.files.locks import InUse, hold_together, is_held_alone, lock, lock_with_others
+from ires_kernels.files.new_file import NewFile, Reserved, meddled
+from ires_kernels.files.new_folder import NewFolder
 from ires_kernels.files.opening import MAX_MANIFEST, read_open
-from ires_kernels.files.ownership import Access, Foreign, is_same, open_own, private_mode
-from ires_kernels.files.store import (
+from ires_kernels.files.ownership import Access, Foreign, StoreError, is_same, open_own, private_mode
+from ires_kernels.files.transfer import named, read_into, write_all
+from ires_kernels.files.unfinished import (
     FINISHING,
     MARKER,
     WORKING,
-    NewFile,
-    NewFolder,
-    Reserved,
-    StoreError,
     content_of_lock,
-    fsync_folder,
-    hidden_path,
     is_unused,
-    meddled,
-    named,
-    read_into,
     read_lock,
     read_signed_record,
     records_in,
-    write_all,
-    write_file,
 )
 
 _TEMPORARY, _PART = ".tmp", ".part"

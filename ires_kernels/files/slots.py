@@ -17,7 +17,7 @@ import xxhash
 
 from ires_kernels.files import interrupts
 from ires_kernels.files.ownership import is_same
-from ires_kernels.files.store import named, read_into, write_all
+from ires_kernels.files.transfer import named, read_into, write_all
 
 _MAGIC = b"iresundo"
 _HEAD = struct.Struct("<8sQQQ")  # magic, number of the window, offset in its file, bytes

@@ -11,7 +11,7 @@ from functools import partial
 from ires_kernels.checking import guards
 from ires_kernels.checkpoints import sidefiles
 from ires_kernels.checkpoints.manifest import Update
-from ires_kernels.files import movable, moving, store
+from ires_kernels.files import durable, movable, moving
 from ires_kernels.files.inplace import SCALES, Workplace
 from ires_kernels.in_place import begun, cuts, scales
 from ires_kernels.in_place.cuts import Sizes, Window
@@ -54,9 +54,9 @@ def look(plan: Plan, options: Options, *, sync: bool, tag: str) -> Ready | Repor
     before = repetition.repeated(plan, recipe, history, options.threads)
     if before is not None:
         if sync and target.manifest and target.manifest.unsynced:
-            store.fsync_all(target.path)
+            durable.fsync_all(target.path)
             if not target.path.is_dir():  # its manifest lies beside it
-                store.fsync_file(target.path.with_name(f"{target.path.name}.ires.json"))
+                durable.fsync_file(target.path.with_name(f"{target.path.name}.ires.json"))
         return Report.recorded(plan.operation, plan.id, target.path, before.report, _AGAIN)
     on_others = on_top([*history, repetition.under_way(plan, recipe)]) if steps else ()
     guards.compare(plan)

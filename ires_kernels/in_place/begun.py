@@ -8,13 +8,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ires_kernels.checkpoints.checkpoint import Checkpoint
-from ires_kernels.files import store
-from ires_kernels.files.inplace import Workplace
+from ires_kernels.files import transfer
+from ires_kernels.files.durable import boot_id
+from ires_kernels.files.inplace import LostError, Workplace
 from ires_kernels.files.journal import AHEAD, Journal, JournalError, UndoGone
 from ires_kernels.files.opening import MAX_MANIFEST, read_bytes
-from ires_kernels.files.ownership import open_folder
+from ires_kernels.files.ownership import StoreError, open_folder
 from ires_kernels.files.slots import Extent, Targets
-from ires_kernels.files.store import LostError, StoreError, boot_id
 from ires_kernels.records import provenance
 from ires_kernels.records.operation import Operation
 
@@ -128,7 +128,7 @@ def opened_journal(work: Path, operation: Operation, where: Path, *, new: bool =
         stack.callback(os.close, folder)
 
         def open_file(name: str) -> int:
-            with store.named(where / name):
+            with transfer.named(where / name):
                 return os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
 
         targets = Targets({window.file for window in windows}, open_file, sync=operation.sync)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ires_kernels.checking import guards
 from ires_kernels.checkpoints import manifest
-from ires_kernels.files import moving, store
+from ires_kernels.files import durable, moving
 from ires_kernels.files.inplace import Workplace
 from ires_kernels.files.journal import Journal, JournalError
 from ires_kernels.files.ownership import Access
@@ -58,7 +58,7 @@ def _write_manifest(update: Update, outcome: Outcome, report: Report, threads: i
     weights = {shard.path.name: shard.path for shard in plan.inputs["target"].shards}
     if operation.sync:
         for path in weights.values():  # with their times, by which a repetition is told
-            store.fsync_file(path)
+            durable.fsync_file(path)
     entry = {
         "recipe": operation.recipe,
         "undo": operation.undo,

@@ -23,7 +23,7 @@ from ires_kernels.checking import guards
 from ires_kernels.checkpoints.checkpoint import FileId, TensorRef
 from ires_kernels.checkpoints.quantized import QuantizedRef, Ref
 from ires_kernels.checkpoints.sources import Files
-from ires_kernels.files import interrupts, store
+from ires_kernels.files import interrupts, transfer
 from ires_kernels.files.inplace import SCALES, Workplace
 from ires_kernels.files.ownership import StoreError, open_own, private_mode
 from ires_kernels.planning.plan import Plan
@@ -77,10 +77,10 @@ def reserve(layout: Layout) -> None:
     if not layout.steps:
         return
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with store.named(layout.path):
+    with transfer.named(layout.path):
         fd = os.open(layout.path, flags, private_mode(0o660))
         try:
-            store.allocate(fd, layout.size, layout.path)
+            transfer.allocate(fd, layout.size, layout.path)
         finally:
             os.close(fd)
 
@@ -103,7 +103,7 @@ def find(place: Workplace, plan: Plan, layout: Layout, options: Options) -> tupl
             with lock:
                 counts[weight.codes.name] = (scales.blocks, scales.new)
             if scales.new:
-                store.write_all(fd, scales.stored, layout.new(weight).offset, layout.path)
+                transfer.write_all(fd, scales.stored, layout.new(weight).offset, layout.path)
 
         others = plan.inputs.keys() - plan.roles_of_target()
         progress = options.part(0, layout.rest).progress
@@ -112,9 +112,9 @@ def find(place: Workplace, plan: Plan, layout: Layout, options: Options) -> tupl
             hashed=others, processors=options.processors, threads=options.threads, progress=progress,
         )  # fmt: skip
         outcome.scales.update(counts)
-        store.write_all(fd, json.dumps(outcome.to_dict()).encode(), layout.size, layout.path)
+        transfer.write_all(fd, json.dumps(outcome.to_dict()).encode(), layout.size, layout.path)
         if place.sync:
-            with store.named(layout.path):
+            with transfer.named(layout.path):
                 os.fsync(fd)
     finally:
         os.close(fd)
@@ -132,14 +132,14 @@ def _copy_old(fd: int, layout: Layout, known: dict[Path, FileId]) -> None:
             files.open(scale.path).read_into(view, scale.offset)
             files.release(scale.path)
             for ref in (layout.old(weight), layout.new(weight)):
-                store.write_all(fd, view, ref.offset, layout.path)
+                transfer.write_all(fd, view, ref.offset, layout.path)
     finally:
         files.close()
 
 
 def _read(fd: int, ref: TensorRef) -> memoryview:
     view = memoryview(bytearray(ref.nbytes))
-    store.read_into(fd, view, ref.offset, ref.path)
+    transfer.read_into(fd, view, ref.offset, ref.path)
     return view
 
 
@@ -177,7 +177,7 @@ def kept(place: Workplace, operation: Operation, steps: Sequence[Step]) -> Kept 
     try:
         size = os.fstat(fd).st_size - layout.size
         view = memoryview(bytearray(size))
-        store.read_into(fd, view, layout.size, layout.path)
+        transfer.read_into(fd, view, layout.size, layout.path)
     finally:
         os.close(fd)
     return Kept(layout, Outcome.from_dict(json.loads(bytes(view))))

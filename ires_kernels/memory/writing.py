@@ -20,7 +20,7 @@ from pathlib import Path
 from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId, Shard
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.checkpoints.manifest import Numbers
-from ires_kernels.files import copies, movable, moving, store, trust
+from ires_kernels.files import copies, durable, movable, moving, transfer, trust
 from ires_kernels.files.inplace import Workplace
 from ires_kernels.files.ownership import Access, StoreError, private_mode
 from ires_kernels.in_place import begun
@@ -106,7 +106,7 @@ class Writing:
     def sync(self) -> None:
         """Make durable what is in the files. Raises OSError where that fails."""
         for path in self._hidden():
-            store.fsync_file(path)
+            durable.fsync_file(path)
 
     def commit(self) -> None:
         """Keep what was written: nobody writes any more. Raises OSError; then the model stays hidden."""
@@ -213,7 +213,7 @@ def rollback(place: Workplace, operation: Operation) -> str:
             if copy.exists() and hidden.exists():  # else it is there already, or was shown as nobody had written to it
                 os.rename(copy, hidden)
         if place.sync:
-            store.fsync_folder(place.model)
+            durable.fsync_folder(place.model)
         moving.move_out(place, operation.names)
         place.advance("restored")
     place.remove()
@@ -227,14 +227,14 @@ def _weights(operation: Operation) -> list[str]:
 
 def _open(path: Path, file_id: FileId) -> int:
     """Open a file that is to be mapped, and have blocks under all of it: a full disk would end the process later."""
-    with store.named(path):
+    with transfer.named(path):
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             status = os.fstat(fd)
             if FileId.of(fd) != file_id:
                 raise CheckpointError(f"{path}: changed while it was opened. Wait for its writer to finish.")
             if status.st_blocks * 512 < status.st_size:
-                store.allocate(fd, status.st_size, path)
+                transfer.allocate(fd, status.st_size, path)
                 os.utime(fd, ns=(status.st_atime_ns, status.st_mtime_ns))
         except BaseException:
             os.close(fd)
@@ -250,13 +250,13 @@ class _Copies:
         self._total = total
         self._said = False
         self._folder = place.work / _COPIES
-        with store.named(self._folder):
+        with transfer.named(self._folder):
             os.mkdir(self._folder, private_mode(0o770))
 
     def add(self, path: Path, fd: int) -> None:
         """Copy an open file. Raises OSError where there is no room, also for what a clone takes when it is written."""
         copy = self._folder / path.name
-        with store.named(copy):
+        with transfer.named(copy):
             to = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 if copies.clone(fd, to):
@@ -273,7 +273,7 @@ class _Copies:
     def finish(self) -> None:
         """Make their names durable."""
         if self._place.sync:
-            store.fsync_folder(self._folder)
+            durable.fsync_folder(self._folder)
 
     def _say(self) -> None:
         if not self._said:

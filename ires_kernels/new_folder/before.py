@@ -7,7 +7,9 @@ from pathlib import Path
 from ires_kernels.checking.verification import verify
 from ires_kernels.checkpoints import manifest
 from ires_kernels.checkpoints.header import CheckpointError
-from ires_kernels.files.store import StoreError, fsync_all, fsync_folder, tidy
+from ires_kernels.files.durable import fsync_all, fsync_folder
+from ires_kernels.files.ownership import StoreError
+from ires_kernels.files.unfinished import tidy
 from ires_kernels.planning.plan import MANIFESTS, Plan
 from ires_kernels.records import repetition
 from ires_kernels.records.report import Report

@@ -24,8 +24,12 @@ from ires_kernels.checking import guards
 from ires_kernels.checkpoints import roles
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files import interrupts
+from ires_kernels.files.destination import check_destination
+from ires_kernels.files.new_file import NewFile
+from ires_kernels.files.new_folder import NewFolder
+from ires_kernels.files.ownership import StoreError
 from ires_kernels.files.samples import sample
-from ires_kernels.files.store import NewFile, NewFolder, StoreError, check_destination, partial_path
+from ires_kernels.files.unfinished import partial_path
 from ires_kernels.new_folder import before
 from ires_kernels.planning import ancestry
 from ires_kernels.planning.evidence import Looks

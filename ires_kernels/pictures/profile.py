@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ires_kernels.checkpoints.manifest import Manifest
-from ires_kernels.files.store import replace_file
+from ires_kernels.files.durable import replace_file
 from ires_kernels.pictures import grid, plot
 from ires_kernels.records import card
 

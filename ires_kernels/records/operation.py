@@ -14,9 +14,9 @@ from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.checkpoints.standins import sample
 from ires_kernels.files import trust
+from ires_kernels.files.durable import boot_id
 from ires_kernels.files.hidden import SEAL
 from ires_kernels.files.ownership import is_bare, is_inner, unproved
-from ires_kernels.files.store import boot_id
 from ires_kernels.planning.inputs import StrPath, absolute
 from ires_kernels.planning.layout import Layout
 from ires_kernels.planning.plan import VERSION, Plan

@@ -26,7 +26,7 @@ from ires_kernels.checkpoints.manifest import Stamp
 from ires_kernels.checkpoints.sources import contents
 from ires_kernels.files import interrupts, trust
 from ires_kernels.files.samples import sample
-from ires_kernels.files.store import chunks
+from ires_kernels.files.transfer import chunks
 from ires_kernels.planning.inputs import recorded
 from ires_kernels.planning.plan import VERSION, Plan
 from ires_kernels.planning.steps import Operand, Step, by_output

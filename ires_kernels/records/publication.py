@@ -20,8 +20,8 @@ from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.checkpoints.manifest import Manifest
 from ires_kernels.files import trust
+from ires_kernels.files.durable import fsync_all, replace_file
 from ires_kernels.files.plain import several, table
-from ires_kernels.files.store import fsync_all, replace_file
 from ires_kernels.planning.inputs import StrPath
 from ires_kernels.planning.plan import size
 from ires_kernels.records import card, provenance

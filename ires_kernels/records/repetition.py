@@ -18,8 +18,9 @@ from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId
 from ires_kernels.checkpoints.folders import listed
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.checkpoints.manifest import Asked, Input, Manifest, Numbers, Update
+from ires_kernels.files.durable import boot_id
+from ires_kernels.files.ownership import StoreError
 from ires_kernels.files.samples import sample
-from ires_kernels.files.store import StoreError, boot_id
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.steps import Step, by_output
 from ires_kernels.records import provenance

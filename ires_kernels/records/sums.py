@@ -10,9 +10,9 @@ from typing import Any
 from ires_kernels.checkpoints import hub
 from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.files.durable import replace_file
 from ires_kernels.files.opening import MAX_CONFIG, read_bytes
 from ires_kernels.files.plain import plain_lines
-from ires_kernels.files.store import replace_file
 from ires_kernels.planning.inputs import StrPath
 from ires_kernels.records import provenance
 

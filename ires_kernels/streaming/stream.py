@@ -37,7 +37,7 @@ from ires_kernels.checkpoints.quantized import QuantizedRef
 from ires_kernels.checkpoints.sources import Files, Source
 from ires_kernels.dtypes import FLOATS
 from ires_kernels.files import interrupts
-from ires_kernels.files.store import NO_THREAD
+from ires_kernels.files.journal import NO_THREAD
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Operand, Output, Step, by_output
 from ires_kernels.streaming.outcome import Outcome

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from ires_kernels.backends.call import Tally
 from ires_kernels.dtypes import FLOATS
-from ires_kernels.files.store import shrunk
+from ires_kernels.files.transfer import shrunk
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Step
 from ires_kernels.streaming.pieces import Read

@@ -20,8 +20,8 @@ from ires_kernels.checkpoints import sources
 from ires_kernels.checkpoints.checkpoint import FileId, open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError, read_header
 from ires_kernels.files import samples
+from ires_kernels.files.ownership import StoreError
 from ires_kernels.files.samples import sample
-from ires_kernels.files.store import StoreError
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import ArgumentError
 

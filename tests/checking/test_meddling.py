@@ -13,7 +13,7 @@ from small_models import triple
 
 import ires_kernels as ik
 from ires_kernels.cli import main
-from ires_kernels.files import inplace, journal, store
+from ires_kernels.files import inplace, journal, new_file, new_folder
 from ires_kernels.in_place import cuts
 from ires_kernels.in_place.cuts import Sizes
 
@@ -80,7 +80,7 @@ def test_a_new_file_before_it_is_complete(
         meddle(path)
 
     with monkeypatch.context() as patch:
-        at_write(patch, store.NewFile, number, at_work)
+        at_write(patch, new_file.NewFile, number, at_work)
         assert main([*APPLY, "-o", "out"]) == 3
     error = capsys.readouterr().err
     assert "somebody has cut, written or replaced it before all was complete" in error
@@ -98,14 +98,14 @@ def test_a_complete_file_before_all_is(
     meddle: Callable[[Path], None],
     name: str,
 ) -> None:
-    check = store.NewFolder.commit
+    check = new_folder.NewFolder.commit
 
-    def commit(folder: store.NewFolder) -> None:
+    def commit(folder: new_folder.NewFolder) -> None:
         meddle(folder.partial / name)
         check(folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.NewFolder, "commit", commit)
+        patch.setattr(new_folder.NewFolder, "commit", commit)
         assert main([*APPLY, "-o", "out"]) == 3
     assert f"out.partial/{name}: somebody has cut, written or replaced it" in capsys.readouterr().err
     assert not Path("out").exists()

@@ -16,7 +16,8 @@ import ires_kernels as ik
 from ires_kernels.checkpoints.checkpoint import TensorRef
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.checkpoints.quantized import Ref
-from ires_kernels.files.store import NewFolder, StoreError
+from ires_kernels.files.new_folder import NewFolder
+from ires_kernels.files.ownership import StoreError
 from ires_kernels.planning import deeds
 from ires_kernels.planning.matching import Match, Matcher
 from ires_kernels.planning.plan import Plan

@@ -22,7 +22,7 @@ from ires_kernels.checkpoints import manifest
 from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files import trust
-from ires_kernels.files.store import StoreError
+from ires_kernels.files.ownership import StoreError
 from ires_kernels.records.report import Report
 
 SHAPES = {"model.embed_tokens.weight": (8, 16), "norm.weight": (8,)}

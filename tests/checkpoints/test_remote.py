@@ -28,7 +28,7 @@ from ires_kernels.checkpoints.addresses import Address
 from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.cli import main
-from ires_kernels.files.store import partial_path
+from ires_kernels.files.unfinished import partial_path
 from ires_kernels.planning import evidence
 from ires_kernels.streaming import stream
 

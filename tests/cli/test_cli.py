@@ -19,7 +19,7 @@ from small_models import normal, read_model, snapshot, triple, write_model
 import ires_kernels as ik
 from ires_kernels import cli
 from ires_kernels.cli import main
-from ires_kernels.files.store import MARKER
+from ires_kernels.files.unfinished import MARKER
 from ires_kernels.streaming import stream
 
 

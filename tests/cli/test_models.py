@@ -185,15 +185,15 @@ def test_an_output_in_another_dtype_loads_in_it(families: Callable[[str], Path],
 def test_what_a_killed_run_leaves_does_not_load(
     families: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ires_kernels.files import store
+    from ires_kernels.files import new_folder
 
     folder = families("mistral")
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store.NewFolder, "add", killed)  # after the weights, before the side files
-    monkeypatch.setattr(store.NewFolder, "__exit__", lambda *_: None)  # as nobody cleans up after SIGKILL
+    monkeypatch.setattr(new_folder.NewFolder, "add", killed)  # after the weights, before the side files
+    monkeypatch.setattr(new_folder.NewFolder, "__exit__", lambda *_: None)  # as nobody cleans up after SIGKILL
     with pytest.raises(KeyboardInterrupt):
         ik.apply(folder / "target", (folder / "instruct", folder / "base"), out=tmp_path / "out", sync=False)
     assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ from small_models import read_model, triple
 
 import ires_kernels as ik
 from ires_kernels.cli import main
-from ires_kernels.files import store
+from ires_kernels.files import new_folder
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_a_new_folder_is_gone_on_with_and_verified(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.NewFolder, "add", cut)
+        patch.setattr(new_folder.NewFolder, "add", cut)
         with pytest.raises(KeyboardInterrupt):
             ik.apply(target, (instruct, base), out=out)
     ik.resume(out)

@@ -19,7 +19,7 @@ from small_models import snapshot, triple
 
 import ires_kernels as ik
 from ires_kernels.cli import main
-from ires_kernels.files import journal, locks, moving, store, trust
+from ires_kernels.files import destination, durable, journal, locks, moving, new_folder, trust, unfinished
 from ires_kernels.files.ownership import Foreign, StoreError
 
 VICTIM, MALLORY, GROUP = 65533, 65534, 65500
@@ -102,7 +102,7 @@ def plant(path: Path, kind: str) -> None:
     else:
         path.mkdir()
     if kind in ("state", "closed"):
-        (path / ".ires-lock").write_bytes(store.content_of_lock(b"x", b"{}"))
+        (path / ".ires-lock").write_bytes(unfinished.content_of_lock(b"x", b"{}"))
         (path / "model-00001-of-00002.safetensors").write_bytes(b"evil")
         (path / "operation.json").write_bytes(trust.seal("operation", b"{\n}"))
     if kind == "closed":
@@ -264,7 +264,7 @@ def begun(target: Path, pair: tuple[Path, Path], out: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store.NewFolder, "finish_files", cut)
+        patch.setattr(new_folder.NewFolder, "finish_files", cut)
         with pytest.raises(KeyboardInterrupt):
             ik.apply(target, pair, out=out, threads=1)
 
@@ -508,10 +508,10 @@ def test_an_empty_output_that_only_another_user_can_replace(tmp_path: Path, monk
     out = tmp_path / "sticky" / "out"
     out.mkdir(parents=True)
     out.parent.chmod(0o1777)
-    store.check_destination(out, [])
+    destination.check_destination(out, [])
     monkeypatch.setattr(os, "geteuid", lambda: out.stat().st_uid + 1)
     with pytest.raises(StoreError, match="belongs to another user, in a folder where only they can replace it"):
-        store.check_destination(out, [])
+        destination.check_destination(out, [])
 
 
 def swap(partial: Path, precious: Path) -> None:
@@ -537,11 +537,11 @@ def test_what_is_removed_is_what_was_locked(
     out, before = tmp_path / "out", snapshot(precious)
 
     def meddle(*_: Any, **__: Any) -> Any:
-        swap(store.partial_path(out), precious)
+        swap(unfinished.partial_path(out), precious)
         raise StoreError("an error that makes what is there worthless")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.NewFolder, "finish_files", meddle)
+        patch.setattr(new_folder.NewFolder, "finish_files", meddle)
         with pytest.raises(StoreError, match="worthless"):
             ik.apply(target, (instruct, base), out=out)
     assert snapshot(precious) == before
@@ -562,12 +562,12 @@ def test_what_is_rolled_back_is_what_was_locked(
         return b"", b""
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.NewFolder, "add", cut)
+        patch.setattr(new_folder.NewFolder, "add", cut)
         with pytest.raises(KeyboardInterrupt):
             ik.apply(target, (instruct, base), out=out)
-        patch.setattr(store, "read_lock", meddle)
+        patch.setattr(unfinished, "read_lock", meddle)
         with pytest.raises(OSError, match="Not a directory"):
-            store.discard(out)
+            unfinished.discard(out)
     assert snapshot(precious) == before
 
 
@@ -577,7 +577,7 @@ def test_links_in_what_is_removed_are_not_followed(tmp_path: Path, precious: Pat
     (tmp_path / "work" / "new" / "deep" / "link").symlink_to(precious)
     (tmp_path / "work" / "new" / "file").write_text("")
     folder = os.open(tmp_path / "work", os.O_RDONLY)
-    store.remove_from(folder, "new")
+    durable.remove_from(folder, "new")
     os.close(folder)
     assert not os.listdir(tmp_path / "work")
     assert snapshot(precious) == before
@@ -665,8 +665,8 @@ def test_nothing_is_left_where_open_files_keep_a_name(
     ik.rollback(target)
     assert not list(target.glob(".ires-*"))
     with monkeypatch.context() as patch:
-        patch.setattr(store.NewFolder, "add", lambda *_: os.close(-1))
+        patch.setattr(new_folder.NewFolder, "add", lambda *_: os.close(-1))
         with pytest.raises(OSError, match="Bad file descriptor"):
             ik.apply(target, (instruct, base), out=out)
     ik.rollback(out)
-    assert not store.partial_path(out).exists()
+    assert not unfinished.partial_path(out).exists()

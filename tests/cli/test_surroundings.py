@@ -21,7 +21,7 @@ from small_models import snapshot, triple
 import ires_kernels as ik
 from ires_kernels.checkpoints import sources
 from ires_kernels.cli import main
-from ires_kernels.files import store
+from ires_kernels.files import new_file
 from ires_kernels.records.report import Report
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="faults.c needs a C compiler")
@@ -222,15 +222,15 @@ def test_a_resumed_run_counts_its_own_bytes(root: Path, monkeypatch: pytest.Monk
     assert isinstance(whole, Report)
     size = sum(path.stat().st_size for path in (root / "whole").glob("*.safetensors"))
     assert (whole.bytes_read, whole.bytes_written) == (3 * 4192, size)
-    write = store.NewFile.write
+    write = new_file.NewFile.write
 
-    def failing(self: store.NewFile, *arguments: Any) -> None:
+    def failing(self: new_file.NewFile, *arguments: Any) -> None:
         if self.path.name.startswith("model-00003"):
             raise OSError(5, "Input/output error", f"{self.path}")
         write(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.NewFile, "write", failing)
+        patch.setattr(new_file.NewFile, "write", failing)
         with pytest.raises(OSError, match="Input/output error"):
             ik.apply(root / "target", models, out=root / "out", threads=1)
     resumed = ik.resume(root / "out")

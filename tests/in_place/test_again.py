@@ -13,7 +13,7 @@ from updated import apply, copy, files_of, manifest, save_again, visible
 
 import ires_kernels as ik
 from ires_kernels.files import trust
-from ires_kernels.files.store import StoreError
+from ires_kernels.files.ownership import StoreError
 
 
 def test_the_same_again_changes_nothing_and_a_tag_makes_it_another(

@@ -11,7 +11,7 @@ from updated import Cut, apply, cut_off, files_of, hard_link, save_again, visibl
 
 import ires_kernels as ik
 from ires_kernels.files import journal
-from ires_kernels.files.store import StoreError
+from ires_kernels.files.ownership import StoreError
 
 
 def test_undo_can_be_stacked_and_is_refused_for_what_changed(models: tuple[Path, Path, Path]) -> None:

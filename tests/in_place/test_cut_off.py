@@ -25,7 +25,7 @@ import ires_kernels as ik
 from ires_kernels.checkpoints import sources
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files import hidden, journal, trust
-from ires_kernels.files.store import StoreError
+from ires_kernels.files.ownership import StoreError
 from ires_kernels.in_place import cuts
 from ires_kernels.in_place.cuts import Sizes
 from ires_kernels.records import operation

@@ -13,7 +13,7 @@ import ires_kernels as ik
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files import hidden, trust
 from ires_kernels.files.inplace import Workplace
-from ires_kernels.files.store import StoreError
+from ires_kernels.files.ownership import StoreError
 from ires_kernels.in_place import run
 
 

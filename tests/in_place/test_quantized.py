@@ -25,8 +25,8 @@ import ires_kernels as ik
 from ires_kernels.backends import encoding
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.cli import main
-from ires_kernels.files import journal, store
-from ires_kernels.files.store import StoreError
+from ires_kernels.files import journal, transfer
+from ires_kernels.files.ownership import StoreError
 from ires_kernels.in_place import cuts, scales
 from ires_kernels.in_place.cuts import Sizes
 from ires_kernels.planning.plan import Plan
@@ -280,7 +280,7 @@ def test_a_full_disk_or_a_broken_one_in_the_first_pass_changes_nothing(
 ) -> None:
     target, instruct, base = triple(tmp_path, BLOCK)
     before = snapshot(target)
-    allocate, write_all = store.allocate, store.write_all
+    allocate, write_all = transfer.allocate, transfer.write_all
 
     def full(fd: int, size: int, path: Path) -> None:
         if path.name == "scales":
@@ -294,7 +294,7 @@ def test_a_full_disk_or_a_broken_one_in_the_first_pass_changes_nothing(
 
     for name, function, error in (("allocate", full, "No space left"), ("write_all", broken, "Input/output error")):
         with monkeypatch.context() as patch:
-            patch.setattr(store, name, function)
+            patch.setattr(transfer, name, function)
             with pytest.raises(OSError, match=error):
                 apply(target, (instruct, base))
         assert snapshot(target) == before

@@ -17,7 +17,7 @@ from updated import apply, hard_link
 import ires_kernels as ik
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.cli import main
-from ires_kernels.files.store import StoreError
+from ires_kernels.files.ownership import StoreError
 from ires_kernels.planning.rules import ArgumentError
 
 

@@ -11,8 +11,8 @@ from small_models import snapshot
 from updated import Cut, apply, copy, cut_off, unfinished, visible
 
 import ires_kernels as ik
-from ires_kernels.files import moving, store
-from ires_kernels.files.store import StoreError
+from ires_kernels.files import durable, moving
+from ires_kernels.files.ownership import StoreError
 from ires_kernels.in_place import begun
 from ires_kernels.records import repetition
 
@@ -87,7 +87,7 @@ def test_what_was_not_synced_is_doubted_after_a_restart(
     again(sync=False)
     synced: list[Path] = []
     with monkeypatch.context() as patch:
-        patch.setattr(store, "fsync_file", synced.append)
+        patch.setattr(durable, "fsync_file", synced.append)
         assert all("nothing was done" in text for text in again(sync=True))
     single = target / "alone.safetensors"
     shutil.copy(next(base.glob("*.safetensors")), single)
@@ -95,7 +95,7 @@ def test_what_was_not_synced_is_doubted_after_a_restart(
     apply(single, tuple(sources), sync=False, allow_missing=True)
     with monkeypatch.context() as patch:
         also: list[Path] = []
-        patch.setattr(store, "fsync_file", also.append)
+        patch.setattr(durable, "fsync_file", also.append)
         assert "nothing was done" in f"{apply(single, tuple(sources), allow_missing=True)}"
     assert set(also) == {single, target / "alone.safetensors.ires.json"}
     for path in also:

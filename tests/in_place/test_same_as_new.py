@@ -17,7 +17,7 @@ import ires_kernels as ik
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.cli import main
 from ires_kernels.files import journal
-from ires_kernels.files.store import StoreError
+from ires_kernels.files.ownership import StoreError
 
 CASES: dict[str, dict[str, Any]] = {
     "nearest": {"alpha": 0.7},

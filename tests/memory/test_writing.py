@@ -25,7 +25,7 @@ import ires_kernels as ik
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.cli import main
 from ires_kernels.files import copies, hidden, inplace, interrupts
-from ires_kernels.files.store import StoreError
+from ires_kernels.files.ownership import StoreError
 from ires_kernels.planning.rules import ArgumentError
 
 NAME = "model.embed_tokens.weight"

@@ -13,14 +13,14 @@ from small_models import snapshot, triple
 
 import ires_kernels as ik
 from ires_kernels.checking import guards
-from ires_kernels.files import store
-from ires_kernels.files.store import StoreError
+from ires_kernels.files import new_file
+from ires_kernels.files.ownership import StoreError
 
 
 def test_a_new_folder_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, instruct, target = triple(tmp_path, shards=2, files={"tokenizer.json": "{}"})
     ik.apply(target, (instruct, base), out=tmp_path / "whole", alpha=0.3)
-    write = store.NewFile.write
+    write = new_file.NewFile.write
     seen: list[str] = []
 
     def failing(self: Any, *arguments: Any) -> None:
@@ -30,7 +30,7 @@ def test_a_new_folder_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.M
         write(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.NewFile, "write", failing)
+        patch.setattr(new_file.NewFile, "write", failing)
         with pytest.raises(OSError, match="Input/output error"):
             ik.apply(target, (instruct, base), out=tmp_path / "out", alpha=0.3, threads=1)
     assert seen

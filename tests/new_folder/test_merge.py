@@ -29,8 +29,10 @@ import ires_kernels as ik
 from ires_kernels.checkpoints import sources
 from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError, build_header
-from ires_kernels.files import store
-from ires_kernels.files.store import MARKER, NewFolder, StoreError
+from ires_kernels.files import unfinished
+from ires_kernels.files.new_folder import NewFolder
+from ires_kernels.files.ownership import StoreError
+from ires_kernels.files.unfinished import MARKER
 from ires_kernels.planning.rules import ArgumentError
 from ires_kernels.records import provenance
 from ires_kernels.records.report import Report
@@ -586,7 +588,7 @@ def test_an_unfinished_folder_is_no_input(tmp_path: Path) -> None:
     base, instruct, target = triple(tmp_path)
     partial = tmp_path / "x.partial"
     target.rename(partial)
-    (partial / store.MARKER).write_text("")
+    (partial / unfinished.MARKER).write_text("")
     with pytest.raises(CheckpointError, match="is the unfinished output of a merge"):
         ik.apply(partial, (instruct, base), out=tmp_path / "out")
 

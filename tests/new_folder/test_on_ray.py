@@ -110,19 +110,19 @@ def slowly(task: Task) -> object:
     import time
 
     from ires_kernels import merging
-    from ires_kernels.files import store
+    from ires_kernels.files import new_file
     from ires_kernels.new_folder import on_ray
     from ires_kernels.new_folder import workers as working
 
     working._SECONDS = 0.1
-    if not hasattr(store, "quick"):
-        store.quick = store.NewFile.write  # type: ignore[attr-defined]
+    if not hasattr(new_file, "quick"):
+        new_file.quick = new_file.NewFile.write  # type: ignore[attr-defined]
 
     def write(self: Any, *arguments: Any) -> None:
         time.sleep(0.4)
-        store.quick(self, *arguments)  # type: ignore[attr-defined]
+        new_file.quick(self, *arguments)  # type: ignore[attr-defined]
 
-    store.NewFile.write = write  # type: ignore[method-assign]
+    new_file.NewFile.write = write  # type: ignore[method-assign]
     return on_ray.write_item(task, merging._planned_again)
 
 

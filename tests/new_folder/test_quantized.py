@@ -19,7 +19,7 @@ from small_models import Tensors, normal, read_model, same, snapshot, write_mode
 import ires_kernels as ik
 from ires_kernels.backends import encoding
 from ires_kernels.checkpoints.header import CheckpointError
-from ires_kernels.files.store import NewFile
+from ires_kernels.files.new_file import NewFile
 
 SHAPES = {
     "model.embed_tokens.weight": (40, 64),

@@ -20,8 +20,8 @@ from small_models import triple
 
 import ires_kernels as ik
 from ires_kernels import cli
-from ires_kernels.files import shared, store
-from ires_kernels.files.store import StoreError
+from ires_kernels.files import new_file, new_folder, shared
+from ires_kernels.files.ownership import StoreError
 from ires_kernels.records.report import Report
 from ires_kernels.records.workers import WorkerReport
 
@@ -92,7 +92,7 @@ def test_workers_at_the_same_time(merge: Merge) -> None:
 
 def in_the_middle(deed: Callable[[], object]) -> Callable[[], None]:
     """A patch after which the second write of a process is preceded by `deed`."""
-    write, writes = store.NewFile.write, [0]
+    write, writes = new_file.NewFile.write, [0]
 
     def patched(self: Any, *arguments: Any) -> None:
         writes[0] += 1
@@ -100,7 +100,7 @@ def in_the_middle(deed: Callable[[], object]) -> Callable[[], None]:
             deed()
         write(self, *arguments)
 
-    return lambda: setattr(store.NewFile, "write", patched)
+    return lambda: setattr(new_file.NewFile, "write", patched)
 
 
 def stop() -> None:
@@ -170,7 +170,7 @@ def test_two_of_a_rank_that_end_together(merge: Merge) -> None:
 def test_who_finishes_dies(merge: Merge) -> None:
     merge.work(1, 2)
     for step in ("commit", "add"):
-        child = started(merge, 0, 2, lambda step=step: setattr(store.NewFolder, step, lambda *_: die()))  # type: ignore[misc]
+        child = started(merge, 0, 2, lambda step=step: setattr(new_folder.NewFolder, step, lambda *_: die()))  # type: ignore[misc]
         assert end_of(child) == -signal.SIGKILL
         assert not merge.out.exists()
         assert any("`ires finish" in line for line in ik.status(merge.out).next)
@@ -242,7 +242,7 @@ def test_inputs_that_change_on_the_way_are_in_no_record(merge: Merge, monkeypatc
     shard = min(merge.instruct.glob("*.safetensors"))
     time_before = shard.stat().st_mtime_ns
     with monkeypatch.context() as patch:
-        patch.setattr(store.NewFile, "write", store.NewFile.write)
+        patch.setattr(new_file.NewFile, "write", new_file.NewFile.write)
         in_the_middle(lambda: os.utime(shard))()
         with pytest.raises(ValueError, match="changed while it was read"):
             merge.work(0, 1)
@@ -265,7 +265,7 @@ def test_a_worker_that_fails_leaves_nothing_of_a_folder_that_it_began(
         raise OSError(errno.EIO, os.strerror(errno.EIO), "somewhere")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.NewFile, "write", failing)
+        patch.setattr(new_file.NewFile, "write", failing)
         with pytest.raises(OSError, match="Input/output error"):
             merge.work(0, 1)
     assert {path.name for path in merge.folder.iterdir()} == merge.inputs

@@ -22,8 +22,9 @@ from small_models import snapshot, triple
 import ires_kernels as ik
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.cli import main
-from ires_kernels.files import hidden, journal, store, trust
+from ires_kernels.files import hidden, journal, new_folder, trust
 from ires_kernels.files.ownership import Foreign, StoreError, is_bare, is_inner
+from ires_kernels.files.unfinished import _of_file, partial_path
 from ires_kernels.in_place import cuts
 from ires_kernels.in_place.cuts import Sizes
 from ires_kernels.records import provenance
@@ -267,10 +268,10 @@ def begun(models: tuple[Path, Path, Path], out: Path) -> Path:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store.NewFolder, "finish_files", cut)
+        patch.setattr(new_folder.NewFolder, "finish_files", cut)
         with pytest.raises(KeyboardInterrupt):
             ik.apply(target, (instruct, base), out=out, threads=1)
-    partial = store.partial_path(out)
+    partial = partial_path(out)
     assert list(partial.glob("*.safetensors"))
     return partial
 
@@ -310,12 +311,12 @@ def test_an_unfinished_output_of_theirs_does_not_hide_an_update_of_ours(
     target = unfinished(models)
     with elsewhere(tmp_path):
         begun((models[0], models[1], models[1]), tmp_path / "other")
-    (tmp_path / "other.partial").rename(store.partial_path(target))
+    (tmp_path / "other.partial").rename(partial_path(target))
     assert ik.status(target).state == "unfinished"
     ik.resume(target)
     assert ik.verify(target)
     assert ik.status(target).state == "finished"
-    assert store.partial_path(target).exists()
+    assert partial_path(target).exists()
 
 
 @pytest.mark.parametrize("how", ["stamp", "record", "name", "other operation"])
@@ -347,7 +348,7 @@ def test_records_of_complete_files_are_ours(tmp_path: Path, models: tuple[Path, 
     else:
         stamp = f"{status.st_size} {status.st_mtime_ns}".encode()
         content = stamp + b"\n" + learnt
-        signature = trust.sign("file", store._of_file(b"another", name, content)).encode()
+        signature = trust.sign("file", _of_file(b"another", name, content)).encode()
     record.write_bytes(b"\n".join([signature, stamp, learnt]))
     ik.apply(target, (instruct, base), out=out)
     for path in (tmp_path / "wanted").glob("*.safetensors"):

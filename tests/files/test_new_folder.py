@@ -15,16 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from ires_kernels.files import store
-from ires_kernels.files.store import (
-    MARKER,
-    NewFile,
-    NewFolder,
-    StoreError,
-    check_destination,
-    is_unfinished,
-    partial_path,
-)
+from ires_kernels.files import unfinished
+from ires_kernels.files.destination import check_destination
+from ires_kernels.files.new_file import NewFile
+from ires_kernels.files.new_folder import NewFolder
+from ires_kernels.files.ownership import StoreError
+from ires_kernels.files.unfinished import MARKER, is_unfinished, partial_path
 
 
 def new(out: Path, identity: str = "mine", *, sync: bool = True) -> NewFolder:
@@ -195,7 +191,7 @@ def test_a_real_limit_on_file_sizes(tmp_path: Path) -> None:
     program = f"""
         import resource
         from pathlib import Path
-        from ires_kernels.files.store import NewFolder
+        from ires_kernels.files.new_folder import NewFolder
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, {resource.getrlimit(resource.RLIMIT_FSIZE)[1]}))
         try:
             with NewFolder(Path({f"{tmp_path}/out"!r}), "mine", b"") as folder:
@@ -250,7 +246,7 @@ def test_a_folder_that_could_not_be_made_durable_is_there_all_the_same(
     with pytest.raises(OSError, match="Input/output error"):
         write(tmp_path / "out", sync=True)
     assert unsigned(tmp_path / "out") == {**WRITTEN, **state(tmp_path / "out", "a.bin")}
-    store.tidy(tmp_path / "out")
+    unfinished.tidy(tmp_path / "out")
     assert contents(tmp_path / "out") == WRITTEN
     assert not is_unfinished(tmp_path / "out")
 
@@ -258,7 +254,7 @@ def test_a_folder_that_could_not_be_made_durable_is_there_all_the_same(
 def test_the_remains_of_a_killed_run_are_replaced(tmp_path: Path) -> None:
     partial = tmp_path / "out.partial"
     (partial / "sub").mkdir(parents=True)
-    (partial / MARKER).write_bytes(store.content_of_lock(b"killed", b""))
+    (partial / MARKER).write_bytes(unfinished.content_of_lock(b"killed", b""))
     for name in ("old.bin", "sub/old.txt"):
         (partial / name).write_text("old")
     (partial / "link").symlink_to(tmp_path)
@@ -288,7 +284,7 @@ def test_what_is_complete_is_kept_for_the_same_operation(tmp_path: Path) -> None
     interrupted(out)
     partial = out.with_name("out.partial")
     assert unsigned(partial) == {"a.bin": b"head456789", **state(partial, "a.bin")}
-    assert store.read_kept(out) == b"kept"
+    assert unfinished.read_kept(out) == b"kept"
     with new(out) as folder:
         assert folder.finished == {"a.bin": b"learnt"}
         create(folder, "b.bin", b"0123456789", 10)
@@ -309,7 +305,7 @@ def test_what_is_complete_is_not_thrown_away_for_another_operation(tmp_path: Pat
     interrupted(out, "theirs")
     with new(out, "theirs 2") as folder:  # the same, and durable
         assert folder.finished == {"a.bin": b"learnt"}
-    store.discard(out)
+    unfinished.discard(out)
     assert os.listdir(tmp_path) == []
 
 
@@ -343,7 +339,7 @@ def test_an_empty_folder_in_the_way_is_taken(tmp_path: Path) -> None:
 def test_what_is_being_written_cannot_be_discarded(tmp_path: Path) -> None:
     with new(tmp_path / "out") as folder:
         with pytest.raises(StoreError, match="another process is writing it"):
-            store.discard(tmp_path / "out")
+            unfinished.discard(tmp_path / "out")
         create(folder, "a.bin", b"x", 1)
         folder.commit()
     assert contents(tmp_path / "out") == {"a.bin": b"x"}
