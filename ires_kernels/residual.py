@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ires_kernels import merging
+from ires_kernels.checking.recorded import check_weights
 from ires_kernels.checkpoints import hub
 from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
@@ -100,7 +101,8 @@ class Residual(Sum):
         private  of a new repository
         options  of `save`, for what is in no folder yet: then it is saved to a temporary one first
 
-        Raises ImportError without huggingface_hub, what that raises, and ArgumentError as `save`.
+        Raises ImportError without huggingface_hub, what that raises, ArgumentError as `save`, and CheckpointError for a
+        folder whose tensors have other hashes than its residual.json says.
         """
         import huggingface_hub
 
@@ -113,6 +115,10 @@ class Residual(Sum):
                 raise CheckpointError(
                     f"{folder}: is a file; a residual is published with residual.json: open its folder."
                 )
+            else:
+                opened = open_inputs({"residual": folder})["residual"]
+                if opened.manifest is not None:
+                    check_weights(opened, opened.manifest)
             copy = Path(place) / "upload"
             copy.mkdir()
             public_copy(folder, copy)

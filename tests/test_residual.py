@@ -161,3 +161,8 @@ def test_publishing(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("me/r", {"private": True, "exist_ok": True}), ("me/r", files),
         ("me/s", {"private": None, "exist_ok": True}), ("me/s", files),
     ]  # fmt: skip
+    weights = models / "residual/residual.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(CheckpointError, match="has another hash than the manifest says"):
+        ik.Residual.open(models / "residual").push_to_hub("me/r")
+    assert len(asked) == 4

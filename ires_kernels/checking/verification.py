@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
+from ires_kernels.checking.recorded import other_hashes, other_headers, other_names
 from ires_kernels.checkpoints import hub, manifest
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, open_checkpoint
 from ires_kernels.checkpoints.folders import listed
 from ires_kernels.checkpoints.header import CheckpointError
-from ires_kernels.files.opening import check_link, open_file, read_start
+from ires_kernels.files.opening import check_link
 from ires_kernels.files.plain import plain_lines
 from ires_kernels.planning.inputs import StrPath, open_inputs
 from ires_kernels.planning.plan import Plan, plan_apply, size
@@ -136,7 +135,7 @@ def verify(
             )
     report = VerifyReport(checkpoint.path, hashes_only, notes=notes)
     recorded = table.tensors
-    _check_names(checkpoint, recorded, report)
+    report.problems += other_names(checkpoint, recorded)
     unread = [name for name, entry in recorded.items() if entry.xxh3_128 is None]
     report.unread = len(unread)
     to_hash = [ref for name, ref in checkpoint.tensors.items() if name in recorded and name not in unread]
@@ -154,9 +153,10 @@ def verify(
             plan = plan_residual(opened, rules, second_copies(opened))
         to_hash = _recompute(plan, checkpoint, recorded, report, processors, threads, progress)
         progress = None
-    _check_hashes(checkpoint, to_hash, recorded, report, threads, progress)
+    report.bytes_read += sum(ref.nbytes for ref in to_hash)
+    report.problems += other_hashes(checkpoint, to_hash, recorded, threads, progress)
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    _check_headers(checkpoint, table.headers, report)
+    report.problems += other_headers(checkpoint, table.headers)
     outside = {} if follow_links else _outside(folder, [*table.files, *table.sha256])
     report.problems += outside.values()
     _check_files(folder, {name: entry for name, entry in table.files.items() if name not in outside}, report)
@@ -186,17 +186,6 @@ def _opened(paths: Mapping[str, StrPath], given: Mapping[str, StrPath], follow_l
                 f"(in Python inputs={{{role!r}: PATH}}), or compare hashes alone with --hashes-only.",
             ) from None
     return inputs
-
-
-def _check_names(out: Checkpoint, recorded: Mapping[str, manifest.Tensor], report: VerifyReport) -> None:
-    for name, ref in out.tensors.items():
-        entry = recorded.get(name)
-        if entry is None:
-            report.problems.append(f"{name} of {ref.path.name} is not in the manifest")
-        elif (entry.dtype, entry.shape) != (ref.dtype, ref.shape):
-            wanted = f"{entry.dtype} {list(entry.shape)}"
-            report.problems.append(f"{name} is {ref.dtype} {list(ref.shape)}, wanted {wanted}")
-    report.problems += [f"{name} is gone" for name in recorded if name not in out.tensors]
 
 
 def _recompute(
@@ -257,32 +246,6 @@ def _recompute(
         elif name not in comparer.found and entry and entry.xxh3_128 not in (None, outcome.outputs[name]):
             report.problems.append(f"{name} has another hash than the manifest says")
     return unsettled
-
-
-def _check_hashes(
-    out: Checkpoint,
-    refs: Iterable[TensorRef],
-    recorded: Mapping[str, manifest.Tensor],
-    report: VerifyReport,
-    threads: int | None,
-    progress: Progress | None,
-) -> None:
-    by_name = {ref.name: ref for ref in refs}
-    report.bytes_read += sum(ref.nbytes for ref in by_name.values())
-    for name, digest in stream.hashes(by_name, out.file_ids, threads=threads, progress=progress).items():
-        if recorded[name].xxh3_128 != digest:
-            report.problems.append(f"{name} has another hash than the manifest says")
-
-
-def _check_headers(out: Checkpoint, recorded: Mapping[str, str], report: VerifyReport) -> None:
-    for shard in out.shards:
-        fd = open_file(shard.path)
-        try:
-            digest = xxhash.xxh3_128_hexdigest(read_start(fd, shard.header.data_start, shard.path))
-        finally:
-            os.close(fd)
-        if recorded.get(shard.path.name, digest) != digest:
-            report.problems.append(f"{shard.path.name} has another header than the manifest says")
 
 
 def _outside(folder: Path, names: Iterable[str]) -> dict[str, str]:

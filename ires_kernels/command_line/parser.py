@@ -217,6 +217,7 @@ def _sha256(commands: Commands) -> None:
 def _publish(commands: Commands) -> None:
     parser = commands.add_parser("publish", help="take paths and times out of an output's ires.json, to upload it")
     parser.add_argument("out", metavar="OUT", help="the output of extract, apply or merge")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: one per CPU, 8 at most; more was slower")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors, and JSON if asked for")
     options.follow_links(parser)

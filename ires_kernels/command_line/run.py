@@ -258,4 +258,8 @@ def sha256(arguments: argparse.Namespace) -> int:
 
 
 def publish(arguments: argparse.Namespace) -> int:
-    return printing.result(arguments, ik.publish(arguments.out, follow_links=arguments.follow_links))
+    with progress_bar(arguments, "publish") as progress:
+        found = ik.publish(
+            arguments.out, threads=arguments.threads, progress=progress, follow_links=arguments.follow_links
+        )
+    return printing.result(arguments, found)

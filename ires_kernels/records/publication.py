@@ -16,7 +16,7 @@ from typing import Any
 
 from ires_kernels.checkpoints import hub, manifest
 from ires_kernels.checkpoints.addresses import is_address
-from ires_kernels.checkpoints.checkpoint import open_checkpoint
+from ires_kernels.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.checkpoints.manifest import Manifest
 from ires_kernels.files import trust
@@ -67,10 +67,17 @@ class Publication:
         return table(rows)
 
 
-def publish(out: StrPath, draw: Callable[[Path, Manifest], str], *, follow_links: bool = False) -> Publication:
+def publish(
+    out: StrPath,
+    check: Callable[[Checkpoint, Manifest], None],
+    draw: Callable[[Path, Manifest], str],
+    *,
+    follow_links: bool = False,
+) -> Publication:
     """Take out of an output's manifest what tells of this machine, and say what of its folder to upload.
 
-    draw  makes the picture of the card of a folder, and returns its name or why there is none
+    check  refuses weights that are not those that the manifest tells of
+    draw   makes the picture of the card of a folder, and returns its name or why there is none
 
     Raises CheckpointError where there is none, or where the output is not complete.
     """
@@ -84,6 +91,7 @@ def publish(out: StrPath, draw: Callable[[Path, Manifest], str], *, follow_links
             f"{checkpoint.path}: has no ires.json or residual.json, so nothing in it tells of this machine. Wanted the "
             "output of a merge."
         )
+    check(checkpoint, checkpoint.manifest)
     if checkpoint.manifest.unsynced:  # which tells when this machine was started
         fsync_all(checkpoint.path)
     own = f"{checkpoint.path.name}{_ENDING}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ires_kernels.checkpoints import hub
-from ires_kernels.checkpoints.checkpoint import open_checkpoint
+from ires_kernels.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files.durable import replace_file
 from ires_kernels.files.opening import MAX_CONFIG, read_bytes
@@ -66,9 +66,8 @@ def sha256(path: StrPath, *, write: bool = False, threads: int | None = None, fo
         hub.check_local(path)
     checkpoint = open_checkpoint(hub.local(path), follow_links=follow_links)
     files = {shard.path.name: shard.path for shard in checkpoint.shards}
-    one = None if checkpoint.path.is_dir() else checkpoint.path
-    place = one.with_name(f"{one.name}.sha256") if one else checkpoint.path / provenance.SUMS
-    found = Sums(checkpoint.path, provenance.sha256(files, threads), _recorded(place))
+    place = place_of(checkpoint)
+    found = Sums(checkpoint.path, provenance.sha256(files, threads), recorded(place))
     if write and not found.ok:
         raise CheckpointError(
             f"{place}: has other sums of {', '.join(found.differ)}. If that is right, delete it, and write it anew."
@@ -80,7 +79,13 @@ def sha256(path: StrPath, *, write: bool = False, threads: int | None = None, fo
     return found
 
 
-def _recorded(path: Path) -> dict[str, str]:
+def place_of(checkpoint: Checkpoint) -> Path:
+    """Where the sums of its weights are, if they are anywhere."""
+    path = checkpoint.path
+    return path / provenance.SUMS if path.is_dir() else path.with_name(f"{path.name}.sha256")
+
+
+def recorded(path: Path) -> dict[str, str]:
     """The sums in a file that `sha256sum` wrote; of a line that is none, nothing."""
     try:
         lines = read_bytes(path, MAX_CONFIG).decode(errors="surrogateescape").splitlines()

@@ -104,6 +104,12 @@ def test_a_recipe_and_an_update_in_place(models: Path) -> None:
 
 def test_a_residual(models: Path) -> None:
     ik.extract("base", "instruct", "residual")
+    shutil.copytree("residual", "damaged")
+    weights = Path("damaged/residual-00002-of-00002.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(CheckpointError, match="has another hash") as caught:
+        ik.publish("damaged")
+    assert f"{caught.value}".endswith("Put the right copy back, or extract it again.")
     found = ik.publish("residual")
     assert found.names == {"base": f"org/base@{COMMIT}", "instruct": "instruct"}
     assert f"{found}".endswith("next      `hf upload USER/NAME residual .`"), "it has no card"
@@ -138,6 +144,65 @@ def test_what_cannot_be_published() -> None:
     Path("out/ires.json").write_text(json.dumps(table))
     ik.publish("out")
     assert "signature" not in json.loads(Path("out/ires.json").read_text()), "what we do not know we do not sign"
+
+
+def test_weights_that_were_damaged_since_are_not_published(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And the manifest stays as it is; the ways out that are printed are ways out."""
+    merge(out="out", sha256=True)
+    weights = models / "out/model-00001-of-00002.safetensors"
+    good = weights.read_bytes()
+    damaged = good[:-1] + bytes([good[-1] ^ 1])
+
+    def said() -> str:
+        return " ".join(capsys.readouterr().err.split())
+
+    for bad, wanted in (
+        (damaged, "out: is not what its merge has left: model.layers.0.norm.weight has another hash"),
+        (good.replace(b'"format":"pt"', b'"format":"qt"'), f"{weights.name} has another header than the manifest says"),
+        (good[:-5], "truncated: 5 bytes missing"),
+    ):
+        weights.write_bytes(bad)
+        before = snapshot(Path("out"))
+        assert main(["publish", "out"]) == 2
+        assert wanted in said()
+        assert snapshot(Path("out")) == before
+    weights.write_bytes(damaged)
+    assert main(["publish", "out"]) == 2
+    assert "make it again with `ires merge out/ires.json -o NEW`" in said()
+    assert main(["merge", "out/ires.json", "-o", "NEW", "--quiet"]) == 0
+    assert (models / "NEW" / weights.name).read_bytes() == good
+    assert main(["publish", "NEW", "--quiet"]) == 0
+
+    weights.write_bytes(good)
+    sums = Path("out/SHA256SUMS").read_text()
+    Path("out/SHA256SUMS").write_text(sums.replace(sums[:8], "0" * 8))
+    assert main(["publish", "out"]) == 2
+    assert f"SHA256SUMS: has other sums of {weights.name} than ires.json" in said()
+    Path("out/SHA256SUMS").unlink()
+    assert main(["sha256", "out", "--write", "--quiet"]) == 0
+    assert Path("out/SHA256SUMS").read_text() == sums
+    assert main(["publish", "out", "--quiet"]) == 0
+
+
+def test_damage_to_what_an_update_in_place_left_unseen(models: Path) -> None:
+    """Nobody has its hash; its file is known by a sample."""
+    merge(in_place=True, skip="layers.1")
+    table = json.loads(Path("target/ires.json").read_text())
+    assert table["tensors"]["model.layers.1.mlp.weight"]["xxh3_128"] is None
+    ik.publish("target")
+    weights = models / "target/model-00002-of-00002.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-2000] ^= 1
+    weights.write_bytes(raw)
+    with pytest.raises(CheckpointError) as caught:
+        ik.publish("target")
+    assert "Put the right copy back. If it was changed on purpose" in f"{caught.value}"
+
+
+def test_what_was_written_through_a_mapping_has_no_hashes(models: Path) -> None:
+    with ik.mapped(models / "target", write=True) as tensors:
+        tensors["model.norm.weight"].zero_()
+    assert ik.publish(models / "target").out == models / "target"
 
 
 def test_the_command(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
