@@ -124,26 +124,29 @@ namespace ires {
 namespace IRES_ISA {
 namespace {
 
-// Elements as they are, where all are stored as the target is; else, and behind the last whole vector, widened blocks.
+// Elements as they are, where all are stored as the target is, and there are vectors of them; else, and behind the last
+// whole vector, widened blocks.
 template <class T> void fit_as(const FitRun& run, Fit* fit) {
     alignas(64) float x[3][kBlock];
     FitSums sums;
-    bool same = true;
+    bool same = sizeof(T) > 1;
     for (int k = 0; k < 3; ++k) same &= run.in_types[k] == TypeOf<T>::value;
     for (int64_t i = 0; i < run.n;) {
         const int64_t n = std::min(same ? kFitPart : kBlock, run.n - i);
-        if (same && n >= W) {
-            const auto at = [&](int k) { return static_cast<const T*>(run.in[k]) + i; };
-            if constexpr (sizeof(T) == 2) {
-                if (n >= kFitBlock) {
-                    fit_part(at(0), at(1), at(2), n / kFitBlock * kFitBlock, run.alphas, run.count, &sums, fit);
-                    i += n / kFitBlock * kFitBlock;
-                    continue;
+        if constexpr (sizeof(T) > 1) {
+            if (same && n >= W) {
+                const auto at = [&](int k) { return static_cast<const T*>(run.in[k]) + i; };
+                if constexpr (sizeof(T) == 2) {
+                    if (n >= kFitBlock) {
+                        fit_part(at(0), at(1), at(2), n / kFitBlock * kFitBlock, run.alphas, run.count, &sums, fit);
+                        i += n / kFitBlock * kFitBlock;
+                        continue;
+                    }
                 }
+                fit_block<T, T>(at(0), at(1), at(2), n / W * W, run.alphas, run.count, &sums, fit);
+                i += n / W * W;
+                continue;
             }
-            fit_block<T, T>(at(0), at(1), at(2), n / W * W, run.alphas, run.count, &sums, fit);
-            i += n / W * W;
-            continue;
         }
         const int64_t whole = (n + W - 1) / W * W;
         for (int k = 0; k < 3; ++k) {

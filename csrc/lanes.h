@@ -89,7 +89,10 @@ IRES_HD S16x2 extend8(S8x2 v) { return __builtin_convertvector(v, S16x2); }
 #endif
 #endif
 
-template <class T> IRES_HD F load(const T* p) { return widen_bits<T>(extend16(p)); }
+template <class T> IRES_HD F load(const T* p) {
+    static_assert(sizeof(T) == 2, "pairs of vectors are loaded of f8");
+    return widen_bits<T>(extend16(p));
+}
 // The low bits of each lane.
 template <class T> IRES_HD void store_low(T* p, U lanes) {
     using Narrow = std::conditional_t<sizeof(T) == 2, U16, U8>;
