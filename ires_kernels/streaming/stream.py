@@ -96,6 +96,7 @@ def run(
     counted: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
+    in_order: bool = False,
     stops: Container[tuple[str, int]] | None = None,
     done: Mapping[str, Done] | None = None,
     scales: Callable[[QuantizedRef], Scales] | None = None,
@@ -107,8 +108,9 @@ def run(
 
     hashed   the roles whose inputs are hashed; None: all of them. Results always are
     counted  whether the outcome has tallies
-    stops    (tensor name, byte in it) where an interrupt may end the run. With them the tiles are claimed strictly in
-             the order of the steps, and all tiles before the stop are written
+    in_order claims the tiles strictly in the order of the steps, so that `write` may wait for those before its own
+    stops    (tensor name, byte in it) where an interrupt may end the run. With them the tiles are claimed in order as
+             well, and all tiles before the stop are written
     done     what is written already, by the tensor's name: "add" and "add_difference" overwrite their first operand
     scales   gives those of weights that get new codes, where they are known; None: they are found on the way
     written  input files that `write` may write to before they are read
@@ -123,7 +125,7 @@ def run(
     """
     asked = _Asked(steps, file_ids, rules, write, stops=stops, done=done or {}, scales=scales, written=written)
     told = _Told(Outcome() if outcome is None else outcome, progress, failed)
-    return _Engine(asked, _How(processors, threads, hashed, counted), told).run()
+    return _Engine(asked, _How(processors, threads, hashed, counted, in_order or stops is not None), told).run()
 
 
 def check_threads() -> None:
@@ -335,6 +337,7 @@ class _How:
     threads: int | None
     hashed: Container[str] | None
     counted: bool
+    in_order: bool = False
 
 
 @dataclass(frozen=True)
@@ -429,7 +432,7 @@ class _Engine:
 
     def _next_file(self) -> str:
         """The output file that the fewest threads are writing, of those that have tensors to start."""
-        writers = Counter(tensor.output.file for tensor in self.active if self.asked.stops is None)
+        writers = Counter(tensor.output.file for tensor in self.active if not self.how.in_order)
         return min(self.waiting, key=writers.__getitem__)
 
     def _start(self) -> _Tensor | None:
@@ -482,7 +485,7 @@ class _Engine:
         with self.lock:
             if self.stopped or self.ended:
                 return []
-            if self.asked.stops is not None:
+            if self.how.in_order:
                 mine = self._unclaimed() or self._start()
             elif mine is None or mine.claimed == mine.tiles:
                 mine = self._start() or self._unclaimed()
