@@ -36,7 +36,7 @@ def test_a_writer_that_waits_for_what_comes_before(tmp_path: Path, threads: int)
     with tiles(elements=64, copied=96):
         stream.run(steps, guards.file_ids(plan), plan.rules, write, threads=threads, in_order=True)
     assert wanted == {file.name: file.size for file in plan.files}
-    assert len(order) > 50
+    assert len(order) > 10
 
 
 def test_it_ends_at_once(tmp_path: Path) -> None:
@@ -48,8 +48,8 @@ def test_it_ends_at_once(tmp_path: Path) -> None:
     def progress(*_: int) -> None:
         raise KeyboardInterrupt
 
-    def write(step: stream.Step, start: int, *_: object) -> None:
-        written.append(start)
+    def write(*what: object) -> None:
+        written.append(what)
         ended.wait(0.2)
 
     ended = threading.Event()
