@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import xxhash
+from quantized_models import FORMATS, numbers
 from safetensors.torch import save_file
-from small_models import read_model, same, tensors, triple, write_model
+from small_models import normal, read_model, same, tensors, triple, write_model
 from torch import Tensor
 
 import ires_kernels as ik
@@ -107,6 +108,21 @@ def test_a_sum_of_pairs(models: Path, options: dict[str, Any]) -> None:
     assert ik.verify(models / "sum")
     assert manifest(models / "sum")["inputs"].keys() == {"instruct-1", "base-1", "instruct-2", "base-2"}
     assert manifest(models / "sum")["sketch"] == manifest(models / "residual")["sketch"]
+
+
+@pytest.mark.parametrize("format", ["fp8-block", "nvfp4"])  # the loops decode one on the way, and not the other
+def test_a_sum_of_pairs_of_codes(tmp_path: Path, format: str) -> None:
+    """Codes are those of the operand whose they are, though nothing is there that a sum is added to."""
+    make, settings = FORMATS[format]
+    name = "model.layers.0.mlp.up_proj.weight"
+    for seed, role in enumerate(("chat", "code", "base")):
+        stored = make(name, normal((64, 64), 7, torch.float32) + normal((64, 64), seed, torch.float32, 0.1))
+        write_model(tmp_path / role, stored, config={"model_type": "llama", "quantization_config": settings})
+    chat, code, base = (numbers(tmp_path / role)[name] for role in ("chat", "code", "base"))
+    pairs = [ik.Residual.of(tmp_path / role, tmp_path / "base") for role in ("chat", "code")]
+    (0.75 * pairs[0] - 0.3 * pairs[1]).save(tmp_path / "sum")
+    f, g = torch.tensor(0.75), torch.tensor(-0.3)
+    assert_same(read_model(tmp_path / "sum"), {name: f * (chat - base) + g * (code - base)})
 
 
 def test_a_scaled_pair(models: Path) -> None:

@@ -72,28 +72,33 @@ class _CpuSlot:
         if coding is not None:
             self._store(step, first, count, coded, coding, out)
             return
-        operands = self._operands(step, count, coded)
-        if step.op == "convert":
-            operands.append(self._cpu.zeros[step.operands[0].dtype][:count])
-        elif step.is_from_zero:
-            operands.insert(0, self._cpu.zeros[NOTHING][:count])
+        operands, coded = self._operands(step, count, coded)
         self._tally = Tally() if self._cpu.counted else None
         here = out if out is not None and out.device.type == "cpu" else self._tensor(-1, step.dtype, count)
         compute(step, operands, here, first, self._cpu.rules, self._tally, coded)
         if out is not None and out is not here:  # it is kept on a device that does not compute this
             out.copy_(here)
 
-    def _operands(self, step: Step, count: int, coded: Mapping[int, Coded]) -> list[Tensor]:
-        """Those in the buffers, and for what is codes there memory for its numbers."""
-        return [
+    def _operands(
+        self, step: Step, count: int, coded: Mapping[int, Coded]
+    ) -> tuple[list[Tensor], Mapping[int, Coded]]:
+        """What is computed with: what the buffers hold, for what is codes there memory for its numbers, and what a step
+        has beside its operands; and the codes, by their places among these."""
+        operands = [
             self._room(place, count) if place in coded else self._tensor(place, operand.dtype, count)
             for place, operand in enumerate(step.operands)
         ]
+        if step.op == "convert":
+            operands.append(self._cpu.zeros[step.operands[0].dtype][:count])
+        elif step.is_from_zero:
+            operands.insert(0, self._cpu.zeros[NOTHING][:count])
+            coded = {place + 1: numbers for place, numbers in coded.items()}
+        return operands, coded
 
     def measure(self, step: Step, first: int, count: int, coded: Mapping[int, Coded], largest: Tensor) -> None:
         assert step.output.encoding is not None
         weight = step.output.encoding.weight
-        exact = self._exact(step, first, count, coded, None)
+        exact, coded = self._exact(step, first, count, coded, None)
         encoding.measure_results(exact, coded, weight.format, weight.full, largest)
 
     def _store(
@@ -103,17 +108,19 @@ class _CpuSlot:
         weight, rules, scales = step.output.encoding.weight, self._cpu.rules, coding.scales
         codes = torch.frombuffer(self.buffers[-1], dtype=torch.uint8, count=count)
         self._tally = Tally() if self._cpu.counted else None
-        exact = self._exact(step, first, count, coded, self._tally)
+        exact, coded = self._exact(step, first, count, coded, self._tally)
         random = (rules.seed, step.stream) if rules.rounding == "stochastic" else None
         to = Coded(weight.format, weight.full, first, {"codes": coding.before, "scale": scales.stored})
         encoding.store(exact, coded, to, bool(scales.new), random, codes)
         if out is not None:
             out.copy_(codes.view(out.dtype))
 
-    def _exact(self, step: Step, first: int, count: int, coded: Mapping[int, Coded], tally: Tally | None) -> Call:
-        """The arithmetic of a step before its results become codes."""
-        operands, values = self._operands(step, count, coded), self._room(-1, count)
-        return call(step, operands, values, first, self._cpu.exact, tally)
+    def _exact(
+        self, step: Step, first: int, count: int, coded: Mapping[int, Coded], tally: Tally | None
+    ) -> tuple[Call, Mapping[int, Coded]]:
+        """The arithmetic of a step before its results become codes; and the codes of its operands."""
+        operands, coded = self._operands(step, count, coded)
+        return call(step, operands, self._room(-1, count), first, self._cpu.exact, tally), coded
 
     def _room(self, place: int, count: int) -> Tensor:
         """Memory for the numbers of an operand that is codes, or of the result, -1. Mostly it is not used."""
