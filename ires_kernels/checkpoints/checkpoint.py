@@ -13,12 +13,13 @@ import os
 import re
 import stat
 from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from ires_kernels.checkpoints import hub, standins
 from ires_kernels.checkpoints import manifest as manifests
-from ires_kernels.checkpoints import standins
 from ires_kernels.checkpoints.folders import ADAPTER_NAME, SHARD_NAME, check_adapter, listed, only_file
 from ires_kernels.checkpoints.header import CheckpointError, Header, brief, check_depth, parse_json, read_header, sniff
 from ires_kernels.checkpoints.manifest import Manifest
@@ -329,7 +330,8 @@ def _open_shard(path: Path, home: Path | None = None) -> Shard:
         return Shard(path, standins.header(path, far), FileId.far(far.size, far.tag))
     found = check_link(path, home) if home is not None and os.path.exists(path) else None
     before = FileId.of(found) if found else _file_id(path)
-    header = read_header(path)
+    with _of_the_hub(path):
+        header = read_header(path)
     if before is None or _file_id(path) != before or header.file_size != before.size:
         raise CheckpointError(f"{path}: changed while its header was read. Wait for its writer to finish.")
     return Shard(path, header, before)
@@ -385,7 +387,20 @@ def _read_manifest(path: Path) -> Manifest | None:
 def _read_json(path: Path, limit: int) -> dict[str, Any] | None:
     """A JSON object of at most `limit` bytes, parsed strictly; None when there is no such file."""
     raw = _read_bytes(path, limit)
-    return None if raw is None else parse_json(raw, f"{path}")
+    with _of_the_hub(path):
+        return None if raw is None else parse_json(raw, f"{path}")
+
+
+@contextmanager
+def _of_the_hub(path: Path) -> Iterator[None]:
+    """Say of a file in the Hub's cache that cannot be used how to have another: who finds it there asks no more."""
+    try:
+        yield
+    except CheckpointError as error:
+        again = hub.download_again(path)
+        if again is None:
+            raise
+        raise CheckpointError(*error.lines, again) from None
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:
@@ -393,16 +408,17 @@ def _read_config(path: Path) -> dict[str, Any] | None:
     raw = _read_bytes(path, MAX_CONFIG)
     if raw is None:
         return None
-    check_depth(raw, f"{path}")
-    try:
-        config = json.loads(raw.decode())
-    except ValueError as error:
-        what = sniff(raw)
-        reason = f"not JSON but {what}" if what else f"not valid JSON: {error}. Correct it or download it again."
-        raise CheckpointError(f"{path}: {reason}") from None
-    if type(config) is not dict:
-        raise CheckpointError(f"{path}: got JSON {brief(config)}, wanted an object. Download it again.")
-    return config
+    with _of_the_hub(path):
+        check_depth(raw, f"{path}")
+        try:
+            config = json.loads(raw.decode())
+        except ValueError as error:
+            what = sniff(raw)
+            reason = f"not JSON but {what}" if what else f"not valid JSON: {error}. Correct it or download it again."
+            raise CheckpointError(f"{path}: {reason}") from None
+        if type(config) is not dict:
+            raise CheckpointError(f"{path}: got JSON {brief(config)}, wanted an object. Download it again.")
+        return config
 
 
 def with_settings(checkpoint: Checkpoint) -> Checkpoint:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from fnmatch import translate
@@ -65,6 +66,24 @@ def repo_of(path: StrPath) -> Repo | None:
     """The model whose snapshot in the Hub's cache a folder is, or a file in it is of; None for any other."""
     found = _SNAPSHOT.search(os.path.realpath(path)) or _SNAPSHOT.search(os.path.abspath(path))
     return Repo(f"{found['org']}/{found['name']}", found["commit"]) if found else None
+
+
+def download_again(path: Path) -> str | None:
+    """How to have another copy of a file in the Hub's cache, where it is taken for good; None for any other file."""
+    folder = Path(os.path.realpath(path.parent))
+    repo = repo_of(folder)
+    if repo is None or folder.name != repo.commit or standins.shown(folder) != f"{folder}":
+        return None
+    cache, where = folder.parents[2], ""
+    with suppress(ImportError):
+        from huggingface_hub import constants
+
+        if os.path.realpath(constants.HF_HUB_CACHE) != os.path.realpath(cache):
+            where = f" --cache-dir {shlex.quote(f'{cache}')}"
+    return (
+        "It is in the Hub's cache; have it downloaded again: "
+        f"`hf download {repo.id} {shlex.quote(path.name)} --revision {repo.commit} --force-download{where}`."
+    )
 
 
 def is_remote(path: object) -> bool:

@@ -68,7 +68,7 @@ class LocalFile:
         os.close(self.fd)
 
 
-def contents(path: Path, hasher: Hasher) -> Iterator[object]:
+def contents(path: Path, hasher: Hasher) -> Iterator[bytes | memoryview]:
     """All bytes of a file of weights, here or elsewhere, by pieces, hashed on the way."""
     far = standins.far(path)
     if far is None:

@@ -245,9 +245,14 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 
 def sha256(arguments: argparse.Namespace) -> int:
-    sums = ik.sha256(
-        arguments.path, write=arguments.write, threads=arguments.threads, follow_links=arguments.follow_links
-    )
+    with progress_bar(arguments, "sha256") as progress:
+        sums = ik.sha256(
+            arguments.path,
+            write=arguments.write,
+            threads=arguments.threads,
+            progress=progress,
+            follow_links=arguments.follow_links,
+        )
     if arguments.json:
         say(json.dumps(sums.to_dict(), indent=2))
     elif not arguments.quiet:

@@ -11,8 +11,9 @@ import json
 import math
 import os
 import threading
+import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -118,28 +119,43 @@ def as_text(table: Mapping[str, Any]) -> bytes:
     return (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
-def sha256(files: Mapping[str, Path], threads: int | None = None) -> dict[str, str]:
+def sha256(
+    files: Mapping[str, Path], threads: int | None = None, tell: Callable[[int], None] | None = None
+) -> dict[str, str]:
     """sha256 of whole files, by name, as the Hub shows it. An interrupt ends it within a moment.
+
+    tell  called in the calling thread, some times a second and at the end, with how many bytes were read
 
     The calling thread works as well, so that it does where the system starts no other.
     """
     found: dict[str, str] = {}
     waiting, errors = deque(files), deque[BaseException]()
+    read = dict.fromkeys(files, 0)
+    told = [0.0]
 
-    def work(ended: threading.Event) -> None:
+    def look() -> None:
+        if tell is not None and time.monotonic() > told[0] + 0.1:
+            told[0] = time.monotonic()
+            tell(sum(read.values()))
+
+    def work(ended: threading.Event | None) -> None:
         try:
             while waiting and not errors:
                 with suppress(IndexError):  # another thread was faster
                     name = waiting.popleft()
-                    found[name] = one(files[name])
+                    found[name] = one(name, is_asked=ended is None)
         except BaseException as error:
             errors.append(error)
         finally:
-            ended.set()
+            if ended is not None:
+                ended.set()
 
-    def one(path: Path) -> str:
+    def one(name: str, is_asked: bool) -> str:
         hasher = hashlib.sha256()
-        for _ in contents(path, hasher):
+        for piece in contents(files[name], hasher):
+            read[name] += len(piece)
+            if is_asked:
+                look()
             if errors:
                 break
         return hasher.hexdigest()
@@ -153,15 +169,19 @@ def sha256(files: Mapping[str, Path], threads: int | None = None) -> dict[str, s
             except RuntimeError:
                 break
             events.append(event)
-        work(threading.Event())
+        work(None)
         for event in events:
             while not event.wait(0.1):
                 try:
                     interrupts.check()
+                    if not errors:
+                        look()
                 except BaseException as error:
                     errors.append(error)
         if errors:
             raise errors[0]
+    if tell is not None:
+        tell(sum(read.values()))
     return {name: found[name] for name in files}
 
 

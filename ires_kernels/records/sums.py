@@ -15,6 +15,7 @@ from ires_kernels.files.opening import MAX_CONFIG, read_bytes
 from ires_kernels.files.plain import plain_lines
 from ires_kernels.planning.inputs import StrPath
 from ires_kernels.records import provenance
+from ires_kernels.streaming.stream import Progress
 
 _LINE = re.compile(r"(?P<sum>[0-9a-f]{64}) [ *](?P<name>.+)")
 
@@ -49,7 +50,14 @@ class Sums:
         return plain_lines(*provenance.sums_file(self.sums).decode(errors="surrogateescape").splitlines())
 
 
-def sha256(path: StrPath, *, write: bool = False, threads: int | None = None, follow_links: bool = False) -> Sums:
+def sha256(
+    path: StrPath,
+    *,
+    write: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    follow_links: bool = False,
+) -> Sums:
     """The sha256 sums of the weights of a model or a residual, compared with SHA256SUMS where that is there.
 
     >>> report = ik.apply("target/", ("instruct/", "base/"), out="merged/")
@@ -67,7 +75,9 @@ def sha256(path: StrPath, *, write: bool = False, threads: int | None = None, fo
     checkpoint = open_checkpoint(hub.local(path), follow_links=follow_links)
     files = {shard.path.name: shard.path for shard in checkpoint.shards}
     place = place_of(checkpoint)
-    found = Sums(checkpoint.path, provenance.sha256(files, threads), recorded(place))
+    size = sum(shard.header.file_size for shard in checkpoint.shards)
+    tell = None if progress is None else lambda done: progress(done, size)
+    found = Sums(checkpoint.path, provenance.sha256(files, threads, tell), recorded(place))
     if write and not found.ok:
         raise CheckpointError(
             f"{place}: has other sums of {', '.join(found.differ)}. If that is right, delete it, and write it anew."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,11 +32,11 @@ class Shell:
         self.home = folder / "hf"
         self.path = Path(__file__).parents[2]
 
-    def run(self, *arguments: object, code: int = 0, **more: str) -> str:
-        """One `ires` command; returns stdout, or with an error stderr."""
+    def run(self, *arguments: object, code: int = 0, module: str = "ires_kernels", **more: str) -> str:
+        """One `ires` command, or that of another module; returns stdout, or with an error stderr."""
         settings = {"HF_ENDPOINT": self.server.url, "HF_HOME": f"{self.home}", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-        command = [sys.executable, "-m", "ires_kernels", *map(str, arguments)]
+        command = [sys.executable, "-m", module, *map(str, arguments)]
         environment = {**kept, **settings, "PYTHONPATH": f"{self.path}", **more}
         done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stderr
@@ -43,7 +44,7 @@ class Shell:
 
     def refused(self, *arguments: object, **more: str) -> str:
         """The message of a command that is refused."""
-        return self.run(*arguments, code=2, **more)
+        return self.run(*arguments, code=2, module="ires_kernels", **more)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,29 @@ def test_a_commit_that_moves_meanwhile(shell: Shell, server: Hub, tmp_path: Path
     assert model.refs["main"] != first
     found = json.loads(shell.run("inspect", "org/moving", "--json"))
     assert found["config"]["model_type"] == "new"
+
+
+def test_a_file_of_the_cache_that_is_damaged(shell: Shell, server: Hub, tmp_path: Path) -> None:
+    """The library of the Hub takes it for good, whoever asks; the command that is printed mends it."""
+    commit = server.models["org/base"].refs["main"]
+    shell.run("inspect", "org/base")
+    snapshot = shell.home / "hub/models--org--base/snapshots" / commit
+    other = tmp_path / "another cache"
+    shutil.copytree(snapshot.parents[1], other / snapshot.parents[1].name, symlinks=True)
+    (tmp_path / "base").symlink_to(other / snapshot.relative_to(snapshot.parents[2]))
+    for asked, path in (
+        ("org/base", snapshot / "model.safetensors"),
+        (tmp_path / "base", tmp_path / "base/config.json"),
+    ):
+        good = path.read_bytes()
+        path.resolve().write_bytes(good[:-5])
+        said = " ".join(shell.refused("inspect", asked).split())
+        command = re.search(r"downloaded again: `hf (download org/base .* --force-download.*)`", said)
+        assert command, said
+        assert (f"--cache-dir '{other}'" in said) == (asked == tmp_path / "base")
+        shell.run(*shlex.split(command[1]), module="huggingface_hub.cli.hf")
+        assert path.read_bytes() == good
+        shell.run("inspect", asked)
 
 
 def test_offline(shell: Shell, server: Hub) -> None:

@@ -313,11 +313,22 @@ def test_json_where_nothing_is_left_to_do(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.usefixtures("root")
-def test_progress_on_a_terminal_only() -> None:
-    arguments = [sys.executable, "-m", "ires_kernels", "extract", "base", "instruct", "-o", "residual"]
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["extract", "base", "instruct", "-o", "residual"], b"16.8/16.8 kB"),
+        (["sha256", "base"], b"4.8/4.8 kB"),
+    ],
+    ids=["extract", "sha256"],
+)
+def test_progress_on_a_terminal_only(arguments: list[str], wanted: bytes) -> None:
     ours, theirs = pty.openpty()
     done = subprocess.run(
-        arguments, stdout=subprocess.PIPE, stderr=theirs, check=True, env={**os.environ, "TERM": "xterm"}
+        [sys.executable, "-m", "ires_kernels", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        check=True,
+        env={**os.environ, "TERM": "xterm"},
     )
     os.close(theirs)
     shown = b""
@@ -327,8 +338,8 @@ def test_progress_on_a_terminal_only() -> None:
     except OSError:  # Linux's way to say that the other end is closed
         pass
     os.close(ours)
-    assert b"extract" in shown
-    assert b"16.8/16.8 kB" in shown
+    assert arguments[0].encode() in shown
+    assert wanted in shown
     assert b"\x1b" not in done.stdout
 
 
