@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     from ires_kernels.checking.verification import verify
     from ires_kernels.live.update import apply_
     from ires_kernels.memory.mapping import mapped
-    from ires_kernels.merging import apply, compare, extract, finish, load, merge, resume, rollback, weights
+    from ires_kernels.merging.application import apply
+    from ires_kernels.merging.comparison import compare
+    from ires_kernels.merging.extraction import extract
+    from ires_kernels.merging.loading import load, weights
+    from ires_kernels.merging.recipes import merge
+    from ires_kernels.merging.resumption import finish, resume, rollback
     from ires_kernels.publishing import publish
     from ires_kernels.records.state import status
     from ires_kernels.records.summary import inspect
@@ -68,7 +73,12 @@ _HOMES = {
     "live.update": ("apply_",),
     "memory.mapping": ("mapped",),
     "checking.verification": ("verify",),
-    "merging": ("apply", "compare", "extract", "finish", "load", "merge", "resume", "rollback", "weights"),
+    "merging.application": ("apply",),
+    "merging.comparison": ("compare",),
+    "merging.extraction": ("extract",),
+    "merging.loading": ("load", "weights"),
+    "merging.recipes": ("merge",),
+    "merging.resumption": ("finish", "resume", "rollback"),
     "publishing": ("publish",),
     "records.state": ("status",),
     "records.sums": ("sha256",),

@@ -9,11 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ires_kernels import merging
 from ires_kernels.checking.recorded import check_weights
 from ires_kernels.checkpoints import hub
 from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.merging.extraction import save_sum
+from ires_kernels.merging.request import Running
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.inputs import StrPath, check_path, open_inputs
 from ires_kernels.planning.plan import Plan
@@ -91,7 +92,8 @@ class Residual(Sum):
         if folder is not None:
             raise ArgumentError(f"{folder}: is this residual; it need not be saved again. Copy the folder.")
         paths, factors = roles_of_sum(self.terms), [factor for factor, _ in self.terms]
-        return merging.save_sum(paths, () if _is_difference(self.terms) else factors, path, **options)
+        running, others = Running.apart(options)
+        return save_sum(paths, () if _is_difference(self.terms) else factors, path, running, **others)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, **options: Any) -> str:
         """Upload it to a model on the Hub, which is made if it is not there; returns the address of the commit.

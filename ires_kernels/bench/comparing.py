@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from ires_kernels import merging
+import ires_kernels as ik
 from ires_kernels.backends.fit import Fit
 from ires_kernels.backends.fitting import definition
 from ires_kernels.bench.kernels import VerificationError
@@ -29,7 +29,7 @@ _CHECKED = 5
 
 def verify(triple: Triple, threads: int | None = None) -> int:
     """Compare, and hold some tensors against the definition; returns how many elements. Raises VerificationError."""
-    found = merging.compare(triple.target, (triple.instruct, triple.base), threads=threads).tensors
+    found = ik.compare(triple.target, (triple.instruct, triple.base), threads=threads).tensors
     roles = [open_checkpoint(path).tensors for path in (triple.target, triple.instruct, triple.base)]
     names = [*list(found)[:2], *sorted(found, key=lambda name: found[name].elements)[:_CHECKED]]
     for name in dict.fromkeys(names):
@@ -63,7 +63,7 @@ def measure(triple: Triple, rounds: int, *, threads: int | None = None) -> Resul
         subprocess.run(command, env=environment(), check=True)
 
     def call() -> None:
-        merging.compare(triple.target, (triple.instruct, triple.base), threads=threads)
+        ik.compare(triple.target, (triple.instruct, triple.base), threads=threads)
 
     folders = triple.target, triple.instruct, triple.base
     run()  # what is imported is compiled

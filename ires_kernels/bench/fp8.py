@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ires_kernels import merging
+import ires_kernels as ik
 from ires_kernels.bench import merges
 from ires_kernels.bench.kernels import VerificationError
 from ires_kernels.bench.measure import Ways, interleave
@@ -118,7 +118,7 @@ def verify(target: Path, instruct: Path, base: Path, out: Path, threads: int | N
 
     Raises VerificationError.
     """
-    merging.apply(target, (instruct, base), out=out, sync=False, threads=threads)
+    ik.apply(target, (instruct, base), out=out, sync=False, threads=threads)
     compared = 0
     for file in sorted(target.glob("*.safetensors")):
         t, i, b, found = (load_file(model / file.name) for model in (target, instruct, base, out))
@@ -146,7 +146,7 @@ def measure(triple: Triple, folder: Path, rounds: int, *, threads: int | None = 
     compared = verify(triple.target, instruct, base, out, threads)
 
     def ours(target: Path) -> Callable[[], object]:
-        return lambda: merging.apply(target, (instruct, base), out=out, sync=False, threads=threads)
+        return lambda: ik.apply(target, (instruct, base), out=out, sync=False, threads=threads)
 
     def theirs(target: Path, to_fp8: bool) -> Callable[[], object]:
         return lambda: by_hand(target, instruct, base, folder, out, to_fp8=to_fp8)

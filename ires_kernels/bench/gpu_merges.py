@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from ires_kernels import merging
+import ires_kernels as ik
 from ires_kernels.bench import loaders, merges
 from ires_kernels.bench.accelerator import Accelerator
 from ires_kernels.bench.gpu import available
@@ -42,9 +42,9 @@ def measure(triple: Triple, folder: Path, device: Accelerator, rounds: int) -> R
         READ: lambda: merges.read(triple.base, triple.instruct, triple.target),
         PCIE: lambda: device.transfer(3 * size, size),
         PCIE_IN: lambda: device.transfer(3 * size, 0),
-        ON_CPU: lambda: merging.apply(triple.target, pair, out=out, sync=False),
-        ON_GPU: lambda: merging.apply(triple.target, pair, out=out, sync=False, device=place),
-        LOAD: lambda: merging.load(triple.target, pair, device=place),
+        ON_CPU: lambda: ik.apply(triple.target, pair, out=out, sync=False),
+        ON_GPU: lambda: ik.apply(triple.target, pair, out=out, sync=False, device=place),
+        LOAD: lambda: ik.load(triple.target, pair, device=place),
     }
     others, unavailable = loaders.ways(triple, device.place)
     ways |= others

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ires_kernels import merging
+import ires_kernels as ik
 from ires_kernels.backends.call import threads as kernel_threads
 from ires_kernels.bench import floor
 from ires_kernels.bench.kernels import VerificationError
@@ -65,7 +65,7 @@ def verify(triple: Triple, folder: Path, threads: int) -> int:
     out, changed = folder / "out", folder / "changed"
     token = kernel_threads.set(threads)
     try:
-        merging.apply(triple.target, (triple.instruct, triple.base), out=out, sync=False, threads=threads)
+        ik.apply(triple.target, (triple.instruct, triple.base), out=out, sync=False, threads=threads)
         for listed in (False, True):
             shutil.copytree(triple.target, changed)
             change(changed, triple, listed=listed)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ires_kernels import merging
+import ires_kernels as ik
 from ires_kernels.bench import floor
 from ires_kernels.bench.kernels import VerificationError, chosen, differing
 from ires_kernels.bench.measure import Quartiles, Ways, interleave, watch
@@ -83,7 +83,7 @@ def bare(triple: Triple, out: Path, threads: int) -> None:
 def in_place(target: Path, triple: Triple, threads: int | None, *, undo: str = "none", sync: bool = False) -> None:
     """Change `target`; a tag of its own makes it another application to what the one before has left."""
     pair, tag = (triple.instruct, triple.base), f"{next(_turns)}"
-    merging.apply(target, pair, in_place=True, undo=undo, sync=sync, tag=tag, threads=threads)
+    ik.apply(target, pair, in_place=True, undo=undo, sync=sync, tag=tag, threads=threads)
 
 
 def forget(folders: Iterable[Path]) -> None:
@@ -103,7 +103,7 @@ def verify(triple: Triple, folder: Path, threads: int | None = None, device: str
     out = folder / "out"
     try:
         pair = (triple.instruct, triple.base)
-        merging.apply(triple.target, pair, out=out, sync=False, threads=threads, device=device)
+        ik.apply(triple.target, pair, out=out, sync=False, threads=threads, device=device)
         return _compare(triple, out)
     finally:
         shutil.rmtree(out, ignore_errors=True)
@@ -149,11 +149,11 @@ def contenders(
     ways: Ways = {
         COPY: lambda: copy(triple, out),
         FLOOR: lambda: bare(triple, out, threads or default_threads()),
-        ONE_PASS: lambda: merging.apply(triple.target, pair, out=out, sync=False, threads=threads),
+        ONE_PASS: lambda: ik.apply(triple.target, pair, out=out, sync=False, threads=threads),
         BARE: lambda: in_place(changed, triple, threads),
-        SYNCED: lambda: merging.apply(triple.target, pair, out=out, threads=threads),
-        EXTRACT: lambda: merging.extract(triple.base, triple.instruct, out, sync=False, threads=threads),
-        APPLY: lambda: merging.apply(triple.target, residual, out=out, sync=False, threads=threads),
+        SYNCED: lambda: ik.apply(triple.target, pair, out=out, threads=threads),
+        EXTRACT: lambda: ik.extract(triple.base, triple.instruct, out, sync=False, threads=threads),
+        APPLY: lambda: ik.apply(triple.target, residual, out=out, sync=False, threads=threads),
         RING: lambda: in_place(changed, triple, threads, undo="ring"),
         RING_SYNCED: lambda: in_place(changed, triple, threads, undo="ring", sync=True),
     }
@@ -162,7 +162,7 @@ def contenders(
     try:
         shutil.copytree(triple.target, changed)
         if not only_one_pass:
-            merging.extract(triple.base, triple.instruct, residual, sync=False, threads=threads)
+            ik.extract(triple.base, triple.instruct, residual, sync=False, threads=threads)
         yield {name: way for name, way in ways.items() if name in BRIEF or not only_one_pass}
     finally:
         for path in (out, residual, changed):

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from ires_kernels import merging
+import ires_kernels as ik
 from ires_kernels.bench import links, scale
 from ires_kernels.bench.kernels import VerificationError
 from ires_kernels.bench.measure import interleave
@@ -136,7 +136,7 @@ def simulate(folder: Path, nodes: int, layers: int, known: Costs, *, link: float
     shape = Shape(512, 2048, layers, 8, 4, 64, 3072, shards=4)
     triple = write_triple(folder / "models", shape)
     work = of_plan(_plan(triple))
-    merging.apply(triple.target, (triple.instruct, triple.base), out=folder / "alone", sync=False)
+    ik.apply(triple.target, (triple.instruct, triple.base), out=folder / "alone", sync=False)
     out = folder / "out"
     far = Triple(Path("base"), Path("instruct"), Path("target"), triple.parameters, triple.nbytes)
     with links.serving(folder / "models", nodes, link=link, source=source) as served:
@@ -200,13 +200,13 @@ def of_plan(plan: Plan) -> Work:
 
 def _plan(triple: Triple) -> Plan:
     with tempfile.TemporaryDirectory() as name:
-        found = merging.apply(triple.target, (triple.instruct, triple.base), out=Path(name, "out"), dry_run=True)
+        found = ik.apply(triple.target, (triple.instruct, triple.base), out=Path(name, "out"), dry_run=True)
     assert isinstance(found, Plan)
     return found
 
 
 def _merge(triple: Triple, out: Path, workers: tuple[int, int]) -> object:
-    return merging.apply(triple.target, (triple.instruct, triple.base), out=out, workers=workers, threads=1)
+    return ik.apply(triple.target, (triple.instruct, triple.base), out=out, workers=workers, threads=1)
 
 
 def _command(triple: Triple, out: Path, *more: str, at: str = "") -> list[str]:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ires_kernels import merging
+import ires_kernels as ik
 from ires_kernels.bench.kernels import VerificationError
 from ires_kernels.bench.measure import Quartiles, interleave
 from ires_kernels.bench.result import Comparison, Result
@@ -74,7 +74,7 @@ def commands(triple: Triple, folder: Path) -> dict[str, Command]:
 
 def weigh(triple: Triple, folder: Path) -> dict[str, int]:
     """Run every command once; returns the most bytes that each held. Raises VerificationError for another exit code."""
-    merging.extract(triple.base, triple.instruct, folder / "residual", sync=False)
+    ik.extract(triple.base, triple.instruct, folder / "residual", sync=False)
     peaks = {}
     for name, command in commands(triple, folder).items():
         done = subprocess.run(command.weighed(), env=environment(), capture_output=True, text=True, check=False)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from small_models import triple
 
-from ires_kernels import merging
 from ires_kernels.cli import main
 from ires_kernels.files import interrupts
+from ires_kernels.merging import extraction
 
 INT, ALARM = signal.SIGINT, signal.SIGALRM
 
@@ -144,13 +144,13 @@ def test_a_signal_in_a_finaliser_ends_a_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, instruct, _ = triple(tmp_path)
-    opened = merging.open_inputs
+    opened = extraction.open_inputs
 
     def finalising(*arguments: Any, **options: Any) -> Any:
         Finalised()
         return opened(*arguments, **options)
 
-    monkeypatch.setattr(merging, "open_inputs", finalising)
+    monkeypatch.setattr(extraction, "open_inputs", finalising)
     assert main(["extract", f"{base}", f"{instruct}", "-o", f"{tmp_path}/out"]) == 143
     assert capsys.readouterr().err.startswith("ires: stopped by SIGTERM.\n")
     assert not (tmp_path / "out").exists()

@@ -15,9 +15,9 @@ import pytest
 from small_models import triple
 
 import ires_kernels as ik
-from ires_kernels import merging
 from ires_kernels.files import trust
 from ires_kernels.files.shared import notes
+from ires_kernels.merging.planned import planned_again
 from ires_kernels.new_folder import on_ray
 from ires_kernels.new_folder.on_ray import Failure, Task, write_item
 from ires_kernels.new_folder.workers import Joined
@@ -82,19 +82,19 @@ def test_a_task_plans_again_and_writes_its_item(merge: Merge, monkeypatch: pytes
         assert len(tasks) >= 4
         first, *others = tasks
         for task in (first, first, *others):
-            found = write_item(task, merging._planned_again)
+            found = write_item(task, planned_again)
             assert not isinstance(found, Failure)
     ik.finish(merge.out)
     merge.check()
-    assert write_item(first, merging._planned_again) == (0, 0)
+    assert write_item(first, planned_again) == (0, 0)
 
 
 def test_what_goes_wrong_in_a_task_is_told_here(merge: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(on_ray, "_joined", {})
     task = Task(f"{merge.out}", "", ("model.safetensors", 0, 1), "item-0", "cpu", 1, True, "")
-    merging.apply(merge.target, (merge.instruct, merge.base), out=merge.out, workers=(0, 3))
+    ik.apply(merge.target, (merge.instruct, merge.base), out=merge.out, workers=(0, 3))
     min(merge.instruct.glob("*.safetensors")).touch()
-    found = write_item(task, merging._planned_again)
+    found = write_item(task, planned_again)
     assert isinstance(found, Failure)
     with pytest.raises(ValueError, match="its inputs are not what they were"):
         on_ray._raise(found)
@@ -109,8 +109,8 @@ def slowly(task: Task) -> object:
     """Write an item with a pause before each write; it is sent to the machines as it stands here."""
     import time
 
-    from ires_kernels import merging
     from ires_kernels.files import new_file
+    from ires_kernels.merging.planned import planned_again
     from ires_kernels.new_folder import on_ray
     from ires_kernels.new_folder import workers as working
 
@@ -123,7 +123,7 @@ def slowly(task: Task) -> object:
         new_file.quick(self, *arguments)  # type: ignore[attr-defined]
 
     new_file.NewFile.write = write  # type: ignore[method-assign]
-    return on_ray.write_item(task, merging._planned_again)
+    return on_ray.write_item(task, planned_again)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import pytest
 from small_models import normal, triple, write_model
 
 import ires_kernels as ik
-from ires_kernels import merging
 from ires_kernels.in_place import finish
 
 
@@ -97,7 +96,7 @@ def test_said_after_an_interruption_too(monkeypatch: pytest.MonkeyPatch) -> None
         patch.setattr(finish, "_write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             update("residual", 0.5)
-    assert said(merging.resume("target").warnings)[1].endswith("with alpha 1.5 in all: 1 + 0.5")
+    assert said(ik.resume("target").warnings)[1].endswith("with alpha 1.5 in all: 1 + 0.5")
 
 
 def test_what_was_taken_back_is_not_there() -> None:

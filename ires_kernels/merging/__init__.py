@@ -1,0 +1,1 @@
+"""Whole checkpoints: open, plan, stream, and keep the result only if everything went well."""
