@@ -42,7 +42,7 @@ class Tally:
     noise: float = 0.0  # of results that are stored as codes with scales: sum of (stored - result)^2
 
     def __iadd__(self, other: Tally) -> Tally:
-        for name in self.__slots__:
+        for name in Tally.__slots__:  # and not those of a class that has more
             setattr(self, name, getattr(self, name) + getattr(other, name))
         return self
 

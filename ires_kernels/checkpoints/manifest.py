@@ -159,6 +159,27 @@ class Requantized:
 
 
 @dataclass(frozen=True, slots=True)
+class Fitted:
+    """How target and instruct have moved away from base, as `fit.FitReport.numbers` tells it."""
+
+    elements: Count = 0
+    drift: float | None = None
+    size: float | None = None
+    cosine: float | None = None
+    sign_conflicts: float | None = None
+    within_an_ulp: float | None = None
+    effective_alpha: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """The same of all merged tensors together, and of matrices alone."""
+
+    total: Fitted = Fitted()
+    matrices: Fitted = Fitted()
+
+
+@dataclass(frozen=True, slots=True)
 class Numbers:
     """What a merge did to the numbers, as `report.Report.numbers` counts it."""
 
@@ -172,6 +193,7 @@ class Numbers:
     overflow: Count = 0
     strengths: tuple[Strength, ...] = ()
     requantized: Requantized | None = None
+    compare: Compared | None = None
 
 
 @dataclass(frozen=True, slots=True)

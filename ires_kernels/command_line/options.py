@@ -33,6 +33,11 @@ def destination(parser: argparse.ArgumentParser) -> None:
         help="--undo none: faster, but to be killed or to lose power on the way ruins TARGET",
     )
     parser.add_argument("--tag", default="", metavar="TEXT", help="in place: to apply the same once more on purpose")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="with a pair of models: also say how far both are from base, as `ires compare` does, in the same pass",
+    )
 
 
 def merging(parser: argparse.ArgumentParser, *, dtype: str | None, kept: str) -> None:

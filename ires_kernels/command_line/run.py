@@ -72,6 +72,7 @@ def apply(arguments: argparse.Namespace) -> int:
             in_place=arguments.in_place,
             undo=arguments.undo or "ring",
             tag=arguments.tag,
+            compare=arguments.compare,
             alpha=alpha,
             alphas=arguments.alpha_for,
             dtype=arguments.dtype,
@@ -127,6 +128,7 @@ def merge(arguments: argparse.Namespace) -> int:
             in_place=arguments.in_place,
             undo=arguments.undo or "ring",
             tag=arguments.tag,
+            compare=arguments.compare,
             trust_inputs=arguments.trust_inputs,
             **_how(arguments, progress),
         )

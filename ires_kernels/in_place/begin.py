@@ -29,7 +29,7 @@ _AGAIN = (
     "the times of then a sample was compared; `ires verify` reads all of what it has hashes of"
 )
 # Bytes that are reserved for the log and the manifest, so that neither finds the disk full when the weights are new.
-_ROOM, _OF_TENSOR, _OF_WINDOW, _DIGEST = 1 << 16, 768, 512, 32
+_ROOM, _OF_TENSOR, _OF_WINDOW, _FIT, _DIGEST = 1 << 16, 768, 512, 512, 32
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,13 @@ def begin(
             plan,
             sync=sync,
             sha256=sha256,
+            compare=options.compare,
             tag=tag,
             undo=undo,
             recipe=ready.recipe,
             names=names,
             hidden=os.stat(place.work).st_ino,
-            log_size=_room(ready.steps) + _room_of_windows(ready.steps, windows),
+            log_size=_room(ready.steps) + _room_of_windows(ready.steps, windows, _FIT * options.compare),
             sizes=asdict(sizes),
             windows=[[window.file, window.start, window.stop] for window in windows],
             copies=dict(copies),
@@ -129,11 +130,15 @@ def _room(steps: Sequence[Step]) -> int:
     return _ROOM + sum(_OF_TENSOR + 4 * len(step.name) for step in steps)
 
 
-def _room_of_windows(steps: Sequence[Step], windows: Sequence[Window]) -> int:
-    """For what is known at the end of each window of a tensor that goes on: what each of its steps has counted."""
+def _room_of_windows(steps: Sequence[Step], windows: Sequence[Window], fit: int) -> int:
+    """For what is known at the end of each window of a tensor that goes on: what each of its steps has counted.
+
+    fit  how much more that is of each step, there and where it ends
+    """
     parts = Counter(step.output for step in steps)
     lasts = [window.segments[-1].step for window in windows]
-    return sum(_OF_WINDOW * parts[step.output] + 4 * len(step.name) * (parts[step.output] - 1) for step in lasts)
+    more = fit * (len(steps) + sum(parts[step.output] for step in lasts))
+    return more + sum(_OF_WINDOW * parts[step.output] + 4 * len(step.name) * (parts[step.output] - 1) for step in lasts)
 
 
 def _stage(place: Workplace, plan: Plan) -> tuple[dict[str, dict[str, str]], list[str]]:

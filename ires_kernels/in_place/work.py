@@ -17,9 +17,9 @@ from ires_kernels.in_place import begun
 from ires_kernels.in_place.again import Update
 from ires_kernels.in_place.cuts import Window
 from ires_kernels.planning.steps import Step, by_output
-from ires_kernels.streaming import stream
+from ires_kernels.streaming import fitting, stream
 from ires_kernels.streaming.options import Options
-from ires_kernels.streaming.outcome import Outcome
+from ires_kernels.streaming.outcome import Outcome, tally_of
 from ires_kernels.streaming.stream import Done
 
 
@@ -36,7 +36,7 @@ def work(update: Update, options: Options) -> Outcome:
             part = table["part"]
             done = {}
             if part:
-                tallies = {label: Tally(**numbers) for label, numbers in part["tallies"].items()}
+                tallies = {label: tally_of(numbers) for label, numbers in part["tallies"].items()}
                 done = {part["name"]: Done(part["stop"], tallies)}
         own = plan.roles_of_target()
         read = Outcome()
@@ -54,6 +54,7 @@ def work(update: Update, options: Options) -> Outcome:
             plan.rules,
             writer.write,
             hashed=plan.inputs.keys() - own,
+            fit=fitting.of_tile if operation.compare else None,
             processors=options.processors,
             threads=options.threads,
             progress=options.progress,

@@ -15,7 +15,7 @@ from ires_kernels.files.ownership import StoreError
 from ires_kernels.in_place.run import carry_on_as_asked, update_model
 from ires_kernels.merging.output import write
 from ires_kernels.merging.planned import warned
-from ires_kernels.merging.request import Added, Factors, Renames, Running, Workers, wanted
+from ires_kernels.merging.request import PAIR, Added, Factors, Renames, Running, Workers, wanted
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.inputs import StrPath, check_flags, check_path, open_inputs
 from ires_kernels.planning.plan import Plan, plan_apply
@@ -30,6 +30,8 @@ from ires_kernels.streaming.stream import Progress
 
 if TYPE_CHECKING:
     import torch
+
+_NOT_COMPARED = "not compared: all of it, or a part, was merged before, by a run without compare (--compare)"
 
 
 def apply(
@@ -52,6 +54,7 @@ def apply(
     sha256: bool = False,
     undo: str = "ring",
     tag: str = "",
+    compare: bool = False,
     device: str | torch.device = "cpu",
     threads: int | None = None,
     progress: Progress | None = None,
@@ -90,11 +93,12 @@ def apply(
     undo           in place, the old bytes that are kept: "ring", those that an interrupted run needs to go on, 128 MiB
                    at most; "all", so that `rollback` can take back the finished update as well; "none"
     tag            in place, what tells this from an earlier application of the same: the same again changes nothing
+    compare        with a pair: count on the way what `compare` tells, for the report. Nothing is read twice
 
     The others as for `extract`, and the same errors.
     """
     running = Running(
-        sync=sync, sha256=sha256, device=device, threads=threads, progress=progress,
+        sync=sync, sha256=sha256, compare=compare, device=device, threads=threads, progress=progress,
         dry_run=dry_run, follow_links=follow_links, lock=lock, workers=workers,
     )  # fmt: skip
     where = Destination(out, in_place, undo, tag)
@@ -140,6 +144,21 @@ def applied(
     paths: Mapping[str, StrPath], rules: Rules, where: Destination, running: Running, made: Manifest | None = None
 ) -> Report | WorkerReport | Plan:
     """Carry out `apply`; `made` is the manifest of what is to be made again."""
+    if running.compare and list(paths) != PAIR:
+        raise ArgumentError(
+            f"compare (--compare) takes one pair of models, and {', '.join(list(paths)[1:])} are given. Give the two "
+            "models that a residual was made of, as (instruct, base) (--instruct, --base), or leave it out: "
+            "`ires compare` takes one pair of several at a time."
+        )
+    done = _carried_out(paths, rules, where, running, made)
+    if running.compare and isinstance(done, Report) and done.compared is None:
+        done = replace(done, notes=(*done.notes, _NOT_COMPARED))
+    return done
+
+
+def _carried_out(
+    paths: Mapping[str, StrPath], rules: Rules, where: Destination, running: Running, made: Manifest | None
+) -> Report | WorkerReport | Plan:
     target, sync, sha256, dry_run = paths["target"], running.sync, running.sha256, running.dry_run
     options = running.options
     begun = state.find_update(Path(target)) if where.in_place else None

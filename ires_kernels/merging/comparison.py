@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ires_kernels.checking import guards
 from ires_kernels.checkpoints import configs, hub
-from ires_kernels.merging.request import Renames
+from ires_kernels.merging.request import PAIR, Renames
 from ires_kernels.planning import ancestry
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.inputs import Pair, StrPath, check_flags, open_inputs, roles_of_apply
@@ -57,7 +57,7 @@ def compare(
     """
     check_flags(follow_links=follow_links, curve=curve)
     paths = roles_of_apply(hub.local(target), hub.locals_of(residual), follow_links=follow_links)
-    if list(paths) != ["target", "instruct", "base"]:
+    if list(paths) != PAIR:
         raise ArgumentError(f"{', '.join(paths)} are given; wanted a target and a pair of models: (instruct, base).")
     asked = Rules.of(1, alpha=alpha)
     rules = Rules.of(

@@ -28,6 +28,7 @@ def merge(
     sha256: bool = False,
     undo: str = "ring",
     tag: str = "",
+    compare: bool = False,
     device: str | torch.device = "cpu",
     threads: int | None = None,
     progress: Progress | None = None,
@@ -57,7 +58,7 @@ def merge(
     The others and the errors as for `apply`; what is not supported is an ArgumentError that names line and key.
     """
     running = Running(
-        sync=sync, sha256=sha256, device=device, threads=threads, progress=progress,
+        sync=sync, sha256=sha256, compare=compare, device=device, threads=threads, progress=progress,
         dry_run=dry_run, follow_links=follow_links, lock=lock, workers=workers,
     )  # fmt: skip
     where = Destination(out, in_place, undo, tag)

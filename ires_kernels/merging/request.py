@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Added = StrPath | Sum | Sequence[StrPath | Sum] | Sequence[Pair | Sum]
 Renames = Iterable[str | tuple[str, str]] | Mapping[str, str]
 Workers = tuple[int, int] | str | None
+PAIR = ["target", "instruct", "base"]
+"""The roles of models that can be compared."""
 Factors = Iterable[tuple[str, float | Sequence[float]]] | Mapping[str, float | Sequence[float]]
 
 
@@ -30,6 +32,7 @@ class Running:
 
     sync: bool = True
     sha256: bool = False
+    compare: bool = False
     device: str | torch.device = "cpu"
     threads: int | None = None
     progress: Progress | None = None
@@ -47,7 +50,9 @@ class Running:
 
     def check(self) -> None:
         """Refuse arguments of wrong kinds, and those that do not go together."""
-        check_flags(**{flag: getattr(self, flag) for flag in ("sync", "sha256", "dry_run", "follow_links", "lock")})
+        check_flags(
+            **{flag: getattr(self, flag) for flag in ("sync", "sha256", "compare", "dry_run", "follow_links", "lock")}
+        )
         if self.worker is not None and not self.sync:
             raise ArgumentError(
                 "workers wait for the disk: of what others wrote a machine that restarts knows nothing."
@@ -62,7 +67,7 @@ class Running:
     def options(self) -> Options:
         """Of this process: the machines of a cluster may have GPUs, and this one none."""
         device = "cpu" if isinstance(self.worker, Cluster) else self.device
-        return Options.of(device, self.threads, self.progress, self.lock, idle=self.dry_run)
+        return Options.of(device, self.threads, self.progress, self.lock, idle=self.dry_run, compare=self.compare)
 
 
 def wanted(

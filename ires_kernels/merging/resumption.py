@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,7 @@ def resume(
     if found.what == "new folder":
         operation = found.operation
         plan = planned_again(operation)
+        options = replace(options, compare=operation.compare)
         report = write_folder(plan, path, options, sync=operation.sync, sha256=operation.sha256)
         assert isinstance(report, Report)
         return report
@@ -94,6 +96,7 @@ def finish(
         found = state.find(out)
         if found.what == "new folder":
             operation = found.operation
+            options = replace(options, compare=operation.compare)
             return finish_folder(planned_again(operation), out, options, sha256=operation.sha256)
     except FileNotFoundError:  # the last worker was faster
         pass

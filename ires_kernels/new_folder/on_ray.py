@@ -137,7 +137,7 @@ def _write_item(task: Task, planned_again: Callable[[Operation], Plan]) -> tuple
         if found.what != "new folder":  # it is finished, or was taken back
             return 0, 0
         plan = planned_again(found.operation)
-        options = Options.of(task.device, task.threads, None, task.locked)
+        options = Options.of(task.device, task.threads, None, task.locked, compare=found.operation.compare)
         _joined.clear()
         _joined[known] = Joined.of(plan, out, options, sha256=found.operation.sha256)
     joined = _joined[known]

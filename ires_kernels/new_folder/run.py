@@ -38,7 +38,7 @@ from ires_kernels.planning.steps import Step
 from ires_kernels.records import card, provenance, sides
 from ires_kernels.records.operation import Operation, other_files
 from ires_kernels.records.report import Report
-from ires_kernels.streaming import stream
+from ires_kernels.streaming import fitting, stream
 from ires_kernels.streaming.options import Options
 from ires_kernels.streaming.outcome import Outcome
 
@@ -86,7 +86,7 @@ def begin(plan: Plan, out: Path, options: Options, *, sync: bool, sha256: bool) 
 
     Raises CheckpointError and StoreError where the inputs are not what they have to be, OSError for a full disk.
     """
-    compared, operation = prepared(plan, sync=sync, sha256=sha256)
+    compared, operation = prepared(plan, sync=sync, sha256=sha256, compare=options.compare)
     folder = NewFolder(
         out, identity(operation), operation.to_bytes(), accept=partial(_check_begun, plan, out, options.threads),
         sync=sync, locked=options.locked, access=sides.access_of(plan),
@@ -98,12 +98,12 @@ def begin(plan: Plan, out: Path, options: Options, *, sync: bool, sha256: bool) 
         yield Begun(plan, operation, folder, learnt(folder.finished.values()), compared)
 
 
-def prepared(plan: Plan, *, sync: bool, sha256: bool) -> tuple[dict[str, dict[str, str]], Operation]:
+def prepared(plan: Plan, *, sync: bool, sha256: bool, compare: bool) -> tuple[dict[str, dict[str, str]], Operation]:
     """What `Begun` has of a plan before anything is written. Raises CheckpointError for inputs that cannot be used."""
     compared = guards.compare(plan)
     guards.check_companions(plan)
     sizes = {file.name: file.size for file in plan.files}
-    return compared, Operation.of(plan, sync=sync, sha256=sha256, outputs=sizes)
+    return compared, Operation.of(plan, sync=sync, sha256=sha256, compare=compare, outputs=sizes)
 
 
 def write_files(plan: Plan, names: Collection[str], folder: NewFolder, options: Options) -> Outcome:
@@ -133,6 +133,7 @@ def write_parts(
             guards.file_ids(plan),
             plan.rules,
             lambda step, start, data, _: files[step.name].write(data, step.offset + start),
+            fit=fitting.of_tile if options.compare else None,
             processors=options.processors,
             threads=options.threads,
             progress=options.progress,

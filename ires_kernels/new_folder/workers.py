@@ -55,7 +55,7 @@ class Joined:
     @classmethod
     def of(cls, plan: Plan, out: Path, options: Options, *, sha256: bool) -> Joined:
         """Raises CheckpointError for inputs that cannot be used."""
-        compared, operation = prepared(plan, sync=True, sha256=sha256)
+        compared, operation = prepared(plan, sync=True, sha256=sha256, compare=options.compare)
         return cls(plan, out, options, operation, compared)
 
     def folder(self) -> SharedFolder:
@@ -219,8 +219,9 @@ def _check_same(joined: Joined, kept: bytes, _: object) -> None:
         theirs = Operation.from_bytes(kept, partial_folder)
     except CheckpointError as error:
         raise StoreError(*error.lines) from error
-    if theirs.sha256 != mine.sha256:
-        raise StoreError(f"{partial_folder}: was begun {'with' if theirs.sha256 else 'without'} --sha256. Do the same.")
+    for option, there, here in (("sha256", theirs.sha256, mine.sha256), ("compare", theirs.compare, mine.compare)):
+        if there != here:
+            raise StoreError(f"{partial_folder}: was begun {'with' if there else 'without'} --{option}. Do the same.")
     for role, checkpoint in joined.plan.inputs.items():
         for shard in checkpoint.shards:
             name = shard.path.name

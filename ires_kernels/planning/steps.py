@@ -274,6 +274,16 @@ def by_output(steps: Iterable[Step]) -> dict[Output, list[Step]]:
     return groups
 
 
+def copied(steps: Iterable[Step]) -> dict[str, str]:
+    """The tensors of which nothing is merged, and why; for some of their parts it may be another reason."""
+    reasons: dict[str, dict[str, None]] = {}
+    merged = set()
+    for step in steps:
+        reasons.setdefault(step.name, {})[step.reason] = None
+        merged |= set() if step.reason else {step.name}
+    return {name: "; ".join(why) for name, why in reasons.items() if name not in merged}
+
+
 class Comparison(NamedTuple):
     """Two tensors that must be equal byte for byte before anything is written."""
 

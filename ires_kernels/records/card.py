@@ -29,7 +29,7 @@ _PATH = re.compile(r"(?<![^\s'\"\[{,])(?:/|~|\.\.?/)[^\n'\",\]}#]*[^\s'\",\]}#]"
 """A path in a recipe that does not begin with a name, to the end of what it may be."""
 _ADDRESS = re.compile(r"(?:https?|s3|gs|az)://[^\s'\",\]}#]+", re.IGNORECASE)
 """Or an address, whose query may hold a secret."""
-_ROWS = ("merged", "lost to rounding", "warning")
+_ROWS = ("merged", "lost to rounding", "compared", "warning")
 
 
 def name(plan: Plan) -> str:

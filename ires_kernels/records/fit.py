@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ires_kernels.backends.fit import Fit
+from ires_kernels.checkpoints.manifest import Compared, Fitted
 from ires_kernels.checkpoints.standins import shown
 from ires_kernels.files.plain import plain, plain_lines, several, table
 from ires_kernels.planning.plan import Plan, size
-from ires_kernels.records.report import copied
+from ires_kernels.planning.steps import Step, copied
+from ires_kernels.streaming.outcome import FitTally, Outcome
 
 MEASURED = ((0.15, 0.82), (0.21, 0.58), (0.34, 0.24))
 """Of targets of examples/continual whose weights were all trained (results/drift.md): the relative drift of matrices,
@@ -84,7 +86,21 @@ class FitReport:
         paths = {role: checkpoint.path for role, checkpoint in plan.inputs.items()}
         matrices = frozenset(step.name for step in plan.steps if len(step.shape) > 1 and step.name in tensors)
         report = cls(paths, alphas, dict(tensors), matrices, copied(plan.steps), seconds, bytes_read)
-        return replace(report, warnings=(*warnings, *_warnings(report)))
+        return replace(report, warnings=(*warnings, *_misfits(report), *_rounding(report)))
+
+    @classmethod
+    def of_merge(cls, plan: Plan, outcome: Outcome) -> FitReport | None:
+        """What a merge has counted on its way; None where it was not asked to, or not all of it was.
+
+        How much of alpha is left is told here where all is rounded to nearest with one alpha; the report tells anyhow.
+        """
+        found = _found(plan.steps, outcome)
+        if not found:
+            return None
+        if plan.rules.alphas or plan.rules.rounding != "nearest":
+            found = {name: replace(fit, moved=[], exact=0.0) for name, fit in found.items()}
+        report = cls.of(plan, found, plan.rules.alpha[:1], 0.0, 0)
+        return replace(report, warnings=tuple(_misfits(report)))
 
     @property
     def alpha(self) -> float:
@@ -123,6 +139,12 @@ class FitReport:
             "alpha": self.alpha,
             "seconds": self.seconds,
             "bytes_read": self.bytes_read,
+            **self.figures(),
+        }
+
+    def figures(self) -> dict[str, Any]:
+        """What was counted, in JSON types."""
+        return {
             "total": self.numbers(self.total),
             "matrices": self.numbers(self.matrix_total),
             "curve": [
@@ -135,6 +157,16 @@ class FitReport:
             "not_compared": self.not_compared,
             "warnings": list(self.warnings),
         }
+
+    def overall(self) -> Compared:
+        """What a manifest keeps of it, in as many digits as any order of adding up gives."""
+        return Compared(*(self._overall(fit) for fit in (self.total, self.matrix_total)))
+
+    def _overall(self, fit: Fit) -> Fitted:
+        numbers = self.numbers(fit)
+        del numbers["ulps"]
+        elements = numbers.pop("elements")
+        return Fitted(elements, **{key: None if x is None else float(f"{x:.6g}") for key, x in numbers.items()})
 
     def numbers(self, fit: Fit) -> dict[str, Any]:
         return {
@@ -149,13 +181,18 @@ class FitReport:
         }
 
     def __str__(self) -> str:
-        kinds = self.kinds
-        shown = dict(sorted(kinds.items(), key=lambda each: -each[1].elements)[:_LISTED])
         groups = _layers_in_few_rows(self.layers)
-        lines = [self._table({"all": self.total}, "kind of tensor", {k: f for k, f in kinds.items() if k in shown})]
-        lines += [f"and {len(kinds) - len(shown)} more kinds: --json has all"] if len(kinds) > len(shown) else []
+        lines = [self.section()]
         lines += [self._table({}, "layers", groups)] if len(groups) > 1 else []
         return plain_lines(*(line for part in lines for line in part.split("\n")), *table(self.rows()).split("\n"))
+
+    def section(self) -> str:
+        """The first of its tables, which the report of a merge has as well."""
+        kinds = self.kinds
+        shown = dict(sorted(kinds.items(), key=lambda each: -each[1].elements)[:_LISTED])
+        lines = [self._table({"all": self.total}, "kind of tensor", {k: f for k, f in kinds.items() if k in shown})]
+        lines += [f"and {len(kinds) - len(shown)} more kinds: --json has all"] if len(kinds) > len(shown) else []
+        return plain_lines(*(line for part in lines for line in part.split("\n")))
 
     def rows(self) -> list[tuple[str, str]]:
         """What is below the table."""
@@ -225,8 +262,33 @@ def _layers_in_few_rows(layers: Mapping[str, Fit], most: int = 8) -> dict[str, F
     return {title: _sum(layers[name] for name in group) for title, group in zip(titles, groups, strict=True)}
 
 
-def _warnings(report: FitReport) -> Iterable[str]:
-    total, alpha, drift = report.total, report.alpha, report.matrix_total.relative_drift
+def _found(steps: Iterable[Step], outcome: Outcome) -> dict[str, Fit]:
+    """What a run has counted by tensor; nothing where that is not known of all."""
+    found: dict[str, Fit] = {}
+    for step in steps:
+        if step.op == "add_difference" and not step.is_scale:
+            tally = outcome.tallies.get(step.label)
+            if not isinstance(tally, FitTally):
+                return {}
+            total = found.setdefault(step.name, Fit())
+            total += tally.fit
+    return found
+
+
+def rows_of(found: Compared) -> list[tuple[str, str]]:
+    """What a merge tells of it above the table."""
+    total, drift = found.total, found.matrices.drift
+    shares = _percent(total.sign_conflicts), _percent(total.within_an_ulp)
+    numbers = (
+        f"drift {_short(total.drift)}, of matrices {_short(drift)}, size {_short(total.size)}, cosine "
+        f"{_short(total.cosine)}, {shares[0]} of signs differ, instruct is within an ulp of base in {shares[1]}"
+    )
+    return [("compared", numbers), ("drift", f"|target - base| / |base|; {_measured()}")]
+
+
+def _misfits(report: FitReport) -> Iterable[str]:
+    """Warnings of what the models are."""
+    total, drift = report.total, report.matrix_total.relative_drift
     if not total.update:
         yield "the residual is 0: instruct and base hold the same numbers. Are they two different models?"
     if not total.drift:
@@ -240,6 +302,11 @@ def _warnings(report: FitReport) -> Iterable[str]:
             "merged in did no such harm (examples/continual). No threshold for others follows: try the merged model, "
             "at several alphas, before you rely on it"
         )
+
+
+def _rounding(report: FitReport) -> Iterable[str]:
+    """A warning of what rounding to nearest would leave of alpha."""
+    total, alpha = report.total, report.alpha
     effective = total.effective((alpha,))[0] if total.moved else None
     if effective is not None and alpha and abs(effective / alpha - 1) > 0.01:
         yield (

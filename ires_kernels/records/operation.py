@@ -44,6 +44,7 @@ class Operation:
     """Rules.to_dict."""
     sync: bool = True
     sha256: bool = False
+    compare: bool = False
     tag: str = ""
     follow_links: bool = False
     """Whether files of the inputs may be links out of their folders."""
@@ -191,7 +192,7 @@ def _is_flag(value: object) -> bool:
 
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("id", "version", "tag", "boot", "recipe", "scales"), _is_text),
-    **dict.fromkeys(("sync", "sha256", "follow_links"), _is_flag),
+    **dict.fromkeys(("sync", "sha256", "compare", "follow_links"), _is_flag),
     "kind": ("apply", "extract", MAPPED).__contains__,
     "undo": UNDO.__contains__,
     "paths": lambda value: _is_table(

@@ -30,8 +30,8 @@ from ires_kernels.files.samples import sample
 from ires_kernels.files.transfer import chunks
 from ires_kernels.planning.inputs import recorded
 from ires_kernels.planning.plan import VERSION, Plan
-from ires_kernels.planning.steps import Operand, Step, by_output
-from ires_kernels.records.report import Report, copied
+from ires_kernels.planning.steps import Operand, Step, by_output, copied
+from ires_kernels.records.report import Report
 from ires_kernels.streaming.outcome import Outcome
 
 SUMS = "SHA256SUMS"

@@ -11,13 +11,14 @@ from typing import Any
 
 from ires_kernels.backends.call import Tally
 from ires_kernels.checkpoints import sidefiles
-from ires_kernels.checkpoints.manifest import Numbers, Requantized, Strength
+from ires_kernels.checkpoints.manifest import Compared, Numbers, Requantized, Strength
 from ires_kernels.files.plain import several, table
 from ires_kernels.planning.absences import Absence, grouped
 from ires_kernels.planning.ancestry import Ancestry
 from ires_kernels.planning.plan import Plan, size
-from ires_kernels.planning.steps import Step
+from ires_kernels.planning.steps import copied
 from ires_kernels.records import requantized, strengths
+from ires_kernels.records.fit import FitReport, rows_of
 from ires_kernels.streaming.outcome import Outcome
 
 _DONE = {"extract": "extracted", "apply": "merged"}
@@ -60,6 +61,10 @@ class Report:
     """Of side files, by name, why they come from that model, where this is not the rule."""
     requantized: Requantized | None = None
     """Of the tensors that are stored as codes."""
+    compared: Compared | None = None
+    """How target and instruct have moved away from base, where that was asked for."""
+    fit: FitReport | None = None
+    """All that was counted for it, by this run or those that it went on with."""
 
     @classmethod
     def recorded(cls, operation: str, id_: str, out: Path, numbers: Numbers, note: str) -> Report:
@@ -68,7 +73,7 @@ class Report:
         counts = Tally(**{name: getattr(numbers, name) for name in names})
         return cls(
             operation, id_, out, 0.0, 0, 0, numbers.tensors, counts, counts.overflow, numbers.strengths, {}, {}, (), {},
-            (), notes=(note,), requantized=numbers.requantized,
+            (), notes=(note,), requantized=numbers.requantized, compared=numbers.compare,
         )  # fmt: skip
 
     @classmethod
@@ -84,6 +89,7 @@ class Report:
                 total += tally
         codes = requantized.requantized(plan, outcome)
         realised = strengths.strengths(plan, outcome)
+        fit = FitReport.of_merge(plan, outcome)
         return cls(
             plan.operation,
             plan.id,
@@ -107,10 +113,13 @@ class Report:
                 *_odd_values(plan, outcome),
                 *_share(plan, outcome),
                 *requantized.warnings(codes, plan.rules.rounding),
+                *(fit.warnings if fit else ()),
             ),
             plan.notes,
             hints=tuple(strengths.hints(realised, plan)),
             requantized=codes,
+            compared=fit.overall() if fit else None,
+            fit=fit,
             why={side.name: side.why for side in plan.side_files if side.why},
         )
 
@@ -141,6 +150,7 @@ class Report:
             "overflow": self.overflow,
             "strengths": [strength.to_dict() for strength in self.strengths],
             **({"requantized": asdict(self.requantized)} if self.requantized else {}),
+            **({"compare": asdict(self.compared)} if self.compared else {}),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -154,6 +164,7 @@ class Report:
             "bytes_written": self.bytes_written,
             "gb_per_second": self.gb_per_second if self.seconds else None,
             **self.numbers(),
+            **({"compare": self.fit.figures()} if self.fit else {}),
             "copied": self.copied,
             "not_stored": self.not_stored,
             "missing": [f"{absence.name!r} is {absence.where}" for absence in self.missing],
@@ -167,7 +178,8 @@ class Report:
         }
 
     def __str__(self) -> str:
-        return table(self.rows())
+        lines = table(self.rows())
+        return f"{lines}\n\n{self.fit.section()}" if self.fit else lines
 
     def rows(self) -> list[tuple[str, str]]:
         """The table: what, and how much."""
@@ -182,6 +194,7 @@ class Report:
         rows += strengths.rows(self.strengths)
         rows.append(("lost to rounding", f"{counts.lost:,} of {counts.updates:,} updates ({self.lost_fraction:.3%})"))
         rows += [("stored as codes", requantized.row(self.requantized))] if self.requantized else []
+        rows += rows_of(self.compared) if self.compared else []
         for title, count in (
             ("NaN in the inputs", counts.nan_in),
             ("inf in the inputs", counts.inf_in),
@@ -198,16 +211,6 @@ class Report:
         rows += [("warning", line) for line in self.warnings]
         rows += [("note", line) for line in self.notes]
         return rows
-
-
-def copied(steps: Iterable[Step]) -> dict[str, str]:
-    """The tensors of which nothing is merged, and why; for some of their parts it may be another reason."""
-    reasons: dict[str, dict[str, None]] = {}
-    merged = set()
-    for step in steps:
-        reasons.setdefault(step.name, {})[step.reason] = None
-        merged |= set() if step.reason else {step.name}
-    return {name: "; ".join(why) for name, why in reasons.items() if name not in merged}
 
 
 def _zero(plan: Plan, total: Tally) -> Iterable[str]:

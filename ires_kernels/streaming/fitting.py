@@ -50,6 +50,12 @@ def _in_order(step: Step) -> tuple[Operand, ...]:
     return by_role["target"], by_role["instruct"], by_role["base"]
 
 
+def of_tile(step: Step, count: int, buffers: Sequence[memoryview]) -> Fit:
+    """What `fits` finds at the alpha of a step in a tile of it, whose operands a merge has in memory as numbers."""
+    is_coded = step.output.encoding is not None
+    return _fit("F32" if is_coded else step.dtype, _dtypes(step)[:3], count, buffers, () if is_coded else step.factors)
+
+
 class _Fitting:
     """The processor: it computes sums, and has no results. Where the C++ loops take all of it, torch is not loaded."""
 
@@ -101,12 +107,7 @@ class _FittingSlot:
         return [[memoryview(b"")] * len(operands) for *_, operands in portions]
 
     def start(self, step: Step, first: int, count: int, *_: object) -> None:
-        alphas = self._asked.alphas_of(step)
-        if self._asked.in_loops:
-            found = fit_loops.of_memory(count, step.dtype, _dtypes(step), self.buffers[: len(step.operands)], alphas)
-        else:
-            found = _in_torch(step, count, self.buffers, alphas)
-        self._asked.add(step, first, found)
+        self._asked.add(step, first, _fit(step.dtype, _dtypes(step), count, self.buffers, self._asked.alphas_of(step)))
 
     def measure(self, step: Step, *_: object) -> None:
         raise AssertionError(f"{step.name} is stored, by what only looks")
@@ -119,15 +120,20 @@ def _dtypes(step: Step) -> list[str]:
     return [operand.dtype for operand in step.operands]
 
 
-def _in_torch(step: Step, count: int, buffers: Sequence[memoryview], alphas: tuple[float, ...]) -> Fit:
-    """Of a backend that was asked for, or of float64."""
+def _fit(
+    dtype: str, dtypes: Sequence[str], count: int, buffers: Sequence[memoryview], alphas: tuple[float, ...]
+) -> Fit:
+    """Of numbers in memory: target, which is stored as `dtype`, instruct and base."""
+    if fit_loops.available({dtype, *dtypes}):
+        return fit_loops.of_memory(count, dtype, dtypes, buffers[:3], alphas)
+    # Of a backend that was asked for, or of float64.
     import torch
 
     from ires_kernels.backends.fitting import fit
     from ires_kernels.streaming.cpu import TORCH_DTYPES
 
     t, x, y = (
-        torch.frombuffer(buffer, dtype=TORCH_DTYPES[operand.dtype], count=count)
-        for buffer, operand in zip(buffers, step.operands, strict=False)
+        torch.frombuffer(buffer, dtype=TORCH_DTYPES[each], count=count)
+        for buffer, each in zip(buffers, dtypes, strict=False)
     )
-    return fit(t, x, y, alphas, TORCH_DTYPES[step.dtype])
+    return fit(t, x, y, alphas, TORCH_DTYPES[dtype])

@@ -23,6 +23,8 @@ class Options:
     progress: Progress | None = None
     locked: bool = True
     """False: without a lock, where the user says that no other process writes there."""
+    compare: bool = False
+    """Whether what is read is looked at as well, for the report: how target and instruct have moved away from base."""
 
     @classmethod
     def of(
@@ -33,6 +35,7 @@ class Options:
         lock: bool = True,
         *,
         idle: bool = False,
+        compare: bool = False,
     ) -> Options:
         """Raises TypeError and ArgumentError for what cannot be used, a device that is not there among it.
 
@@ -45,7 +48,7 @@ class Options:
             raise TypeError(f"threads is {type(threads).__name__} {brief(threads)}, wanted an integer, or None")
         if threads is not None and threads < 1:
             raise ArgumentError(f"threads is {threads}, wanted 1 or more.")
-        return cls(processors_on(device, idle=idle), threads, progress, lock)
+        return cls(processors_on(device, idle=idle), threads, progress, lock, compare)
 
     def part(self, before: int, behind: int) -> Options:
         """The same for a part of the work: the progress has so many bytes before it, and so many more to do."""

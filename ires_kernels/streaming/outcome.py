@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ires_kernels.backends.call import Tally
+from ires_kernels.backends.fit import Fit
 from ires_kernels.planning.steps import Step
+
+
+@dataclass(slots=True)
+class FitTally(Tally):
+    """What is counted of a step whose operands are compared as well."""
+
+    fit: Fit = field(default_factory=Fit)
+
+    def __iadd__(self, other: Tally) -> FitTally:
+        Tally.__iadd__(self, other)
+        if isinstance(other, FitTally):
+            self.fit = replace(self.fit)  # a copy of this tally has the old one
+            self.fit += other.fit
+        return self
+
+
+def tally_of(numbers: Mapping[str, Any]) -> Tally:
+    """What `asdict` gave of a tally, through JSON as well."""
+    if "fit" not in numbers:
+        return Tally(**numbers)
+    return FitTally(**{**numbers, "fit": Fit(**numbers["fit"])})
 
 
 @dataclass
@@ -56,6 +78,6 @@ class Outcome:
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Outcome:
         """What `to_dict` gave, through JSON as well."""
-        tallies = {name: Tally(**numbers) for name, numbers in table["tallies"].items()}
+        tallies = {name: tally_of(numbers) for name, numbers in table["tallies"].items()}
         scales = {name: (blocks, new) for name, (blocks, new) in table.get("scales", {}).items()}
         return cls(table["inputs"], table["outputs"], tallies, scales)

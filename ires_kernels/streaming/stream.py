@@ -30,6 +30,7 @@ import xxhash
 
 from ires_kernels.backends.call import Tally
 from ires_kernels.backends.call import threads as kernel_threads
+from ires_kernels.backends.fit import Fit
 from ires_kernels.checkpoints.addresses import Changed
 from ires_kernels.checkpoints.checkpoint import FileId, TensorRef
 from ires_kernels.checkpoints.header import CheckpointError
@@ -40,7 +41,7 @@ from ires_kernels.files import interrupts
 from ires_kernels.files.journal import NO_THREAD
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Operand, Output, Step, by_output
-from ires_kernels.streaming.outcome import Outcome
+from ires_kernels.streaming.outcome import FitTally, Outcome
 from ires_kernels.streaming.pieces import Reader, reader, take
 from ires_kernels.streaming.tiles import (
     ComputeError,
@@ -67,6 +68,8 @@ GPU ran at 11.8 and 16.6 GB/s, and `apply` to a new folder took longer as well."
 Write = Callable[[Step, int, memoryview, Tally], None]
 """Takes a step, a byte offset in its output, the result's bytes from there on, and the tally of the step up to their
 end. Called by several threads. With a tensor's last bytes the outcome has what there is to know of it."""
+Fitted = Callable[[Step, int, Sequence[memoryview]], Fit]
+"""Takes a step that adds a difference, how many elements there are, and its operands as numbers in memory."""
 Progress = Callable[[int, int], None]
 """Takes bytes done and bytes to do, read and written together. Called by the thread that started the work."""
 
@@ -94,6 +97,7 @@ def run(
     hashed: Container[str] | None = None,
     processors: Processors = on_cpu,
     counted: bool = True,
+    fit: Fitted | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
     in_order: bool = False,
@@ -108,6 +112,7 @@ def run(
 
     hashed   the roles whose inputs are hashed; None: all of them. Results always are
     counted  whether the outcome has tallies
+    fit      what is asked besides of each tile that a difference is added to; the tallies of these steps have it
     in_order claims the tiles strictly in the order of the steps, so that `write` may wait for those before its own
     stops    (tensor name, byte in it) where an interrupt may end the run. With them the tiles are claimed in order as
              well, and all tiles before the stop are written
@@ -125,7 +130,7 @@ def run(
     """
     asked = _Asked(steps, file_ids, rules, write, stops=stops, done=done or {}, scales=scales, written=written)
     told = _Told(Outcome() if outcome is None else outcome, progress, failed)
-    return _Engine(asked, _How(processors, threads, hashed, counted, in_order or stops is not None), told).run()
+    return _Engine(asked, _How(processors, threads, hashed, counted, in_order or stops is not None, fit), told).run()
 
 
 def check_threads() -> None:
@@ -224,6 +229,7 @@ class _Part:
         tally: Tally,
         stays: bool,
         coder: Coder | None,
+        fitted: bool,
     ) -> None:
         self.step = step
         self.readers = readers
@@ -244,6 +250,7 @@ class _Part:
         self.hashers: list[xxhash.xxh3_128 | None] = []  # of what is read, where it is not the result
         self.tally = tally
         self.stays = stays
+        self.fitted = fitted
 
 
 class _Tensor:
@@ -308,6 +315,7 @@ class _Tile(NamedTuple):
     read: int
     written: int
     """Bytes, those of results that stay in memory among them."""
+    fit: Fit | None = None
 
 
 @dataclass(frozen=True)
@@ -338,6 +346,7 @@ class _How:
     hashed: Container[str] | None
     counted: bool
     in_order: bool = False
+    fit: Fitted | None = None
 
 
 @dataclass(frozen=True)
@@ -449,8 +458,10 @@ class _Engine:
                     readers = [self._reader(step, operand) for operand in step.operands]
                 except (OSError, TypeError) as error:
                     raise _with_tensor(error, step) from error
-                tally = replace(done.tallies.get(step.label, Tally())) if done else Tally()
-                more = self.how.hashed, tally, self._stays(step), self._coder(step)
+                fitted = self.how.fit is not None and step.op == "add_difference" and not step.is_scale
+                known = done.tallies.get(step.label) if done else None
+                tally = replace(known) if known is not None else FitTally() if fitted else Tally()
+                more = self.how.hashed, tally, self._stays(step), self._coder(step), fitted
                 parts.append(_Part(step, readers, self.sizes, out, *more))
             tensor = _Tensor(output, parts, done.stop if done else 0, self.asked.kept)
             self.active[tensor] = None
@@ -594,7 +605,8 @@ class _Engine:
             scales = part.coder.scales(step, part.readers, slot, self.sizes[False], lambda: self.stopped)
             if step.is_scale:
                 return self._scales_tile(tensor, index, slot, scales.stored)
-        seen, coded = take(part.readers, slot.buffers, first, count, codes=slot.decodes and part.is_run)
+        codes = slot.decodes and part.is_run and not part.fitted
+        seen, coded = take(part.readers, slot.buffers, first, count, codes=codes)
         read, written = sum(len(view) for views in seen for view in views), count * part.width
         at = tensor.place(index)
         written = 0 if part.stays or at < tensor.done else written
@@ -608,7 +620,8 @@ class _Engine:
         else:
             slot.start(step, step.first + first, count, None, coded, coding)
             result = slot.buffers[-1][: count * part.width]
-        return _Tile(tensor, index, part, first, slot, seen, result, at, read, written)
+        fit = self.how.fit(step, count, slot.buffers) if self.how.fit and part.fitted and at >= tensor.done else None
+        return _Tile(tensor, index, part, first, slot, seen, result, at, read, written, fit)
 
     def _scales_tile(self, tensor: _Tensor, index: int, slot: Slot, stored: memoryview) -> _Tile:
         """All scales of a weight, which are there."""
@@ -650,6 +663,8 @@ class _Engine:
         total = replace(part.tally)  # a new one, as the writers of earlier tiles look at theirs
         if counted is not None:
             total += counted
+        if tile.fit is not None:
+            total += FitTally(fit=tile.fit)
         part.tally = total
         if self.how.counted and not part.copied and tile.first + part.tile >= part.length:
             self.told.outcome.tallies[part.step.label] = total

@@ -13,7 +13,7 @@ from small_models import normal, triple, write_model
 
 import ires_kernels as ik
 from ires_kernels.backends.call import Tally
-from ires_kernels.checkpoints.manifest import Requantized, Strength
+from ires_kernels.checkpoints.manifest import Compared, Requantized, Strength
 from ires_kernels.planning.absences import Absence
 from ires_kernels.planning.ancestry import Ancestry
 from ires_kernels.planning.plan import Plan
@@ -99,7 +99,7 @@ def full() -> Report:
         (Strength((1.0,), 9, 0.5, 2), Strength((1.0, 2.0), 9, 0.5, 1, "mlp")), {"a": "only in the target"},
         {"b": "a copy"}, (Absence("c", ("target",), ("base",)),), {"config.json": "target"}, ("notes.txt",),
         (Ancestry("instruct", "base", 1.0, 0.1, 2, 3, False, {}),), ("careful",), ("a note",), ("a hint",),
-        requantized=Requantized(1, 2, 1, 0.1, 0, "a", 0.1),
+        requantized=Requantized(1, 2, 1, 0.1, 0, "a", 0.1), compared=Compared(),
     )  # fmt: skip
 
 
