@@ -151,6 +151,7 @@ def check_unchanged(
     current: Mapping[Path, FileId] | None = None,
     only: Container[Path] | None = None,
     threads: int | None = None,
+    advice: str = "Wait for its writer, then start again.",
 ) -> None:
     """Refuse inputs whose files are no longer those that were validated; not of the roles `but`, which we change.
 
@@ -158,6 +159,7 @@ def check_unchanged(
              or was written and its time set back, its content tells which
     current  what they were when they were opened, if the plan has another time for them
     only     these files; None: all of them
+    advice   what to do then
     """
     for role, checkpoint in plan.inputs.items():
         written, others = ([], []) if role in but else checkpoint.changed(current, only)
@@ -171,7 +173,7 @@ def check_unchanged(
             found = stream.hashes(refs, current or checkpoint.file_ids, threads=threads)
             written += [refs[key].paths[0] for key, digest in found.items() if digest != hashes[key]]
         if written:
-            raise CheckpointError(f"{written[0]}: changed while it was read. Wait for its writer, then start again.")
+            raise CheckpointError(f"{written[0]}: changed while it was read. {advice}")
 
 
 def check_begun(
@@ -183,6 +185,7 @@ def check_begun(
     *,
     but: Container[str] = (),
     threads: int | None = None,
+    back: str = "roll back",
 ) -> None:
     """Refuse with StoreError inputs that are not those with which an interrupted merge was begun; not the roles `but`.
 
@@ -190,8 +193,14 @@ def check_begun(
     outcome  what that run has learnt of the tensors that it has read: in files that are not the very ones of then,
              those `changed`, they must have their hashes
     current  what the files were when they were opened, if the plan has another time for them
+    back     what to do instead of going on
     """
     changed = set(changed)
+
+    def is_of_then(role: str, path: Path) -> bool:
+        known = {} if role in but else samples.get(role, {})
+        return known.get(path.name) in (None, sample(path, plan.id))
+
     refs = {
         f"{role} {key}": each
         for role in plan.inputs
@@ -201,19 +210,24 @@ def check_begun(
     now = file_ids(plan) if current is None else current
     for name, digest in stream.hashes(refs, now, threads=threads).items():
         role, _, key = name.partition(" ")
-        if digest != outcome.inputs[role][key]:
-            path = next(path for path in refs[name].paths if path in changed)
+        if digest == outcome.inputs[role][key]:
+            continue
+        path = next(path for path in refs[name].paths if path in changed)
+        if is_of_then(role, path):
             raise StoreError(
-                f"{path}: is not the file of the {role} that this was begun with: its tensor {refs[name].text!r} is "
-                "another. Put that one back, then go on; or roll back."
+                f"{path}: its tensor {refs[name].text!r} is not what the interrupted run has read, though by a sample "
+                f"this is the file of the {role} that it was begun with. If it was changed since then, put that one "
+                f"back. If it was another one while it was read, what is new was made of that: {back}."
             )
+        raise StoreError(
+            f"{path}: is not the file of the {role} that this was begun with: its tensor {refs[name].text!r} is "
+            f"another. Put that one back, then go on; or {back}."
+        )
     for role, checkpoint in plan.inputs.items():
-        known = {} if role in but else samples.get(role, {})
         for shard in checkpoint.shards:
-            name = shard.path.name
-            if name in known and known[name] != sample(shard.path, plan.id):
+            if not is_of_then(role, shard.path):
                 kind = "residual" if roles.is_residual(role) else f"{role} model"
                 raise StoreError(
                     f"{shard.path}: is not the file of the {kind} that this was begun with, but has other bytes. "
-                    "Put that one back, then go on; or roll back."
+                    f"Put that one back, then go on; or {back}."
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from ires_kernels.files.ownership import StoreError, open_folder
 from ires_kernels.files.slots import Extent, Targets
 from ires_kernels.records import provenance
 from ires_kernels.records.operation import Operation
+from ires_kernels.streaming.outcome import Outcome
 
 
 def hidden_names(target: Checkpoint) -> list[str]:
@@ -78,7 +80,7 @@ def check_boot(place: Workplace, operation: Operation) -> None:
     """Refuse with StoreError an update of which nobody knows what has reached the disk: no fsync, and a restart."""
     if not operation.sync and operation.boot != boot_id():
         kept = operation.undo == "all" and place.phase() != "operation"
-        way = f"`ires rollback {place.target}` gives it the old ones." if kept else copy_again(place)
+        way = f"`ires rollback {place.target}` gives it the old ones." if kept else f"{copy_again(place)}."
         raise (StoreError if kept else LostError)(
             f"{place.target}: the machine was restarted in the middle of an update with --no-sync, so its bytes may be "
             f"anything. {way}"
@@ -86,7 +88,29 @@ def check_boot(place: Workplace, operation: Operation) -> None:
 
 
 def copy_again(place: Workplace) -> str:
-    return f"Delete {place.work} and copy the model again."
+    return f"Delete {place.work} and copy the model again"
+
+
+def back(place: Workplace, operation: Operation) -> str:
+    """What to do where an update that has begun cannot be gone on with."""
+    if operation.undo == "all":
+        return f"take the update back with `ires rollback {place.target}`"
+    return f"delete {place.work} and copy the model again"
+
+
+def check_passes(place: Workplace, operation: Operation, first: Outcome, second: Outcome) -> None:
+    """Refuse what cannot be mended: codes of one file of an input, and scales that were found for those of another.
+
+    first, second  what either pass over the inputs has learnt
+    """
+    for role, hashes in first.inputs.items():
+        for key in hashes.keys() & second.inputs.get(role, {}).keys():
+            if hashes[key] != second.inputs[role][key]:
+                raise (StoreError if operation.undo == "all" else LostError)(
+                    f"{place.target}: {key!r} of {operation.paths[role]} was another when it was read for the second "
+                    f"time, so codes and scales do not belong together, whatever that is by now. To have the model as "
+                    f"it was, {back(place, operation)}."
+                )
 
 
 @contextmanager
@@ -97,7 +121,7 @@ def refused(place: Workplace, what: str = "") -> Iterator[None]:
     except UndoGone as error:
         raise StoreError(f"{place.target}: {what}{error}. `ires resume {place.target}` finishes it.") from None
     except JournalError as error:
-        raise LostError(f"{place.target}: {what}{error}. {copy_again(place)}") from None
+        raise LostError(f"{place.target}: {what}{error}. {copy_again(place)}.") from None
 
 
 def check_files(work: Path, operation: Operation, where: Path) -> None:
@@ -111,6 +135,28 @@ def check_files(work: Path, operation: Operation, where: Path) -> None:
             )
         if status.st_ino != stamp["ino"] and not copied:
             raise JournalError(f"{where / name} is another file than when the update began: somebody has replaced it")
+
+
+def check_untouched(work: Path, operation: Operation, where: Path, done: int) -> None:
+    """Raise JournalError where somebody has written to a file, now in the folder `where`, that no window has come to.
+
+    done  windows that are new; of those that come next the journal may have written to AHEAD. Without undo it does not
+          say how far it has come
+    """
+    if operation.undo == "none" or os.stat(work).st_ino != operation.hidden:  # a copy has times of its own
+        return
+    files = dict.fromkeys(file for file, _, _ in operation.windows)
+    touched = {file for file, _, _ in operation.windows[: done + AHEAD]}
+    for name in files.keys() - touched:
+        then, now = operation.stamps["target"][name]["mtime_ns"], os.lstat(where / name).st_mtime_ns
+        if now != then:
+            seconds, rest = divmod(then, 10**9)
+            raise JournalError(
+                f"{where / name} was written since the update began, which has not come to it yet: somebody has "
+                f"changed it. If nothing but its time is another, `touch -d @{seconds}.{rest:09} "
+                f"{shlex.quote(f'{where / name}')}` gives it the old one, and `ires resume` goes on; otherwise its "
+                "bytes are not those of the model"
+            )
 
 
 @contextmanager

@@ -31,7 +31,10 @@ def record(update: Update, outcome: Outcome, options: Options, started: float) -
     compared = guards.compare(plan, update.own_files)
     guards.check_read(plan, outcome, compared, options.processors, options.threads, update.files)
     own = plan.roles_of_target()
-    guards.check_unchanged(plan, outcome.inputs, but=own, current=update.files, threads=options.threads)
+    guards.check_unchanged(
+        plan, outcome.inputs, but=own, current=update.files, threads=options.threads,
+        advice=f"Put it back as it was, then `ires resume {place.target}`; or {begun.back(place, operation)}.",
+    )  # fmt: skip
     report = Report.of(plan, outcome, place.target, time.perf_counter() - started)
     report = replace(report, side_files={name: entry["from"] for name, entry in operation.installed.items()})
     _write_manifest(update, outcome, report, options.threads)

@@ -29,6 +29,7 @@ def work(update: Update, options: Options) -> Outcome:
     outcome = Outcome()
     with begun.refused(place), begun.opened_journal(place.work, operation, place.model) as journal:
         journal.recover()
+        begun.check_untouched(place.work, operation, place.model, len(journal.records))
         done: dict[str, Done] = {}
         for record in journal.records:
             table = json.loads(record)
@@ -39,12 +40,14 @@ def work(update: Update, options: Options) -> Outcome:
                 tallies = {label: tally_of(numbers) for label, numbers in part["tallies"].items()}
                 done = {part["name"]: Done(part["stop"], tallies)}
         own = plan.roles_of_target()
-        read = Outcome()
-        read.update(update.scales.learnt if update.scales else Outcome())
+        first, read = update.scales.learnt if update.scales else Outcome(), Outcome()
+        begun.check_passes(place, operation, first, outcome)
+        read.update(first)
         read.update(outcome)
         guards.check_begun(
-            plan, operation.samples, read, update.changed, update.files, but=own, threads=options.threads
-        )
+            plan, operation.samples, read, update.changed, update.files,
+            but=own, threads=options.threads, back=begun.back(place, operation),
+        )  # fmt: skip
         files = update.own_files
         writer = _Writer(update.steps, windows, journal, outcome)
         journal.start()
@@ -66,6 +69,7 @@ def work(update: Update, options: Options) -> Outcome:
             failed=journal.stop,
         )
         journal.finish()
+        begun.check_passes(place, operation, first, outcome)
         journal.check_files(place.model)
         return outcome
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -267,6 +268,63 @@ def test_inputs_that_changed_meanwhile(models: tuple[Path, Path, Path], monkeypa
     ik.resume(target)  # the same bytes with other times
     assert (target / "tokenizer.json").read_text() == SIDE["instruct"]["tokenizer.json"]
     assert ik.verify(target)
+
+
+@pytest.mark.usefixtures("small")
+def test_an_input_that_was_another_while_it_was_read(models: tuple[Path, Path, Path]) -> None:
+    """With the first one back, nothing of the model is gone on with: a part of it was made of the other one."""
+    base, instruct, target = models
+    before = files_of(target)
+    file = sorted(instruct.glob("*.safetensors"))[0]
+    good = file.read_bytes()
+    other = good[:-64] + bytes(64)
+    complete = journal.Journal.complete
+    for undo, way in (("all", "take the update back with `ires rollback"), ("ring", "delete .* and copy the model")):
+        with pytest.MonkeyPatch.context() as patch:
+
+            def exchange(self: journal.Journal, number: int, record: bytes) -> None:
+                complete(self, number, record)
+                if number == 0:
+                    file.write_bytes(other)
+
+            patch.setattr(journal.Journal, "complete", exchange)
+            with pytest.raises(CheckpointError, match=r"while it was read\. Put it back as it was") as caught:
+                apply(target, (instruct, base), undo=undo, threads=1)
+            assert re.search(way, f"{caught.value}")
+        with pytest.raises(StoreError, match=f"that this was begun with, .* Put that one back, then go on; or {way}"):
+            ik.resume(target)
+        file.write_bytes(good)
+        with pytest.raises(StoreError, match=f"If it was another one while it was read, .*: {way}"):
+            ik.resume(target)
+        if undo == "all":
+            assert "is what it was before" in ik.rollback(target)
+            assert files_of(target) == before
+
+
+def test_a_write_to_what_no_window_has_come_to(
+    models: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of shards that the update has not come to the times are known; and the way out is one."""
+    base, instruct, target = models
+    ik.apply(target, (instruct, base), out=target.with_name("out"), sync=False)
+    monkeypatch.setattr(cuts, "SIZES", Sizes(window=256, unit=64, gap=16))
+    with monkeypatch.context() as patch, tiles(elements=32):
+        cut_off(patch, journal.Journal, "complete", 3)
+        with pytest.raises(Cut):
+            apply(target, (instruct, base), threads=1)
+    last = sorted((target / ".ires-unfinished").rglob("*.safetensors"))[-1]
+    good = last.read_bytes()
+    last.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with tiles(elements=32), pytest.raises(StoreError, match="somebody has changed it") as caught:
+        ik.resume(target)
+    assert "copy the model again" in f"{caught.value}"
+    last.write_bytes(good)
+    command = re.search(r"`(touch .*?)`", f"{caught.value}")
+    assert command
+    subprocess.run(command[1], shell=True, check=True)
+    with tiles(elements=32):
+        ik.resume(target)
+    assert visible(target) == visible(target.with_name("out"))
 
 
 def test_what_had_not_begun_is_begun_anew(models: tuple[Path, Path, Path]) -> None:

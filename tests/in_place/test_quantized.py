@@ -258,6 +258,37 @@ def test_inputs_that_changed_between_the_passes(tmp_path: Path) -> None:
     assert ik.verify(target)
 
 
+@pytest.mark.parametrize("undo", ["ring", "all"])
+def test_an_input_that_changes_in_the_second_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undo: str) -> None:
+    """Nothing mends codes of one file and scales of another: what is said is the way back, whatever is put back."""
+    target, instruct, base = triple(tmp_path, BLOCK)
+    before = files_of(target)
+    file = instruct / "model.safetensors"
+    good = file.read_bytes()
+    complete = journal.Journal.complete
+
+    def exchange(self: journal.Journal, number: int, record: bytes) -> None:
+        complete(self, number, record)
+        if number == 2:
+            file.write_bytes(good[: len(good) // 2] + bytes(len(good) - len(good) // 2))
+
+    monkeypatch.setattr(journal.Journal, "complete", exchange)
+    way = {"all": f"take the update back with `ires rollback {target}`", "ring": "and copy the model again"}[undo]
+    says = f"was another when it was read for the second time.*{way}"
+    with pytest.raises(StoreError, match=says):
+        apply(target, (instruct, base), threads=1, undo=undo, sync=False)
+    monkeypatch.undo()
+    for content in (None, good):
+        if content is not None:
+            file.write_bytes(content)
+        assert main(["resume", f"{target}", "--quiet"]) == {"all": 2, "ring": 3}[undo]
+        with pytest.raises(StoreError, match=says):
+            ik.resume(target)
+    if undo == "all":
+        ik.rollback(target)
+        assert files_of(target) == before
+
+
 def test_a_target_that_changes_while_scales_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target, instruct, base = triple(tmp_path, BLOCK)
     measure = encoding.measure_results
