@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from ires_kernels.checking import guards
-from ires_kernels.checkpoints import sidefiles
+from ires_kernels.checkpoints import filenames, selection
 from ires_kernels.checkpoints.manifest import Update
 from ires_kernels.files import durable, movable, moving
 from ires_kernels.files.inplace import SCALES, Workplace
@@ -120,7 +120,7 @@ def begin(
 
 def _in_place(plan: Plan) -> Plan:
     """A plan of `apply` for the target's own files, with what that leaves as it is."""
-    others = [name for name in plan.not_copied if sidefiles.is_weights(name)]
+    others = [name for name in plan.not_copied if filenames.is_weights(name)]
     stale = (f"{', '.join(others)} beside the weights of the target are not updated",) if others else ()
     side_files = plan.side_files if plan.inputs["target"].path.is_dir() else ()  # a file is updated alone
     return replace(plan, in_place=True, side_files=side_files, warnings=(*plan.warnings, *stale))
@@ -150,5 +150,5 @@ def _stage(place: Workplace, plan: Plan) -> tuple[dict[str, dict[str, str]], lis
     for side in plan.side_files:
         if (side.role != "target" or side.content is not None) and not side.is_at(place.folder / side.name):
             installed[side.name] = sides.copied(side, access, partial(moving.stage, place))
-    dropped = sidefiles.replaced_by(plan.inputs["target"], plan.side_files)
+    dropped = selection.replaced_by(plan.inputs["target"], plan.side_files)
     return installed, dropped + [name for name in [begun.sums_name(place)] if (place.folder / name).exists()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ires_kernels.checkpoints import hub, roles, sidefiles
+from ires_kernels.checkpoints import hub, parents, roles
 from ires_kernels.files import hidden
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.inputs import open_inputs
@@ -35,7 +35,7 @@ def warned(plan: Plan, looks: Looks) -> Plan:
     plan = related(plan, looks)
     theirs = [text for checkpoint in plan.inputs.values() for text in hidden.foreign(checkpoint.path).values()]
     givers = [each for role, each in plan.inputs.items() if roles.is_instruct(role)]
-    doubts = [text for each in givers if (text := hub.doubt(each.path, sidefiles.has_vocabulary(each)))]
+    doubts = [text for each in givers if (text := hub.doubt(each.path, parents.has_vocabulary(each)))]
     unread = [role for role, checkpoint in plan.inputs.items() if checkpoint.is_unread]
     told = f"of {', '.join(unread)} only headers were read, and no values: a merge compares some first"
     notes = (*plan.notes, told) if unread else plan.notes

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import xxhash
 
-from ires_kernels.checkpoints import configs, names, roles, settings, sidefiles
+from ires_kernels.checkpoints import configs, names, parents, roles, selection, settings, sidefiles
 from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.header import brief, build_header, tensor_bytes
 from ires_kernels.checkpoints.manifest import NotStored
@@ -297,7 +297,7 @@ def plan_apply(
     found.notes += found.vocabulary.notes()
     config = by_token.grown_config(inputs, found)
     rows = [step.shape[0] for step in everything if names.is_vocabulary(step.name) and step.shape]
-    sides = sidefiles.of_model(
+    sides = selection.of_model(
         inputs,
         own_tokenizer=foreign is not None,
         vocabulary=rules.vocabulary,
@@ -372,10 +372,10 @@ def plan_extract(
 
     files, placed, documents = lay_out_residual(groups)
     return Plan(
-        "extract", dict(inputs), rules, files, placed, documents, tuple(sidefiles.of_residual(instruct)),
+        "extract", dict(inputs), rules, files, placed, documents, tuple(selection.of_residual(instruct)),
         tuple(found.comparisons), found.not_stored, tuple(found.missing), (), tuple(found.warnings),
         tuple(found.notes),
-        sidefiles.record(base, instruct) | ({"by_token": stored} if stored else {}), share,
+        selection.record(base, instruct) | ({"by_token": stored} if stored else {}), share,
         layouts=found.matcher.layouts,
     )  # fmt: skip
 
@@ -419,7 +419,7 @@ def _turned_round(inputs: Mapping[str, Checkpoint]) -> list[str]:
         f"{base} has a chat template and {instruct} has none: are they the wrong way round?"
         for instruct in inputs
         if roles.is_instruct(instruct) and (base := roles.base_of(instruct)) in inputs
-        if sidefiles.has_template(inputs[base]) and not sidefiles.has_template(inputs[instruct])
+        if parents.has_template(inputs[base]) and not parents.has_template(inputs[instruct])
     ]
 
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, cast
 
 import xxhash
 
-from ires_kernels.checkpoints import configs, names, roles, sidefiles
+from ires_kernels.checkpoints import configs, names, parents, roles, selection
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.dtypes import FLOATS
@@ -93,7 +93,7 @@ def _of_residuals(inputs: Mapping[str, Checkpoint], rules: Rules, looks: Looks |
         about = {key: recorded.table[key] for key in keys if key in recorded.table}
         about["sketch"] = {name: text for name, text in recorded.sketch.items() if name in kept[giver]}
     return Plan(
-        "extract", dict(inputs), rules, files, placed, documents, tuple(sidefiles.of_residual(first, giver)), (),
+        "extract", dict(inputs), rules, files, placed, documents, tuple(selection.of_residual(first, giver)), (),
         {name: (each.reason, each) for name, each in recorded.not_stored.items()} if recorded else {}, (), (),
         (*_one_base(inputs, kept, looks), *_one_tokenizer(inputs), *configs.differences(inputs)), (), about,
     )  # fmt: skip
@@ -227,6 +227,6 @@ def _one_base(
 def _one_tokenizer(inputs: Mapping[str, Checkpoint]) -> Iterable[str]:
     """A warning where the sum has the tokenizer of the first one, and others have another."""
     one, *others = inputs
-    differing = [role for role in others if not sidefiles.same_tokens((inputs[one], inputs[role]))]
+    differing = [role for role in others if not parents.same_tokens((inputs[one], inputs[role]))]
     if differing:
         yield f"{', '.join(differing)} and {one} have other tokenizers: the sum has that of {one}"

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from ires_kernels.checkpoints import names, roles, sidefiles, tokens
+from ires_kernels.checkpoints import names, parents, roles, tokens
 from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.header import CheckpointError, brief
 from ires_kernels.checkpoints.manifest import ByToken
@@ -91,7 +91,7 @@ class Vocabulary:
         key = tuple(counts.items()), tuple(stored.items())
         if key not in self._known:
             same = len(set(counts.values())) == 1 and not stored
-            alike = same and (self.rules.vocabulary == "rows" or sidefiles.same_tokens(self.inputs.values()))
+            alike = same and (self.rules.vocabulary == "rows" or parents.same_tokens(self.inputs.values()))
             found = None if alike else self._split(refs, stored)
             self._known[key] = None if found is not None and found.is_plain(counts) else found
         split, before = self._known[key], counts[self.own]
@@ -177,7 +177,7 @@ class Vocabulary:
         if role not in self._tables:
             self._tables[role] = None
             try:
-                found = self._tables[role] = sidefiles.tokens_of(self.inputs[role])
+                found = self._tables[role] = parents.tokens_of(self.inputs[role])
                 if found is not None and found.odd:
                     self._problem(f"the tokens of {role} cannot be told: {found.odd}", _UNREADABLE)
             except CheckpointError as error:
