@@ -23,10 +23,16 @@ from ires_kernels.files import new_file
 from ires_kernels.files.ownership import StoreError
 from ires_kernels.in_place import cuts
 from ires_kernels.in_place.cuts import Sizes
+from ires_kernels.merging.planned import planned_again
+from ires_kernels.new_folder import on_ray
+from ires_kernels.new_folder.workers import Joined
+from ires_kernels.planning import workers
+from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import ArgumentError
 from ires_kernels.records.fit import FitReport
 from ires_kernels.records.report import Report
 from ires_kernels.records.workers import WorkerReport
+from ires_kernels.streaming.options import Options
 
 Models = tuple[Path, Path, Path]
 
@@ -158,6 +164,19 @@ def test_the_last_files_of_workers_that_have_died(tmp_path: Path) -> None:
     merged_by = [models[2], models[1::-1]]
     assert isinstance(ik.apply(*merged_by, out=tmp_path / "out", compare=True, workers=(1, 2)), WorkerReport)
     check(ik.resume(tmp_path / "out"), compared(models))
+
+
+def test_tasks_of_a_cluster_count_what_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ray runs them: from what the folder has of the command."""
+    base, instruct, target = models = triple(tmp_path, shards=3)
+    plan = ik.apply(target, (instruct, base), out=tmp_path / "out", dry_run=True)
+    assert isinstance(plan, Plan)
+    monkeypatch.setattr(on_ray, "_joined", {})
+    joined = Joined.of(plan, tmp_path / "out", Options.of("cpu", 1, None, compare=True), sha256=False)
+    with joined.folder() as folder:
+        for task in on_ray._tasks(joined, folder, workers.items(plan, 4), "cpu", 1):
+            assert not isinstance(on_ray.write_item(task, planned_again), on_ray.Failure)
+    check(ik.finish(tmp_path / "out"), compared(models))
 
 
 def quantized(folder: Path, format: str) -> Models:

@@ -253,6 +253,24 @@ def test_all_is_as_on_the_cpu(tmp_path: Path, case: str, queues: Callable[[Any],
 
 
 @pytest.mark.usefixtures("small_tiles")
+def test_what_is_compared_is_as_on_the_cpu(tmp_path: Path) -> None:
+    target, instruct, base = models(tmp_path, special=True)
+    options: dict[str, Any] = {"skip": "kept|t5", "compare": True, "sync": False}
+    wanted = ik.apply(target, (instruct, base), out=tmp_path / "cpu", **options)
+    with through(StandIn(Beside)):
+        found = ik.apply(target, (instruct, base), out=tmp_path / "gpu", **options)
+    assert isinstance(wanted, Report)
+    assert isinstance(found, Report)
+    assert wanted.fit is not None
+    assert found.fit is not None
+    assert found.fit.tensors.keys() == wanted.fit.tensors.keys()
+    for name, fit in wanted.fit.tensors.items():
+        other = found.fit.tensors[name]
+        assert (other.elements, other.both, other.within) == (fit.elements, fit.both, fit.within)
+        assert other.cross == pytest.approx(fit.cross)
+
+
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("queues", [Late, Beside, pytest.param(Host, marks=needs_native)])
 @pytest.mark.parametrize(
