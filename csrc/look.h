@@ -7,42 +7,11 @@
 
 #include <algorithm>
 #include <memory>
-#include <vector>
 
 #include "cpu.h"
-#include "tile.h"
+#include "runs.h"
 
 namespace ires {
-
-// The elements of an operand, as runs of bytes in files, which follow each other.
-class Runs {
-public:
-    void add(int fd, int64_t offset, int64_t bytes) {
-        if (bytes > 0) runs_.push_back({fd, offset, nullptr, nullptr, size_t(bytes)});
-    }
-    int64_t bytes() const {
-        int64_t sum = 0;
-        for (const Read& run : runs_) sum += int64_t(run.bytes);
-        return sum;
-    }
-    // The next bytes, of which there are so many. What went wrong has the number of the run.
-    Unread read(char* to, size_t bytes) {
-        while (bytes > 0) {
-            Read& run = runs_[at_];
-            const Read now{run.fd, run.offset, to, nullptr, std::min(bytes, run.bytes)};
-            const Unread unread = read_fully(now, at_);
-            if (unread.failed) return unread;
-            to += now.bytes, bytes -= now.bytes;
-            run.offset += int64_t(now.bytes), run.bytes -= now.bytes;
-            if (run.bytes == 0) ++at_;
-        }
-        return {};
-    }
-
-private:
-    std::vector<Read> runs_;
-    size_t at_ = 0;
-};
 
 // Counts the elements of `run`, whose pointers are set here; `operands` have their bytes. On a failure says of which operand.
 inline Unread fit_files(FitRun run, Runs (&operands)[3], const std::string& isa, Fit* fit, int* failed) {
@@ -53,8 +22,8 @@ inline Unread fit_files(FitRun run, Runs (&operands)[3], const std::string& isa,
         run.n = std::min(kPiece, n - i);
         for (int k = 0; k < 3; ++k) {
             char* const to = memory.get() + k * kPiece * 4;
-            run.in[k] = to;
-            const Unread unread = operands[k].read(to, size_t(run.n * item_size(run.in_types[k])));
+            Unread unread;
+            run.in[k] = operands[k].next(size_t(run.n * item_size(run.in_types[k])), to, &unread);
             if (unread.failed) {
                 *failed = k;
                 return unread;

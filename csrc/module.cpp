@@ -10,6 +10,7 @@
 
 #include "cpu.h"
 #include "cuda.h"
+#include "fused.h"
 #include "look.h"
 #include "tile.h"
 
@@ -356,6 +357,20 @@ py::object store(int code, const py::tuple& t, const std::vector<double>& factor
                           stored.norm2, stored.noise);
 }
 
+// (descriptor, offset, bytes), or (-1, address, bytes, where they are kept or 0, address of the count of those that are).
+ires::Stretch stretch(const py::handle& h) {
+    const py::tuple t = h.cast<py::tuple>();
+    ires::Stretch found{t[0].cast<int>(), 0, nullptr, t[2].cast<size_t>(), nullptr, nullptr};
+    if (found.fd != ires::kMemory) {
+        found.offset = t[1].cast<int64_t>();
+        return found;
+    }
+    found.memory = static_cast<const char*>(pointer(t[1]));
+    found.keep = reinterpret_cast<char*>(t[3].cast<uintptr_t>());
+    found.kept = reinterpret_cast<int64_t*>(t[4].cast<uintptr_t>());
+    return found;
+}
+
 // Target, instruct and base: each a buffer or a pointer to elements of its type; or, `fit_files`, its (descriptor, offset,
 // bytes) in files, one after the other.
 ires::FitRun fit_run(int64_t n, int out_type, const py::tuple& types, size_t operands, const std::vector<float>& alphas) {
@@ -403,10 +418,7 @@ py::tuple fit_files(int64_t n, int out_type, const py::tuple& types, const py::t
     const ires::FitRun run = fit_run(n, out_type, types, operands.size(), alphas);
     ires::Runs runs[3];
     for (size_t k = 0; k < 3; ++k) {
-        for (const py::handle& h : operands[k]) {
-            const py::tuple t = h.cast<py::tuple>();
-            runs[k].add(t[0].cast<int>(), t[1].cast<int64_t>(), t[2].cast<int64_t>());
-        }
+        for (const py::handle& h : operands[k]) runs[k].add(stretch(h));
         if (runs[k].bytes() != n * item_size(run.in_types[k])) throw py::value_error("as many bytes as elements are wanted");
     }
     ires::Fit found;
@@ -418,6 +430,37 @@ py::tuple fit_files(int64_t n, int out_type, const py::tuple& types, const py::t
     }
     if (unread.failed) return py::make_tuple(failed, unread.read, unread.error, unread.at);
     return fit_found(found, alphas);
+}
+
+// An item whose inputs have no pointers: of each the stretches that it consists of, with the address where all of it is to
+// stay or 0; or the address of `most` elements that are the same for each piece. Returns None, or where reading ended:
+// (operand, which of its stretches, errno or 0 for the end of the file, position).
+py::object run_fused(int code, const py::tuple& t, const py::tuple& operands, int64_t most, const std::vector<double>& factors,
+                     bool stochastic, uint64_t seed, uint64_t offset, const std::string& isa) {
+    const ires::Operation op = operation(code, factors, stochastic, seed);
+    const ires::Item one = item(t);
+    if (int(one.in.size()) != op.inputs || operands.size() != one.in.size()) throw py::value_error("wrong number of operands");
+    if (!one.sizes.empty() || one.n < 0 || most < ires::kPieceStep) throw py::value_error("contiguous results are wanted");
+    std::vector<ires::Source> sources(operands.size());
+    for (size_t k = 0; k < sources.size(); ++k) {
+        if (py::isinstance<py::int_>(operands[k])) {
+            sources[k].constant = static_cast<const char*>(pointer(operands[k]));
+            continue;
+        }
+        const py::tuple parts = operands[k];
+        sources[k].runs.emplace(reinterpret_cast<char*>(parts[1].cast<uintptr_t>()));
+        for (const py::handle& h : parts[0]) sources[k].runs->add(stretch(h));
+        if (sources[k].runs->bytes() != one.n * item_size(one.in_types[k]))
+            throw py::value_error("as many bytes as elements are wanted");
+    }
+    ires::Unread unread;
+    int failed = 0;
+    {
+        const py::gil_scoped_release release;
+        unread = ires::run_fused(op, one, sources, offset, most, isa, &failed);
+    }
+    if (!unread.failed) return py::none();
+    return py::make_tuple(failed, unread.read, unread.error, unread.at);
 }
 
 void memory_loop(const py::tuple& t, int threads, const std::string& isa) {
@@ -432,6 +475,8 @@ PYBIND11_MODULE(_native, m) {
     m.doc() = "CPU and GPU kernels of ires_kernels; called through ires_kernels.backends.native";
     m.def("run", &run, py::arg("op"), py::arg("items"), py::arg("factors"), py::arg("stochastic"), py::arg("seed"),
           py::arg("offset"), py::arg("threads"), py::arg("isa"), py::arg("tally"));
+    m.def("run_fused", &run_fused, py::arg("op"), py::arg("item"), py::arg("operands"), py::arg("most"), py::arg("factors"),
+          py::arg("stochastic"), py::arg("seed"), py::arg("offset"), py::arg("isa"));
     m.def("load_tile", &load_tile, py::arg("reads"), py::arg("op"), py::arg("items"), py::arg("factors"),
           py::arg("stochastic"), py::arg("seed"), py::arg("offset"), py::arg("device"), py::arg("stream"));
     m.def("decode", &decode, py::arg("layout"), py::arg("parts"), py::arg("first"), py::arg("n"), py::arg("out"),

@@ -22,6 +22,17 @@ def cuda_run(
 def cuda_decode(
     layout: tuple[object, ...], parts: tuple[object, ...], first: int, n: int, out: int, device: int, stream: int
 ) -> None: ...
+def run_fused(
+    op: int,
+    item: tuple[object, ...],
+    operands: tuple[int | tuple[list[tuple[int, int, int, int, int]], int], ...],
+    most: int,
+    factors: tuple[float, ...],
+    stochastic: bool,
+    seed: int,
+    offset: int,
+    isa: str,
+) -> tuple[int, int, int, int] | None: ...
 def load_tile(
     reads: list[tuple[int, int, int, int, int]],
     op: int,

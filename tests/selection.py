@@ -28,6 +28,8 @@ def use(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def tiles(**sizes: int) -> Iterator[None]:
     """Runs that begin in here take tiles so small that the tensors of tests have many."""
+    if "elements" in sizes:
+        sizes = {"in_pieces": sizes["elements"], **sizes}
     token = sizes_of.tiles.set(replace(sizes_of.TILES, **sizes))
     try:
         yield

@@ -129,6 +129,36 @@ def load(
     return _native.load_tile(reads, op, items, factors, stochastic, seed, offset, device, stream)
 
 
+Operand: TypeAlias = "int | tuple[list[tuple[int, int, int, int, int]], int]"
+"""Of `run_fused`: where numbers are that are the same for each piece; or stretches, and where all of it is to stay."""
+CONSTANT = 1 << 16
+"""Elements that an operand of `run_fused` has to have which is the same for each piece."""
+
+
+def run_fused(
+    op: str,
+    item: tuple[object, ...],
+    operands: tuple[Operand, ...],
+    factors: tuple[float, ...],
+    *,
+    stochastic: bool,
+    seed: int,
+    offset: int,
+) -> tuple[int, int, int, int] | None:
+    """Compute on the CPU by pieces that stay in the cache, out of files and memory, on the calling thread and without
+    Python's lock.
+
+    `item` has no pointers but that of the output. An operand's stretches are (descriptor, offset, bytes, 0, 0), or
+    (-1, address, bytes, where these bytes are to be copied before they change or 0, address of an int64 that counts
+    those which are there); with an address beside them all of the operand stays there as well.
+
+    Returns None, or where reading ended, with the pieces before in place: (which operand, which of its stretches, errno
+    or 0 for the end of the file, position).
+    """
+    isa = os.environ.get("IRES_ISA", "")
+    return _native.run_fused(_OPS[op], item, operands, CONSTANT, factors, stochastic, seed, offset, isa)
+
+
 def run(call: Call) -> None:
     """Compute `call` with all of `thread_count()` threads, or on the current stream of the GPU that holds its tensors;
     operands have passed the checks of `checks`. On a GPU a tally is counted by plain torch, which waits for the result.

@@ -112,6 +112,9 @@ class RemoteFile:
             self.read_into(view, offset)
             offset += len(view)
 
+    def reads(self, *_: int) -> None:
+        """They have to come here first."""
+
     def will_need(self, offset: int, size: int) -> None:
         with self._window.lock:
             if self._piece(offset) is not None or self._window.room < size:

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ires_kernels.checkpoints import standins
 from ires_kernels.checkpoints.checkpoint import FileId
@@ -20,6 +20,25 @@ if TYPE_CHECKING:
 
 MOST_OPEN = 16
 """Files that stay open until they are needed again, with those in use."""
+
+
+IN_MEMORY = -1
+"""In place of a descriptor."""
+
+
+class Read(NamedTuple):
+    """Bytes of a file that is open, or of memory, for what reads them itself."""
+
+    fd: int
+    """Or IN_MEMORY."""
+    offset: int
+    """Or the address."""
+    nbytes: int
+    path: Path
+    keep: int = 0
+    """Where bytes of memory are to be copied that will be changed, before they are."""
+    kept: int = 0
+    """The address of a count of 64 bits of those of them that are there: who copies adds to it."""
 
 
 class Source(Protocol):
@@ -37,6 +56,9 @@ class Source(Protocol):
 
     def read_views(self, views: Sequence[memoryview], offset: int) -> None:
         """Fill the views, one after the other, as if they were one."""
+
+    def reads(self, offset: int, size: int) -> list[Read] | None:
+        """Where bytes are that are read now by who asks, one after the other; None where only this can read them."""
 
     def will_need(self, offset: int, size: int) -> None:
         """Have bytes brought near that are read soon; does not wait for them."""
@@ -60,6 +82,9 @@ class LocalFile:
 
     def read_views(self, views: Sequence[memoryview], offset: int) -> None:
         read_views(self.fd, views, offset, self.path)
+
+    def reads(self, offset: int, size: int) -> list[Read]:
+        return [Read(self.fd, offset, size, self.path)]
 
     def will_need(self, offset: int, size: int) -> None:
         os.posix_fadvise(self.fd, offset, size, os.POSIX_FADV_WILLNEED)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId, Shard, TensorRef
 from ires_kernels.checkpoints.header import Header, TensorInfo
+from ires_kernels.checkpoints.sources import IN_MEMORY, Read
 from ires_kernels.live.tensors import DTYPES
 from ires_kernels.planning.plan import size
 
@@ -52,9 +53,10 @@ class Snapshot:
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._names = ordered
         self._begins = [self.infos[each].begin for each in ordered]
-        # Where the bytes are that this has from some offset on, less that; and by name what is copied as it is read.
+        # Where the bytes are that this has from some offset on, less that; and by name what is copied as it is read:
+        # by where a run begins how many of its bytes are here, which who reads them itself counts as it goes.
         self._live = {n: t.data_ptr() - self.infos[n].begin for n, t in tensors.items() if _is_in_place(t)}
-        self._runs: dict[str, dict[int, int]] = {}
+        self._runs: dict[str, dict[int, ctypes.c_int64]] = {}
         self._copy({name: tensor for name, tensor in tensors.items() if name not in self._live})
 
     @property
@@ -103,11 +105,12 @@ class Snapshot:
         with torch.no_grad():
             for name in names:
                 info, tensor = self.infos[name], tensors[name]
-                kept = self._runs.get(name, {info.begin: info.end} if name not in self._live else {})
+                whole = {info.begin: ctypes.c_int64(info.nbytes)}
+                kept = self._runs.get(name, whole if name not in self._live else {})
                 if _is_in_place(tensor):  # torch's own threads wait for each other, and longer where others compute
                     there = tensor.data_ptr() - info.begin
-                    for begin, end in kept.items():
-                        ctypes.memmove(there + begin, self._address + begin, end - begin)
+                    for begin, size in kept.items():
+                        ctypes.memmove(there + begin, self._address + begin, size.value)
                     torch.autograd.graph.increment_version(tensor)
                 elif kept:
                     tensor.copy_(self.of(name, tensor))
@@ -131,7 +134,7 @@ class Snapshot:
         if runs is not None:
             if begin not in runs:
                 ctypes.memmove(self._address + begin, source + begin, end - begin)
-                runs[begin] = end
+                runs[begin] = ctypes.c_int64(end - begin)
             source = self._address
         ctypes.memmove(to, source + begin, end - begin)
 
@@ -139,6 +142,25 @@ class Snapshot:
         for view in views:
             self.read_into(view, offset)
             offset += len(view)
+
+    def reads(self, offset: int, size: int) -> list[Read]:
+        found, end = [], offset + size
+        while offset < end:
+            name = self._names[bisect_right(self._begins, offset) - 1]
+            stop = min(end, self.infos[name].end)
+            found.append(self._place(name, offset, stop - offset))
+            offset = stop
+        return found or [Read(IN_MEMORY, self._address, 0, self.path)]
+
+    def _place(self, name: str, begin: int, size: int) -> Read:
+        """Where bytes of a tensor are, and where they are to be kept if that is to be now."""
+        runs, live = self._runs.get(name), self._live.get(name)
+        if live is None or (runs is not None and begin in runs):
+            return Read(IN_MEMORY, self._address + begin, size, self.path)
+        if runs is None:
+            return Read(IN_MEMORY, live + begin, size, self.path)
+        kept = runs[begin] = ctypes.c_int64(0)
+        return Read(IN_MEMORY, live + begin, size, self.path, self._address + begin, ctypes.addressof(kept))
 
     def will_need(self, offset: int, size: int) -> None:
         """It is here."""

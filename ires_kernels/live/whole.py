@@ -79,6 +79,9 @@ class Whole:
             self.read_into(view, offset)
             offset += len(view)
 
+    def reads(self, *_: int) -> None:
+        """They may be in another process."""
+
     def answer(self) -> None:
         """Give the others what they still look at, until none of them plans any more."""
         while self._round(None):

@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ires_kernels.backends import decoding, encoding
+from ires_kernels.backends import decoding, encoding, native
 from ires_kernels.backends.call import Call, Coded, Tally
+from ires_kernels.backends.choice import choose
+from ires_kernels.checkpoints.sources import IN_MEMORY, Read
 from ires_kernels.dtypes import STORAGE
+from ires_kernels.files.transfer import read_into
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Step
 from ires_kernels.streaming.encoded import Coding
-from ires_kernels.streaming.tiles import Slot, buffer_sizes, cut, memory, tiles
+from ires_kernels.streaming.tiles import Portion, Slot, buffer_sizes, cut, failed_read, memory, tiles
 from ires_kernels.tensors import checks, ops
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -36,7 +39,18 @@ class Cpu:
         self.exact = replace(rules, rounding="nearest")
         self.counted = counted
         self.sizes = buffer_sizes(steps, self.tile)
-        self.zeros = zeros(steps, self.tile, torch.device("cpu"))
+        self.zeros = zeros(steps, max(self.tile, native.CONSTANT), torch.device("cpu"))
+        self.fuses = not counted and choose(torch.device("cpu")) is native
+
+    def loads(self, step: Step, out: Tensor | None, reads: Sequence[Sequence[Read]], seen: Sequence[bool]) -> int:
+        """What goes from files and memory to memory of the CPU, and has no operand that is to be decoded."""
+        if not self.fuses or out is None or out.device.type != "cpu" or step.output.encoding is not None:
+            return 0
+        if step.op == "copy":
+            return 0 if any(read.fd == IN_MEMORY for each in reads for read in each) else tiles.get().in_pieces
+        if any(abs(factor) >= checks.F32_OVERFLOW for factor in step.factors):
+            return 0  # which is checked where it is computed otherwise
+        return self.tile if any(seen) else tiles.get().in_pieces
 
     def slots(self) -> list[Slot]:
         return [_CpuSlot(self)]
@@ -46,7 +60,6 @@ class Cpu:
 
 
 class _CpuSlot:
-    load = None
     decodes = True
 
     def __init__(self, cpu: Cpu) -> None:
@@ -55,6 +68,50 @@ class _CpuSlot:
         self._numbers: dict[int, Tensor] = {}
         self._tensors: dict[tuple[int, str], Tensor] = {}
         self._tally: Tally | None = None
+        self.load = self._load
+
+    def _load(self, portions: Sequence[Portion]) -> list[list[memoryview]]:
+        """One call each, in which nothing of a tile is read into memory as a whole but what is wanted as bytes."""
+        return [self._load_one(portion) for portion in portions]
+
+    def _load_one(self, portion: Portion) -> list[memoryview]:
+        assert portion.out is not None
+        if portion.step.op == "copy":
+            data, at = portion.out.numpy().data, 0
+            for fd, offset, nbytes, path, *_ in portion.reads[0]:
+                read_into(fd, data[at : at + nbytes], offset, path)
+                at += nbytes
+            return [data]
+        views = [
+            self.buffers[place][: sum(read.nbytes for read in reads)] if wanted else memoryview(b"")
+            for place, (reads, wanted) in enumerate(zip(portion.reads, portion.seen, strict=True))
+        ]
+        self._fuse(portion, portion.out, views)
+        return views
+
+    def _fuse(self, portion: Portion, out: Tensor, views: Sequence[memoryview]) -> None:
+        step, first, count, _, reads, _ = portion
+        operands: list[native.Operand] = [
+            ([(fd, offset, nbytes, keep, kept) for fd, offset, nbytes, _, keep, kept in each], _address(view))
+            for each, view in zip(reads, views, strict=True)
+        ]
+        dtypes = [TORCH_DTYPES[operand.dtype] for operand in step.operands]
+        if step.op == "convert":
+            dtypes.append(dtypes[0])
+            operands.append(self._cpu.zeros[step.operands[0].dtype].data_ptr())
+        elif step.is_from_zero:
+            dtypes.insert(0, torch.float32)
+            operands.insert(0, self._cpu.zeros[NOTHING].data_ptr())
+        op = "subtract" if step.op == "convert" else step.op
+        pointers = out.data_ptr(), *(0 for _ in dtypes)
+        unread = native.run_fused(
+            op, native.item(count, step.stream, pointers, (out.dtype, *dtypes)), tuple(operands),
+            () if op == "subtract" else step.factors,
+            stochastic=self._cpu.rules.rounding == "stochastic", seed=self._cpu.rules.seed, offset=first,
+        )  # fmt: skip
+        if unread is not None:
+            operand, number, error, at = unread
+            raise failed_read(step, reads[operand - step.is_from_zero][number].path, error, at)
 
     def start(
         self,
@@ -79,9 +136,7 @@ class _CpuSlot:
         if out is not None and out is not here:  # it is kept on a device that does not compute this
             out.copy_(here)
 
-    def _operands(
-        self, step: Step, count: int, coded: Mapping[int, Coded]
-    ) -> tuple[list[Tensor], Mapping[int, Coded]]:
+    def _operands(self, step: Step, count: int, coded: Mapping[int, Coded]) -> tuple[list[Tensor], Mapping[int, Coded]]:
         """What is computed with: what the buffers hold, for what is codes there memory for its numbers, and what a step
         has beside its operands; and the codes, by their places among these."""
         operands = [
@@ -140,6 +195,11 @@ class _CpuSlot:
     def wait(self) -> Tally | None:
         tally, self._tally = self._tally, None  # `start` has done it all
         return tally
+
+
+def _address(view: memoryview) -> int:
+    """Of memory that can be written; 0 of none."""
+    return torch.frombuffer(view, dtype=torch.uint8).data_ptr() if len(view) else 0
 
 
 def compute(

@@ -34,6 +34,7 @@ from torch import Tensor
 from ires_kernels.backends import counting, decoding, native
 from ires_kernels.backends.call import Coded, Tally
 from ires_kernels.backends.choice import choose
+from ires_kernels.checkpoints.sources import IN_MEMORY, Read
 from ires_kernels.dtypes import FLOATS
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.steps import Step
@@ -233,6 +234,11 @@ class Gpu:
         self.zeros = zeros(steps, self.tile, runtime.device)
         runtime.settle()
 
+    def loads(self, step: Step, _: object, reads: Sequence[Sequence[Read]], *_more: object) -> int:
+        if not self.runtime.native or any(read.fd == IN_MEMORY for each in reads for read in each):
+            return 0
+        return self.copy if step.op == "copy" else self.tile
+
     def slots(self) -> list[Slot]:
         return [_GpuSlot(self, piece) for piece in self.runtime.ring.borrow(SLOTS)]
 
@@ -292,7 +298,7 @@ class _GpuSlot:
         host, view, there = memory.data_ptr(), memory.numpy().data, self._whole.data_ptr()
         reads, items, views, at = [], [], [], 0
         owners: list[tuple[Step, Path]] = []  # of the reads
-        for step, _, count, out, operands in portions:
+        for step, _, count, out, operands, _ in portions:
             assert out is not None
             pointers = [out.data_ptr()]
             seen = []
@@ -300,7 +306,7 @@ class _GpuSlot:
                 begin, goal = at, pointers[0] if step.op == "copy" else there + at
                 pointers.append(there + at)
                 one = len(pieces) == 1
-                for fd, offset, nbytes, path in pieces:
+                for fd, offset, nbytes, path, *_ in pieces:
                     reads.append((fd, offset, host + at, goal if one else 0, nbytes))
                     owners.append((step, path))
                     at += nbytes

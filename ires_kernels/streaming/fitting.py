@@ -64,13 +64,16 @@ class _Fitting:
         dtypes = {operand.dtype for operand in operands} | {step.dtype for step in steps}
         self.in_loops = fit_loops.available(dtypes)
         self.reads = self.in_loops and not any(operand.is_decoded for operand in operands)
-        self.tile, self.copy = tiles.get().looked_at if self.reads else tiles.get().elements, tiles.get().copied
+        self.tile, self.copy = tiles.get().in_pieces if self.reads else tiles.get().elements, tiles.get().copied
         self.room = 0
         self.alphas = alphas
         self.coded = coded
         self.sizes = [*buffer_sizes(steps, self.tile)[:-1], 0]
         self.found: dict[str, dict[int, Fit]] = {}
         """By label, and by the first element of a tile: added up in that order, whichever thread came first."""
+
+    def loads(self, *_: object) -> int:
+        return self.tile if self.reads else 0
 
     def slots(self) -> list[Slot]:
         return [_FittingSlot(self)]
@@ -97,14 +100,14 @@ class _FittingSlot:
 
     def _load(self, portions: Sequence[Portion]) -> list[list[memoryview]]:
         """Files are read where they are counted: of what was seen no more than sums are left."""
-        for step, first, count, _, operands in portions:
-            runs = [[(fd, offset, nbytes) for fd, offset, nbytes, _ in pieces] for pieces in operands]
+        for step, first, count, _, operands, _ in portions:
+            runs = [[(piece.fd, piece.offset, piece.nbytes) for piece in pieces] for pieces in operands]
             try:
                 found = fit_loops.of_files(count, step.dtype, _dtypes(step), runs, self._asked.alphas_of(step))
             except fit_loops.Unread as failed:
                 raise failed_read(step, operands[failed.operand][failed.run].path, failed.error, failed.at) from None
             self._asked.add(step, first, found)
-        return [[memoryview(b"")] * len(operands) for *_, operands in portions]
+        return [[memoryview(b"")] * len(portion.reads) for portion in portions]
 
     def start(self, step: Step, first: int, count: int, *_: object) -> None:
         self._asked.add(step, first, _fit(step.dtype, _dtypes(step), count, self.buffers, self._asked.alphas_of(step)))

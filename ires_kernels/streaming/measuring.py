@@ -78,6 +78,9 @@ class _Measuring:
         coded = ((step, step.output.encoding) for step in steps)
         self.weights = {step.label: _Largest(step, encoding.weight) for step, encoding in coded if encoding}
 
+    def loads(self, *_: object) -> int:
+        return 0
+
     def slots(self) -> list[Slot]:
         return [_MeasuringSlot(self, slot) for slot in self.inner.slots()]
 

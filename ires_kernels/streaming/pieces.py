@@ -14,20 +14,11 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ires_kernels.checkpoints.checkpoint import TensorRef
 from ires_kernels.checkpoints.quantized import QuantizedRef
-from ires_kernels.checkpoints.sources import LocalFile, Source
+from ires_kernels.checkpoints.sources import Read, Source
 from ires_kernels.planning.steps import Operand
 
 if TYPE_CHECKING:
     from ires_kernels.backends.call import Coded
-
-
-class Read(NamedTuple):
-    """Bytes of a file that is open."""
-
-    fd: int
-    offset: int
-    nbytes: int
-    path: Path
 
 
 class Reader(Protocol):
@@ -46,9 +37,9 @@ class Reader(Protocol):
         """
 
     def reads(self, first: int, count: int) -> list[Read] | None:
-        """Where the bytes of these elements are, one after the other, for what reads them itself.
+        """Where the bytes of these elements are, one after the other, for what reads them itself, now.
 
-        None where reading is not all that it takes.
+        None where reading is not all that it takes. Of no elements each place where some are.
         """
 
 
@@ -119,10 +110,7 @@ class _One:
         """They are no codes."""
 
     def reads(self, first: int, count: int) -> list[Read] | None:
-        source, width = self._source, self._width
-        if not isinstance(source, LocalFile):
-            return None
-        return [Read(source.fd, self._offset + first * width, count * width, source.path)]
+        return self._source.reads(self._offset + first * self._width, count * self._width)
 
 
 class _Many:
@@ -164,13 +152,14 @@ class _Many:
         """They are no codes."""
 
     def reads(self, first: int, count: int) -> list[Read] | None:
-        files = [source for source in self._sources if isinstance(source, LocalFile)]
-        if len(files) < len(self._sources):
-            return None
-        return [
-            Read(files[number].fd, offset, nbytes, files[number].path)
-            for number, offset, _, nbytes in self._cut(first, count)
-        ]
+        cut = [(source, offset, nbytes) for source, offset, _, nbytes in self._cut(first, count)]
+        found: list[Read] = []
+        for number, offset, nbytes in cut or [(number, 0, 0) for number in range(len(self._sources))]:
+            reads = self._sources[number].reads(offset, nbytes)
+            if reads is None:
+                return None
+            found += reads
+        return found
 
     def _cut(self, first: int, count: int) -> list[tuple[int, int, int, int]]:
         """The runs that make up some elements, in their order, the first and the last of them cut to these."""

@@ -223,7 +223,7 @@ class _Part:
         self,
         step: Step,
         readers: Sequence[Reader],
-        sizes: tuple[int, int],
+        tile: int,
         out: tuple[Tensor, Tensor] | None,
         hashed: Container[str] | None,
         tally: Tally,
@@ -237,7 +237,7 @@ class _Part:
         self.copied = step.op == "copy" or step.is_scale
         self.is_run = step.box is None or step.box.is_run
         self.length = _length(step)
-        self.tile = max(1, self.length) if step.is_scale else sizes[self.copied]
+        self.tile = tile
         self.tiles = -(-self.length // self.tile)
         self.overwrites = step.op in ("add", "add_difference") and not step.is_from_zero
         self.width = 1 if self.copied or coder else FLOATS[step.dtype]
@@ -245,8 +245,7 @@ class _Part:
         if out is not None:
             elements, in_bytes = out
             self.out = in_bytes[step.start :] if self.copied else elements[step.first :]
-        # What scales are made of is read for the codes as well.
-        self.wanted = [not step.is_scale and (hashed is None or o.role in hashed) for o in step.operands]
+        self.wanted = _wanted(step, hashed)
         self.hashers: list[xxhash.xxh3_128 | None] = []  # of what is read, where it is not the result
         self.tally = tally
         self.stays = stays
@@ -256,7 +255,7 @@ class _Part:
 class _Tensor:
     """An output under way, shared by the threads that work on its tiles."""
 
-    def __init__(self, output: Output, parts: Sequence[_Part], done: int, kept: bool) -> None:
+    def __init__(self, output: Output, parts: Sequence[_Part], done: int, kept: bool, loaded: bool) -> None:
         self.output = output
         self.parts = parts
         self.done = done  # its first bytes, which an earlier run has written
@@ -264,10 +263,7 @@ class _Tensor:
         # The bytes of a whole copy are hashed once, as those of the result.
         self.is_copy = len(parts) == 1 and parts[0].copied
         self.is_written = all(part.out is None for part in parts)
-        # Whether a processor may read it itself: it stays there, and its operands are in files as they are.
-        # As one run of what has random bits.
-        stays = not (self.is_written and kept) and all(part.is_run for part in parts)
-        self.is_loaded = stays and all(r.reads(0, 0) is not None for part in parts for r in part.readers)
+        self.is_loaded = loaded  # the processor reads it itself
         self.hasher = xxhash.xxh3_128() if self.is_written and kept else None
         apart = not (self.is_copy and self.is_written)
         for part in parts:
@@ -294,7 +290,8 @@ class _Tensor:
         step, count = part.step, min(part.tile, part.length - first)
         out = None if part.out is None else part.out[first : first + count]
         reads = [reads for reader in part.readers if (reads := reader.reads(first, count)) is not None]
-        return Portion(step, step.number(step.first + first), count, out, reads)
+        seen = [hasher is not None for hasher in part.hashers]
+        return Portion(step, step.number(step.first + first), count, out, reads, seen)
 
 
 class _Tile(NamedTuple):
@@ -452,18 +449,17 @@ class _Engine:
             if not self.waiting[file]:
                 del self.waiting[file]
             out, done = self.asked.into.get(output.name), self.asked.done.get(output.name)
+            readers = [self._readers(step) for step in steps]
+            loaded = [self._loaded(step, each, out) for step, each in zip(steps, readers, strict=True)]
             parts = []
-            for step in steps:
-                try:
-                    readers = [self._reader(step, operand) for operand in step.operands]
-                except (OSError, TypeError) as error:
-                    raise _with_tensor(error, step) from error
+            for step, each, size in zip(steps, readers, loaded, strict=True):
                 fitted = self.how.fit is not None and step.op == "add_difference" and not step.is_scale
                 known = done.tallies.get(step.label) if done else None
                 tally = replace(known) if known is not None else FitTally() if fitted else Tally()
+                tile = size if all(loaded) else self._tile(step)
                 more = self.how.hashed, tally, self._stays(step), self._coder(step), fitted
-                parts.append(_Part(step, readers, self.sizes, out, *more))
-            tensor = _Tensor(output, parts, done.stop if done else 0, self.asked.kept)
+                parts.append(_Part(step, each, tile, out, *more))
+            tensor = _Tensor(output, parts, done.stop if done else 0, self.asked.kept, all(loaded))
             self.active[tensor] = None
             if tensor.tiles:
                 return tensor
@@ -473,6 +469,29 @@ class _Engine:
     def _stays(self, step: Step) -> bool:
         """Whether nothing is written: no results are kept, or it would write over the target what that has."""
         return not self.asked.kept or (self.asked.stops is not None and step.is_own)
+
+    def _tile(self, step: Step) -> int:
+        """Elements of a step that is read here, at a time; bytes of a copy."""
+        return max(1, _length(step)) if step.is_scale else self.sizes[step.op == "copy"]
+
+    def _loaded(self, step: Step, readers: Sequence[Reader], out: tuple[Tensor, Tensor] | None) -> int:
+        """The same of a step that the processor reads itself; 0 of others.
+
+        Its result stays there, its operands are in files or in memory as they are, and its random bits follow each
+        other.
+        """
+        if (self.asked.kept and out is None) or not (step.box is None or step.box.is_run):
+            return 0
+        reads = [reads for reader in readers if (reads := reader.reads(0, 0)) is not None]
+        if len(reads) < len(readers):
+            return 0
+        return self.processor.loads(step, None if out is None else out[0], reads, _wanted(step, self.how.hashed))
+
+    def _readers(self, step: Step) -> list[Reader]:
+        try:
+            return [self._reader(step, operand) for operand in step.operands]
+        except (OSError, TypeError) as error:
+            raise _with_tensor(error, step) from error
 
     def _reader(self, step: Step, operand: Operand) -> Reader:
         """Opens the files of an operand, for as long as its tensor is under way."""
@@ -583,8 +602,9 @@ class _Engine:
 
     def _begin(self, claims: Sequence[tuple[_Tensor, int]], slot: Slot) -> list[_Tile]:
         """Read the claimed tiles and start to compute them, as one load where the slot can."""
-        if slot.load is None or not claims[0][0].is_loaded:
+        if not claims[0][0].is_loaded:
             return [self._begin_tile(*claim, slot) for claim in claims]
+        assert slot.load is not None
         portions = [tensor.portion(index) for tensor, index in claims]
         begun = []
         for (tensor, index), portion, views in zip(claims, portions, slot.load(portions), strict=True):
@@ -715,6 +735,11 @@ class _Engine:
         for tensor in active:
             with tensor.turned:
                 tensor.turned.notify_all()
+
+
+def _wanted(step: Step, hashed: Container[str] | None) -> list[bool]:
+    """Of which operands the hash is wanted. What scales are made of is read for the codes as well."""
+    return [not step.is_scale and (hashed is None or operand.role in hashed) for operand in step.operands]
 
 
 def _length(step: Step) -> int:

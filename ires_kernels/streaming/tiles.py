@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from ires_kernels.backends.call import Tally
+from ires_kernels.checkpoints.sources import Read
 from ires_kernels.dtypes import FLOATS
 from ires_kernels.files.transfer import shrunk
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Step
-from ires_kernels.streaming.pieces import Read
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +38,8 @@ class Tiles:
     """Elements at most on a GPU: more than on the CPU, as each tile costs a fixed number of launches."""
     copied: int = 1 << 19
     """Bytes of a tensor that is copied."""
-    looked_at: int = 1 << 22
-    """Elements of a tensor that one call reads and counts, piece by piece."""
+    in_pieces: int = 1 << 22
+    """Elements of a tensor that one call reads and computes or counts, piece by piece, on the CPU."""
 
 
 TILES = Tiles()
@@ -79,12 +79,14 @@ class Portion(NamedTuple):
     out: Tensor | None
     reads: list[list[Read]]
     """By operand, what is read for it, one after the other."""
+    seen: Sequence[bool]
+    """Of which operands the bytes are wanted that were read."""
 
 
 Load = Callable[[Sequence[Portion]], list[list[memoryview]]]
 """Reads the portions of a tile, which have one operation and its factors, and starts to compute them.
 
-Returns the bytes that were read of each. Raises ReadError.
+Returns the bytes that were read of each, or no bytes where they are not wanted. Raises ReadError.
 """
 
 
@@ -120,7 +122,7 @@ class Slot(Protocol):
 
     @property
     def load(self) -> Load | None:
-        """Takes the place of filling the buffers and of `start` where the result stays, if the processor can read."""
+        """Takes the place of filling the buffers and of `start` of what the processor `loads`."""
 
     def wait(self) -> Tally | None:
         """Return when what was started is done, and no memory is in use any more, with what was counted of it."""
@@ -139,7 +141,14 @@ class Processor(Protocol):
 
     @property
     def room(self) -> int:
-        """Bytes that the portions which a slot loads at a time may take, `packed`; 0 where slots do not load."""
+        """Bytes that the portions which a slot loads at a time may take, `packed`; 0 where it loads one at a time."""
+
+    def loads(self, step: Step, out: Tensor | None, reads: Sequence[Sequence[Read]], seen: Sequence[bool]) -> int:
+        """Elements of a step that a slot loads at a time, bytes of a copy; 0 where it does not load such.
+
+        Its result goes into `out`, or it is only looked at. `reads` are places by operand where some of it is, without
+        elements, and of which the bytes are wanted that were read says `seen`.
+        """
 
     def slots(self) -> Sequence[Slot]:
         """Memory for a thread, called in it: so many tiles it has under way at a time."""
@@ -177,6 +186,9 @@ class ReadOnly:
     def __init__(self, *_: object) -> None:
         self.tile = self.copy = tiles.get().copied
         self.room = 0
+
+    def loads(self, *_: object) -> int:
+        return 0
 
     def slots(self) -> list[Slot]:
         return [_ReadOnlySlot(self.copy)]

@@ -29,7 +29,7 @@ _PLAIN = {Tensor, torch.nn.Parameter, FakeTensor}
 _TEXT = (str, bytes)  # as a tuple: torch.compile of torch 2.6 does not know str | bytes
 _START = operator.itemgetter(0)
 _LARGEST = sys.float_info.max
-_F32_OVERFLOW = NUMBERS["F32"].limit  # the least magnitude that float32 rounds to infinity
+F32_OVERFLOW = NUMBERS["F32"].limit  # the least magnitude that float32 rounds to infinity
 
 
 class Names(NamedTuple):
@@ -301,7 +301,7 @@ def operands(
 def factors_in_range(op: str, values: Iterable[float], outs: list[Tensor], inputs: list[tuple[Tensor, ...]]) -> None:
     """A factor that float32 cannot hold wants a float64 tensor in every item."""
     for value in values:
-        if abs(value) >= _F32_OVERFLOW:
+        if abs(value) >= F32_OVERFLOW:
             for out, row in zip(outs, inputs, strict=True):
                 if not any(x.dtype == torch.float64 for x in (out, *row)):
                     raise ValueError(

@@ -21,7 +21,7 @@ import ires_kernels as ik
 from ires_kernels.checking import guards
 from ires_kernels.checkpoints.checkpoint import TensorRef
 from ires_kernels.checkpoints.header import CheckpointError
-from ires_kernels.checkpoints.sources import LocalFile
+from ires_kernels.checkpoints.sources import LocalFile, Read
 from ires_kernels.live import snapshot
 from ires_kernels.live.target import _moved
 from ires_kernels.planning.rules import ArgumentError
@@ -200,7 +200,7 @@ def test_a_failure_after_any_tile_leaves_the_module_as_it_was(
 ) -> None:
     """What was kept goes back, and what was not was not changed."""
     model, instruct, base = small(tmp_path, torch.bfloat16)
-    before, read, left = bits(model), LocalFile.read_into, 0
+    before, read, reads, left = bits(model), LocalFile.read_into, LocalFile.reads, 0
 
     def fail_later(file: LocalFile, view: memoryview, offset: int) -> None:
         nonlocal left
@@ -209,9 +209,15 @@ def test_a_failure_after_any_tile_leaves_the_module_as_it_was(
             raise OSError(5, "Input/output error")
         read(file, view, offset)
 
+    def end_later(file: LocalFile, offset: int, size: int) -> list[Read]:
+        nonlocal left
+        left -= file.path.parent == instruct and size > 0
+        return reads(file, offset + (1 << 40) * (left < 0), size)
+
     failed = 0
     with tiles(elements=256), monkeypatch.context() as patched:
         patched.setattr(LocalFile, "read_into", fail_later)
+        patched.setattr(LocalFile, "reads", end_later)
         for number in range(5, 80):
             left = number
             try:

@@ -48,7 +48,7 @@ def models(tmp_path: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 def test_sums_are_those_of_whole_tensors(tmp_path: Path, models: dict[str, dict[str, torch.Tensor]]) -> None:
     pair = (tmp_path / "instruct", tmp_path / "base")
-    with tiles(elements=100, looked_at=100):  # several of most tensors, by several threads
+    with tiles(elements=100, in_pieces=100):  # several of most tensors, by several threads
         report = ik.compare(tmp_path / "target", pair, alpha=0.3, threads=3, curve=True)
     assert report.tensors.keys() == NAMES.keys()
     merged = ik.load(tmp_path / "target", pair, alpha=0.3)
@@ -107,7 +107,7 @@ def test_what_is_found_depends_on_nothing_else(tmp_path: Path, monkeypatch: pyte
     found = []
     for threads, sizes, backend in ((1, 96, ""), (3, 96, ""), (2, 1 << 22, ""), (2, 96, "reference")):
         monkeypatch.setenv("IRES_BACKEND", backend)
-        with tiles(elements=sizes, looked_at=sizes):
+        with tiles(elements=sizes, in_pieces=sizes):
             found.append(ik.compare(*models_of, alpha=0.3, threads=threads, curve=True).tensors)
     assert found[0] == found[1]
     for other in found[2:]:
