@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ires_kernels.checkpoints import hub
+from ires_kernels.checkpoints import hub, roles
 from ires_kernels.checkpoints.checkpoint import is_shard
 from ires_kernels.checkpoints.header import CheckpointError, brief
 from ires_kernels.checkpoints.manifest import Manifest
@@ -144,16 +144,27 @@ def applied(
     paths: Mapping[str, StrPath], rules: Rules, where: Destination, running: Running, made: Manifest | None = None
 ) -> Report | WorkerReport | Plan:
     """Carry out `apply`; `made` is the manifest of what is to be made again."""
-    if running.compare and list(paths) != PAIR:
-        raise ArgumentError(
-            f"compare (--compare) takes one pair of models, and {', '.join(list(paths)[1:])} are given. Give the two "
-            "models that a residual was made of, as (instruct, base) (--instruct, --base), or leave it out: "
-            "`ires compare` takes one pair of several at a time."
-        )
+    if running.compare:
+        _check_pair(paths)
     done = _carried_out(paths, rules, where, running, made)
     if running.compare and isinstance(done, Report) and done.compared is None:
         done = replace(done, notes=(*done.notes, _NOT_COMPARED))
     return done
+
+
+def _check_pair(paths: Iterable[str]) -> None:
+    """Refuse with ArgumentError to compare, on the way, what is no pair of models."""
+    given = [role for role in paths if role != "target"]
+    if any(map(roles.is_residual, given)):
+        raise ArgumentError(
+            "compare (--compare) needs what base holds, and a residual does not have that. Give the two models that it "
+            "was made of in its place: (instruct, base) (--instruct, --base). Or leave compare out."
+        )
+    if ["target", *given] != PAIR:
+        raise ArgumentError(
+            f"compare (--compare) takes one pair of models, and {', '.join(given)} are given. Leave it out: "
+            "`ires compare TARGET --instruct I --base B` says of one pair after the other how it fits."
+        )
 
 
 def _carried_out(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from quantized_models import FORMATS
 from selection import tiles
-from small_models import normal, read_model, triple, write_model
+from small_models import normal, read_model, snapshot, triple, write_model
 from updated import unfinished
 
 import ires_kernels as ik
@@ -274,12 +274,21 @@ def of_a_recipe(base: Path, instruct: Path, target: Path) -> None:
     ik.merge(recipe, out=base.parent / "out", compare=True)
 
 
-@pytest.mark.parametrize("asked", [of_a_residual, of_two_pairs, of_a_recipe])
-def test_what_is_no_pair_is_refused(tmp_path: Path, asked: Callable[..., None]) -> None:
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        (of_a_residual, "needs what base holds.* Give the two models that it was made of"),
+        (of_two_pairs, "instruct-1, base-1, instruct-2, base-2 are given. Leave it out"),
+        (of_a_recipe, "takes one pair of models"),
+    ],
+)
+def test_what_is_no_pair_is_refused(tmp_path: Path, asked: Callable[..., None], why: str) -> None:
     models = triple(tmp_path)
-    with pytest.raises(ArgumentError, match=r"takes one pair of models, and .* are given. Give .* or leave it out"):
+    before = snapshot(tmp_path / "target")
+    with pytest.raises(ArgumentError, match=why):
         asked(*models)
     assert not (tmp_path / "out").exists()
+    assert snapshot(tmp_path / "target") == before
 
 
 def test_a_recipe_of_a_pair(tmp_path: Path) -> None:
