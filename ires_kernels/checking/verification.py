@@ -15,9 +15,10 @@ from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, open_chec
 from ires_kernels.checkpoints.folders import listed
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files.opening import check_link
-from ires_kernels.files.plain import plain_lines
+from ires_kernels.files.plain import plain_lines, size
+from ires_kernels.planning.application import plan_apply
 from ires_kernels.planning.inputs import StrPath, open_inputs
-from ires_kernels.planning.plan import Plan, plan_apply, size
+from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.steps import by_output
 from ires_kernels.planning.summing import plan_residual

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ires_kernels.checkpoints import configs, endings, tokens
+from ires_kernels.checkpoints import configs, endings, roles, tokens
 from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId
 from ires_kernels.checkpoints.filenames import JINJA, SETTINGS, Group, group_of, has_tokens
 from ires_kernels.checkpoints.header import CheckpointError
@@ -129,6 +129,16 @@ def has_vocabulary(checkpoint: Checkpoint) -> bool:
 def has_template(checkpoint: Checkpoint) -> bool:
     """Whether there is a chat template, in a file of its own or in tokenizer_config.json."""
     return Parent("", checkpoint).has_template
+
+
+def turned_round(inputs: Mapping[str, Checkpoint]) -> list[str]:
+    """A warning for each base that has, and whose instruct has not, what makes a model an instruct model."""
+    return [
+        f"{base} has a chat template and {instruct} has none: are they the wrong way round?"
+        for instruct in inputs
+        if roles.is_instruct(instruct) and (base := roles.base_of(instruct)) in inputs
+        if has_template(inputs[base]) and not has_template(inputs[instruct])
+    ]
 
 
 def same_tokens(checkpoints: Iterable[Checkpoint]) -> bool:

@@ -9,9 +9,8 @@ from typing import Any
 
 from ires_kernels.checkpoints.folders import MERGE_ADAPTER
 from ires_kernels.command_line.streams import say, tell
-from ires_kernels.files.plain import plain, several
+from ires_kernels.files.plain import plain, several, size
 from ires_kernels.files.plain import table as columns
-from ires_kernels.planning.plan import size
 
 
 def result(arguments: argparse.Namespace, found: Any) -> int:

@@ -71,6 +71,19 @@ def several(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1000 as disks and networks are sold."""
+    name, factor = unit(count)
+    return f"{count / factor:.3g} {name}"
+
+
+def unit(count: float) -> tuple[str, int]:
+    """The unit in which so many bytes are told, and how many it has."""
+    names = ("B", "kB", "MB", "GB", "TB")
+    power = next((power for power in range(4) if count < 1000 ** (power + 1)), 4)
+    return names[power], 1000**power
+
+
 def folded(line: str, width: int) -> str:
     """A line as one or several of at most so many columns, broken between words; the text of a `table` stays in its
     column. What stands in backticks is to be copied, and stays together, as does a word that is longer than a line.

@@ -14,8 +14,9 @@ from ires_kernels.files.ownership import StoreError
 from ires_kernels.in_place import begun, cuts, scales
 from ires_kernels.in_place.cuts import Sizes, Window
 from ires_kernels.planning.ancestry import Ancestry
+from ires_kernels.planning.application import plan_apply
 from ires_kernels.planning.inputs import open_inputs
-from ires_kernels.planning.plan import VERSION, Plan, plan_apply
+from ires_kernels.planning.plan import VERSION, Plan
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Step
 from ires_kernels.records.operation import Operation, as_it_was, same_plan

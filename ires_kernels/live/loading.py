@@ -17,10 +17,11 @@ from ires_kernels.live import parts
 from ires_kernels.live.peers import Peers
 from ires_kernels.live.placing import Wanted, places
 from ires_kernels.planning import ancestry
+from ires_kernels.planning.application import plan_apply
 from ires_kernels.planning.box import Box
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.inputs import StrPath, open_inputs
-from ires_kernels.planning.plan import Plan, plan_apply
+from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.steps import Step, by_output
 from ires_kernels.streaming import device as devices

@@ -16,8 +16,8 @@ from torch import Tensor
 from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId, Shard, TensorRef
 from ires_kernels.checkpoints.header import Header, TensorInfo
 from ires_kernels.checkpoints.sources import IN_MEMORY, Read
+from ires_kernels.files.plain import size
 from ires_kernels.live.tensors import DTYPES
-from ires_kernels.planning.plan import size
 
 
 class Snapshot:

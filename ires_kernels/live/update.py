@@ -22,9 +22,10 @@ from ires_kernels.live import tensors as held
 from ires_kernels.live.snapshot import Snapshot
 from ires_kernels.live.target import Target
 from ires_kernels.planning import ancestry
+from ires_kernels.planning.application import plan_apply
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.inputs import Pair, StrPath, check_flags, open_inputs, roles_of_apply
-from ires_kernels.planning.plan import Plan, plan_apply
+from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.steps import Step
 from ires_kernels.planning.sums import Sum, written_out

@@ -16,9 +16,10 @@ from ires_kernels.in_place.run import carry_on_as_asked, update_model
 from ires_kernels.merging.output import write
 from ires_kernels.merging.planned import warned
 from ires_kernels.merging.request import PAIR, Added, Factors, Renames, Running, Workers, wanted
+from ires_kernels.planning.application import plan_apply
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.inputs import StrPath, check_flags, check_path, open_inputs
-from ires_kernels.planning.plan import Plan, plan_apply
+from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.records import repetition, state
 from ires_kernels.records.operation import UNDO

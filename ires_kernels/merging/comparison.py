@@ -10,9 +10,9 @@ from ires_kernels.checking import guards
 from ires_kernels.checkpoints import configs, hub
 from ires_kernels.merging.request import PAIR, Renames
 from ires_kernels.planning import ancestry
+from ires_kernels.planning.application import plan_apply
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.inputs import Pair, StrPath, check_flags, open_inputs, roles_of_apply
-from ires_kernels.planning.plan import plan_apply
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.streaming.options import Options
 from ires_kernels.streaming.reader import second_copies

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from ires_kernels.checkpoints import hub, parents, roles
 from ires_kernels.files import hidden
+from ires_kernels.planning.application import plan_apply
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.inputs import open_inputs
-from ires_kernels.planning.plan import Plan, plan_apply, related
+from ires_kernels.planning.plan import Plan, related
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.summing import plan_residual
 from ires_kernels.records.operation import Operation, other_files, same_plan

@@ -13,7 +13,7 @@ from ires_kernels.checkpoints.quantized import Ref
 from ires_kernels.planning import absences
 from ires_kernels.planning.absences import Absence
 from ires_kernels.planning.matching import Matcher
-from ires_kernels.planning.numbers import Numbers
+from ires_kernels.planning.numbers import Numbers, numbers
 from ires_kernels.planning.quantized import Modules
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Comparison, Op
@@ -23,6 +23,7 @@ CODES = (
     "Arithmetic on codes is meaningless: take weights that are not quantized, or leave such modules as they are with "
     "--skip, which takes all that belongs to a module for one: codes, scales, zero points."
 )
+NOTHING = "Take models of one architecture, whose tensors have the same names, and skip less."
 
 
 @dataclass
@@ -77,6 +78,12 @@ class Findings:
     _embeddings: dict[str, set[int]] = field(default_factory=dict)
     _skipped: dict[str, str] = field(default_factory=dict)
     """Weights of which a stored part is skipped, and the pattern."""
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[str, str] | None) -> Findings:
+        """None as yet, of models by role. `copies`: second copies of an embedding, and its name."""
+        seen = {role: numbers(checkpoint) for role, checkpoint in inputs.items()}
+        return cls(rules, Matcher({role: each.model for role, each in seen.items()}, copies or {}), seen)
 
     @property
     def inputs(self) -> Mapping[str, Checkpoint]:

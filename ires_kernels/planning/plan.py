@@ -1,41 +1,37 @@
-"""Planning a merge: validated checkpoints and rules become a frozen Plan, or one error that lists what is wrong.
+"""What a merge will do: a frozen Plan, made of validated checkpoints and rules before anything is written.
 
-Nothing is written here, and of the weights no more is read than `open_checkpoint` has read; but the files beside them
-are. A Plan fixes the headers of the output, where the bytes of every tensor come from and what is done to them. So
-printing it is a dry run, and the same inputs and rules give the same Plan everywhere.
+A Plan fixes the headers of the output, where the bytes of every tensor come from and what is done to them. So printing
+it is a dry run, and the same inputs and rules give the same Plan everywhere.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import xxhash
 
-from ires_kernels.checkpoints import configs, names, parents, roles, selection, settings, sidefiles
+from ires_kernels.checkpoints import sidefiles
 from ires_kernels.checkpoints.checkpoint import Checkpoint
-from ires_kernels.checkpoints.header import brief, build_header, tensor_bytes
+from ires_kernels.checkpoints.header import brief
 from ires_kernels.checkpoints.manifest import NotStored
 from ires_kernels.checkpoints.quantized import QuantizedRef, Ref
 from ires_kernels.checkpoints.sidefiles import SideFile
 from ires_kernels.checkpoints.standins import shown
-from ires_kernels.dtypes import STORAGE
-from ires_kernels.files.plain import several, table
-from ires_kernels.planning import ancestry, by_token, deeds
+from ires_kernels.files.plain import several, size, table
+from ires_kernels.planning import ancestry
 from ires_kernels.planning.absences import Absence, grouped
 from ires_kernels.planning.ancestry import Ancestry
 from ires_kernels.planning.evidence import Looks
-from ires_kernels.planning.findings import Findings
+from ires_kernels.planning.identity import digest, identities, made_of
 from ires_kernels.planning.layout import Layout, lines
-from ires_kernels.planning.matching import Matcher
-from ires_kernels.planning.numbers import numbers
 from ires_kernels.planning.rules import Rules
-from ires_kernels.planning.share import Share, share
-from ires_kernels.planning.steps import Comparison, Operand, Step, by_output
+from ires_kernels.planning.shards import OutputFile
+from ires_kernels.planning.share import Share
+from ires_kernels.planning.steps import Comparison, Operand, Step
 from ires_kernels.version import VERSION as VERSION
 
 MANIFESTS = {"apply": "ires.json", "extract": "residual.json"}
@@ -43,24 +39,7 @@ MANIFESTS = {"apply": "ires.json", "extract": "residual.json"}
 
 _LISTED = 16
 """Runs of an operand that `Plan.to_dict` lists."""
-_LEFT_OVER = 0.1
-"""Of the elements of a residual, what --allow-missing leaves out without being told so."""
-_ANY = (
-    "It leaves out a tenth at most: where what is missing belongs to the model, mend that first; "
-    'to go on all the same, give --allow-missing=any (allow_missing="any").'
-)
 _PASSES = "2: one finds the scales that new codes need, and changes nothing; then all of it is done"
-_IDS = "Correct the id in that file, or take a model whose tokenizer fits its rows."
-_IDS_BY_ROWS = "Rows by number leave its ids without rows: --vocabulary target keeps those that the target has."
-_NOTHING = "Take models of one architecture, whose tensors have the same names, and skip less."
-
-
-class OutputFile(NamedTuple):
-    """A safetensors file to write: the bytes before its data, and the size of all of it."""
-
-    name: str
-    header: bytes
-    size: int
 
 
 @dataclass(frozen=True)
@@ -134,7 +113,7 @@ class Plan:
         rules.pop("recipe", None)  # in other words the same
         if self.rules.rounding == "nearest":
             del rules["seed"]
-        return _hash({"roles": sorted(self.inputs), "own": sorted(self.roles_of_target()), "rules": rules, "tag": tag})
+        return digest({"roles": sorted(self.inputs), "own": sorted(self.roles_of_target()), "rules": rules, "tag": tag})
 
     def reads(self, role: str) -> dict[str, Operand]:
         """What the steps read of an input, by key: that of a tensor is its name."""
@@ -248,138 +227,6 @@ class Plan:
         return f", by {brief(pattern)}" if pattern else ""
 
 
-def plan_apply(
-    inputs: Mapping[str, Checkpoint],
-    rules: Rules,
-    copies: Mapping[str, str] | None = None,
-    layouts: Mapping[str, Layout] | None = None,
-    looks: Looks | None = None,
-) -> Plan:
-    """Plan target + alpha * residuals, or target + alpha * (instruct - base) of one pair or several.
-
-    `copies`: second copies in the target of its embedding, and the embedding's name (`reader.second_copies`).
-    `layouts`: `Plan.layouts` of a plan of the same models, where that is known; else values are looked at, by `looks`.
-
-    `inputs` holds target first, then instruct and base of each pair, or residuals. Raises CheckpointError with up to
-    ten problems.
-    """
-    target = inputs["target"]
-    found = _findings(inputs, rules, copies)
-    models = found.inputs
-    deeds.check_models(found)
-    found.refuse("apply")
-    deeds.match("target", layouts, looks, found)
-    steps = _apply_steps(target, found)
-    layout = [
-        (shard.path.name, {"format": "pt"} | shard.header.metadata, [s for n in shard.header.tensors for s in steps[n]])
-        for shard in target.shards
-    ]
-    everything = [step for _, _, group in layout for step in group]
-    deeds.check_left_over(models, found)
-    deeds.check_tied_head(models, everything, found)
-    found.check_patterns()
-    share = _share(everything, found)
-    if (not found.missing or rules.allow_missing) and all(
-        step.reason not in ("", by_token.ALPHA_0) for step in everything
-    ):
-        firsts = [f"{role} has {next(iter(models[role].tensors), '')!r} …" for role in list(inputs)[:2]]
-        found.problem(f"no tensor would be merged: the {', '.join(firsts)}", _NOTHING)
-    found.refuse("apply")
-
-    foreign = by_token.other_vocabulary(models, everything, found)
-    if foreign is not None:
-        found.warnings.append(
-            f"{foreign} stays as it is, and the other models have other rows or tokens for it: the target keeps its "
-            "tokenizer and chat template"
-        )
-    found.warnings += _turned_round(inputs)
-    found.warnings += configs.differences(inputs)
-    found.notes += found.vocabulary.notes()
-    config = by_token.grown_config(inputs, found)
-    rows = [step.shape[0] for step in everything if names.is_vocabulary(step.name) and step.shape]
-    sides = selection.of_model(
-        inputs,
-        own_tokenizer=foreign is not None,
-        vocabulary=rules.vocabulary,
-        reordered=found.vocabulary.reordered,
-        config=config,
-        rows=max(rows, default=None),
-    )
-    found.warnings += sides.warnings
-    for text in sides.problems:
-        found.problem(text, _IDS_BY_ROWS if rules.vocabulary == "rows" else _IDS)
-    found.refuse("apply")
-    side_files = sides.files
-    files, placed = _lay_out(layout)
-    documents = [] if target.index_name is None else [(target.index_name, _index(placed, target.index_metadata))]
-    if rules.dtype is not None:
-        changed = settings.of_plain(config, side_files, STORAGE[rules.dtype].torch)
-        documents += [(name, _json(table)) for name, table in changed.items() if table is not None]
-        side_files = [file for file in side_files if file.name not in changed]
-    elif config is not None and config is not target.config:
-        documents.append(("config.json", _json(config)))
-        side_files = [file for file in side_files if file.name != "config.json"]
-    return Plan(
-        "apply", dict(inputs), rules, files, placed, tuple(documents), tuple(side_files), tuple(found.comparisons), {},
-        tuple(found.missing), tuple(sides.left), tuple(found.warnings),
-        tuple(found.notes), share=share, layouts=found.matcher.layouts,
-    )  # fmt: skip
-
-
-def plan_extract(
-    inputs: Mapping[str, Checkpoint],
-    rules: Rules,
-    copies: Mapping[str, str] | None = None,
-    layouts: Mapping[str, Layout] | None = None,
-    looks: Looks | None = None,
-) -> Plan:
-    """Plan instruct - base, a residual in the layout of the instruct model.
-
-    `copies`: second copies of an embedding, and that one's name (`reader.second_copies`). The rest as in `plan_apply`.
-
-    `inputs` holds base and instruct. Raises CheckpointError with up to ten problems.
-    """
-    found = _findings(inputs, rules, copies)
-    base, instruct = found.inputs["base"], found.inputs["instruct"]
-    deeds.check_models(found)
-    found.refuse("extract")
-    deeds.match("instruct", layouts, looks, found)
-    # A head that only base has becomes a difference to instruct's embedding, and is stored next to that one.
-    heads = found.matcher.heads("instruct", "base")
-    groups = []
-    for shard in instruct.shards:
-        own = [found.numbers["instruct"].tensor(name) for name in shard.header.tensors]
-        refs = [ref for first in own if first is not None for ref in (first, *heads.get(first.name, []))]
-        group = [step for ref in refs for step in deeds.extract_steps(ref, found)]
-        groups += [group] if group else []
-    for name in found.matcher.unused("base", "instruct"):
-        if names.lookup(instruct, name) is not None or found.skipped(name) is not None or found.codes(name):
-            continue
-        if names.is_recomputed(base.tensors[name]):
-            found.buffers.append(name)
-        elif name not in found.matcher.copies:
-            found.absent(name, ["base"], ["instruct"])
-    found.note_buffers("instruct")
-    found.check_patterns()
-    share = _share([step for group in groups for step in group], found)
-    if not groups and (not found.missing or rules.allow_missing):
-        found.problem("no tensor would be stored", _NOTHING)
-    found.refuse("extract")
-    found.warnings += _turned_round(inputs)
-    found.warnings += configs.differences(inputs)
-    found.notes += found.vocabulary.notes()
-    stored = found.vocabulary.by_token()
-
-    files, placed, documents = lay_out_residual(groups)
-    return Plan(
-        "extract", dict(inputs), rules, files, placed, documents, tuple(selection.of_residual(instruct)),
-        tuple(found.comparisons), found.not_stored, tuple(found.missing), (), tuple(found.warnings),
-        tuple(found.notes),
-        selection.record(base, instruct) | ({"by_token": stored} if stored else {}), share,
-        layouts=found.matcher.layouts,
-    )  # fmt: skip
-
-
 def related(plan: Plan, looks: Looks) -> Plan:
     """The plan, and what the values of its models say: how much they have in common, with warnings where it is little.
 
@@ -387,53 +234,6 @@ def related(plan: Plan, looks: Looks) -> Plan:
     """
     found = ancestry.compare(plan.inputs, plan.steps, looks)
     return replace(plan, ancestry=found, warnings=(*plan.warnings, *ancestry.warnings(found, plan.inputs)))
-
-
-def _findings(inputs: Mapping[str, Checkpoint], rules: Rules, copies: Mapping[str, str] | None) -> Findings:
-    seen = {role: numbers(checkpoint) for role, checkpoint in inputs.items()}
-    return Findings(rules, Matcher({role: each.model for role, each in seen.items()}, copies or {}), seen)
-
-
-def _apply_steps(target: Checkpoint, found: Findings) -> dict[str, list[Step]]:
-    """What becomes of each tensor that the target's files hold, by its name there."""
-    own = found.numbers["target"]
-    steps = {name: deeds.apply_steps(ref, found) for name in target.tensors if (ref := own.tensor(name)) is not None}
-    for name, weight in own.companions.items():
-        made = steps[weight.codes.name] if weight else []
-        steps[name] = deeds.companion_steps(target.tensors[name], made, found)
-    return steps
-
-
-def _share(planned: Iterable[Step], found: Findings) -> Share | None:
-    """How much of the residual finds a place; refuses to go on where that is too little to be meant."""
-    placed = share(planned, found)
-    if placed is not None and found.rules.allow_missing is True and placed.left_over > _LEFT_OVER:
-        found.explains = True
-        found.problem(f"--allow-missing would leave out too much: {placed.text()}", _ANY)
-    return placed
-
-
-def _turned_round(inputs: Mapping[str, Checkpoint]) -> list[str]:
-    """A warning for each base that has, and whose instruct has not, what makes a model an instruct model."""
-    return [
-        f"{base} has a chat template and {instruct} has none: are they the wrong way round?"
-        for instruct in inputs
-        if roles.is_instruct(instruct) and (base := roles.base_of(instruct)) in inputs
-        if parents.has_template(inputs[base]) and not parents.has_template(inputs[instruct])
-    ]
-
-
-def size(count: float) -> str:
-    """Bytes for people, in powers of 1000 as disks and networks are sold."""
-    name, factor = unit(count)
-    return f"{count / factor:.3g} {name}"
-
-
-def unit(count: float) -> tuple[str, int]:
-    """The unit in which so many bytes are told, and how many it has."""
-    names = ("B", "kB", "MB", "GB", "TB")
-    power = next((power for power in range(4) if count < 1000 ** (power + 1)), 4)
-    return names[power], 1000**power
 
 
 def _deed(step: Step) -> str:
@@ -462,65 +262,20 @@ def _read(operand: Operand) -> dict[str, Any]:
     return {"name": operand.text, "dtype": operand.dtype, "runs": len(operand.refs), "first_runs": runs}
 
 
-def lay_out_residual(
-    groups: Sequence[list[Step]],
-) -> tuple[tuple[OutputFile, ...], tuple[Step, ...], tuple[tuple[str, bytes], ...]]:
-    """The files of a residual, one for each group of steps; these in their places; and the index, where it has one."""
-    stem = "residual-{:05}-of-{:05}" if len(groups) > 1 else "residual"
-    layout = [
-        (f"{stem.format(number, len(groups))}.safetensors", {"format": "pt"}, group)
-        for number, group in enumerate(groups, 1)
-    ]
-    files, placed = _lay_out(layout)
-    documents = [("residual.safetensors.index.json", _index(placed, {}))] if len(groups) > 1 else []
-    return files, placed, tuple(documents)
-
-
-def _lay_out(
-    layout: Iterable[tuple[str, dict[str, str], list[Step]]],
-) -> tuple[tuple[OutputFile, ...], tuple[Step, ...]]:
-    """Give every step its place in the files, each of which is (name, metadata, steps)."""
-    files: list[OutputFile] = []
-    placed: list[Step] = []
-    for name, metadata, group in layout:
-        outputs = by_output(group)
-        header = build_header(((output.name, output.dtype, output.shape) for output in outputs), metadata)
-        end = len(header)
-        for output, parts in outputs.items():
-            place = replace(output, file=name, offset=end)
-            placed += [replace(step, output=place) for step in parts]
-            end += tensor_bytes(output.dtype, output.shape)
-        files.append(OutputFile(name, header, end))
-    return tuple(files), tuple(placed)
-
-
-def _index(placed: Iterable[Step], metadata: dict[str, Any]) -> bytes:
-    weight_map = {step.name: step.file for step in placed}
-    total = sum(step.nbytes for step in placed)
-    return _json({"metadata": metadata | {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-
-
-def _json(table: dict[str, Any]) -> bytes:
-    try:
-        return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can only escape
-        return (json.dumps(table, indent=2) + "\n").encode()
-
-
 def _operation_id(plan: Plan) -> str:
     table = {
         "version": VERSION,
         "operation": plan.operation,
-        "inputs": {role: _identities(checkpoint) for role, checkpoint in plan.inputs.items()},
+        "inputs": {role: identities(checkpoint) for role, checkpoint in plan.inputs.items()},
         "rules": plan.rules.to_dict(),
         # In place these are copied or left before anything begins, and are no part of what is gone on with.
-        "side_files": [_made_of(side) for side in plan.side_files if not plan.in_place],
+        "side_files": [made_of(side) for side in plan.side_files if not plan.in_place],
         "about": plan.about,
         **({"matched": matched} if (matched := [(label, o.role, o.key) for label, o in plan.otherwise()]) else {}),
         **({"decoded": decoded} if (decoded := _decoded(plan)) else {}),
         "documents": [[n, xxhash.xxh3_128_hexdigest(content)] for n, content in plan.documents if not plan.in_place],
     }
-    return _hash(table)
+    return digest(table)
 
 
 def _decoded(plan: Plan) -> list[list[Any]]:
@@ -533,26 +288,3 @@ def _decoded(plan: Plan) -> list[list[Any]]:
         for ref in operand.refs
         if isinstance(ref, QuantizedRef)
     ]
-
-
-def _made_of(side: SideFile) -> list[Any]:
-    if side.content is not None:
-        return [side.name, side.role, xxhash.xxh3_128_hexdigest(side.content)]
-    # Not its place on the disk: a restart may number disks anew, and an interrupted merge must know its own id then.
-    return [side.name, side.role, side.file_id.size, side.file_id.mtime_ns]
-
-
-def _identities(checkpoint: Checkpoint) -> list[list[Any]]:
-    return [
-        [shard.path.name, shard.file_id.size, shard.file_id.mtime_ns, _header_digest(shard.header.tensors.items())]
-        for shard in checkpoint.shards
-    ]
-
-
-def _hash(table: dict[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(table, sort_keys=True, separators=(",", ":")).encode())
-
-
-def _header_digest(tensors: Iterable[tuple[str, Any]]) -> str:
-    table = [[name, info.dtype, info.shape, info.begin] for name, info in tensors]
-    return xxhash.xxh3_128_hexdigest(json.dumps(table, separators=(",", ":")).encode())

@@ -11,6 +11,13 @@ from ires_kernels.dtypes import FLOATS
 from ires_kernels.planning.findings import Findings
 from ires_kernels.planning.steps import Output, Step, operands
 
+_LEFT_OVER = 0.1
+"""Of the elements of a residual, what --allow-missing leaves out without being told so."""
+_ANY = (
+    "It leaves out a tenth at most: where what is missing belongs to the model, mend that first; "
+    'to go on all the same, give --allow-missing=any (allow_missing="any").'
+)
+
 
 class Share(NamedTuple):
     """How much of the residual finds a place, where tensors are missing."""
@@ -65,6 +72,15 @@ def share(steps: Iterable[Step], found: Findings) -> Share | None:
     everything = elements + sum(ref.numel for ref in outside)
     known = {step.name for step in left} == {ref.name for ref in outside}
     return Share(len(inside), len(inside) + len(outside), elements, everything, tuple(left), known)
+
+
+def checked_share(steps: Iterable[Step], found: Findings) -> Share | None:
+    """How much of the residual finds a place; refuses to go on where that is too little to be meant."""
+    placed = share(steps, found)
+    if placed is not None and found.rules.allow_missing is True and placed.left_over > _LEFT_OVER:
+        found.explains = True
+        found.problem(f"--allow-missing would leave out too much: {placed.text()}", _ANY)
+    return placed
 
 
 def _update(name: str, refs: Mapping[str, TensorRef], found: Findings) -> list[Step]:

@@ -19,10 +19,12 @@ from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.dtypes import FLOATS
 from ires_kernels.planning.evidence import ALIKE, Looks, likeness
+from ires_kernels.planning.extraction import plan_extract
 from ires_kernels.planning.inputs import StrPath
 from ires_kernels.planning.layout import Layout
-from ires_kernels.planning.plan import Plan, lay_out_residual, plan_extract
+from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import ArgumentError, Rules
+from ires_kernels.planning.shards import lay_out_residual
 from ires_kernels.planning.steps import Operand, Output, Step
 from ires_kernels.planning.sums import Term
 

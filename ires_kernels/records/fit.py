@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from ires_kernels.backends.fit import Fit
 from ires_kernels.checkpoints.manifest import Compared, Fitted
 from ires_kernels.checkpoints.standins import shown
-from ires_kernels.files.plain import plain, plain_lines, several, table
-from ires_kernels.planning.plan import Plan, size
+from ires_kernels.files.plain import plain, plain_lines, several, size, table
+from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.steps import Step, copied
 from ires_kernels.streaming.outcome import FitTally, Outcome
 

@@ -10,9 +10,8 @@ from typing import Any
 
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files.opening import open_file
-from ires_kernels.files.plain import several
+from ires_kernels.files.plain import several, unit
 from ires_kernels.files.unfinished import reserved_in
-from ires_kernels.planning.plan import unit
 
 
 @dataclass(frozen=True)

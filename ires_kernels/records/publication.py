@@ -21,9 +21,8 @@ from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.checkpoints.manifest import Manifest
 from ires_kernels.files import trust
 from ires_kernels.files.durable import fsync_all, replace_file
-from ires_kernels.files.plain import several, table
+from ires_kernels.files.plain import several, size, table
 from ires_kernels.planning.inputs import StrPath
-from ires_kernels.planning.plan import size
 from ires_kernels.records import card, provenance
 
 _MANIFESTS = ("ires.json", "residual.json")

@@ -12,10 +12,10 @@ from typing import Any
 from ires_kernels.backends.call import Tally
 from ires_kernels.checkpoints import sidefiles
 from ires_kernels.checkpoints.manifest import Compared, Numbers, Requantized, Strength
-from ires_kernels.files.plain import several, table
+from ires_kernels.files.plain import several, size, table
 from ires_kernels.planning.absences import Absence, grouped
 from ires_kernels.planning.ancestry import Ancestry
-from ires_kernels.planning.plan import Plan, size
+from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.steps import copied
 from ires_kernels.records import requantized, strengths
 from ires_kernels.records.fit import FitReport, rows_of

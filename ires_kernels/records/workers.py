@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ires_kernels.files.plain import table
-from ires_kernels.planning.plan import size
+from ires_kernels.files.plain import size, table
 from ires_kernels.planning.workers import Worker
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from ires_kernels.planning.plan import size
+from ires_kernels.files.plain import size
 from ires_kernels.streaming.tiles import ComputeError
 
 PIECE = 8 << 20

@@ -11,7 +11,7 @@ from torch import Tensor
 from ires_kernels.checkpoints import names
 from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
-from ires_kernels.planning.plan import size
+from ires_kernels.files.plain import size
 from ires_kernels.planning.steps import Step, by_output
 from ires_kernels.streaming.cpu import TORCH_DTYPES
 

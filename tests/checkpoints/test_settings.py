@@ -14,7 +14,8 @@ from small_models import triple
 
 from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
-from ires_kernels.planning.plan import plan_apply, plan_extract
+from ires_kernels.planning.application import plan_apply
+from ires_kernels.planning.extraction import plan_extract
 from ires_kernels.planning.rules import Rules
 
 FILES: dict[str, Any] = {

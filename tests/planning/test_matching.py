@@ -11,10 +11,11 @@ from small_models import normal, triple, write_model
 
 import ires_kernels as ik
 from ires_kernels.checkpoints.checkpoint import TensorRef
+from ires_kernels.planning.application import plan_apply
 from ires_kernels.planning.inputs import open_inputs
 from ires_kernels.planning.layout import cut
 from ires_kernels.planning.matching import Match, Matcher
-from ires_kernels.planning.plan import Plan, plan_apply
+from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import Rules
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -16,8 +16,10 @@ from small_models import SHAPES, normal, tensors, triple, write_model
 
 import ires_kernels as ik
 from ires_kernels.checkpoints.header import CheckpointError, parse_header
+from ires_kernels.planning.application import plan_apply
+from ires_kernels.planning.extraction import plan_extract
 from ires_kernels.planning.inputs import open_inputs
-from ires_kernels.planning.plan import Plan, plan_apply, plan_extract
+from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.steps import Step
 
