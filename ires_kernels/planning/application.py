@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from ires_kernels.checkpoints import configs, names, parents, selection, settings
 from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.dtypes import STORAGE
-from ires_kernels.planning import by_token, deeds
+from ires_kernels.planning import agreement, by_token, completeness, deeds
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.findings import NOTHING, Findings
 from ires_kernels.planning.layout import Layout
@@ -43,17 +43,17 @@ def plan_apply(
     target = inputs["target"]
     found = Findings.of(inputs, rules, copies)
     models = found.inputs
-    deeds.check_models(found)
+    completeness.check_models(found)
     found.refuse("apply")
-    deeds.match("target", layouts, looks, found)
+    agreement.match("target", layouts, looks, found)
     steps = _apply_steps(target, found)
     layout = [
         (shard.path.name, {"format": "pt"} | shard.header.metadata, [s for n in shard.header.tensors for s in steps[n]])
         for shard in target.shards
     ]
     everything = [step for _, _, group in layout for step in group]
-    deeds.check_left_over(models, found)
-    deeds.check_tied_head(models, everything, found)
+    completeness.check_left_over(models, found)
+    completeness.check_tied_head(models, everything, found)
     found.check_patterns()
     share = checked_share(everything, found)
     if (not found.missing or rules.allow_missing) and all(

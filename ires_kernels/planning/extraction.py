@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ires_kernels.checkpoints import configs, names, parents, selection
 from ires_kernels.checkpoints.checkpoint import Checkpoint
-from ires_kernels.planning import deeds
+from ires_kernels.planning import agreement, completeness, deeds
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.findings import NOTHING, Findings
 from ires_kernels.planning.layout import Layout
@@ -31,9 +31,9 @@ def plan_extract(
     """
     found = Findings.of(inputs, rules, copies)
     base, instruct = found.inputs["base"], found.inputs["instruct"]
-    deeds.check_models(found)
+    completeness.check_models(found)
     found.refuse("extract")
-    deeds.match("instruct", layouts, looks, found)
+    agreement.match("instruct", layouts, looks, found)
     # A head that only base has becomes a difference to instruct's embedding, and is stored next to that one.
     heads = found.matcher.heads("instruct", "base")
     groups = []
