@@ -5,15 +5,12 @@ reads more of it finds the end of the file, and never other bytes. `Files` knows
 rest from where it is. What a file is known by is made of its ETag, or of its bytes, and takes the place of its times:
 so a merge knows its inputs by the same on every machine, and by something else when the model changes.
 
-A stand-in lives as long as its process. It is one folder for as long as what is elsewhere stays the same.
+A stand-in lives as long as its process (scratch.py). It is one folder for as long as what is elsewhere stays the same.
 """
 
 from __future__ import annotations
 
-import atexit
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import xxhash
 
 from ires_kernels.checkpoints.header import Header, parse_header
-from ires_kernels.files import samples
+from ires_kernels.files import samples, scratch
 from ires_kernels.files.plain import call, called
 
 if TYPE_CHECKING:
@@ -84,14 +81,8 @@ def ask(folder: Path, weights: Mapping[str, tuple[Object, bytes]]) -> None:
 def home() -> Path:
     """Where stand-ins are: nobody else may look at them, as what is elsewhere may be private."""
     if not _root:
-        _root.append(Path(tempfile.mkdtemp(prefix="ires-elsewhere-")))
-        atexit.register(_remove, _root[0], os.getpid())
+        _root.append(scratch.make("ires-elsewhere-"))
     return _root[0]
-
-
-def _remove(folder: Path, owner: int) -> None:
-    if os.getpid() == owner:  # and no fork of that
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def sample(path: Path, seed: str) -> str:
