@@ -35,7 +35,7 @@ $(BIN)/python:
 	fi
 
 $(VENV)/installed: $(BIN)/python $(SOURCES)
-	$(BIN)/python -m pip install -q -e '.[test,bench,demo,remote-tests]'
+	$(BIN)/python -m pip install -q -e '.[test,bench,demo,ray,remote-tests]'
 	@touch $@
 
 demo: $(VENV)/installed

@@ -159,6 +159,17 @@ def meanwhile(merge: Merge, deed: Callable[[list[Noted]], bool]) -> threading.Th
     return thread
 
 
+@pytest.mark.xdist_group("ray")
+@pytest.mark.parametrize("merge", [6], indirect=True)
+def test_a_merge_by_a_cluster_of_one(merge: Merge, cluster: Any) -> None:
+    report = ik.apply(
+        merge.target, (merge.instruct, merge.base), out=merge.out, alpha=0.3, workers=f"ray:{cluster.address}"
+    )
+    assert isinstance(report, Report)
+    assert report.tensors == 7
+    merge.check()
+
+
 ray_tests = [pytest.mark.slow, pytest.mark.filterwarnings("default"), pytest.mark.xdist_group("ray")]
 
 
