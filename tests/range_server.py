@@ -52,6 +52,8 @@ class Files:
     faults: list[tuple[Callable[[Request], bool], Fault, int]] = field(default_factory=list)
     """Which answers are changed, how, and how many of them."""
     latency: float = 0.0
+    hold: threading.Event | None = None
+    """Nothing is answered before it is set."""
     rate: float = 0.0
     """Bytes per second of each answer; 0: as fast as it goes."""
     pins: bool = True
@@ -135,6 +137,8 @@ def serving(host: str = "127.0.0.1") -> Iterator[Files]:
             headers = {key.lower(): value for key, value in self.headers.items()}
             request = Request(self.command, unquote(path), query, headers, int(begin), int(end) + 1 if end else None)
             time.sleep(files.latency)
+            if files.hold is not None:
+                files.hold.wait(60)
             with lock:
                 files.requests.append(request)
                 answer = files.answer(request)

@@ -190,10 +190,10 @@ def run_all(root: Path, work: Path, kind: str, step: int, offset: int) -> int:
         count += 1
         path.write_text(signed(new))
         for command in commands(work, kind):
-            started = time.monotonic()
+            started = time.process_time()  # of this process alone, however busy the machine is
             code = cli.main([*command, "--quiet"] if command[0] not in ("inspect", "status") else command)
             assert code in (0, 1, 2), (keys, other, command)
-            assert time.monotonic() - started < 20, (keys, other, command)
+            assert time.process_time() - started < 20, (keys, other, command)
             shutil.rmtree(work / "new", ignore_errors=True)
             if command[0] in ("apply", "rollback") and kind in ("in place", "single file") and code == 0:
                 name = KINDS[kind].split("/")[0]
@@ -361,4 +361,4 @@ def test_large_manifests_are_read_in_time(tmp_path: Path) -> None:
     found = manifest.parse(raw, path)
     assert len(found.tensors) == 50_000
     assert found.is_mine
-    assert time.process_time() - started < 10
+    assert time.process_time() - started < 30  # some 3; looking each name up among all others takes an hour

@@ -300,9 +300,9 @@ REFUSED = {
 def test_refused(root: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("recipe.yml").write_text(text)
     before = snapshot(root)
-    started = time.perf_counter()
+    started = time.process_time()  # of this process alone, however busy the machine is
     assert main(["merge", "recipe.yml", "-o", "out"]) == 2
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     said = capsys.readouterr().err
     assert REFUSED[text] in said
     assert snapshot(root) == before

@@ -64,9 +64,9 @@ def test_what_is_taken_is_fast() -> None:
         if ways(pattern, 40) > 5.5:
             continue
         taken += 1
-        started = time.process_time()
+        started = time.process_time()  # some 20 ms; what is not refused though it should be takes hours
         assert not patterns.matches(pattern, "a" * 40)
-        assert time.process_time() - started < 1, pattern
+        assert time.process_time() - started < 10, pattern
     assert taken > 500
 
 
