@@ -78,10 +78,10 @@ def test_the_files_of_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert main(words[1:]) == 0
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, 1, 2])
 def test_the_recipes_of_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     blocks = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs/merging.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     triple(tmp_path)
     monkeypatch.chdir(tmp_path)
     Path("recipe.yml").write_text(blocks[number])

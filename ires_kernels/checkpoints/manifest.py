@@ -123,6 +123,8 @@ class Strength:
     tensors: Count = 0
     pattern: str = ""
     """The regular expression, found in their names, that gave them these factors; empty where none did."""
+    weights: bool = False
+    """Whether factors are those of models that make up the result, and not of updates of one."""
 
     @property
     def effective_alpha(self) -> float | None:
@@ -137,6 +139,7 @@ class Strength:
             "effective_alpha": self.effective_alpha,
             "tensors": self.tensors,
             "pattern": self.pattern,
+            **({"weights": True} if self.weights else {}),
         }
 
 
@@ -323,7 +326,10 @@ class Manifest:
             "extract": [roles.of_pairs((others + 1) // 2), roles.of_residuals(others + 1)]
             if is_sum
             else [["base", "instruct"]],
-            "apply": [["target", *given] for given in (roles.of_pairs(others // 2), roles.of_residuals(others))],
+            "apply": [
+                *(["target", *given] for given in (roles.of_pairs(others // 2), roles.of_residuals(others))),
+                *([roles.of_models(others + 1)] if others else []),
+            ],
         }
         if operation not in shapes:
             raise CheckpointError(f"{self.path}: operation is {brief(operation)}, wanted apply or extract. {_ADVICE}")

@@ -59,7 +59,8 @@ def of_model(
     """
     parents = {role: Parent(role, checkpoint) for role, checkpoint in inputs.items()}
     own, *others = parents.values()
-    donors = [parent for parent in others if not roles.is_base(parent.role)]
+    blended = roles.are_blended(inputs)  # whose first model gives it all
+    donors = [parent for parent in others if not (roles.is_base(parent.role) or blended)]
     said: list[str] = []
 
     def first(group: Group) -> Parent | None:
@@ -69,7 +70,7 @@ def of_model(
     base = parents.get(roles.base_of((giver or donors[0]).role)) if donors else None
     if giver is None and base is not None and base.has("tokenizer") and not own.has("tokenizer"):
         said.append("neither instruct nor the target has a tokenizer, and that of base is not taken")
-    absent = f"not in {' and '.join(donor.role for donor in donors)}"
+    absent = "" if blended else f"not in {' and '.join(donor.role for donor in donors)}"
     holder, why = giver or own, "" if giver else absent
     if own_tokenizer:
         holder, why = own, "its vocabulary is another"

@@ -115,6 +115,7 @@ def _merge(commands: Commands) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="recipe.yml, or the ires.json of an output")
     options.destination(parser)
     options.running(parser)
+    options.stream(parser)
     options.trust_inputs(parser)
     parser.set_defaults(run=run.merge, parser=parser, target=None)
 
@@ -161,6 +162,13 @@ def _verify(commands: Commands) -> None:
         parser.add_argument(f"--{role}", metavar="PATH", help=f"where the {role} model is now, if it was moved")
     parser.add_argument("--residual", metavar="PATH", action="append", default=[], help="as above; all, in order")
     parser.add_argument("--pair", metavar="I:B", action="append", default=[], help="as above; all, in order")
+    parser.add_argument(
+        "--model",
+        metavar="PATH",
+        action="append",
+        default=[],
+        help="of a recipe of merge_method linear: the models after the first one, in order; that is the target",
+    )
     options.trust_inputs(parser)
     options.follow_links(parser)
     options.common(parser)

@@ -129,6 +129,7 @@ def merge(arguments: argparse.Namespace) -> int:
             undo=arguments.undo or "ring",
             tag=arguments.tag,
             compare=arguments.compare,
+            stream=arguments.stream,
             trust_inputs=arguments.trust_inputs,
             **_how(arguments, progress),
         )
@@ -177,6 +178,7 @@ def verify(arguments: argparse.Namespace) -> int:
         given |= dict(zip(roles.of_residuals(len(residuals)), residuals, strict=True))
     pairs = [path for text in arguments.pair for path in operands.pair(text)[0]]
     given |= dict(zip(roles.of_pairs(len(pairs) // 2), pairs, strict=True))
+    given |= dict(zip(roles.of_models(1 + len(arguments.model))[1:], arguments.model, strict=True))
     with progress_bar(arguments, "verify") as progress:
         report = ik.verify(
             arguments.out,

@@ -35,6 +35,7 @@ def merge(
     dry_run: bool = False,
     follow_links: bool = False,
     lock: bool = True,
+    stream: bool = False,
     trust_inputs: bool = False,
     workers: Workers = None,
 ) -> Report | WorkerReport | Plan:
@@ -47,11 +48,12 @@ def merge(
     >>> report.tensors
     7
 
-    recipe        of mergekit, with merge_method: task_arithmetic; or with the keys target, and pairs or residuals. Both
-                  may have skip, alphas, rounding, seed, dtype, vocabulary, renames, trust_names and allow_missing, as
-                  arguments of `apply`. Paths begin in its folder. The output keeps its text in ires.json. Where
-                  inputs are not what an ires.json tells of, a warning names them, and the report says whether the same
-                  tensors came out
+    recipe        of mergekit, with merge_method: task_arithmetic or linear; or with the keys target, and pairs or
+                  residuals. All may have skip, alphas, rounding, seed, dtype, vocabulary, renames, trust_names and
+                  allow_missing, as arguments of `apply`; linear, which adds nothing to a target, no alphas. Paths
+                  begin in its folder. The output keeps its text in ires.json. Where inputs are not what an ires.json
+                  tells of, a warning names them, and the report says whether the same tensors came out
+    stream        read the weights of models on the Hub where they are, and download nothing to its cache
     trust_inputs  read the inputs where an ires.json says that they are, though it was not signed with your key: a
                   stranger's may name any file
 
@@ -63,10 +65,10 @@ def merge(
     )  # fmt: skip
     where = Destination(out, in_place, undo, tag)
     where.check(running)
-    check_flags(trust_inputs=trust_inputs)
+    check_flags(trust_inputs=trust_inputs, stream=stream)
     check_path(recipe, "recipe")
     paths, rules, made = recipe_files.read(
-        recipe, in_place=in_place, trust_inputs=trust_inputs, follow_links=follow_links
+        recipe, in_place=in_place, stream=stream, trust_inputs=trust_inputs, follow_links=follow_links
     )
     if in_place:
         repo = hub.repo_of(paths["target"])

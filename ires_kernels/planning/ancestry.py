@@ -31,6 +31,7 @@ It lies below ALIKE since a part has RUN elements, whose cosine is 0.1 off now a
 _MEANS = {
     "target": "A residual works only on models trained further from the base it was taken from",
     "instruct": "Their difference holds what an instruct model has learnt only if it was trained from that base",
+    "kin": "Weights of models that were not trained from one have no mean that is one",
 }
 
 
@@ -60,10 +61,15 @@ class Ancestry:
         """Whether the residual of the base is likely to mean something to the model."""
         return self.cosine >= ALIKE
 
+    @property
+    def is_kin(self) -> bool:
+        """Whether neither is the base of the other: they are models of one blend."""
+        return self.base == "target"
+
     def __str__(self) -> str:
         if self.equal:
             return f"{self.model} is {self.base}: all that was sampled is equal, in {self.tensors} tensors"
-        what = "descends from" if self.related else "is a stranger to"
+        what = "is a stranger to" if not self.related else "is related to" if self.is_kin else "descends from"
         return (
             f"{self.model} {what} {self.base}: median cosine {self.cosine:.2f} of {self.matrices} matrices, distance "
             f"{self.distance:.2f} of the norm"
@@ -71,7 +77,8 @@ class Ancestry:
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON types, with a word for what it comes to."""
-        word = "is" if self.equal else "descends" if self.related else "stranger"
+        kin = "related" if self.is_kin else "descends"
+        word = "is" if self.equal else kin if self.related else "stranger"
         return {"relation": word, **asdict(self)}
 
     @classmethod
@@ -86,7 +93,7 @@ def compare(inputs: Mapping[str, Checkpoint], steps: Sequence[Step], looks: Look
     steps  of the plan: tensors that are not merged are not compared
     Raises CheckpointError for a file that changed, and OSError.
     """
-    pairs = [
+    pairs = [(model, "target") for model in inputs if model != "target" and roles.are_blended(inputs)] or [
         (model, base)
         for base in inputs
         if roles.is_base(base) or roles.is_residual(base)
@@ -104,7 +111,7 @@ def warnings(found: Iterable[Ancestry], inputs: Mapping[str, Checkpoint]) -> Ite
             yield (
                 f"{each.model} and {each.base} look unrelated: the median cosine of {each.matrices} sampled tensors is "
                 f"{each.cosine:.2f} (related models: {ALIKE:g} to 1), their distance {each.distance:.2f} times the "
-                f"base's norm. {_MEANS['target' if each.model == 'target' else 'instruct']}"
+                f"{'target' if each.is_kin else 'base'}'s norm. {_MEANS[_kind(each)]}"
             )
         elif each.odd:
             kinds: dict[str, list[float]] = {}
@@ -119,6 +126,11 @@ def warnings(found: Iterable[Ancestry], inputs: Mapping[str, Checkpoint]) -> Ite
                 "Take models that were saved alike, or leave such tensors as they are with --skip "
                 f"{skip_pattern(set(each.odd), set(each.odd), everything)}"
             )
+
+
+def _kind(each: Ancestry) -> str:
+    """What a model is to the other."""
+    return "kin" if each.is_kin else "target" if each.model == "target" else "instruct"
 
 
 def _compared(model: str, base: str, steps: Iterable[Step], looks: Looks) -> Ancestry | None:
@@ -140,7 +152,7 @@ def _compared(model: str, base: str, steps: Iterable[Step], looks: Looks) -> Anc
     cosine = statistics.median(found.cosine for found in matrices.values())
     return Ancestry(
         model,
-        base if roles.is_base(base) else f"the base of {base}",
+        f"the base of {base}" if roles.is_residual(base) else base,
         cosine,
         statistics.median(found.distance for found in matrices.values()),
         len(matrices),

@@ -21,6 +21,7 @@ _BESIDE = "kept with the codes"
 _SHAPES = "Operands are not broadcast: take models of one architecture, or leave such tensors as they are with --skip."
 _MIXED = "Save that model again with one dtype for all of these, or leave such tensors as they are with --skip."
 _INTEGERS = "What is not floating point is copied where instruct and base agree; leave the rest as it is with --skip."
+_INTEGERS_OF_BLEND = "What is not floating point is copied where models agree; leave the rest as it is with --skip."
 _DTYPE = (
     "Nothing here makes new codes of that kind: write plain weights instead with -o OUT --dtype bf16 (f16, f32), or "
     "leave such modules as they are with --skip."
@@ -89,12 +90,13 @@ def _apply_step(ref: Ref, match: Match, found: Findings) -> Step:
     if absent:
         found.absent(name, match.refs, absent)
         match = match._replace(refs=_of_whole_pairs(match, found))
-        if len(match.refs) == 1:
+        if len(match.refs) == 1 or found.is_blend:  # whose weights are those of all models
             return _keep(ref, match, f"not in {' and '.join(absent)}", found)
     if not _numbers(name, match.refs, found):
         return _keep(ref, match, "not mergeable", found)
     if ref.dtype not in FLOATS:
-        return _keep(ref, match, f"{ref.dtype}, equal in instruct and base", found)
+        where = "all models" if found.is_blend else "instruct and base"
+        return _keep(ref, match, f"{ref.dtype}, equal in {where}", found)
     factors, op = found.added(name, match.refs)
     if not any(factors):
         return _keep(ref, match, ALPHA_0, found)
@@ -152,7 +154,7 @@ def _numbers(name: str, matched: Mapping[str, tuple[Ref, ...]], found: Findings)
         dtypes = dict.fromkeys(ref.dtype for ref in several[1])
         found.about(name, f"is made of {' and '.join(dtypes)} in {several[0]}", _MIXED)
         return False
-    by_token = tensors_by_token(matched, found) is not None  # however many rows they have
+    by_token = not found.is_blend and tensors_by_token(matched, found) is not None  # however many rows they have
     tensors = {role: refs[0] for role, refs in matched.items()}
     first, *others = ((role, refs[0]) for role, refs in matched.items() if len(refs) == 1)
     for role, ref in others:
@@ -167,14 +169,15 @@ def _numbers(name: str, matched: Mapping[str, tuple[Ref, ...]], found: Findings)
     dtypes = {role: ref.dtype for role, ref in tensors.items()}
     if all(dtype in FLOATS for dtype in dtypes.values()):
         return True
+    given = [("target", role) for role in matched if role != "target"] if found.is_blend else roles.added(matched)
     pairs = [
         Comparison(name, (each[0], each[1]), (refs[0], refs[1]))
-        for each in roles.added(matched)
+        for each in given
         if len(refs := [ref for role in each for ref in matched[role] if isinstance(ref, TensorRef)]) == len(each) == 2
     ]
-    if len(set(dtypes.values())) > 1 or not pairs or len(pairs) < len(roles.added(matched)):
+    if len(set(dtypes.values())) > 1 or not pairs or len(pairs) < len(given):
         listed = ", ".join(f"{dtype} in {role}" for role, dtype in dtypes.items())
-        found.about(name, f"is {listed}", _INTEGERS)
+        found.about(name, f"is {listed}", _INTEGERS_OF_BLEND if found.is_blend else _INTEGERS)
         return False
     found.comparisons += pairs
     return True

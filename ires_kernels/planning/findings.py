@@ -101,6 +101,11 @@ class Findings:
                 self._skipped.setdefault(weight, pattern)
         self.vocabulary = Vocabulary(self.inputs, self.rules)
 
+    @property
+    def is_blend(self) -> bool:
+        """Whether the models make up the result, and nothing is added to one of them."""
+        return roles.are_blended(self.inputs)
+
     def check_patterns(self) -> None:
         """Find patterns that match no tensor: typing errors."""
         for option, pattern in self._unmatched:

@@ -247,6 +247,9 @@ def _deed(step: Step) -> str:
         "add_difference": f"+ {factors if len(step.factors) == 1 else f'({factors})'} * (instruct - base)",
         "subtract": "instruct - base",
     }[step.op]
+    if step.op == "add" and step.is_from_zero and step.operands[0].role == "target":
+        each = zip(step.factors, step.operands, strict=True)
+        deed = " + ".join(f"{factor:g} * {operand.role}" for factor, operand in each)
     encoding = step.output.encoding
     if encoding is None:
         return f"{deed}, {dtypes} → {step.dtype}"

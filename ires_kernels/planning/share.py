@@ -30,6 +30,8 @@ class Share(NamedTuple):
     """What finds none: steps that make its update of itself, and so tell its norm."""
     known: bool
     """Whether all of that has an update; where base or instruct lacks a tensor there is none to take."""
+    of: str = "residual"
+    """What it is a share of."""
 
     @property
     def left_over(self) -> float:
@@ -40,7 +42,7 @@ class Share(NamedTuple):
         """The warning; `norm` is the part of the update's norm that went in, None where that is not known."""
         part = f"{_percent(self.elements, self.all_elements)} of its elements"
         part += "" if norm is None else f" and {_percent(norm, 1)} of its norm"
-        return f"of the residual {self.tensors} of {self.all_tensors} tensors went in, {part}"
+        return f"of the {self.of} {self.tensors} of {self.all_tensors} tensors went in, {part}"
 
 
 def _percent(part: float, whole: float) -> str:
@@ -71,7 +73,8 @@ def share(steps: Iterable[Step], found: Findings) -> Share | None:
     elements = sum(ref.numel for ref in inside)
     everything = elements + sum(ref.numel for ref in outside)
     known = {step.name for step in left} == {ref.name for ref in outside}
-    return Share(len(inside), len(inside) + len(outside), elements, everything, tuple(left), known)
+    of = "models" if found.is_blend else "residual"
+    return Share(len(inside), len(inside) + len(outside), elements, everything, tuple(left), known, of)
 
 
 def checked_share(steps: Iterable[Step], found: Findings) -> Share | None:
@@ -85,7 +88,11 @@ def checked_share(steps: Iterable[Step], found: Findings) -> Share | None:
 
 def _update(name: str, refs: Mapping[str, TensorRef], found: Findings) -> list[Step]:
     """The update that a tensor would make, on top of itself; nothing where there is no difference to take."""
-    if len({ref.shape for ref in refs.values()}) > 1 or not all(ref.dtype in FLOATS for ref in refs.values()):
+    if (
+        found.is_blend
+        or len({ref.shape for ref in refs.values()}) > 1
+        or not all(ref.dtype in FLOATS for ref in refs.values())
+    ):
         return []
     whole = [each for each in roles.added(found.inputs) if all(role in refs for role in each)]
     if not whole:

@@ -35,6 +35,10 @@ _OTHER = (
     "Take a target with the tokenizer of base. Or merge row by row, whatever the tokens are, with --vocabulary rows; "
     "or leave what has a row for each token as it is, with --skip {skip}."
 )
+_ROWS = (
+    "Take models of one tokenizer; or merge row by row, whatever the tokens are, with vocabulary: rows; or leave what "
+    "has a row for each token as it is in the first model, with --skip {skip}."
+)
 _BY_TEXT = "Leave --vocabulary instruct out: rows are found by the texts of their tokens."
 _LEAVE = "--vocabulary target leaves them out, and keeps the tokenizer of the target."
 _ONE = "Leave one of them out; or keep the rows of the target with --vocabulary target."
@@ -133,8 +137,11 @@ class Vocabulary:
         own, theirs = self._tokens("target"), self._tokens(role)
         return own is not None and theirs is not None and not theirs.ids.items() <= own.ids.items()
 
-    def _split(self, refs: Mapping[str, Ref], stored: Mapping[str, ByToken]) -> Split:
+    def _split(self, refs: Mapping[str, Ref], stored: Mapping[str, ByToken]) -> Split | None:
         counts = {role: ref.shape[0] for role, ref in refs.items()}
+        if roles.are_blended(self.inputs):
+            self._check_blend(counts)
+            return None
         orders = {role: order for role in refs if (order := self._order(role, refs)) is not None}
         if self.own == "instruct":
             new = self._new("instruct", counts, orders)
@@ -154,6 +161,20 @@ class Vocabulary:
             new = {id_: token for id_, token in donor.new.items() if id_ < rows and id_ not in donor.lost}
             self.taken = new | self.taken  # of the first who has one
         return of_merge(counts, donors, rows, orders)
+
+    def _check_blend(self, counts: Mapping[str, int]) -> None:
+        """Find rows of one number that are of other tokens in another model: their mean would be of neither."""
+        own = self._tokens("target")
+        for role, rows in counts.items():
+            theirs = self._tokens(role)
+            if role in self._unreadable:
+                self._problem(f"the tokens of {role} cannot be told: {self._unreadable[role]}", _UNREADABLE)
+            elif own is not None and theirs is not None and rows == counts["target"]:
+                apart = {id_: token for token, id_ in own.ids.items() ^ theirs.ids.items() if id_ < rows}
+                if apart:
+                    self._problem(
+                        f"{role} has other tokens than the target, at {len(apart)} ids: {listed(apart)}", _ROWS
+                    )
 
     def _stored(self, role: str, ref: Ref) -> ByToken | None:
         """What a residual says of its rows, where some of them are no differences."""

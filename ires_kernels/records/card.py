@@ -29,6 +29,8 @@ _PATH = re.compile(r"(?<![^\s'\"\[{,])(?:/|~|\.\.?/)[^\n'\",\]}#]*[^\s'\",\]}#]"
 """A path in a recipe that does not begin with a name, to the end of what it may be."""
 _ADDRESS = re.compile(r"(?:https?|s3|gs|az)://[^\s'\",\]}#]+", re.IGNORECASE)
 """Or an address, whose query may hold a secret."""
+_RESIDUAL = "target + alpha × (instruct − base), the instruction residual of Jindal et al. (arXiv 2410.10739)"
+_BLEND = "the sum of the models, each times its weight"
 _ROWS = ("merged", "lost to rounding", "compared", "warning")
 
 
@@ -56,14 +58,14 @@ def build(plan: Plan, report: Report, digests: Mapping[str, str | None]) -> byte
     licences = {role: found for role, card in cards.items() if (found := _licence(card))}
     ids = list(dict.fromkeys(id_ for checkpoint in plan.inputs.values() for id_ in _ids(checkpoint)))
     lines = ["---", *_listed("base_model", ids), "base_model_relation: merge", "library_name: transformers"]
-    lines += _listed("tags", ["merge", "instruction-residual", "ires_kernels"])
+    is_blend = roles.are_blended(plan.inputs)
+    lines += _listed("tags", ["merge", "linear" if is_blend else "instruction-residual", "ires_kernels"])
     agreed = {tuple(found.items()) for found in licences.values()}
     if len(agreed) == 1:
         lines += [f"{key}: {_scalar(value)}" for key, value in next(iter(agreed))]
     lines += ["---", "", f"# {_cell(_pinned(plan.inputs['target']).partition('@')[0])}, merged", ""]
     lines += [
-        "A merge of checkpoints, computed exactly and rounded once: target + alpha × (instruct − base), the "
-        "instruction residual of Jindal et al. (arXiv 2410.10739).",
+        f"A merge of checkpoints, computed exactly and rounded once: {_BLEND if is_blend else _RESIDUAL}.",
         "",
         "| role | model | digest (xxh3_128) |",
         "| --- | --- | --- |",
@@ -73,7 +75,7 @@ def build(plan: Plan, report: Report, digests: Mapping[str, str | None]) -> byte
     paths = [f"{checkpoint.path}" for checkpoint in plan.inputs.values()]
     lines += ["", "```sh", command(plan), "```", "", *_recipe(plan.rules.recipe, paths)]
     for key, value in report.rows():
-        if key in _ROWS or key.startswith("alpha"):
+        if key in _ROWS or key.startswith(("alpha", "weights")):
             for checkpoint in plan.inputs.values():
                 value = value.replace(f"{checkpoint.path}", _pinned(checkpoint))
             lines.append(f"- {key}: {_cell(value)}")

@@ -268,7 +268,9 @@ def read_by(parts: Iterable[Step], hashes: Mapping[str, Mapping[str, str]]) -> d
 
 
 def _update(parts: Iterable[Step], outcome: Outcome) -> float | None:
-    """The norm of what was added to a tensor, in as many digits as any order of adding up gives."""
+    """The norm of what was added to a tensor, in as many digits as any order of adding up gives; None of a blend."""
+    if any(part.is_from_zero and part.operands[0].role == "target" for part in parts):
+        return None
     found = [outcome.tallies[part.label].norm2 for part in parts if part.label in outcome.tallies]
     norm = math.sqrt(math.fsum(found)) if all(map(math.isfinite, found)) else math.inf
     return float(f"{norm:.6g}") if math.isfinite(norm) else None

@@ -192,7 +192,9 @@ class Report:
             rows.append(("read, written", f"{size(self.bytes_read)}, {size(self.bytes_written)}"))
             rows.append(("time", f"{self.seconds:.2f} s, {self.gb_per_second:.2f} GB/s"))
         rows += strengths.rows(self.strengths)
-        rows.append(("lost to rounding", f"{counts.lost:,} of {counts.updates:,} updates ({self.lost_fraction:.3%})"))
+        if not any(strength.weights for strength in self.strengths):  # of which there are no updates
+            lost = f"{counts.lost:,} of {counts.updates:,} updates ({self.lost_fraction:.3%})"
+            rows.append(("lost to rounding", lost))
         rows += [("stored as codes", requantized.row(self.requantized))] if self.requantized else []
         rows += rows_of(self.compared) if self.compared else []
         for title, count in (

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ires_kernels.backends.call import Tally
+from ires_kernels.checkpoints import roles
 from ires_kernels.checkpoints.header import brief
 from ires_kernels.checkpoints.manifest import Strength
 from ires_kernels.files.plain import several
@@ -43,18 +44,22 @@ def strengths(plan: Plan, outcome: Outcome) -> tuple[Strength, ...]:
         tally = group.tally
         ratio = tally.dot / tally.norm2 if tally.norm2 else math.nan
         realised = ratio if math.isfinite(ratio) else None
-        found.append(Strength(factors, tally.elements, realised, len(group.names), pattern))
+        blended = roles.are_blended(plan.inputs)
+        found.append(Strength(factors, tally.elements, realised, len(group.names), pattern, blended))
     return tuple(found)
 
 
 def rows(found: Sequence[Strength]) -> list[tuple[str, str]]:
-    """A line for each group: its alphas, what is left of them, and which tensors it is."""
-    return [(_title(each), f"{_left(each)}{_which(each, len(found))}") for each in found]
+    """A line for each group: its alphas, what is left of them, and which tensors it is; of a blend its weights."""
+    return [
+        (_title(each), f"{'' if each.weights else _left(each)}{_which(each, len(found))}".removeprefix(" in "))
+        for each in found
+    ]
 
 
 def hints(found: Iterable[Strength], plan: Plan) -> Iterable[str]:
     """What helps where more than `OFF` of an alpha is not in the result; of several groups for the worst one."""
-    off = {each: abs(each.realised - 1) for each in found if each.realised is not None}
+    off = {each: abs(each.realised - 1) for each in found if each.realised is not None and not each.weights}
     worst = max(off, key=lambda each: off[each], default=None)
     if worst is None or off[worst] <= OFF:
         return
@@ -73,8 +78,8 @@ def hints(found: Iterable[Strength], plan: Plan) -> Iterable[str]:
 
 
 def _title(each: Strength) -> str:
-    several = len(each.factors) > 1
-    return f"alpha{'s' * several} {', '.join(f'{factor:g}' for factor in each.factors)}"
+    what = "weights" if each.weights else "alphas" if len(each.factors) > 1 else "alpha"
+    return f"{what} {', '.join(f'{factor:g}' for factor in each.factors)}"
 
 
 def _left(each: Strength) -> str:

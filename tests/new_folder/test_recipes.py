@@ -16,7 +16,7 @@ from small_models import Tensors, normal, read_model, same, snapshot, tensors, w
 import ires_kernels as ik
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.cli import main
-from ires_kernels.planning import recipe_files
+from ires_kernels.planning import recipe_files, recipe_weights
 from ires_kernels.planning.rules import ArgumentError
 
 CONFIG = {"model_type": "llama", "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
@@ -81,6 +81,8 @@ def test_weights_are_numbers() -> None:
     entries = "models: [{model: base}, {model: chat}, {model: code, parameters: {weight: 1}}]\n"
     out = merge(TASK + entries + "parameters: {weight: 0.5, lambda: 0.5, normalize: false, int8_mask: true}\n")
     assert_equal(out, added({"chat": 0.25, "code": 0.5}))
+    out = merge(TASK + entries + "parameters: {weight: 0.5, lambda: 0.75, normalize: true}\n")
+    assert_equal(out, added({"chat": 0.5 / 1.5 * 0.75, "code": 1 / 1.5 * 0.75}))
 
 
 @pytest.mark.usefixtures("root")
@@ -123,12 +125,12 @@ def test_patterns_find_their_names_and_no_others() -> None:
     everything = [f"model.layers.{i}.{part}.weight" for i in range(90) for part in parts]
     by_name = {name: (2.0,) if ".up." in name else (1.0,) for name in everything}
     by_name["model.layers.3.q.weight"] = (2.0,)
-    found = list(recipe_files._patterns(by_name, (1.0,)))
+    found = list(recipe_weights.patterns(by_name, (1.0,)))
     assert found == [(r"^(model\.layers\.\d+\.mlp\.up\.weight|model\.layers\.3\.q\.weight)$", (2.0,))]
     by_layer = {name: (int(name.split(".")[2]),) if "q" not in name else (-1,) for name in everything}
     by_layer["model.layers.7.mlp.experts.7.w1.weight"] = (-1,)
     for usual in ((0,), (-1,), (1,)):
-        patterns = list(recipe_files._patterns(by_layer, usual))
+        patterns = list(recipe_weights.patterns(by_layer, usual))
         assert sum(len(pattern) for pattern, _ in patterns) < 20_000
         for name, factors in by_layer.items():
             decided = [factors for pattern, factors in patterns if re.search(pattern, name)]
@@ -243,13 +245,13 @@ def test_in_place_and_gone_on_with(root: Path, capsys: pytest.CaptureFixture[str
 
 MODELS = "models: [{model: chat, parameters: {weight: 1}}]\n"
 REFUSED = {
-    "merge_method: ties\nbase_model: base\n" + MODELS: "recipe.yml:1: merge_method: is 'ties', wanted task_arithmetic",
-    "merge_method: linear\n" + MODELS: "recipe.yml:1: merge_method: 'linear' is not computed here",
+    "merge_method: ties\nbase_model: base\n" + MODELS: "1: merge_method: is 'ties', wanted task_arithmetic or linear",
     MODELS: "recipe.yml:1: merge_method is missing",
     "merge_method: task_arithmetic\n" + MODELS: "recipe.yml:1: base_model is missing",
     TASK + MODELS + "slices: []\n": "recipe.yml:4: slices: is not supported; known here are merge_method,",
     TASK + "models: [{model: chat, parameters: {weight: 1, density: 0.5}}]": "3: models[0].parameters.density: is not",
-    TASK + MODELS + "parameters:\n  normalize: true\n": "recipe.yml:5: parameters.normalize: true is not supported",
+    TASK + "models: [{model: chat, parameters: {weight: 0}}]\nparameters:\n  normalize: true\n": "5: parameters: the "
+    "weights, 0, add up to 0",
     TASK + MODELS + "tokenizer_source: union\n": "recipe.yml:4: tokenizer_source: is 'union', wanted base, or",
     TASK + MODELS + "tokenizer_source: base\nvocabulary: rows\n": "4: tokenizer_source: says what vocabulary",
     TASK + MODELS + "dtype: int8\n": "recipe.yml:4: dtype: is 'int8', wanted one of float32",
