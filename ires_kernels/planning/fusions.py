@@ -1,107 +1,25 @@
 """Weights that one model has fused and another split: which parts make a whole, in which order and in what groups.
 
-A whole is made of parts in one of three ways: [q; k; v], one behind the other; the same by heads or by groups of heads,
-each of which has its share of every part; and stacked, with all that an expert has of each part, expert by expert. What
-is looked at are shapes and names: rows have to add up, columns to be equal, experts to be all from 0 on. Which of what
-is possible holds is for values to say. Reshaped tensors are wholes of a single part.
+What is looked at are shapes and names: rows have to add up, columns to be equal, experts to be all from 0 on. Which of
+what is possible holds is for values to say.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations, permutations
-from typing import NamedTuple
 
-from ires_kernels.checkpoints.quantized import Ref
 from ires_kernels.planning.layout import Runs, compressed, quoted
-from ires_kernels.planning.rewrites import Components, Digits, Judge, Judgement, Kind, joined, kinds, sampled
+from ires_kernels.planning.places import ORDER, Place, anywhere, fits, is_bias, layer_of, module_of, rank_of, stem_of
+from ires_kernels.planning.rewrites import Components, Digits, Judge, Judgement, Kind, joined, sampled
+from ires_kernels.planning.wholes import Crossed, Fused, Side, Undecided, Whole
 
 _MOST_PARTS = 4
 _MOST_KINDS = 12
 """Of one layer that are tried as the parts of a whole, where names do not tell which."""
 _MOST_IN_ALL = 100
 """Kinds of parts among which those of a whole are looked for."""
-_ORDER = ("q", "query", "k", "key", "v", "value", "gate", "w1", "up", "w3", "v1")
-"""Words in names of parts, in the order in which they are fused where nothing else tells."""
-
-
-Place = Callable[[Components], Components]
-
-
-class Whole(NamedTuple):
-    """A kind of tensors that may be made of others, which are in the other model, or the other way round."""
-
-    kind: Kind
-    parts: tuple[Kind, ...]
-    """In their order."""
-    groups: int
-    """Each of which has a share of every part."""
-    axis: int | None
-    """Which of the numbers in the names of parts is that of an expert; None where they have no more than the whole."""
-
-
-class Undecided(NamedTuple):
-    """Tensors of the two models that may hold the same rows, in an order that was not found: a pair for each layer."""
-
-    mine: tuple[tuple[str, ...], ...]
-    theirs: tuple[tuple[str, ...], ...]
-    stacked: bool
-
-
-class Crossed(NamedTuple):
-    """A whole that has as many elements as some parts, and other columns: perhaps it is stored transposed."""
-
-    whole: str
-    """The first of its kind."""
-    shape: tuple[int, int]
-    """Of what it has of the first expert."""
-    parts: tuple[str, ...]
-    """The first expert's."""
-    names: tuple[str, ...]
-    """Of all that it is about."""
-
-
-class Fused(NamedTuple):
-    """What was found."""
-
-    runs: dict[str, Runs]
-    """By name in the model that gives the layout, of names in the other."""
-    wholes: list[tuple[Whole, int]]
-    """And how many tensors each explains."""
-    problems: dict[str, tuple[str, ...]]
-    """What is missing, and the names of all tensors that it is about."""
-    crossed: list[Crossed]
-    copies: list[str]
-    """What is stacked of parts that are too near to each other for values to confirm their order."""
-    undecided: list[Undecided]
-    """What fits by its shapes, and of which values allow no arrangement."""
-
-
-class Side(NamedTuple):
-    """The tensors of a model that have no partner yet."""
-
-    kinds: dict[Kind, dict[Digits, str]]
-    """By words that both models share as far as is known, and by number: names."""
-
-
-def side(refs: Mapping[str, Ref], words: Mapping[str, str] | None = None) -> Side:
-    """`words`: name in words of the other model → name, of all tensors that have such."""
-    if words is None:
-        return Side(kinds(refs))
-    found = kinds({word: refs[name] for word, name in words.items() if name in refs})
-    return Side({kind: {digits: words[word] for digits, word in names.items()} for kind, names in found.items()})
-
-
-def heads(config: Mapping[str, object] | None) -> tuple[int, ...]:
-    """In how many groups attention may be fused, as config.json has it: those of keys, and of queries."""
-    table = dict(config or {})
-    for key in ("text_config", "llm_config", "language_config"):
-        inner = table.get(key)
-        if isinstance(inner, dict):
-            table = {**table, **inner}
-    names = ("num_key_value_heads", "num_kv_heads", "num_attention_heads", "n_head", "num_heads")
-    return tuple(dict.fromkeys(n for name in names if type(n := table.get(name)) is int and 1 < n < 1 << 16))
 
 
 class Fusing:
@@ -125,15 +43,15 @@ class Fusing:
         self._there: dict[Components, list[Kind]] = {}
         self._in_module: dict[Components, list[Kind]] = {}
         for part in self.parts:
-            self._in_module.setdefault(_module(part.pattern), []).append(part)
+            self._in_module.setdefault(module_of(part.pattern), []).append(part)
         self.found = Fused({}, [], {}, [], [], [])
         self._experts_of: dict[tuple[Kind, int], dict[Digits, dict[str, str]]] = {}
         self._arranged: dict[tuple[Components, frozenset[str]], tuple[tuple[str, ...], int]] = {}
 
     def run(self) -> Fused:
         """All that can be told, weights before biases, which follow them; and wholes of which parts are missing."""
-        order = sorted(self.wholes, key=lambda kind: (_is_bias(kind.pattern), -math.prod(kind.shape)))
-        for place in (_module, _layer, _anywhere):
+        order = sorted(self.wholes, key=lambda kind: (is_bias(kind.pattern), -math.prod(kind.shape)))
+        for place in (module_of, layer_of, anywhere):
             self._there = {}
             for part in self.parts:
                 self._there.setdefault(place(part.pattern), []).append(part)
@@ -148,7 +66,7 @@ class Fusing:
     def _crossed(self, kind: Kind) -> Iterator[Crossed]:
         """What it could be made of, but for its columns: stacked experts."""
         stars = kind.pattern.count("*")
-        there = self._in_module.get(_module(kind.pattern), [])
+        there = self._in_module.get(module_of(kind.pattern), [])
         there = [p for p in there if p in self.parts and len(p.shape) == 2 and p.pattern.count("*") == stars + 1]
         for axis in range(stars + 1) if len(kind.shape) in (2, 3) else ():
             for part in there:
@@ -157,7 +75,7 @@ class Fusing:
                     p for p in there if p != part and p.shape == part.shape and self._experts(kind, p, axis) == count
                 ]
                 for parts in ((part,), *((part, other) for other in alike)):
-                    if _fits(kind, part) or count * sum(math.prod(p.shape) for p in parts) != math.prod(kind.shape):
+                    if fits(kind, part) or count * sum(math.prod(p.shape) for p in parts) != math.prod(kind.shape):
                         continue
                     digits = next(d for d in self.wholes[kind] if d in self._by_expert(part, axis))
                     first = (*digits[:axis], "0", *digits[axis:])
@@ -175,10 +93,12 @@ class Fusing:
         stars, rows = kind.pattern.count("*"), math.prod(kind.shape)
         parts = [
             part
-            for part in self._in_module.get(_module(kind.pattern), [])
+            for part in self._in_module.get(module_of(kind.pattern), [])
             if part in self.parts and part.pattern.count("*") == stars and part.pattern[-1] == kind.pattern[-1]
         ]
-        fit = [part for part in parts if part.shape[1:] == kind.shape[1:] and _rank(_stem(part.pattern)) < len(_ORDER)]
+        fit = [
+            part for part in parts if part.shape[1:] == kind.shape[1:] and rank_of(stem_of(part.pattern)) < len(ORDER)
+        ]
         have = sum(math.prod(part.shape) for part in fit)
         if fit and have < rows and {*self.parts[fit[0]]} & {*self.wholes[kind]} and not self._is_undecided(kind):
             left = f"{(rows - have) // math.prod(kind.shape[1:])} of {kind.shape[0]} rows"
@@ -198,7 +118,7 @@ class Fusing:
         rejected = []
         self._incomplete = {}
         for axis, parts in self._possible(kind, place):
-            chosen = self._arrange(kind, parts, axis, place is _module)
+            chosen = self._arrange(kind, parts, axis, place is module_of)
             if chosen is not None:
                 self._take(chosen)
                 return
@@ -220,7 +140,7 @@ class Fusing:
         candidates = self._there.get(place(kind.pattern), [])
         if len(candidates) > _MOST_IN_ALL:
             return
-        there = [part for part in candidates if part in self.parts and _fits(kind, part)]
+        there = [part for part in candidates if part in self.parts and fits(kind, part)]
         same = [part for part in there if part.pattern.count("*") == stars]
         for parts in self._subsets(kind, same, 1):
             if parts[0].shape != kind.shape and any(digits in self.parts[parts[0]] for digits in self.wholes[kind]):
@@ -275,7 +195,7 @@ class Fusing:
 
     def _subsets(self, kind: Kind, parts: list[Kind], count: int) -> Iterator[tuple[Kind, ...]]:
         """Up to four kinds of parts, of each `count`."""
-        parts = [part for part in parts if _is_bias(part.pattern) == _is_bias(kind.pattern)]
+        parts = [part for part in parts if is_bias(part.pattern) == is_bias(kind.pattern)]
         if len(parts) > _MOST_KINDS:
             return
         wanted = math.prod(kind.shape)
@@ -286,13 +206,13 @@ class Fusing:
 
     def _arrange(self, kind: Kind, parts: tuple[Kind, ...], axis: int | None, near: bool) -> Whole | None:
         """The order and the groups that values confirm, or that names tell where values tell nothing."""
-        stems = {part: _stem(part.pattern) for part in parts}
-        known = self._arranged.get((_module(kind.pattern), frozenset(stems.values())))
-        if known is not None and _is_bias(kind.pattern):
+        stems = {part: stem_of(part.pattern) for part in parts}
+        known = self._arranged.get((module_of(kind.pattern), frozenset(stems.values())))
+        if known is not None and is_bias(kind.pattern):
             by_stem = {stem: part for part, stem in stems.items()}
             follows = Whole(kind, tuple(by_stem[stem] for stem in known[0]), known[1], axis)
             return follows if self._of(follows).agrees is not False else None
-        usual = sorted(parts, key=lambda part: _rank(stems[part]))
+        usual = sorted(parts, key=lambda part: rank_of(stems[part]))
         orders = [tuple(usual), *(order for order in permutations(usual) if order != tuple(usual))]
         rows = math.gcd(*(part.shape[0] for part in parts if part.shape)) if axis is None and len(parts) > 1 else 1
         first = [g for g in (1, *self.groups, rows) if rows % g == 0]
@@ -313,8 +233,8 @@ class Fusing:
                 return None if len(survivors) > 1 and unseen else survivors[0]
             if silent:
                 break
-        sure = all(_rank(stem) < len(_ORDER) for stem in stems.values()) or len(parts) == 1
-        attention = any(_rank(stem) < _ORDER.index("gate") for stem in stems.values()) and len(parts) > 1
+        sure = all(rank_of(stem) < len(ORDER) for stem in stems.values()) or len(parts) == 1
+        attention = any(rank_of(stem) < ORDER.index("gate") for stem in stems.values()) and len(parts) > 1
         if silent and near and sure and (self.trusted or not attention):
             return Whole(kind, tuple(usual), 1, axis)
         return None
@@ -389,66 +309,5 @@ class Fusing:
         self.found.wholes.append((whole, count))
         if whole.axis is not None and near_copies:
             self.found.copies.append(".".join(whole.kind.pattern))
-        stems = tuple(_stem(part.pattern) for part in whole.parts)
-        self._arranged[_module(whole.kind.pattern), frozenset(stems)] = stems, whole.groups
-
-
-def text(whole: Whole, gathered: bool) -> tuple[str, str]:
-    """A whole in words, before and behind where that is so."""
-    name = quoted([".".join(whole.kind.pattern)])
-    names = [".".join(part.pattern) for part in whole.parts]
-    if whole.axis is not None:
-        how = ", stacked by expert"
-    else:
-        how = f", in {whole.groups} groups" if whole.groups > 1 else ", one behind the other"
-    if len(names) == 1 and whole.axis is None:
-        one, other = (name, quoted(names)) if gathered else (quoted(names), name)
-        return f"{one} is {other}", ", reshaped"
-    if gathered:
-        return f"{name} is {quoted(names)}", how
-    return f"{quoted(names)} {'are' if len(names) > 1 else 'is'} {name}", how
-
-
-def _fits(whole: Kind, part: Kind) -> bool:
-    """Whether a part may be rows of the whole: its columns are the whole's, or it is the same bytes."""
-    if not part.shape or not whole.shape or not math.prod(whole.shape):
-        return False
-    rest = part.shape[1:]
-    if whole.shape[len(whole.shape) - len(rest) :] == rest:
-        return True
-    return math.prod(whole.shape) == math.prod(part.shape) and (
-        whole.shape[0] == part.shape[0] or whole.shape[-1] == part.shape[-1]
-    )
-
-
-def _module(pattern: Components) -> Components:
-    """Where a part is: the module around a projection, or around all experts."""
-    end = len(pattern) - (pattern[-1] in ("weight", "bias")) - 1
-    while end > 0 and pattern[end - 1] == "*":
-        end -= 1
-    return pattern[: max(end, 0)]
-
-
-def _layer(pattern: Components) -> Components:
-    """The layer that it is in, or of a stack of experts the one around that."""
-    stars = [i for i, part in enumerate(pattern) if part == "*" and "expert" not in pattern[i - 1]]
-    return pattern[: stars[-1] + 1] if stars else pattern[:1]
-
-
-def _anywhere(_: Components) -> Components:
-    return ()
-
-
-def _stem(pattern: Components) -> str:
-    """What a part is called in its module."""
-    return pattern[-2] if pattern[-1] in ("weight", "bias") and len(pattern) > 1 else pattern[-1]
-
-
-def _is_bias(pattern: Components) -> bool:
-    return pattern[-1].endswith("bias")
-
-
-def _rank(stem: str) -> int:
-    """Where its word stands in the usual order."""
-    low = stem.lower()
-    return next((i for i, word in enumerate(_ORDER) if low in (word, f"w{word}") or low.startswith(f"{word}_")), 99)
+        stems = tuple(stem_of(part.pattern) for part in whole.parts)
+        self._arranged[module_of(whole.kind.pattern), frozenset(stems)] = stems, whole.groups

@@ -51,6 +51,11 @@ class Run(NamedTuple):
 Runs = tuple[Run, ...]
 
 
+def whole(name: str, ref: Ref) -> Runs:
+    """All elements of a tensor."""
+    return (Run(name, 0, ref.numel),)
+
+
 def compressed(pieces: Iterable[tuple[str, int, int]]) -> Runs:
     """Runs of (name, first, count) that follow each other, joined where they are contiguous or at equal distances."""
     joined: list[tuple[str, int, int]] = []

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from ires_kernels.planning.fusions import Undecided
 from ires_kernels.planning.layout import Rule, Runs, compressed, quoted
 from ires_kernels.planning.rewrites import Judgement, kinds, split
 from ires_kernels.planning.search import Found, Tensor, search
 from ires_kernels.planning.values import Values
+from ires_kernels.planning.wholes import Undecided
 
 _MOST_RUNS = 1 << 14
 """Of one tensor: whole rows of a large matrix are some thousand."""
