@@ -163,7 +163,7 @@ def _check_pair(paths: Iterable[str]) -> None:
         )
     if ["target", *given] != PAIR:
         raise ArgumentError(
-            f"compare (--compare) takes one pair of models, and {', '.join(given)} are given. Leave it out: "
+            f"compare (--compare) takes one pair of models, and not {', '.join(given)}. Leave it out: "
             "`ires compare TARGET --instruct I --base B` says of one pair after the other how it fits."
         )
 

@@ -274,12 +274,20 @@ def of_a_recipe(base: Path, instruct: Path, target: Path) -> None:
     ik.merge(recipe, out=base.parent / "out", compare=True)
 
 
+def of_a_blend(base: Path, instruct: Path, target: Path) -> None:
+    recipe = base.parent / "recipe.yml"
+    models = ", ".join(f"{{model: {path}, parameters: {{weight: 0.5}}}}" for path in (target, instruct))
+    recipe.write_text(f"{{merge_method: linear, models: [{models}], dtype: bfloat16}}")
+    ik.merge(recipe, out=base.parent / "out", compare=True)
+
+
 @pytest.mark.parametrize(
     ("asked", "why"),
     [
         (of_a_residual, "needs what base holds.* Give the two models that it was made of"),
-        (of_two_pairs, "instruct-1, base-1, instruct-2, base-2 are given. Leave it out"),
+        (of_two_pairs, "and not instruct-1, base-1, instruct-2, base-2. Leave it out"),
         (of_a_recipe, "takes one pair of models"),
+        (of_a_blend, "takes one pair of models, and not model-2"),
     ],
 )
 def test_what_is_no_pair_is_refused(tmp_path: Path, asked: Callable[..., None], why: str) -> None:
