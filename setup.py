@@ -146,6 +146,7 @@ def extension():
         "kernel",
         "lanes",
         "look",
+        "pack",
         "scaled",
         "schedule",
         "tile",

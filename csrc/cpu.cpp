@@ -296,6 +296,19 @@ void fit(const FitRun& run, const std::string& isa, Fit* found) {
     find_loops(isa).fit(run, found);
 }
 
+int64_t most_packed(DType type, int64_t n) {
+    const int64_t blocks = (n + kBlockPacked - 1) / kBlockPacked;
+    return (n + std::min(n, kBlockPacked)) * item_size(type) + 64 * (blocks + 1);
+}
+
+int64_t pack(DType type, const void* old, const void* now, int64_t n, char* out, const std::string& isa) {
+    return find_loops(isa).pack(type, old, now, n, out);
+}
+
+void unpack(DType type, const char* record, void* now, int64_t n, const std::string& isa) {
+    find_loops(isa).unpack(type, record, now, n);
+}
+
 void run_memory(const Item& item, int threads, const std::string& isa) {
     const Loops& loops = find_loops(isa);
     std::atomic<bool> known{true};

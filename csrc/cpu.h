@@ -94,6 +94,9 @@ struct Loops {
     void (*keep)(int64_t n, const float* values, const float* again, const uint8_t* before, uint8_t* codes);
     Stored (*count_stored)(int64_t n, const float* target, const float* update, const float* values, const float* stored);
     void (*fit)(const FitRun&, Fit*);
+    // Of bf16, f16 and f32, see pack.h: the bytes of a record, of others 0; and what makes the old elements of the new ones.
+    int64_t (*pack)(DType, const void* old, const void* now, int64_t n, char* out);
+    void (*unpack)(DType, const char* record, void* now, int64_t n);
 };
 
 #if defined(__x86_64__)
@@ -131,5 +134,11 @@ void measure_results(const Operation& op, const Item& item, uint64_t offset, con
                      const std::string& isa);
 void fit(const FitRun& run, const std::string& isa, Fit* found);  // adds to what was found
 void run_memory(const Item& item, int threads, const std::string& isa);
+
+// A record of the old elements, given the new ones, on the calling thread; returns its bytes, or 0 for a dtype that has none.
+constexpr int64_t kBlockPacked = int64_t(1) << 15;
+int64_t most_packed(DType type, int64_t n);  // room that `pack` wants
+int64_t pack(DType type, const void* old, const void* now, int64_t n, char* out, const std::string& isa);
+void unpack(DType type, const char* record, void* now, int64_t n, const std::string& isa);
 
 }  // namespace ires

@@ -462,6 +462,7 @@ void run(const Operation& op, const Run& run, Tally* tally) {
 }  // namespace ires
 
 #include "fit.h"  // which takes its numbers by blocks as well
+#include "pack.h"
 #include "scaled.h"
 
 namespace ires {
@@ -502,7 +503,8 @@ bool memory(const Run& run, int inputs) {
 }  // namespace
 
 extern const Loops loops;
-const Loops loops = {&run, &run_scaled, &memory, &decode, &encode, &measure, &keep, &count_stored, &fit};
+const Loops loops = {&run, &run_scaled, &memory, &decode, &encode, &measure, &keep, &count_stored, &fit,
+                     &pack, &unpack};
 
 }  // namespace IRES_ISA
 }  // namespace ires

@@ -323,6 +323,20 @@ ires::Item results(const py::tuple& t, const ires::Operation& op, const ires::Co
     return one;
 }
 
+// The bytes of the record of n old elements, given the new ones; at `out` is room for `most_packed`. 0 where the dtype has none.
+int64_t pack(int type, uintptr_t old, uintptr_t now, int64_t n, uintptr_t out, const std::string& isa) {
+    const ires::DType known = dtype(py::int_(type));
+    const py::gil_scoped_release release;
+    return ires::pack(known, reinterpret_cast<const void*>(old), reinterpret_cast<const void*>(now), n,
+                      reinterpret_cast<char*>(out), isa);
+}
+
+void unpack(int type, uintptr_t record, uintptr_t now, int64_t n, const std::string& isa) {
+    const ires::DType known = dtype(py::int_(type));
+    const py::gil_scoped_release release;
+    ires::unpack(known, reinterpret_cast<const char*>(record), reinterpret_cast<void*>(now), n, isa);
+}
+
 // The largest of results; `largest` has one number for each of so many cells.
 void measure_results(int code, const py::tuple& t, const std::vector<double>& factors, const py::tuple& layout, int64_t first,
                      uintptr_t largest, int64_t cells, const std::string& isa) {
@@ -487,6 +501,10 @@ PYBIND11_MODULE(_native, m) {
           py::arg("cells"), py::arg("isa"));
     m.def("measure_results", &measure_results, py::arg("op"), py::arg("item"), py::arg("factors"), py::arg("layout"),
           py::arg("first"), py::arg("largest"), py::arg("cells"), py::arg("isa"));
+    m.def("most_packed", [](int type, int64_t n) { return ires::most_packed(dtype(py::int_(type)), n); }, py::arg("type"),
+          py::arg("n"));
+    m.def("pack", &pack, py::arg("type"), py::arg("old"), py::arg("now"), py::arg("n"), py::arg("out"), py::arg("isa"));
+    m.def("unpack", &unpack, py::arg("type"), py::arg("record"), py::arg("now"), py::arg("n"), py::arg("isa"));
     m.def("store", &store, py::arg("op"), py::arg("item"), py::arg("factors"), py::arg("layout"), py::arg("parts"),
           py::arg("first"), py::arg("renewed"), py::arg("out"), py::arg("draw"), py::arg("isa"), py::arg("tally"));
     for (const auto& [name, found] : {std::pair("fit", &fit), std::pair("fit_files", &fit_files)})

@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "new_folder": {"checking", "checkpoints", "files", "planning", "records", "streaming"},
     "in_place": {"backends", "checking", "checkpoints", "dtypes", "files", "planning", "records", "streaming"},
     "memory": {"checkpoints", "dtypes", "files", "in_place", "planning", "records", "tensors"},
-    "live": {"checking", "checkpoints", "files", "planning", "streaming"},
+    "live": {"backends", "checking", "checkpoints", "dtypes", "files", "planning", "streaming"},
     "merging": {
         "checking",
         "checkpoints",

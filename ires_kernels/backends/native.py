@@ -317,3 +317,18 @@ def encode(
     pointers, isa = (values.data_ptr(), out.data_ptr()), os.environ.get("IRES_ISA", "")
     _native.encode(layout, scales, first, len(values), *pointers, random, thread_count(), isa)
     return True
+
+
+def most_packed(dtype: int, count: int) -> int:
+    """Room for `pack`, in bytes; `dtype` is a number of csrc."""
+    return _native.most_packed(dtype, count)
+
+
+def pack(dtype: int, old: int, new: int, count: int, into: int) -> int:
+    """`packing.pack`, on the calling thread and without Python's lock."""
+    return _native.pack(dtype, old, new, count, into, os.environ.get("IRES_ISA", ""))
+
+
+def unpack(dtype: int, record: int, new: int, count: int) -> None:
+    """`packing.unpack`, likewise."""
+    _native.unpack(dtype, record, new, count, os.environ.get("IRES_ISA", ""))

@@ -8,15 +8,17 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ires_kernels.backends import packing
 from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId, Shard, TensorRef
 from ires_kernels.checkpoints.header import Header, TensorInfo
 from ires_kernels.checkpoints.sources import IN_MEMORY, Read
 from ires_kernels.files.plain import size
+from ires_kernels.live.kept import Rooms, Run, Shelf, for_each
 from ires_kernels.live.tensors import DTYPES
 
 
@@ -24,13 +26,16 @@ class Snapshot:
     """The bytes of some tensors as they were: a `Source`.
 
     What lies in the memory of a CPU is read there until it is to be changed. Then it is copied before (`keep`), or by
-    the threads that change it, tile by tile as they read it (`keep_as_read`): so no pass over the module is spent.
+    the threads that change it, tile by tile as they read it (`keep_as_read`): so no pass over the module is spent. Of
+    each such tile a copy is there until the new bits are (`placed`); then it can be packed by what the update did to
+    it, and takes a fifth to a half of its room. That needs no file: what was read of a residual may be gone.
 
-    What is kept is not compressed. zlib at its fastest leaves 30 to 57 % of the difference to what a residual makes of
-    bf16 weights (std .02, updates of 7e-5 to 1.4e-3), at 17 to 60 MB/s a core, where the copy takes 1 GB/s and more.
-    Most of that is the system's: it clears a page of 4 KiB in 1.4 µs (of a virtual machine), 8 times what it takes to
-    write one again. Pages of 2 MiB (MADV_HUGEPAGE) were 4 times as fast where there were some, and 4 times slower where
-    memory was full of the files of models, as it is then.
+    A copy of all takes as long, where its memory is fresh: the system clears a page of 4 KiB in 1.4 µs (of a virtual
+    machine), 8 times what it takes to write one again. Pages of 2 MiB (MADV_HUGEPAGE) were 4 times as fast where there
+    were some, and 4 times slower where memory was full of the files of models, as it is then.
+
+    Not the update again, from the residual's files with -alpha: of that .4 to .7 bits an element are lost to rounding,
+    but these files may be changed or out of reach by then, and while an update fails they are what has just failed.
     """
 
     def __init__(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -53,16 +58,24 @@ class Snapshot:
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._names = ordered
         self._begins = [self.infos[each].begin for each in ordered]
-        # Where the bytes are that this has from some offset on, less that; and by name what is copied as it is read:
-        # by where a run begins how many of its bytes are here, which who reads them itself counts as it goes.
+        # Where the bytes are that this has from some offset on, less that; and by name what is copied as it is read, by
+        # where it begins.
         self._live = {n: t.data_ptr() - self.infos[n].begin for n, t in tensors.items() if _is_in_place(t)}
-        self._runs: dict[str, dict[int, ctypes.c_int64]] = {}
+        self._runs: dict[str, dict[int, Run]] = {}
+        self._packed: set[str] = set()
+        self._rooms, self._shelf = Rooms(), Shelf()
         self._copy({name: tensor for name, tensor in tensors.items() if name not in self._live})
 
     @property
     def nbytes(self) -> int:
-        """How much of it is a copy."""
-        return sum(info.nbytes for name, info in self.infos.items() if name not in self._live or name in self._runs)
+        """How much memory it takes, beside what is there anyway."""
+        copied = sum(info.nbytes for name, info in self.infos.items() if name not in self._live)
+        return copied + sum(run.nbytes for runs in self._runs.values() for run in runs.values())
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether some of it needs the bits that the update made of it."""
+        return bool(self._packed)
 
     def keep(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy tensors: they will be changed."""
@@ -71,9 +84,37 @@ class Snapshot:
         for name in mine:
             del self._live[name]
 
-    def keep_as_read(self, names: Iterable[str]) -> None:
-        """From now on copy each byte of these when it is read: that will be once, and before it is changed."""
+    def keep_as_read(self, names: Iterable[str], *, packed: bool) -> None:
+        """From now on copy each byte of these when it is read: that will be once, and before it is changed.
+
+        packed  what can be packed will be, once it is changed, and is not copied otherwise
+        """
         self._runs = {name: {} for name in names if name in self._live}
+        self._packed = {name for name in self._runs if packed and packing.packs(self.infos[name].dtype)}
+
+    def placed(self, name: str, begin: int, size: int) -> None:
+        """Bytes of a tensor, from `begin` on, are what the update makes of them: pack what they were."""
+        if name in self._packed:
+            runs = self._runs[name]
+            at, end = self.infos[name].begin + begin, self.infos[name].begin + begin + size
+            while at < end and at in runs:
+                room, count = runs[at].copied, runs[at].size.value
+                runs[at].pack(self._live[name] + at, room + _aligned(count), self._shelf)
+                self._rooms.give(room)
+                at += count
+
+    def settle(self) -> None:
+        """No more of it will change: let go of what that took."""
+        self._rooms.clear()
+
+    def _run(self, name: str, begin: int, size: int) -> Run:
+        """Where a run is to be copied, which is begun here."""
+        dtype, address = self.infos[name].dtype, self._address + begin
+        if name in self._packed:
+            count = size // (self.infos[name].nbytes // self.infos[name].numel)
+            address = self._rooms.take(_aligned(size) + packing.room(dtype, count))
+        run = self._runs[name][begin] = Run(dtype, address, 0)
+        return run
 
     def _copy(self, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
@@ -100,20 +141,45 @@ class Snapshot:
         refs = {name: TensorRef(name, i.dtype, i.shape, path, i.begin, i.nbytes) for name, i in infos.items()}
         return Checkpoint(path, "model", (shard,), refs, None, {}, config, None)
 
+    def differing(self, tensors: Mapping[str, Tensor], names: Iterable[str]) -> str | None:
+        """The first of the tensors that has not the bits by which its old ones were packed; these it has to have."""
+        wrong: set[str] = set()
+
+        def look(place: _Place) -> None:
+            if not place.run.fits(place.address):
+                wrong.add(place.name)
+
+        names = [name for name in names if name in self._packed]
+        for_each([place for name in names for place in self._places(name, tensors[name])], look)
+        for name in names:
+            if not _is_in_place(tensors[name]):
+                for_each(self._places(name, flat := _flat(tensors[name])), look)
+                del flat
+        return next((name for name in names if name in wrong), None)
+
     def put_back(self, tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
         """Give tensors the bits that they had, as far as these were kept: no others were changed."""
+        names = [*names]
+        for_each([place for name in names for place in self._places(name, tensors[name])], _restore)
         with torch.no_grad():
             for name in names:
-                info, tensor = self.infos[name], tensors[name]
-                whole = {info.begin: ctypes.c_int64(info.nbytes)}
-                kept = self._runs.get(name, whole if name not in self._live else {})
-                if _is_in_place(tensor):  # torch's own threads wait for each other, and longer where others compute
-                    there = tensor.data_ptr() - info.begin
-                    for begin, size in kept.items():
-                        ctypes.memmove(there + begin, self._address + begin, size.value)
+                tensor = tensors[name]
+                if _is_in_place(tensor):
                     torch.autograd.graph.increment_version(tensor)
-                elif kept:
+                elif name not in self._live:
                     tensor.copy_(self.of(name, tensor))
+                elif self._runs.get(name):
+                    for_each(self._places(name, flat := _flat(tensor)), _restore)
+                    tensor.copy_(flat)
+
+    def _places(self, name: str, tensor: Tensor) -> list[_Place]:
+        """What is kept of a tensor, and where that belongs; nothing where its bytes do not follow each other there."""
+        if not _is_in_place(tensor):
+            return []
+        info = self.infos[name]
+        whole = {} if name in self._live else {info.begin: Run(info.dtype, self._address + info.begin, info.nbytes)}
+        there = tensor.data_ptr() - info.begin
+        return [_Place(name, run, there + begin) for begin, run in self._runs.get(name, whole).items()]
 
     def stamp(self) -> FileId:
         return FileId(0, 0, self._size, 0, 0)
@@ -130,13 +196,15 @@ class Snapshot:
 
     def _read(self, name: str, begin: int, end: int, to: int) -> None:
         # Other than slices of views, memmove lets other threads go on.
-        source, runs = self._live.get(name, self._address), self._runs.get(name)
+        source = self._live.get(name, self._address) + begin
+        runs = self._runs.get(name)
         if runs is not None:
             if begin not in runs:
-                ctypes.memmove(self._address + begin, source + begin, end - begin)
-                runs[begin] = ctypes.c_int64(end - begin)
-            source = self._address
-        ctypes.memmove(to, source + begin, end - begin)
+                run = self._run(name, begin, end - begin)
+                ctypes.memmove(run.address, source, end - begin)
+                run.size.value = end - begin
+            source = runs[begin].copied
+        ctypes.memmove(to, source, end - begin)
 
     def read_views(self, views: Sequence[memoryview], offset: int) -> None:
         for view in views:
@@ -155,18 +223,40 @@ class Snapshot:
     def _place(self, name: str, begin: int, size: int) -> Read:
         """Where bytes of a tensor are, and where they are to be kept if that is to be now."""
         runs, live = self._runs.get(name), self._live.get(name)
-        if live is None or (runs is not None and begin in runs):
-            return Read(IN_MEMORY, self._address + begin, size, self.path)
-        if runs is None:
-            return Read(IN_MEMORY, live + begin, size, self.path)
-        kept = runs[begin] = ctypes.c_int64(0)
-        return Read(IN_MEMORY, live + begin, size, self.path, self._address + begin, ctypes.addressof(kept))
+        if live is None or runs is None:
+            return Read(IN_MEMORY, (self._address if live is None else live) + begin, size, self.path)
+        if begin in runs:
+            return Read(IN_MEMORY, runs[begin].copied, size, self.path)
+        run = self._run(name, begin, size)
+        return Read(IN_MEMORY, live + begin, size, self.path, run.address, ctypes.addressof(run.size))
 
     def will_need(self, offset: int, size: int) -> None:
         """It is here."""
 
     def close(self) -> None:
         """It goes with its memory."""
+
+
+def _aligned(size: int) -> int:
+    """Bytes after which the next memory begins: at a cache line of its own."""
+    return -(-size // 64) * 64
+
+
+class _Place(NamedTuple):
+    """Where a run belongs."""
+
+    name: str
+    run: Run
+    address: int
+
+
+def _restore(place: _Place) -> None:
+    place.run.restore(place.address)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """Its elements in the memory of the CPU, one after the other."""
+    return tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
 
 
 def _is_in_place(tensor: Tensor) -> bool:

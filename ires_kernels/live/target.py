@@ -60,16 +60,17 @@ class Target:
         names = dict.fromkeys(step.name for step in plan.steps if not step.is_own)
         return [name for name in names if name not in self.boxes or self.boxes[name].numel]
 
-    def keep(self, plan: Plan, changed: Iterable[str], *, undo: bool) -> None:
+    def keep(self, plan: Plan, changed: Iterable[str], *, undo: bool, packed: bool) -> None:
         """Have all bits stay that are about to be changed: those that each step reads where it changes them as read.
 
-        Without `undo` only what other steps read, of which some were changed by then.
+        Without `undo` only what other steps read, of which some were changed by then. With `packed` what can be packed
+        is, tile by tile.
         """
         local = self.local()
         as_read = set() if self.whole is not None else set(changed) - self.boxes.keys() - _moved(plan.steps)
         self.before.keep({name: local[name] for name in changed if name not in as_read})
         if undo:
-            self.before.keep_as_read(as_read)
+            self.before.keep_as_read(as_read, packed=packed)
 
     def steps(self, plan: Plan, names: Container[str]) -> Iterator[list[Step]]:
         """What makes what is here of some tensors, some of it at a time."""

@@ -40,10 +40,16 @@ _newest: WeakKeyDictionary[nn.Module, weakref.ref[Applied]] = WeakKeyDictionary(
 """The last update of each module that was not taken back."""
 
 
+_OR_FORCE = ", or give force=True, with which it is lost"
+_PACKED = (
+    '; or call apply_(…, undo="copy") the next time, which keeps a copy, and give force=True, with which it is lost'
+)
+
+
 class Applied:
     """What `apply_` did to a module, and how to take it back. As a context manager it is taken back at the end.
 
-    It holds the bits from before, which take as much memory as what was changed; they go with it.
+    It holds what the update did to the bits, from which those from before come again; that goes with it.
     """
 
     def __init__(self, module: nn.Module, target: Target, changed: Sequence[str], *, undo: bool):
@@ -63,7 +69,8 @@ class Applied:
     def undo(self, *, force: bool = False) -> None:
         """Give every parameter and buffer the bits that it had. Again it does nothing.
 
-        force  also where they have changed since, by an optimiser or by another `apply_`: that is lost
+        force  also where they have changed since, by an optimiser or by another `apply_`: that is lost. Where the bits
+               are others by now, a copy has to be there (``apply_(…, undo="copy")``): from them nothing can be unpacked
 
         Of a sharded module each process gives back what it has, and asks nobody: all of them are to call it.
 
@@ -93,9 +100,16 @@ class Applied:
         if self._versions != self._seen() and not force:
             raise ArgumentError(
                 f"{type(self._module).__name__} has changed since this was applied, by an optimiser or another apply_. "
-                "Undo that first, or give force=True, with which it is lost."
+                f"Undo that first{_OR_FORCE if not self._before.is_packed else _PACKED}."
             )
         with interrupts.held():
+            other = self._before.differing(here, self.changed)
+            if other is not None:
+                raise ArgumentError(
+                    f"{brief(other)} has other bits than this update left there, and those from before were packed by "
+                    "these: nothing was taken back. Undo first what was done since, or call "
+                    'apply_(…, undo="copy") the next time, which keeps a copy, and undo(force=True).'
+                )
             self._before.put_back(here, self.changed)
             self._before = None
             known = _newest.get(self._module)
@@ -136,7 +150,7 @@ def apply_(
     vocabulary: str | None = None,
     renames: Iterable[str | tuple[str, str]] | Mapping[str, str] = (),
     trust_names: bool = False,
-    undo: bool = True,
+    undo: bool | str = True,
     threads: int | None = None,
     progress: Progress | None = None,
     follow_links: bool = False,
@@ -161,12 +175,18 @@ def apply_(
     objects, with their requires_grad; their version counters tell autograd. Everything is checked first, and where
     something fails later, or is interrupted, the module gets back the bits that it had.
 
-    Returns what can take it back: ``with ik.apply_(model, residual, 0.7): …`` does so at the end. For that a copy of
-    what is changed stays in the memory of the CPU; without the returned object it is the system's at once. What an
+    Returns what can take it back: ``with ik.apply_(model, residual, 0.7): …`` does so at the end. For that it is kept
+    what the update did to the bits, in a fifth to a half of the memory of bfloat16 weights, and no file is needed
+    again; without the returned object it is the system's at once. What an
     optimiser has of the model, such as moments and float32 copies of its weights, does not know of the update: make it
     anew.
 
-    undo  False: keep no bits, which saves that memory and half of the time. Nothing can be taken back then, and where
+    undo  True: keep what the update did to the bits, from which those before come again. Of tensors in the memory of a
+          GPU or of strides of their own, of other dtypes than bfloat16, float16 and float32, and where the extension is
+          missing, a copy is kept
+          "copy": keep a copy of all that is changed, which takes its memory. It can also be given back where others
+          have changed the module since: undo(force=True)
+          False: keep no bits, which saves that memory and half of the time. Nothing can be taken back then, and where
           something fails after the first tensor was changed, a warning says that the module is no longer whole. Of
           a module that several processes hold they are kept until all have succeeded
 
@@ -178,7 +198,9 @@ def apply_(
     The other arguments, and errors, as for `apply`; and ArgumentError for a module whose tensors are on the meta
     device, quantized, or of torch.inference_mode, and for DTensors that are sums still to be made (Partial).
     """
-    check_flags(follow_links=follow_links, undo=undo)
+    check_flags(follow_links=follow_links)
+    if not (isinstance(undo, bool) or undo == "copy"):
+        raise TypeError(f'undo is {type(undo).__name__} {brief(undo)}, wanted True, False or "copy"')
     module = held.inner(module)
     with sharding.peers(module) as peers:
         options = Options.of("cpu", threads, progress)
@@ -214,13 +236,14 @@ def apply_(
             here = target.local()
             try:
                 with interrupts.held():
-                    target.keep(plan, changed, undo=undo)
+                    target.keep(plan, changed, undo=bool(undo), packed=undo is True)
                     _fill(plan, {name: here[name] for name in changed}, target, options)
-                    applied = Applied(module, target, changed, undo=undo)
+                    applied = Applied(module, target, changed, undo=bool(undo))
                     peers.end()
             except BaseException:  # also what a signal has raised as the region was left
                 with interrupts.held():
                     target.before.put_back(here, changed)
+                    target.before.settle()
                 if not undo and not peers.are_several:
                     warnings.warn(f"{type(module).__name__} may be changed in part: load it again", stacklevel=2)
                 raise
@@ -271,11 +294,13 @@ def _fill(plan: Plan, tensors: Mapping[str, Tensor], target: Target, options: Op
             threads=options.threads,
             progress=options.progress,
             memory=target.memory,
+            placed=target.before.placed,
         ))  # fmt: skip
         for name, tensor in into.items():
             if tensor is not tensors[name]:
                 tensors[name].copy_(tensor)
             torch.autograd.graph.increment_version(target.tensors[name])
+    target.before.settle()
     guards.check_residuals(plan, outcome.inputs, options.threads, only=parts.to_check(plan, target.peers))
     guards.check_unchanged(plan, outcome.inputs, but={"target"}, threads=options.threads)
 

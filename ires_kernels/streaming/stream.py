@@ -73,6 +73,9 @@ Fitted = Callable[[Step, int, Sequence[memoryview]], Fit]
 Progress = Callable[[int, int], None]
 """Takes bytes done and bytes to do, read and written together. Called by the thread that started the work."""
 
+Placed = Callable[[str, int, int], None]
+"""Takes a tensor that is filled, by name, and bytes of it that have their results now: where they begin, how many."""
+
 
 class Done(NamedTuple):
     """The beginning of a tensor that an earlier run has written over its target: it is hashed, and left as it is."""
@@ -154,16 +157,18 @@ def fill(
     threads: int | None = None,
     progress: Progress | None = None,
     memory: Mapping[Path, Source] | None = None,
+    placed: Placed | None = None,
 ) -> Outcome:
     """`run` into contiguous tensors by name, on the processor's device. Inputs of the roles `hashed` are hashed.
 
     memory  of models that are in no files, by their paths
+    placed  told of each tile when its results are there
     """
     import torch
 
     flat = {name: tensor.reshape(-1) for name, tensor in tensors.items()}
     into = {name: (elements, elements.view(torch.uint8)) for name, elements in flat.items()}
-    asked = _Asked(steps, file_ids, rules, _nothing, into, memory=memory or {})
+    asked = _Asked(steps, file_ids, rules, _nothing, into, memory=memory or {}, placed=placed)
     return _Engine(asked, _How(processors, threads, hashed, counted=False), _Told(Outcome(), progress)).run()
 
 
@@ -328,6 +333,7 @@ class _Asked:
     stops: Container[tuple[str, int]] | None = None
     done: Mapping[str, Done] = field(default_factory=dict)
     memory: Mapping[Path, Source] = field(default_factory=dict)
+    placed: Placed | None = None
     scales: Callable[[QuantizedRef], Scales] | None = None
     written: Container[Path] = ()
     kept: bool = True
@@ -658,6 +664,8 @@ class _Engine:
     def _end(self, tile: _Tile, worker: int) -> None:
         """Take a tile the rest of the way."""
         counted = tile.slot.wait()
+        if self.asked.placed is not None:
+            self.asked.placed(tile.tensor.output.name, tile.at, tile.written)
         tally = self._in_turn(tile, counted if tile.at >= tile.tensor.done else None)
         if tally is None:
             return

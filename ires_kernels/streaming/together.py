@@ -19,7 +19,7 @@ from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Step
 from ires_kernels.streaming import stream
 from ires_kernels.streaming.outcome import Outcome
-from ires_kernels.streaming.stream import Progress
+from ires_kernels.streaming.stream import Placed, Progress
 from ires_kernels.streaming.tiles import Processors
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def fill(
     threads: int | None = None,
     progress: Progress | None = None,
     memory: Mapping[Path, Source] | None = None,
+    placed: Placed | None = None,
 ) -> Outcome:
     """`stream.fill` of tensors on one device or several, `threads` of them in all and at least one for each.
 
@@ -53,6 +54,7 @@ def fill(
         return stream.fill(
             part.tensors, part.steps, file_ids, rules,
             hashed=hashed, processors=part.processors, threads=threads, progress=progress, memory=memory,
+            placed=placed,
         )  # fmt: skip
 
     if len(parts) < 2:
