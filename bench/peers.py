@@ -33,7 +33,8 @@ from ires_kernels.bench.merges import COPY, copy
 from ires_kernels.bench.result import Result
 from ires_kernels.bench.synthetic import SHAPES, Triple, shape_of, write_triple
 from ires_kernels.bench.tables import open_console, print_contenders, print_unavailable
-from ires_kernels.checkpoints.checkpoint import TensorRef, open_checkpoint
+from ires_kernels.checkpoints.checkpoint import TensorRef
+from ires_kernels.checkpoints.validation import open_checkpoint
 
 OURS = "ires apply"
 IMPORT = "import torch"

@@ -90,7 +90,7 @@ def main() -> None:
     )
     server.start()
     from ires_kernels.checkpoints import ahead, hub
-    from ires_kernels.checkpoints.checkpoint import open_checkpoint
+    from ires_kernels.checkpoints.validation import open_checkpoint
     from ires_kernels.streaming import stream
 
     while not port.value:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ires_kernels.backends.companions import fault
 from ires_kernels.backends.decoding import decode
-from ires_kernels.checkpoints.checkpoint import TensorRef, open_checkpoint
+from ires_kernels.checkpoints.checkpoint import TensorRef
 from ires_kernels.checkpoints.quantized import QuantizedRef
 from ires_kernels.checkpoints.schemes import quantized
+from ires_kernels.checkpoints.validation import open_checkpoint
 
 
 def read(ref: TensorRef, begin: int = 0, size: int | None = None) -> memoryview:

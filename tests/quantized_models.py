@@ -11,8 +11,8 @@ from small_models import Tensors, read_model
 from torch import Tensor
 
 from ires_kernels.backends import decoding
-from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.schemes import quantized
+from ires_kernels.checkpoints.validation import open_checkpoint
 
 F8, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 

@@ -16,7 +16,7 @@ from ires_kernels.bench.merges import read, weights
 from ires_kernels.bench.result import Goal, Result
 from ires_kernels.bench.start import environment
 from ires_kernels.bench.synthetic import Triple
-from ires_kernels.checkpoints.checkpoint import open_checkpoint
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.streaming.cpu import TORCH_DTYPES
 
 CAT, COMMAND, CALL = "cat of all three", "ires compare", "ik.compare, in a process that runs"

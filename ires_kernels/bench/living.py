@@ -21,7 +21,7 @@ from ires_kernels.bench.kernels import MEMORY, VerificationError
 from ires_kernels.bench.measure import Ways, interleave
 from ires_kernels.bench.result import Goal, Result
 from ires_kernels.bench.synthetic import Triple
-from ires_kernels.checkpoints.checkpoint import open_checkpoint
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.live import snapshot
 from ires_kernels.streaming.cpu import TORCH_DTYPES
 

@@ -27,7 +27,8 @@ from ires_kernels.bench.kernels import VerificationError, chosen, differing
 from ires_kernels.bench.measure import Quartiles, Ways, interleave, watch
 from ires_kernels.bench.result import Comparison, Goal, Result
 from ires_kernels.bench.synthetic import Triple
-from ires_kernels.checkpoints.checkpoint import TensorRef, open_checkpoint
+from ires_kernels.checkpoints.checkpoint import TensorRef
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.streaming.cpu import TORCH_DTYPES
 from ires_kernels.streaming.stream import default_threads
 from ires_kernels.tensors import ops

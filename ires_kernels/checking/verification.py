@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from ires_kernels.checking.recorded import other_hashes, other_headers, other_names
 from ires_kernels.checkpoints import hub, manifest
-from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, open_checkpoint
+from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
 from ires_kernels.checkpoints.folders import listed
 from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.files.opening import check_link
 from ires_kernels.files.plain import plain_lines, size
 from ires_kernels.planning.application import plan_apply

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ires_kernels.checkpoints import hub
-from ires_kernels.checkpoints.checkpoint import FileId, with_settings
+from ires_kernels.checkpoints.checkpoint import FileId
+from ires_kernels.checkpoints.surroundings import with_settings
 from ires_kernels.files import moving
 from ires_kernels.files.inplace import Workplace
 from ires_kernels.files.ownership import StoreError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ires_kernels.checkpoints.checkpoint import open_checkpoint
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.files import hidden, inplace, movable, moving
 from ires_kernels.files.inplace import Workplace
 from ires_kernels.files.journal import JournalError

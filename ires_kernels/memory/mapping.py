@@ -15,8 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ires_kernels.checkpoints.checkpoint import FileId, Shard, TensorRef, open_checkpoint
+from ires_kernels.checkpoints.checkpoint import FileId, Shard, TensorRef
 from ires_kernels.checkpoints.header import CheckpointError, brief
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.dtypes import STORAGE
 from ires_kernels.files import interrupts
 from ires_kernels.files.opening import open_file

@@ -10,10 +10,11 @@ from typing import cast
 
 from ires_kernels.checkpoints import roles, standins
 from ires_kernels.checkpoints.addresses import Address, is_address, is_elsewhere
-from ires_kernels.checkpoints.checkpoint import Checkpoint, Kind, open_checkpoint
+from ires_kernels.checkpoints.checkpoint import Checkpoint, Kind
 from ires_kernels.checkpoints.folders import MERGE_ADAPTER
 from ires_kernels.checkpoints.header import CheckpointError, brief
 from ires_kernels.checkpoints.standins import shown
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.files.hidden import unfinished
 from ires_kernels.planning.rules import ArgumentError
 

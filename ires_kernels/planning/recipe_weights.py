@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ires_kernels.checkpoints import names
-from ires_kernels.checkpoints.checkpoint import open_checkpoint
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.planning.inputs import StrPath
 from ires_kernels.planning.numbers import numbers
 from ires_kernels.planning.yamls import Node

@@ -16,9 +16,10 @@ from typing import Any
 
 from ires_kernels.checkpoints import hub, manifest
 from ires_kernels.checkpoints.addresses import is_address
-from ires_kernels.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.checkpoints.manifest import Manifest
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.files import trust
 from ires_kernels.files.durable import fsync_all, replace_file
 from ires_kernels.files.plain import several, size, table

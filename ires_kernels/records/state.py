@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.checkpoints.manifest import Manifest
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.files import hidden
 from ires_kernels.files.inplace import SCALES
 from ires_kernels.files.locks import holder, holders

@@ -6,8 +6,9 @@ from collections import Counter
 from typing import Any
 
 from ires_kernels.checkpoints import hub, names, schemes
-from ires_kernels.checkpoints.checkpoint import is_factor, is_shard, open_checkpoint, shard_number
+from ires_kernels.checkpoints.checkpoint import is_factor, is_shard, shard_number
 from ires_kernels.checkpoints.standins import shown
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.files.hidden import foreign
 from ires_kernels.planning import quantized
 from ires_kernels.planning.inputs import StrPath

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ires_kernels.checkpoints import hub
-from ires_kernels.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.files.durable import replace_file
 from ires_kernels.files.opening import MAX_CONFIG, read_bytes
 from ires_kernels.files.plain import plain_lines

@@ -16,8 +16,8 @@ from oracle import assert_same
 from small_models import write_model
 from torch import Tensor
 
-from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.schemes import quantized
+from ires_kernels.checkpoints.validation import open_checkpoint
 
 F8, U8, I8, I32 = torch.float8_e4m3fn, torch.uint8, torch.int8, torch.int32
 BF16, F16, F32, E8M0 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e8m0fnu

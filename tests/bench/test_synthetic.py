@@ -12,7 +12,7 @@ from small_models import read_model
 
 from ires_kernels.bench import synthetic
 from ires_kernels.bench.synthetic import SHAPES, Shape, count_of, shape_of, write_triple
-from ires_kernels.checkpoints.checkpoint import open_checkpoint
+from ires_kernels.checkpoints.validation import open_checkpoint
 
 
 def digest(folder: Path) -> str:

@@ -17,8 +17,9 @@ from small_models import read_model, snapshot, tensors, triple, write_model
 
 import ires_kernels as ik
 from ires_kernels.checkpoints import sources
-from ires_kernels.checkpoints.checkpoint import FileId, open_checkpoint
+from ires_kernels.checkpoints.checkpoint import FileId
 from ires_kernels.checkpoints.header import CheckpointError, read_header
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.files import samples
 from ires_kernels.files.ownership import StoreError
 from ires_kernels.files.samples import sample

@@ -14,8 +14,8 @@ from selection import tiles
 from small_models import normal, triple, write_model
 
 import ires_kernels as ik
-from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.planning.rules import ArgumentError
 
 NORM = "model.norm.weight"

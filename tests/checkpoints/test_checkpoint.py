@@ -16,9 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId, open_checkpoint
+from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId
 from ires_kernels.checkpoints.header import CheckpointError, build_header, tensor_bytes
 from ires_kernels.checkpoints.manifest import Manifest
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.files.plain import plain
 
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

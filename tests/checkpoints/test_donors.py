@@ -12,8 +12,8 @@ from small_models import triple
 from tokenizers import Tokenizer, models
 
 import ires_kernels as ik
-from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.planning.application import plan_apply
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import Rules

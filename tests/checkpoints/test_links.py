@@ -11,7 +11,7 @@ from small_models import read_model, triple
 
 import ires_kernels as ik
 from ires_kernels import cli
-from ires_kernels.checkpoints import checkpoint, parents
+from ires_kernels.checkpoints import parents, surroundings, validation
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files import opening
 
@@ -182,7 +182,7 @@ def test_a_link_that_comes_and_goes_is_not_followed(
             path.unlink()
             path.symlink_to(secret)
 
-    for module in (parents, checkpoint):
+    for module in (parents, validation, surroundings):
         monkeypatch.setattr(module, "check_link", meddle)
     with pytest.raises(CheckpointError, match=rf"{name}: changed"):
         ik.apply(target, (instruct, base), out=tmp_path / "out")

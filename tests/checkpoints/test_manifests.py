@@ -19,8 +19,8 @@ from small_models import read_model, tensors, write_model
 import ires_kernels as ik
 from ires_kernels import cli
 from ires_kernels.checkpoints import manifest
-from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.files import trust
 from ires_kernels.files.ownership import StoreError
 from ires_kernels.records.report import Report

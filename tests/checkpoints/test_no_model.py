@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from small_models import Tensors, normal, read_model, tensors, triple, write_model
 
 import ires_kernels as ik
-from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.cli import main
 
 Q = "model.layers.{}.self_attn.q_proj"

@@ -27,8 +27,8 @@ from small_models import normal, triple, write_model
 import ires_kernels as ik
 from ires_kernels.checkpoints import ahead, far_folders, hub, objects
 from ires_kernels.checkpoints.addresses import Address
-from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.cli import main
 from ires_kernels.files.unfinished import partial_path
 from ires_kernels.planning import evidence

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from small_models import write_model
 
 from ires_kernels.backends import decoding
-from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, open_checkpoint
+from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
 from ires_kernels.checkpoints.schemes import Quantized, quantized
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.dtypes import STORAGE
 
 F8, U8, I8, I32, I64 = torch.float8_e4m3fn, torch.uint8, torch.int8, torch.int32, torch.int64

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from small_models import triple
 
-from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.planning.application import plan_apply
 from ires_kernels.planning.extraction import plan_extract
 from ires_kernels.planning.rules import Rules

@@ -11,8 +11,8 @@ from small_models import triple
 
 import ires_kernels as ik
 from ires_kernels.checkpoints import hub
-from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.cli import main
 from ires_kernels.streaming import stream
 

@@ -27,8 +27,8 @@ from torch import Tensor
 
 import ires_kernels as ik
 from ires_kernels.checkpoints import sources
-from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError, build_header
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.files import unfinished
 from ires_kernels.files.new_folder import NewFolder
 from ires_kernels.files.ownership import StoreError

@@ -17,8 +17,9 @@ from small_models import SHAPES, Tensors, normal, tensors, write_model
 
 import ires_kernels as ik
 from ires_kernels.checkpoints import sources
-from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, open_checkpoint
+from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
 from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.planning import ancestry
 from ires_kernels.planning.ancestry import Ancestry
 from ires_kernels.planning.evidence import Looks, Sample, old_places, places

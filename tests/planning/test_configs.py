@@ -12,7 +12,7 @@ from small_models import triple
 
 import ires_kernels as ik
 from ires_kernels.checkpoints import configs
-from ires_kernels.checkpoints.checkpoint import open_checkpoint
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.planning.application import plan_apply
 from ires_kernels.planning.extraction import plan_extract
 from ires_kernels.planning.rules import Rules

@@ -12,8 +12,8 @@ from small_models import normal, write_model
 
 import ires_kernels as ik
 from ires_kernels.backends import decoding
-from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.quantized import QuantizedRef
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.dtypes import FLOATS, NUMBERS
 from ires_kernels.formats import Format, matrices, row_bytes
 from ires_kernels.planning.elements import is_known, numbers

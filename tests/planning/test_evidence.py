@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from small_models import normal
 
 from ires_kernels.checkpoints import sources
-from ires_kernels.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.checkpoints.manifest import Manifest
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.dtypes import FLOATS, NUMBERS
 from ires_kernels.planning import evidence
 from ires_kernels.planning.evidence import Likeness, Looks, Sample, likeness, places, through

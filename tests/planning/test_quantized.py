@@ -12,8 +12,8 @@ import torch
 from small_models import Tensors, normal, read_model, tensors, write_model
 
 import ires_kernels as ik
-from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.cli import main
 from ires_kernels.planning.quantized import parts
 

@@ -12,10 +12,11 @@ from small_models import normal, write_model
 
 import ires_kernels as ik
 from ires_kernels.backends import decoding, native
-from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, open_checkpoint
+from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
 from ires_kernels.checkpoints.quantized import Ref
 from ires_kernels.checkpoints.schemes import quantized
 from ires_kernels.checkpoints.sources import LocalFile
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.planning.steps import Operand
 from ires_kernels.streaming import stream
 from ires_kernels.streaming.pieces import reader, take

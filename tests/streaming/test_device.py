@@ -31,8 +31,9 @@ from torch import Tensor
 import ires_kernels as ik
 from ires_kernels.backends import decoding, native
 from ires_kernels.checkpoints import sources
-from ires_kernels.checkpoints.checkpoint import TensorRef, open_checkpoint
+from ires_kernels.checkpoints.checkpoint import TensorRef
 from ires_kernels.checkpoints.header import CheckpointError
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.cli import main
 from ires_kernels.in_place.cuts import SIZES
 from ires_kernels.planning import deeds

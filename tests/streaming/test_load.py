@@ -21,8 +21,8 @@ from small_models import Tensors, normal, read_model, snapshot, triple, write_mo
 from torch import Tensor
 
 import ires_kernels as ik
-from ires_kernels.checkpoints.checkpoint import open_checkpoint
 from ires_kernels.checkpoints.header import CheckpointError, build_header
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import ArgumentError
 from ires_kernels.planning.steps import Operand, Output, Step

@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from selection import tiles
 
-from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef, open_checkpoint
+from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
 from ires_kernels.checkpoints.quantized import Ref
+from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Op, Operand, Output, Step, by_output
 from ires_kernels.streaming import stream
