@@ -18,6 +18,7 @@ from ires_kernels.files.opening import read_bytes
 from ires_kernels.files.plain import without_secrets
 from ires_kernels.planning.inputs import StrPath
 from ires_kernels.planning.recipe_models import Places, added_to_target, blended, check_blend
+from ires_kernels.planning.recipe_slices import check_layers, without_slices
 from ires_kernels.planning.recipe_weights import Shared, factors
 from ires_kernels.planning.rules import DTYPES, VOCABULARIES, ArgumentError, Rules
 from ires_kernels.planning.yamls import LONGEST, Node, parse
@@ -34,6 +35,11 @@ _MERGEKIT = (
 )
 _RULES = ("alphas", "skip", "rounding", "seed", "vocabulary", "renames", "trust_names", "allow_missing")
 _KEYS = (*_MERGEKIT, "target", "pairs", "residuals", *_RULES, "name")
+_NOT_HERE = {
+    "modules": "is not supported: give models, which are merged with all of their parts.",
+    "chat_template": "is not supported: the output has that of the model whose tokenizer it gets. Leave it out, or put "
+    "another one into the folder of that model.",
+}
 _METHODS = ("task_arithmetic", "linear")
 
 
@@ -65,7 +71,10 @@ def read(
     if Path(path).suffix == ".json":
         return _again(Path(path), trust_inputs, stream)
     raw = read_bytes(path, LONGEST)
-    root = parse(raw, os.fspath(path))
+    root, layers = without_slices(parse(raw, os.fspath(path)))
+    for key, text in _NOT_HERE.items():
+        if key in (root.table or {}):
+            raise (root.table or {})[key].error(text)
     table = root.fields(_KEYS)
     places = Places(Path(path).absolute().parent, stream)
     method = _method(root, table)
@@ -84,6 +93,7 @@ def read(
         target, added = added_to_target(root, table, places)
         options["vocabulary"] = _vocabulary(table)
         named = roles.of_residuals(len(added)) if len(added[0].paths) == 1 else roles.of_pairs(len(added))
+    check_layers(layers, target, follow_links)
     alpha, by_name = factors(target, added, shared, follow_links)
     paths = dict(zip(named, (path for each in added for path in each.paths), strict=True))
     alphas = [*_alphas(table.get("alphas")), *by_name]
@@ -199,8 +209,9 @@ def _vocabulary_of_blend(table: Mapping[str, Node], places: Places) -> str | Non
     if source is not None:
         first = table["models"].several("a list of models")[0].fields(None)["model"]
         giver = table.get("base_model", first)
-        wanted = "base" if "base_model" in table else None
-        if source.word() != wanted and places.name(source) != places.name(giver):
+        same = {"union"} if table.keys().isdisjoint(("skip", "vocabulary")) else set()  # where all tokens have to be
+        same |= {"base"} if "base_model" in table else set()
+        if source.word() not in same and places.name(source) != places.name(giver):
             raise source.wrong(
                 f"{giver.word()}, whose tokenizer the output gets: to have another one's, name that as base_model"
             )

@@ -94,6 +94,18 @@ def test_nothing_is_downloaded_but_what_is_small(shell: Shell, tmp_path: Path) -
     assert not list(shell.home.rglob("*.safetensors"))
 
 
+def test_a_recipe(shell: Shell, tmp_path: Path) -> None:
+    """Of models on the Hub, and of an output that was made of them, without their weights in its cache."""
+    (shell.folder / "recipe.yml").write_text(
+        "target: org/target\npairs: [{instruct: 'hf://org/instruct', base: 'hf+stream://org/base'}]\n"
+    )
+    shell.run("merge", "recipe.yml", "-o", "out", "--stream")
+    assert weights(shell.folder / "out") == weights(tmp_path / "plain")
+    shell.run("merge", "out/ires.json", "-o", "again", "--stream")
+    assert weights(shell.folder / "again") == weights(tmp_path / "plain")
+    assert not list(shell.home.rglob("*.safetensors"))
+
+
 def sums(folder: Path) -> str:
     return "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in sorted(weights(folder).items()))
 

@@ -286,7 +286,10 @@ def test_other_tokens(root: Path) -> None:
     (root / "two/tokenizer.json").write_text(tokenizer(*words))
     right = blend({"one": 1, "two": 1})
     assert_equal(merge(recipe(1, 1)), right)
+    assert_equal(merge(recipe(1, 1, more="tokenizer_source: union\n")), right)
     (root / "two/tokenizer.json").write_text(tokenizer(*words[:39], "other"))
+    with pytest.raises(CheckpointError, match="model-2 has other tokens than the target"):
+        merge(recipe(1, 1, more="tokenizer_source: union\n"))
     with pytest.raises(CheckpointError, match=r"model-2 has other tokens than the target[\s\S]*vocabulary: rows"):
         merge(recipe(1, 1))
     assert_equal(merge(recipe(1, 1, more="vocabulary: rows\n")), right)
@@ -313,11 +316,11 @@ REFUSED = {
     recipe(1, 1, more="parameters: {density: 1}\n"): "parameters.density: is not supported",
     recipe(1, 1, more="tokenizer_source: two\n"): "tokenizer_source: is 'two', wanted one, whose tokenizer",
     recipe(1, 1, more="tokenizer_source: base\n"): "tokenizer_source: is 'base', wanted one, whose tokenizer",
-    recipe(1, 1, more="tokenizer: {source: union}\n"): "tokenizer.source: is 'union', wanted one, whose tokenizer",
+    recipe(1, 1, more="tokenizer: {source: union}\nskip: norm\n"): "tokenizer.source: is 'union', wanted one, whose",
     recipe(1, 1, more="tokenizer: {source: one, tokens: {}}\n"): "tokenizer.tokens: is not supported",
     recipe(1, 1, more="tokenizer: {source: one}\ntokenizer_source: one\n"): "tokenizer: says what tokenizer_source",
     recipe(1, 1, more="vocabulary: target\n"): "vocabulary: is 'target', wanted rows, or nothing",
-    recipe(1, 1, more="chat_template: auto\n"): "recipe.yml:5: chat_template: is not supported",
+    recipe(1, 1, more="chat_template: auto\n"): "recipe.yml:5: chat_template: is not supported: the output has that of",
     recipe(1, "[]"): "models[1].parameters.weight: is a list, wanted a number",
     "merge_method: linear\nmodels: [{model: one}, {model: two}]\n": "models[0]: parameters.weight is missing, wanted",
     "merge_method: linear\nmodels: [{model: one, weight: 1}, {model: two}]\n": "models[0].weight: is not supported",

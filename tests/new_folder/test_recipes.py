@@ -19,7 +19,7 @@ from ires_kernels.cli import main
 from ires_kernels.planning import recipe_files, recipe_weights
 from ires_kernels.planning.rules import ArgumentError
 
-CONFIG = {"model_type": "llama", "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
+CONFIG = {"model_type": "llama", "num_hidden_layers": 4, "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
 SHAPES: dict[str, tuple[int, ...]] = {
     "model.embed_tokens.weight": (40, 16),
     **{f"model.layers.{i}.{part}.weight": (24, 16) for i in range(4) for part in ("mlp", "self_attn.q_proj")},
@@ -243,12 +243,117 @@ def test_in_place_and_gone_on_with(root: Path, capsys: pytest.CaptureFixture[str
     assert "update in place" in capsys.readouterr().err
 
 
+SLICES = """merge_method: task_arithmetic
+base_model: base
+slices:
+- sources: [{model: base, layer_range: [0, 4]},
+    {model: chat, layer_range: [0, 4], parameters: {weight: 0.5}},
+    {model: code, layer_range: [0, 4]}]
+  parameters: {weight: [0.1, 0.4], normalize: false}
+"""
+
+
+@pytest.mark.usefixtures("root")
+def test_a_slice_with_all_layers() -> None:
+    """The same as its models without layers, as mergekit writes what it was asked for."""
+
+    def code(name: str) -> float:
+        height = int(name.split(".")[2]) / 3 if "layers" in name else 0.0
+        return (1 - height) * 0.1 + height * 0.4
+
+    assert_equal(merge(SLICES), added({"chat": 0.5, "code": code}))
+    text = SLICES.replace("base_model: base\n", "").replace("task_arithmetic", "linear").replace("[0.1, 0.4]", "1.0")
+    right = merge(
+        "merge_method: linear\nmodels: [{model: base}, {model: chat, parameters: {weight: 0.5}}, {model: code}]\n"
+        "parameters: {weight: 1, normalize: false}\n"
+    )
+    found = read_model(right)
+    assert_equal(merge(text), found)
+    for name in ("base", "chat"):
+        config = json.loads(Path(name, "config.json").read_text())
+        del config["num_hidden_layers"]
+        Path(name, "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArgumentError, match="cannot be told from all layers"):
+        merge(SLICES)
+
+
+# What people have written for mergekit, by its kinds of keys.
+WRITTEN = {
+    """models: [{model: base, parameters: {weight: 1.0}}, {model: chat, parameters: {weight: 0.3}}]
+merge_method: linear
+dtype: float16
+""": "",
+    """models: [{model: chat, parameters: {weight: 1}}, {model: code, parameters: {weight: 1}}]
+merge_method: linear
+tokenizer_source: union
+dtype: float16
+""": "",
+    """name: last-steps
+merge_method: linear
+base_model: code
+models: [{model: chat, parameters: {weight: 1}}, {model: code, parameters: {weight: 2}}]
+parameters: {normalize: true}
+dtype: float32
+out_dtype: bfloat16
+""": "",
+    """models: [{model: base}, {model: chat, parameters: {weight: 1}}, {model: code, parameters: {weight: .02}}]
+merge_method: task_arithmetic
+base_model: base
+parameters: {normalize: true, int8_mask: true}
+dtype: float16
+""": "",
+    SLICES.replace("weight: [0.1, 0.4], ", "weight: 1, ") + "dtype: bfloat16\n": "",
+    """merge_method: task_arithmetic
+base_model: base
+models: [{model: chat, parameters: {weight: 1.0}}]
+parameters: {normalize: false}
+tokenizer: {source: chat}
+""": "",
+    """merge_method: linear
+slices:
+- sources: [{model: chat, layer_range: [0, 2]}, {model: code, layer_range: [2, 4]}]
+parameters: {weight: 0.8}
+""": "slices[0].sources[1].layer_range: is [2, 4], wanted [0, 2]",
+    TASK
+    + "models: [{model: chat, parameters: {weight: 1}}]\nchat_template: auto\n": "chat_template: is not supported: ",
+    "merge_method: task_arithmetic\nbase_model: base+org/lora\nmodels: [{model: chat}]\n": "adapters (after a +)",
+    """name: first
+merge_method: linear
+models: [{model: chat}, {model: code}]
+parameters: {weight: 0.5}
+---
+merge_method: slerp
+""": "is no YAML",
+}
+
+
+@pytest.mark.usefixtures("root")
+def test_what_people_have_written(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is done, or refused by the name of the key."""
+    for number, (text, said) in enumerate(WRITTEN.items()):
+        Path("recipe.yml").write_text(text)
+        code = main(["merge", "recipe.yml", "-o", f"out-{number}", "--no-sync"])
+        error = capsys.readouterr().err
+        assert (code, said in error) == (2 if said else 0, True), text + error
+
+
 MODELS = "models: [{model: chat, parameters: {weight: 1}}]\n"
 REFUSED = {
     "merge_method: ties\nbase_model: base\n" + MODELS: "1: merge_method: is 'ties', wanted task_arithmetic or linear",
     MODELS: "recipe.yml:1: merge_method is missing",
     "merge_method: task_arithmetic\n" + MODELS: "recipe.yml:1: base_model is missing",
-    TASK + MODELS + "slices: []\n": "recipe.yml:4: slices: is not supported; known here are merge_method,",
+    TASK + MODELS + "slices: []\n": "recipe.yml:4: slices: is there beside models, wanted one of the two",
+    TASK + MODELS + "slice: []\n": "recipe.yml:4: slice: is not supported; known here are merge_method,",
+    TASK + MODELS + "modules: {}\n": "recipe.yml:4: modules: is not supported: give models",
+    TASK + "slices: []\n": "3: slices: is a list, wanted a list of one slice",
+    TASK + "slices: [{}, {}]\n": "3: slices: has several. Slices are taken here where there is one, with all layers",
+    SLICES.replace("[0, 4]", "[2, 4]", 1): "4: slices[0].sources[0].layer_range: is [2, 4], wanted [0, 4]. Slices",
+    SLICES.replace("[0, 4]", "[0, 3]", 1): "5: slices[0].sources[1].layer_range: is [0, 4], wanted [0, 3]. Slices",
+    SLICES.replace("[0, 4]", "[0]"): "4: slices[0].sources[0].layer_range: is [0], wanted [0, 0]",
+    SLICES.replace("[0, 4]", "[0, 3]"): "layer_range: has 3 layers, and ",
+    SLICES.replace("[0, 4]", "[0, x]"): "layer_range[1]: is 'x', wanted a whole number",
+    SLICES + "parameters: {weight: 1}\n": "7: slices[0].parameters: says what parameters says",
+    SLICES.replace("weight: 0.5", "wieght: 1"): "slices[0].sources[1].parameters.wieght: is not supported",
     TASK + "models: [{model: chat, parameters: {weight: 1, density: 0.5}}]": "3: models[0].parameters.density: is not",
     TASK + "models: [{model: chat, parameters: {weight: 0}}]\nparameters:\n  normalize: true\n": "5: parameters: the "
     "weights, 0, add up to 0",
