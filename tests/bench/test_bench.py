@@ -17,7 +17,7 @@ from ires_kernels.backends import native, reference
 from ires_kernels.backends.call import Call
 from ires_kernels.bench import __main__ as bench
 from ires_kernels.bench import arguments as arguments_of
-from ires_kernels.bench import floor, fp8, kernels, mappings, merges, outlook, quantized, start
+from ires_kernels.bench import floor, fp8, kernels, mappings, merges, outlook, parts, quantized, start
 from ires_kernels.bench.contenders import CHUNKED, COMPILED, EAGER, UPCAST, torch_contenders
 from ires_kernels.bench.measure import Quartiles, interleave, machine, private_memory, ratio, watch
 from ires_kernels.bench.synthetic import SHAPES, Shape, write_triple
@@ -222,7 +222,7 @@ def test_quick(tmp_path, monkeypatch, capsys):
 
 def test_quick_takes_what_it_says():
     asked = arguments_of.parse(["--quick"])
-    ahead = [*bench._ahead(asked)]
+    ahead = [*parts.ahead(asked)]
     assert sum(each.seconds for each in ahead) < 25
     assert sum(each.memory for each in ahead) + sum(each.disk for each in ahead) < 2e9
     assert asked.rounds == 3
