@@ -19,11 +19,15 @@ CHECKS = "address,undefined,float-cast-overflow"
 TESTS = (
     *(
         f"tests/backends/test_{name}.py"
-        for name in ("numerics", "stochastic", "stats", "counting", "decoding", "encoding", "fit")
+        for name in ("numerics", "stochastic", "stats", "counting", "fit", "small_cases")
+        + ("decoding", "encoding", "packed_words", "companions", "schedule")
     ),
-    *(f"tests/tensors/test_{name}.py" for name in ("ops", "checks")),
-    "tests/new_folder/test_merge.py",
-    "tests/streaming/test_load.py",
+    *(f"tests/tensors/test_{name}.py" for name in ("ops", "checks", "random_words")),
+    *(f"tests/streaming/test_{name}.py" for name in ("load", "decoded", "parts", "device")),
+    *(f"tests/new_folder/test_{name}.py" for name in ("merge", "pairs", "quantized")),
+    *(f"tests/in_place/test_{name}.py" for name in ("parts", "quantized")),
+    "tests/live/test_update.py",
+    "tests/cli/test_look.py",
 )
 ISAS = {"v4": ["-march=x86-64-v4"], "v3": ["-march=x86-64-v3"], "v2": ["-march=x86-64-v2"]}
 if platform.machine() != "x86_64":
