@@ -70,7 +70,10 @@ def read(
     """
     if Path(path).suffix == ".json":
         return _again(Path(path), trust_inputs, stream)
-    raw = read_bytes(path, LONGEST)
+    try:
+        raw = read_bytes(path, LONGEST)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ArgumentError(f"{os.fspath(path)}: no such file. Check the path.") from None
     root, layers = without_slices(parse(raw, os.fspath(path)))
     for key, text in _NOT_HERE.items():
         if key in (root.table or {}):
@@ -108,7 +111,7 @@ def _again(path: Path, trust_inputs: bool, stream: bool) -> Merge:
     """What the manifest of an output says that it is made of."""
     found = manifest.read(path)
     if found is None:
-        raise ArgumentError(f"{path}: no such file.")
+        raise ArgumentError(f"{path}: no such file. Check the path.")
     made_of = found.made_of()
     if found.operation != "apply" or found.in_place:
         what = "an update in place, whose target is no longer what it was" if found.in_place else found.operation

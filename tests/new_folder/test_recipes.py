@@ -419,8 +419,10 @@ def test_what_is_no_recipe(root: Path, capsys: pytest.CaptureFixture[str]) -> No
     (root / "recipe.yml").write_bytes(b"target: \xff\n")
     assert main(["merge", "recipe.yml", "-o", "out"]) == 2
     assert "recipe.yml: is no text in UTF-8 (byte 8)" in capsys.readouterr().err
-    assert main(["merge", "nowhere.yml", "-o", "out"]) in (2, 3)
-    assert main(["merge", "base", "-o", "out"]) in (2, 3)
+    for nowhere in ("nowhere.yml", "recipe.yml/recipe.yml"):
+        assert main(["merge", nowhere, "-o", "out"]) == 2
+        assert f"{nowhere}: no such file. Check the path." in capsys.readouterr().err
+    assert main(["merge", "base", "-o", "out"]) == 2
     assert main(["merge", "nowhere.json", "-o", "out"]) == 2
     ik.extract("base", "chat", "r", sync=False)
     assert main(["merge", "r/residual.json", "-o", "out"]) == 2
