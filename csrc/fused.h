@@ -47,7 +47,11 @@ inline Unread run_fused(const Operation& op, const Item& item, std::vector<Sourc
         begins.push_back(needed);
         needed += size_t(piece * item_size(type));
     }
-    if (needed > size) memory.reset(new char[size = needed]);
+    if (needed > size) {
+        size = 0;  // until there is as much
+        memory.reset(new char[needed]);
+        size = needed;
+    }
     std::vector<Item> one{item};
     for (int64_t i = 0; i < item.n; i += piece) {
         one[0].n = std::min(piece, item.n - i);

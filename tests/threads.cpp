@@ -1,7 +1,7 @@
 // The threaded loops under ThreadSanitizer, with no Python in the process: every operation on many threads, called from
 // several threads at once, on contiguous and strided tensors, with and without a tally, into tensors of their own and
-// into parts of one; quantized tensors decoded, on the way into an operation too, and encoded; and models that are only
-// looked at, in memory and in files. Each result is compared with that of one thread. Built and run by
+// into parts of one; quantized tensors decoded, on the way into an operation too, and encoded; models that are only
+// looked at; and operands that are read piece by piece, from files and from memory that is kept aside. Each result is compared with that of one thread. Built and run by
 // tests/sanitize.py; prints the number of failures last.
 #include <cstdio>
 #include <cstring>
@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu.h"
+#include "fused.h"
 #include "look.h"
 
 using namespace ires;
@@ -184,6 +185,8 @@ int check_coded(const Coding& k, const std::string& isa) {
     return failures;
 }
 
+Stretch in_file(FILE* file, int64_t begin, int64_t bytes) { return {fileno(file), begin, nullptr, size_t(bytes), nullptr, nullptr}; }
+
 // Three models that are compared, in memory and out of one file.
 int check_looked_at(DType type, const std::string& isa) {
     const std::vector<char> model = bytes(3 * kElements, type, 1);
@@ -198,8 +201,8 @@ int check_looked_at(DType type, const std::string& isa) {
             if (!in_files) return fit(run, isa, out);
             Runs runs[3];
             for (int k = 0; k < 3; ++k) {
-                runs[k].add(fileno(file), k * size, size / 2);
-                runs[k].add(fileno(file), k * size + size / 2, size - size / 2);
+                runs[k].add(in_file(file, k * size, size / 2));
+                runs[k].add(in_file(file, k * size + size / 2, size - size / 2));
             }
             int failed = 0;
             if (fit_files(run, runs, isa, out, &failed).failed) out->elements = uint64_t(-1);
@@ -211,6 +214,43 @@ int check_looked_at(DType type, const std::string& isa) {
     return failures;
 }
 
+// A target in memory that is kept aside as it is changed, and a file that has the other operands, in two stretches each.
+int check_fused(bool stochastic, const std::string& isa) {
+    const DType type = DType::bf16;
+    const std::vector<char> target = bytes(kElements, type, 1), others = bytes(2 * kElements, type, 2);
+    const int64_t size = kElements * item_size(type);
+    FILE* const file = tmpfile();
+    int failures = !file || fwrite(others.data(), 1, others.size(), file) != others.size() || fflush(file);
+    if (failures) return failures;
+    const Operation op{OpCode::add_difference, 3, kFactors, stochastic, 7};
+    failures = !same<char>(size_t(2 * size), [&](char* out, int threads) {
+        std::vector<std::thread> team;
+        memcpy(out, target.data(), size_t(size));
+        for (int part = 0; part < threads; ++part)
+            team.emplace_back([&, part] {
+                const int64_t first = kElements * part / threads, n = kElements * (part + 1) / threads - first;
+                char* const here = out + 2 * first;
+                Item one{n, 1, here, type, std::vector<const void*>(3), {type, type, type}, {}, {}, {}};
+                std::vector<Source> sources(3);
+                int64_t kept = 0;
+                sources[0].runs.emplace();
+                sources[0].runs->add({kMemory, 0, here, size_t(2 * n), here + size, &kept});
+                for (int k = 0; k < 2; ++k) {
+                    const int64_t begin = k * size + 2 * first, half = n | 1;  // bytes: not at the end of an element
+                    Runs& runs = sources[size_t(k + 1)].runs.emplace();
+                    runs.add(in_file(file, begin, half));
+                    runs.add(in_file(file, begin + half, 2 * n - half));
+                }
+                int failed = 0;
+                if (run_fused(op, one, sources, uint64_t(first), n, isa, &failed).failed || kept != 2 * n) here[0] ^= 1;
+            });
+        for (std::thread& one : team) one.join();
+    });
+    fclose(file);
+    printf("%s, read by pieces%s: %d failures\n", isa.c_str(), stochastic ? ", stochastic" : "", failures);
+    return failures;
+}
+
 }  // namespace
 
 int main() {
@@ -219,6 +259,7 @@ int main() {
         for (const Case& c : kCases) failures += check(c, isa);
         for (const Coding& k : kCodings) failures += check_coded(k, isa);
         for (const DType type : {DType::f32, DType::f16, DType::bf16, DType::e4m3}) failures += check_looked_at(type, isa);
+        for (const bool stochastic : {false, true}) failures += check_fused(stochastic, isa);
         std::vector<char> out(size_t(4 * kElements));
         const std::vector<std::vector<char>> in(2, out);
         run_memory(item(kCases[0], kElements, out.data(), in, 0), kThreads, isa);
