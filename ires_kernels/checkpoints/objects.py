@@ -32,6 +32,8 @@ _TRIES = 3
 """Of a range whose body did not come whole for all that."""
 _STALLED = timedelta(seconds=30)
 """Without a byte; then it is asked again."""
+_SENT = timedelta(minutes=10)
+"""For a part of a file to be there, of some that share a slow link."""
 _BACKOFF = {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=15), "base": 2}
 
 
@@ -71,9 +73,9 @@ class Place:
     def names(self, folder: str = "") -> list[str]:
         """What files there are, of what can be asked for that. Raises Unreachable."""
         try:
-            found = _library(self.address).list_with_delimiter(self._store, folder or None)
+            found = library(self.address).list_with_delimiter(self._store, folder or None)
         except BaseException as error:
-            raise _explained(error, self.address) from None
+            raise explained(error, self.address) from None
         return [entry["path"] for entry in found["objects"]]
 
 
@@ -131,7 +133,7 @@ class Object:
         async with _room:
             try:
                 answer = await obstore.get_async(*asked, options={**options, **self.match(pin)})
-                pin = self.check(_told(answer.meta), pin)
+                pin = self.check(told(answer.meta), pin)
                 wanted = (start, min(stop, pin.size))
                 if tuple(answer.range) != wanted:
                     raise Unreachable(self.where, f"the answer has the bytes {answer.range}, wanted {wanted}")
@@ -139,7 +141,7 @@ class Object:
             except BaseException as error:
                 if first and " 416 " in f"{error}":
                     await self._check_empty(asked)
-                raise _explained(error, self.where) from None
+                raise explained(error, self.where) from None
         if len(data) != wanted[1] - start:
             raise _Cut(f"the answer has {len(data)} bytes, wanted {wanted[1] - start}")
         self.pin = pin
@@ -150,7 +152,7 @@ class Object:
         import obstore
 
         with suppress(Exception):
-            pin = self.check(_told(await obstore.head_async(*asked)), None)
+            pin = self.check(told(await obstore.head_async(*asked)), None)
             if not pin.size:
                 self.pin = pin
                 raise _Empty
@@ -180,7 +182,8 @@ class Object:
         return pin
 
 
-def _told(meta: Any) -> Pin:
+def told(meta: Any) -> Pin:
+    """What a store says that a file is."""
     return Pin(meta["size"], meta["e_tag"], f"{meta['last_modified'].timestamp()}")
 
 
@@ -277,7 +280,7 @@ def check_not_forked() -> None:
 _CLOUDS, _YES = ("AWS", "AZURE", "GOOGLE"), ("true", "True", "1")
 
 
-def _library(address: Address) -> Any:
+def library(address: Address) -> Any:
     try:
         import obstore
     except ImportError:
@@ -288,14 +291,19 @@ def _library(address: Address) -> Any:
     return obstore
 
 
-def store_at(address: Address, **headers: str) -> Any:
-    """What asks for files under an address, with these headers, which go to its host alone."""
+def store_at(address: Address, *, writes: bool = False, **headers: str) -> Any:
+    """What asks for files under an address, with these headers, which go to its host alone.
+
+    writes  for what is sent there: as long as bytes are on their way, nothing comes back
+    """
     check_not_forked()
-    _library(address)
+    library(address)
     from obstore import store
 
     client: dict[str, Any] = {"timeout": timedelta(hours=1), "read_timeout": _STALLED}
     retry: Any = {"max_retries": _RETRIES, "retry_timeout": timedelta(minutes=3), "backoff": _BACKOFF}
+    if writes:
+        client, retry["retry_timeout"] = {"timeout": _SENT}, 3 * _SENT
     try:
         if address.is_store:
             _check_settings(address)
@@ -323,8 +331,8 @@ def _check_settings(address: Address) -> None:
             )
 
 
-def _explained(error: BaseException, where: object) -> BaseException:
-    """What went wrong, in words without secrets."""
+def explained(error: BaseException, where: object, to: str = "read") -> BaseException:
+    """What went wrong, in words without secrets, as somebody wanted `to` do something."""
     from obstore import exceptions as known
 
     if type(error).__name__ == "PanicException":  # of Rust, and no Exception
@@ -337,9 +345,10 @@ def _explained(error: BaseException, where: object) -> BaseException:
     if isinstance(error, known.PreconditionError) or " 412 " in text:
         return Changed(where)
     if isinstance(error, FileNotFoundError) or " 404 " in text:
-        return Missing(where, "nothing is there")
-    if isinstance(error, (known.PermissionDeniedError, known.UnauthenticatedError)):
-        return Missing(where, "access is refused (401 or 403): give credentials that may read it, or a newer address")
+        return Missing(where, "nothing is there" if to == "read" else "there is no such bucket")
+    if isinstance(error, (known.PermissionDeniedError, known.UnauthenticatedError)) or " 403 " in text:
+        newer = ", or a newer address" if to == "read" else ""
+        return Missing(where, f"access is refused (401 or 403): give credentials that may {to} it{newer}")
     if isinstance(error, known.NotSupportedError):
         return Unreachable(where, "its server does not answer with ranges of a file, but with all of it. Download it")
     if "UnexpectedRange" in text or "Requested " in text:
@@ -348,12 +357,12 @@ def _explained(error: BaseException, where: object) -> BaseException:
         if sign in text:
             return (_Cut if sign in _BODY else lambda why: Unreachable(where, why))(why)
     said = re.sub(r"\w+://\S+", "it", (text.strip() or type(error).__name__).splitlines()[0])
-    return Unreachable(where, f"cannot be read ({said})")
+    return Unreachable(where, f"cannot be {'read' if to == 'read' else 'written'} ({said})")
 
 
 _BODY = ("body error", "decoding response body")
 _SIGNS = {
-    "Error performing PUT": "there are no credentials to ask with (AWS_ACCESS_KEY_ID …), and the machine gives none. "
+    "/latest/api/token": "there are no credentials to ask with (AWS_ACCESS_KEY_ID …), and the machine gives none. "
     "For what everybody may read, set AWS_SKIP_SIGNATURE=true",
     "body error": "the answer was cut off each time",
     "decoding response body": "the answer was cut off each time",

@@ -28,7 +28,7 @@ class Foreign(StoreError):
     """State of a merge that nothing proves to be ours: it is not followed, and nothing of it is deleted."""
 
 
-def unproved(path: Path) -> Foreign:
+def unproved(path: object) -> Foreign:
     """The error for state whose signature is not there, or not right."""
     return Foreign(
         f"{path}: is not the state of a merge that you began here (no valid signature). If the folder came from "

@@ -51,7 +51,12 @@ def content_of_lock(identity: bytes, keep: bytes) -> bytes:
 
 def read_lock(fd: int, folder: Path) -> tuple[bytes, bytes]:
     """Identity, and what was kept, of a lock file that we have written. Raises Foreign for any other."""
-    identity, _, rest = read_open(fd, MAX_MANIFEST, folder / MARKER).partition(b"\n")
+    return told_by_lock(read_open(fd, MAX_MANIFEST, folder / MARKER), folder)
+
+
+def told_by_lock(content: bytes, folder: object) -> tuple[bytes, bytes]:
+    """`read_lock` of what is in one."""
+    identity, _, rest = content.partition(b"\n")
     signature, _, keep = rest.partition(b"\n")
     if not trust.is_mine("folder", identity + b"\n" + keep, signature.decode(errors="replace")):
         raise unproved(folder)
@@ -104,9 +109,14 @@ def read_signed_record(path: Path, operation: bytes, name: str) -> bytes | None:
     except (FileNotFoundError, Foreign):
         return None
     try:
-        signature, _, content = read_open(fd, MAX_MANIFEST, path).partition(b"\n")
+        return told_by_record(read_open(fd, MAX_MANIFEST, path), operation, name)
     finally:
         os.close(fd)
+
+
+def told_by_record(record: bytes, operation: bytes, name: str) -> bytes | None:
+    """`read_signed_record` of what is in one."""
+    signature, _, content = record.partition(b"\n")
     signed = _of_file(operation, name, content)
     return content if trust.is_mine("file", signed, signature.decode(errors="replace")) else None
 
