@@ -18,6 +18,7 @@ from ires_kernels.checkpoints.addresses import Address, Missing
 from ires_kernels.checkpoints.header import MAX_HEADER, CheckpointError, parse_json
 from ires_kernels.checkpoints.objects import Object, Place
 from ires_kernels.files.opening import MAX_CONFIG, MAX_INDEX, MAX_MANIFEST
+from ires_kernels.files.unfinished import MARKER
 
 MAX_OTHER = 1 << 28
 """Bytes of a file beside the weights that is none of those that are known; as much as the largest tokenizers."""
@@ -99,6 +100,11 @@ def _weights(known: Mapping[str, tuple[Object, bytes]], there: list[str] | None)
 async def _listed(place: Place) -> list[str]:
     """What there is in a folder of a store, as far as it may be a file of a model."""
     names = await objects.aside(place.names)
+    if MARKER in names and not {"ires.json", "residual.json"} & {*names}:
+        raise CheckpointError(
+            f"{place.address}: is an output that is unfinished, or just being written: `ires status {place.address}` "
+            "says more."
+        )
     names += await objects.aside(lambda: place.names(_TEMPLATES))
     return [name for name in names if not _OTHER.fullmatch(name.rpartition("/")[2])]
 

@@ -106,9 +106,12 @@ def check_local(path: StrPath) -> None:
 
 
 def check_out(path: StrPath) -> None:
-    """Refuse an address as the place of an output: as a path it would be a folder of a strange name."""
-    if is_address(path):
-        raise CheckpointError(f"{Address.of(path)}: wanted a folder on this disk to write. Upload it from there.")
+    """Refuse an address where nothing can be written as the place of an output."""
+    if is_address(path) and not Address.of(path).is_store:
+        raise CheckpointError(
+            f"{Address.of(path)}: is read, and never written. Wanted a folder on this disk, or in a store: s3://, "
+            "gs:// or az://."
+        )
 
 
 def streamed(path: str) -> str:

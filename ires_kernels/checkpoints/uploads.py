@@ -49,7 +49,7 @@ class Complete(NamedTuple):
 
 
 class _Part(bytearray):
-    """The bytes of a part. The client holds it as long as it may have to send it again, so its end is the end of that."""
+    """The bytes of a part. The client holds it as long as it may have to send it again, and then it goes."""
 
 
 @dataclass(eq=False)

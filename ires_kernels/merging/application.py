@@ -132,7 +132,7 @@ class Destination(NamedTuple):
             raise ArgumentError("give either out, a new folder, or in_place=True.")
         if self.out is not None:
             check_path(self.out, "out")
-            hub.check_out(self.out)
+            running.check_out(self.out)
         if self.undo not in UNDO:
             raise ArgumentError(f"undo is {self.undo!r}, wanted one of {', '.join(UNDO)}.")
         if self.out is not None and (self.undo != "ring" or self.tag):
@@ -189,7 +189,7 @@ def _carried_out(
                 f"{target}: is one of several shards, and would be no model on its own. Give its folder, or "
                 "in_place=True (--in-place) to change just this file."
             )
-        return write(plan, Path(where.out), options, running)
+        return write(plan, where.out, options, running)
     if begun.is_mapped:
         raise StoreError(f"{target}: {unclosed(begun.operation)}. {way_out(begun.path, begun.where, begun.operation)}")
     asked = {"undo": where.undo, "sync": sync, "sha256": sha256, "tag": where.tag}

@@ -114,8 +114,8 @@ def save_sum(
     factors  one for each residual or pair; none for the difference of a pair
     """
     check_path(out, "out")
-    hub.check_out(out)
     running.check()
+    running.check_out(out)
     if vocabulary not in (None, "rows"):
         raise ArgumentError(f'vocabulary is {vocabulary!r}, and extract takes "rows" alone: there is no target yet.')
     rules = Rules.of(
@@ -135,4 +135,4 @@ def save_sum(
     options = running.options
     with Looks(inputs) as looks:
         plan = warned(plan_residual(inputs, rules, second_copies(inputs), looks=looks), looks)
-    return write(plan, Path(out), options, running)
+    return write(plan, out, options, running)

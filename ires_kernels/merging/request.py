@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ires_kernels.checkpoints import hub, roles
+from ires_kernels.checkpoints.addresses import Address, is_address
 from ires_kernels.planning.inputs import Pair, StrPath, check_flags, roles_of_apply
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.sums import Sum, written_out
@@ -56,6 +57,15 @@ class Running:
         if self.worker is not None and not self.sync:
             raise ArgumentError(
                 "workers wait for the disk: of what others wrote a machine that restarts knows nothing."
+            )
+
+    def check_out(self, out: StrPath) -> None:
+        """Refuse a place where nothing can be written, or not by several processes."""
+        hub.check_out(out)
+        if self.worker is not None and is_address(out):
+            raise ArgumentError(
+                f"workers write one folder on a disk that all of them see, and {Address.of(out)} is in a store, where "
+                "one process writes all of it. Leave workers out, or give a folder."
             )
 
     @cached_property

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ires_kernels.checkpoints.addresses import Address, is_address
 from ires_kernels.files import hidden, interrupts
 from ires_kernels.files.unfinished import discard
 from ires_kernels.in_place.rollback import roll_back_kept, roll_back_update
@@ -16,6 +17,7 @@ from ires_kernels.new_folder import before
 from ires_kernels.new_folder.run import write_folder
 from ires_kernels.new_folder.workers import finish_folder
 from ires_kernels.planning.inputs import StrPath
+from ires_kernels.planning.rules import ArgumentError
 from ires_kernels.records import state
 from ires_kernels.records.report import Report
 from ires_kernels.streaming.options import Options
@@ -52,7 +54,12 @@ def resume(
 
     Raises StoreError where nothing is unfinished, CheckpointError where the inputs have changed since.
     """
-    path, options = Path(path).absolute(), Options.of(device, threads, progress, lock)
+    options = Options.of(device, threads, progress, lock)
+    if is_address(path):
+        from ires_kernels.new_folder.to_objects import resume_objects
+
+        return resume_objects(Address.of(path), options, planned_again)
+    path = Path(path).absolute()
     found = state.find(path)
     if found.what == "new folder":
         operation = found.operation
@@ -91,6 +98,8 @@ def finish(
 
     Raises StoreError where files are not complete, or are just being written by one process.
     """
+    if is_address(out):
+        raise ArgumentError(f"{Address.of(out)}: workers write no output in a store, so none is to be finished there.")
     out, options = Path(out), Options.of(device, threads, progress, lock)
     try:
         found = state.find(out)
@@ -115,6 +124,10 @@ def rollback(path: StrPath, *, lock: bool = True, adopt: bool = False) -> str:
 
     Raises StoreError where there is nothing to take back, or where the old bytes are gone; then nothing was changed.
     """
+    if is_address(path):
+        from ires_kernels.new_folder.to_objects import remove_objects
+
+        return remove_objects(Address.of(path))
     path = Path(path).absolute()
     found = state.find(path)
     if found.what == "new folder":

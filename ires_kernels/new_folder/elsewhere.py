@@ -26,6 +26,7 @@ from ires_kernels.checkpoints.prefix import Prefix, Taken
 from ires_kernels.checkpoints.uploads import Complete, Upload, Uploads, note_of
 from ires_kernels.files.ownership import Access, StoreError
 from ires_kernels.files.unfinished import MARKER, content_of_lock, signed_record, told_by_lock, told_by_record
+from ires_kernels.records.elsewhere import as_kept, names_and_kept
 
 _HIDDEN = ".ires-"
 
@@ -70,7 +71,7 @@ class FolderElsewhere:
         self._reserved: dict[str, tuple[bytes, int]] = {}
         self._last: dict[str, bytes] = {}
         """What is put at the very end."""
-        self._is_done = False
+        self._began = self._is_done = False
 
     def __enter__(self) -> FolderElsewhere:
         content = content_of_lock(self._identity, self._keep)
@@ -83,6 +84,7 @@ class FolderElsewhere:
             if strange:  # it was not empty, or somebody else writes there without asking
                 self._prefix.remove([MARKER])
                 raise not_empty(self.out)
+            self._began = True
         return self
 
     def _take_over(self) -> None:
@@ -143,28 +145,28 @@ class FolderElsewhere:
                     f"{self.out.child(name)}: is not what was put there: somebody else writes there. When they have "
                     f"ended, `ires rollback {self.out}` and give the command again; or give the output another name."
                 )
-        lock = self._prefix.read(MARKER)
-        if lock is None or told_by_lock(lock, self.out)[0] != self._identity:
-            if lock is None and self._prefix.read(self._names[-1]) == self._last[self._names[-1]]:
-                self._tidy()  # another run of the same operation was faster
-                return
+        if not self._is_mine(gone=True):
             raise StoreError(f"{self.out}: another merge has begun there meanwhile. Give the output another name.")
         for name, content in self._last.items():
             self._prefix.put(name, content)
-        self._tidy()
-
-    def _tidy(self) -> None:
         self._is_done = True
         tidy(self._prefix)
+
+    def _is_mine(self, *, gone: bool) -> bool:
+        """Whether the lock is that of this operation; `gone` where there is none, as another run of it has ended."""
+        lock = self._prefix.read(MARKER)
+        return gone if lock is None else told_by_lock(lock, self.out)[0] == self._identity
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.abandon_files()
         if not self._is_done:
-            with suppress(OSError):  # the error that brought us here matters more; the same command finds the rest
+            with suppress(OSError, StoreError):  # the error that brought us here matters more
                 there = self._prefix.names()
-                if isinstance(error, ValueError) or not any(note_of(name) in there for name in self._names):
+                is_nothing = self._began and not any(note_of(name) in there for name in self._names)
+                is_useless = isinstance(error, ValueError) and not isinstance(error, StoreError)
+                if (is_nothing or is_useless) and self._is_mine(gone=False):
                     discard(self._prefix, self._names, there)
 
 
@@ -175,9 +177,7 @@ def is_same(now: Pin | None, then: Pin) -> bool:
     return now.etag == then.etag if then.etag else now.modified == then.modified
 
 
-def recorded(
-    prefix: Prefix, operation: bytes, names: Collection[str]
-) -> tuple[dict[str, Complete], dict[str, bytes]]:
+def recorded(prefix: Prefix, operation: bytes, names: Collection[str]) -> tuple[dict[str, Complete], dict[str, bytes]]:
     """Of these files those that are complete: what they are, and what was recorded of them."""
     there = prefix.names()
     wanted = [name for name in names if name in there and note_of(name) in there]
@@ -192,17 +192,6 @@ def recorded(
             if is_same(pins.get(name), pin):
                 complete[name], records[name] = Complete(pin, about["sha256"]), record
     return complete, records
-
-
-def as_kept(names: Iterable[str], keep: bytes) -> bytes:
-    """What the lock has to tell."""
-    return json.dumps(list(names)).encode() + b"\n" + keep
-
-
-def names_and_kept(content: bytes) -> tuple[list[str], bytes]:
-    """What `as_kept` was given."""
-    line, _, keep = content.partition(b"\n")
-    return json.loads(line), keep
 
 
 def discard(prefix: Prefix, names: Iterable[str], there: Collection[str]) -> None:

@@ -12,22 +12,23 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import xxhash
 
 from ires_kernels.checking import guards
 from ires_kernels.checkpoints import roles
+from ires_kernels.checkpoints.addresses import Address
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files import interrupts
 from ires_kernels.files.destination import check_destination
-from ires_kernels.files.new_file import NewFile
 from ires_kernels.files.new_folder import NewFolder
-from ires_kernels.files.ownership import StoreError
+from ires_kernels.files.ownership import Access, StoreError
 from ires_kernels.files.samples import sample
 from ires_kernels.files.unfinished import partial_path
 from ires_kernels.new_folder import before
@@ -43,13 +44,35 @@ from ires_kernels.streaming.options import Options
 from ires_kernels.streaming.outcome import Outcome
 
 
+class Written(Protocol):
+    """A file of which threads write the bytes."""
+
+    def write(self, data: memoryview, offset: int, /) -> None: ...
+
+
+class Folder(Protocol):
+    """A new folder on a disk, as NewFolder says, or in a store."""
+
+    @property
+    def out(self) -> Path | Address: ...
+    @property
+    def access(self) -> Access: ...
+    @property
+    def finished(self) -> Mapping[str, bytes]: ...
+    def file(self, name: str, record: Callable[[], bytes]) -> Written: ...
+    def finish_files(self) -> None: ...
+    def abandon_files(self) -> None: ...
+    def add(self, name: str, chunks: Iterable[bytes], mode: int | None = None) -> None: ...
+    def commit(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Begun:
     """A folder that is locked, in which all files of the plan are reserved or complete."""
 
     plan: Plan
     operation: Operation
-    folder: NewFolder
+    folder: Folder
     outcome: Outcome
     """What is known of the files that are complete."""
     compared: Mapping[str, dict[str, str]]
@@ -59,6 +82,18 @@ class Begun:
     def missing(self) -> list[str]:
         """The files that are to be written."""
         return [file.name for file in self.plan.files if file.name not in self.folder.finished]
+
+    def sums(self, threads: int | None) -> dict[str, str]:
+        """sha256 of the weights, by name."""
+        return provenance.sha256(self._weights(), threads)
+
+    def samples(self) -> dict[str, str]:
+        """What tells the weights from others later, by name."""
+        return {name: sample(path, self.plan.id) for name, path in self._weights().items()}
+
+    def _weights(self) -> dict[str, Path]:
+        assert isinstance(self.folder, NewFolder)
+        return {file.name: self.folder.partial / file.name for file in self.plan.files}
 
 
 @interrupts.uninterrupted
@@ -88,7 +123,8 @@ def begin(plan: Plan, out: Path, options: Options, *, sync: bool, sha256: bool) 
     """
     compared, operation = prepared(plan, sync=sync, sha256=sha256, compare=options.compare)
     folder = NewFolder(
-        out, identity(operation), operation.to_bytes(), accept=partial(_check_begun, plan, out, options.threads),
+        out, identity(operation), operation.to_bytes(),
+        accept=partial(check_begun, plan, partial_path(out), options.threads),
         sync=sync, locked=options.locked, access=sides.access_of(plan),
     )  # fmt: skip
     with folder:
@@ -106,7 +142,9 @@ def prepared(plan: Plan, *, sync: bool, sha256: bool, compare: bool) -> tuple[di
     return compared, Operation.of(plan, sync=sync, sha256=sha256, compare=compare, outputs=sizes)
 
 
-def write_files(plan: Plan, names: Collection[str], folder: NewFolder, options: Options) -> Outcome:
+def write_files(
+    plan: Plan, names: Collection[str], folder: Folder, options: Options, stop: Callable[[], None] | None = None
+) -> Outcome:
     """Write some of the files that are reserved in `folder`; returns what is recorded of them."""
     steps: dict[str, list[Step]] = {name: [] for name in names}
     for step in plan.steps:
@@ -114,22 +152,35 @@ def write_files(plan: Plan, names: Collection[str], folder: NewFolder, options: 
             steps[step.file].append(step)
     outcome = Outcome()
     parts = [(steps[name], folder.file(name, partial(record, outcome, steps[name]))) for name in names]
-    write_parts(plan, parts, folder, options, outcome)
+    write_parts(plan, parts, folder, options, outcome, stop)
     outcome.bytes_written += sum(len(file.header) for file in plan.files if file.name in steps)
     return outcome
 
 
 def write_parts(
-    plan: Plan, parts: Iterable[tuple[list[Step], NewFile]], folder: NewFolder, options: Options, outcome: Outcome
+    plan: Plan,
+    parts: Iterable[tuple[list[Step], Written]],
+    folder: Folder,
+    options: Options,
+    outcome: Outcome,
+    stop: Callable[[], None] | None = None,
 ) -> None:
     """Carry out steps, each into one of the files of `folder`; the outcome learns what is recorded of them.
 
     In one call the threads write to as many files at once, as a file system lets one of them at a time write a file.
+
+    stop  of a folder that takes one file after the other, each from its first byte to its last, and has a thread wait
+          that is ahead: called when something goes wrong
     """
     files = {step.name: file for steps, file in parts for step in steps}
+    todo = [step for step in plan.steps if step.name in files]
+    if stop is not None:
+        order = {name: number for number, name in enumerate(files)}
+        first = {step.file: order[step.name] for step in reversed(todo)}
+        todo.sort(key=lambda step: (first[step.file], step.offset + step.start))
     try:
         stream.run(
-            [step for step in plan.steps if step.name in files],
+            todo,
             guards.file_ids(plan),
             plan.rules,
             lambda step, start, data, _: files[step.name].write(data, step.offset + start),
@@ -137,7 +188,9 @@ def write_parts(
             processors=options.processors,
             threads=options.threads,
             progress=options.progress,
+            in_order=stop is not None,
             outcome=outcome,
+            failed=stop,
         )
         folder.finish_files()
     finally:
@@ -154,8 +207,7 @@ def finish(begun: Begun, outcome: Outcome, options: Options) -> None:
         folder.add(name, [content])
         others[name] = {"from": plan.operation, "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
     report = Report.of(plan, outcome, folder.out, 0.0)
-    weights = {file.name: folder.partial / file.name for file in plan.files}
-    sums = provenance.sha256(weights, options.threads) if operation.sha256 else {}
+    sums = begun.sums(options.threads) if operation.sha256 else {}
     if sums:
         folder.add(provenance.SUMS, [provenance.sums_file(sums)])
     manifest = provenance.build(
@@ -164,7 +216,7 @@ def finish(begun: Begun, outcome: Outcome, options: Options) -> None:
         report,
         {role: provenance.stamps(checkpoint, operation.samples[role]) for role, checkpoint in plan.inputs.items()},
         others,
-        outputs={name: sample(path, plan.id) for name, path in weights.items()},
+        outputs=begun.samples(),
         sha256=sums,
         unsynced="" if operation.sync else operation.boot,
         sketch=_sketch(plan) if plan.operation == "extract" else None,
@@ -206,9 +258,11 @@ def learnt(records: Iterable[bytes]) -> Outcome:
     return outcome
 
 
-def _check_begun(plan: Plan, out: Path, threads: int | None, kept: bytes, finished: Mapping[str, bytes]) -> None:
+def check_begun(
+    plan: Plan, where: Path | Address, threads: int | None, kept: bytes, finished: Mapping[str, bytes]
+) -> None:
     """Refuse with StoreError to go on with an unfinished folder that was begun with other inputs."""
-    operation = Operation.from_bytes(kept, partial_path(out))
+    operation = Operation.from_bytes(kept, where)
     others = other_files(plan.inputs, operation.stamps)
     try:
         guards.check_begun(plan, operation.samples, learnt(finished.values()), others, threads=threads)

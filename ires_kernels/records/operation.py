@@ -104,7 +104,7 @@ class Operation:
         return trust.seal(SEAL, (json.dumps(asdict(self), indent=1) + "\n").encode())
 
     @classmethod
-    def from_bytes(cls, raw: bytes, where: Path) -> Operation:
+    def from_bytes(cls, raw: bytes, where: object) -> Operation:
         """What `to_bytes` wrote. Raises Foreign for what nothing proves to be ours, CheckpointError for other versions.
 
         where  the folder that it lies in

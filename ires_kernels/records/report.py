@@ -11,6 +11,7 @@ from typing import Any
 
 from ires_kernels.backends.call import Tally
 from ires_kernels.checkpoints import sidefiles
+from ires_kernels.checkpoints.addresses import Address
 from ires_kernels.checkpoints.manifest import Compared, Numbers, Requantized, Strength
 from ires_kernels.files.plain import several, size, table
 from ires_kernels.planning.absences import Absence, grouped
@@ -30,7 +31,8 @@ class Report:
 
     operation: str
     id: str
-    out: Path
+    out: Path | Address
+    """The new folder; with an Address, `str` of it is s3://bucket/folder."""
     seconds: float
     bytes_read: int
     bytes_written: int
@@ -67,7 +69,7 @@ class Report:
     """All that was counted for it, by this run or those that it went on with."""
 
     @classmethod
-    def recorded(cls, operation: str, id_: str, out: Path, numbers: Numbers, note: str) -> Report:
+    def recorded(cls, operation: str, id_: str, out: Path | Address, numbers: Numbers, note: str) -> Report:
         """What a manifest says of an operation that was carried out before; of what this run did, nothing."""
         names = ("elements", "updates", "lost", "nan_in", "inf_in", "nan_out", "overflow")
         counts = Tally(**{name: getattr(numbers, name) for name in names})
@@ -77,7 +79,7 @@ class Report:
         )  # fmt: skip
 
     @classmethod
-    def of(cls, plan: Plan, outcome: Outcome, out: Path, seconds: float) -> Report:
+    def of(cls, plan: Plan, outcome: Outcome, out: Path | Address, seconds: float) -> Report:
         total, converted = Tally(), Tally()
         for step in plan.steps:
             tally = outcome.tallies.get(step.label)

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ires_kernels.checkpoints import hub
+from ires_kernels.checkpoints.addresses import Address, is_address
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.checkpoints.manifest import Manifest
 from ires_kernels.checkpoints.validation import open_checkpoint
@@ -120,6 +122,11 @@ def status(path: StrPath) -> Status:
     >>> print(ik.status("target/"))
     target: none: nothing is unfinished, and no merge made it
     """
+    if is_address(path):
+        from ires_kernels.records.elsewhere import status as elsewhere
+
+        address = Address.of(path)
+        return elsewhere(address) or replace(_of_model(Path(hub.local(path))), path=f"{address}")
     path = Path(path)
     try:
         return _told(find(path))
