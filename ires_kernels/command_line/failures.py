@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import ires_kernels as ik
+from ires_kernels.checkpoints.addresses import is_address
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.command_line import run
 from ires_kernels.command_line.signals import Stopped
@@ -42,7 +44,8 @@ def explain(error: BaseException, arguments: argparse.Namespace | None) -> int:
         return fail(3, f"standard output: {error.strerror}. What the command had to do is done.")
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename is not None else ""
-        return fail(3, plain(f"{place}{error.strerror or error}."), _state(arguments))
+        answers = error.errno != errno.EREMOTEIO
+        return fail(3, plain(f"{place}{error.strerror or error}."), _state(arguments, answers=answers))
     if isinstance(error, ComputeError):
         return fail(3, f"{error}", _state(arguments))
     if isinstance(error, Stopped) and error.number != signal.SIGINT:
@@ -55,14 +58,38 @@ def explain(error: BaseException, arguments: argparse.Namespace | None) -> int:
     return fail(4, f"unexpected {kind}: {plain(error)}. IRES_DEBUG=1 shows where it comes from.", _state(arguments))
 
 
-def _path(arguments: argparse.Namespace | None) -> Path | None:
+def _written(arguments: argparse.Namespace | None) -> str | None:
     """What a command writes, None if it only reads."""
     if arguments is None or arguments.run not in _WRITING:
         return None
     if arguments.run in (run.resume, run.rollback):
-        return Path(arguments.path)
+        return f"{arguments.path}"
     path = arguments.target if getattr(arguments, "in_place", False) else arguments.out
-    return None if path is None else Path(path)
+    return None if path is None else f"{path}"
+
+
+def _path(arguments: argparse.Namespace | None) -> Path | None:
+    """That, where it is on this disk."""
+    written = _written(arguments)
+    return None if written is None or is_address(written) else Path(written)
+
+
+def _elsewhere(arguments: argparse.Namespace | None) -> str:
+    """That, where it is in a store."""
+    written = _written(arguments)
+    return plain(written) if written is not None and is_address(written) else ""
+
+
+def _state_elsewhere(where: str, answers: bool) -> str:
+    """What a failed merge has left in a store, and the next step."""
+    if answers:
+        try:
+            return f"{ik.status(where)}"
+        except CheckpointError:
+            return f"{where} was not written and nothing is left of it."
+        except (OSError, ValueError):
+            pass
+    return f"`ires status {where}` says what is left of it; the same command goes on."
 
 
 def _unfinished(arguments: argparse.Namespace | None) -> str:
@@ -77,8 +104,14 @@ def _unfinished(arguments: argparse.Namespace | None) -> str:
     return ""
 
 
-def _state(arguments: argparse.Namespace | None) -> str:
-    """What a failed merge has left, and the next step."""
+def _state(arguments: argparse.Namespace | None, *, answers: bool = True) -> str:
+    """What a failed merge has left, and the next step.
+
+    answers  False: what is elsewhere could not be reached, and is not asked once more
+    """
+    where = _elsewhere(arguments)
+    if where:
+        return _state_elsewhere(where, answers)
     path = _path(arguments)
     unfinished_there = _unfinished(arguments)
     if arguments is None or path is None or unfinished_there:

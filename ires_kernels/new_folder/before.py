@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ires_kernels.checking.verification import verify
-from ires_kernels.checkpoints import manifest
+from ires_kernels.checkpoints import manifest, standins
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files.durable import fsync_all, fsync_folder
 from ires_kernels.files.ownership import StoreError
@@ -41,7 +41,9 @@ def recorded(plan: Plan, out: Path, threads: int | None, *, sync: bool, sha256: 
             f"{out}: was made by the same command, but of another {role}: {path} has other bytes now, though its name, "
             f"size and time are the same. Give the name of a new folder, or delete {out} first."
         )
-    looked_at = "of its weights a sample was compared, `ires verify` reads all of them"
+    is_far = any(standins.far(out / file.name) for file in plan.files)
+    known = "what the store says of them" if is_far else "a sample"
+    looked_at = f"of its weights {known} was compared, `ires verify` reads all of them"
     if not repetition.is_as_written(plan, out, table):
         found = _damage(out, threads)
         if found:
