@@ -87,7 +87,7 @@ def _recorded(plan: Plan, prefix: Prefix, there: set[str], threads: int | None, 
 @contextmanager
 def _begin(plan: Plan, prefix: Prefix, options: Options, *, sha256: bool) -> Iterator[_Begun]:
     """Have the output begun, or taken up; leaving keeps what is complete by then."""
-    compared, operation = prepared(plan, sync=True, sha256=sha256)
+    compared, operation = prepared(plan, sync=True, sha256=sha256, compare=options.compare)
     names = [file.name for file in plan.files] + [side.name for side in plan.side_files]
     names += [name for name, _ in plan.documents] + [provenance.SUMS, card.name(plan), MANIFESTS[plan.operation]]
     folder = FolderElsewhere(
@@ -104,6 +104,7 @@ def _begin(plan: Plan, prefix: Prefix, options: Options, *, sha256: bool) -> Ite
 def resume_objects(out: Address, options: Options, planned: Callable[[Operation], Plan]) -> Report:
     """Finish what is unfinished under an address. Raises StoreError where nothing is."""
     operation = elsewhere.wanted(Prefix(out)).operation
+    options = replace(options, compare=operation.compare)
     report = write_objects(planned(operation), out, options, sha256=operation.sha256)
     assert isinstance(report, Report)
     return report
