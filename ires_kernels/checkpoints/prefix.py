@@ -71,17 +71,17 @@ class Prefix:
         where = self.address.child(name)
         obstore = library(where)
         try:
-            try:
-                mode = "create" if new else "overwrite"
-                await obstore.put_async(self.store, name, content, mode=mode, use_multipart=False)
-            except (obstore.exceptions.NotImplementedError, obstore.exceptions.NotSupportedError):
-                if await self._read(name) is not None:  # what such a store can tell
-                    raise Taken(where, "is there already") from None
-                await obstore.put_async(self.store, name, content, use_multipart=False)
+            await obstore.put_async(
+                self.store, name, content, mode="create" if new else "overwrite", use_multipart=False
+            )
         except obstore.exceptions.AlreadyExistsError:
             raise Taken(where, "is there already") from None
         except BaseException as error:
-            raise explained(error, where, "write") from None
+            if not new or not _is_unknown(error):
+                raise explained(error, where, "write") from None
+            if await self._read(name) is not None:  # what can be told by such a store
+                raise Taken(where, "is there already") from None
+            await self.put_later(name, content)
 
     def pins(self, names: Iterable[str]) -> dict[str, Pin]:
         """What the files are, of those that are there."""
@@ -108,6 +108,11 @@ class Prefix:
                 await library(where).delete_async(self.store, name)
         except BaseException as error:
             raise explained(error, where, "remove") from None
+
+
+def _is_unknown(error: BaseException) -> bool:
+    """Whether a store does not know what it was asked for: to put a file only where there is none."""
+    return type(error).__name__ in ("NotSupportedError", "NotImplementedError") or " 501 " in f"{error}"
 
 
 def _by_name(work: dict[str, Coroutine[Any, Any, T | None]]) -> dict[str, T]:

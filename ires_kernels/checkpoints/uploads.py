@@ -123,18 +123,20 @@ class Uploads:
         with self._turn:
             self._check()
             while file.begun <= number:
-                self._begin_next()
+                self._begin_next_or_wait()
             return file.parts[number]
 
-    def _begin_next(self) -> None:
-        """Give memory to the next part of all, when there is some, and the bytes that are known before.
-
-        Called under the lock.
-        """
-        while not self._room:
+    def _begin_next_or_wait(self) -> None:
+        """Give memory to the next part of all, if there is some; called under the lock, which who waits gives away."""
+        if self._room:
+            self._begin_next()
+        else:
             self._turn.wait(0.5)
             interrupts.check()
             self._check()
+
+    def _begin_next(self) -> None:
+        """With the bytes that are known before."""
         if self._coming is None:
             self._coming = ((file, number) for file in self._files for number in range(file.count))
         file, number = next(self._coming)
@@ -219,7 +221,7 @@ class Uploads:
         """What the files are, when all are in the store. Raises what has gone wrong."""
         with self._turn:
             while self._files and self._files[-1].begun < self._files[-1].count:  # of files that are nothing but heads
-                self._begin_next()
+                self._begin_next_or_wait()
         futures = {file.name: file.future for file in self._files if file.future is not None}
         while any(not future.done() for future in futures.values()) and self._error is None:
             interrupts.check()

@@ -86,8 +86,9 @@ def test_an_object_that_changes(models: Path) -> None:
         ("az://container/a", "Account must be specified"),
     ],
 )
+@pytest.mark.usefixtures("models")
 def test_what_is_not_there(
-    address: str, said: str, models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    address: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
     assert main(["inspect", address]) in (2, 3)
