@@ -156,15 +156,17 @@ LAST = "out/model-00002-of-00003.safetensors"
 
 
 def refused_part(bucket: Bucket, asked: Asked) -> int | None:
-    """When the other files are complete."""
-    if not (asked.is_part and asked.path == LAST and "partNumber=2" in asked.query):
-        return None
-    assert wait_for(lambda: sum(name.endswith(".done") for name in bucket.names("out")) >= 2)
-    return 403
+    is_it = asked.is_part and asked.path == LAST and "partNumber=2" in asked.query
+    return 403 if is_it and others_are_complete(bucket) else None
 
 
-def refused_completion(_: Bucket, asked: Asked) -> int | None:
-    return 500 if asked.is_completion and asked.path == LAST else None
+def refused_completion(bucket: Bucket, asked: Asked) -> int | None:
+    return 500 if asked.is_completion and asked.path == LAST and others_are_complete(bucket) else None
+
+
+def others_are_complete(bucket: Bucket) -> bool:
+    """When they are: what fails ends all that is under way."""
+    return wait_for(lambda: sum(name.endswith(".done") for name in bucket.names("out")) == 2)
 
 
 def refused_index(_: Bucket, asked: Asked) -> int | None:
