@@ -57,6 +57,9 @@ def test_the_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, title: str
     """Recipes begin in a folder that has the models that they name."""
     triple(tmp_path)
     monkeypatch.chdir(tmp_path)
+    section = (ROOT / "docs/cookbook.md").read_text().partition(f"## {title}\n")[2].partition("\n## ")[0]
+    for text in re.findall(r"^```yaml\n(.*?)^```", section, re.DOTALL | re.MULTILINE):
+        Path("recipe.yml").write_text(text)
     for line in recipes()[title].replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["ires"]:

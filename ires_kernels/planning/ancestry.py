@@ -33,6 +33,7 @@ _MEANS = {
     "instruct": "Their difference holds what an instruct model has learnt only if it was trained from that base",
     "kin": "Weights of models that were not trained from one have no mean that is one",
 }
+_MEANINGLESS = {True: "their mean", False: "what is added"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +123,8 @@ def warnings(found: Iterable[Ancestry], inputs: Mapping[str, Checkpoint]) -> Ite
             everything = {name for checkpoint in inputs.values() for name in checkpoint.tensors}
             yield (
                 f"{each.model} and {each.base} are related, but for {', '.join(listed[:3])}{more}: these were trained "
-                "anew, or one of the models has their rows in another order, and then what is added means nothing. "
-                "Take models that were saved alike, or leave such tensors as they are with --skip "
+                f"anew, or one of the models has their rows in another order, and then {_MEANINGLESS[each.is_kin]} "
+                "means nothing. Take models that were saved alike, or leave such tensors as they are with --skip "
                 f"{skip_pattern(set(each.odd), set(each.odd), everything)}"
             )
 

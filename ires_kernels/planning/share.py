@@ -40,8 +40,9 @@ class Share(NamedTuple):
 
     def text(self, norm: float | None = None) -> str:
         """The warning; `norm` is the part of the update's norm that went in, None where that is not known."""
-        part = f"{_percent(self.elements, self.all_elements)} of its elements"
-        part += "" if norm is None else f" and {_percent(norm, 1)} of its norm"
+        whose = "its" if self.of == "residual" else "their"
+        part = f"{_percent(self.elements, self.all_elements)} of {whose} elements"
+        part += "" if norm is None else f" and {_percent(norm, 1)} of {whose} norm"
         return f"of the {self.of} {self.tensors} of {self.all_tensors} tensors went in, {part}"
 
 

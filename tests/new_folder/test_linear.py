@@ -265,6 +265,48 @@ def test_models_that_do_not_fit(root: Path) -> None:
         merge(recipe(1, 1))
 
 
+def test_any_layout(root: Path) -> None:
+    """What one model has in other parts and under other names, another has in its own."""
+    shapes = {f"model.layers.{i}.self_attn.{part}_proj.weight": (64, 64) for i in range(2) for part in "qkv"}
+    base = tensors(3, shapes | {"model.embed_tokens.weight": (40, 64)})
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 64}
+    models = [
+        {n: (t.float() + normal(t.shape, seed, torch.float32, 1e-3)).to(t.dtype) for n, t in base.items()}
+        for seed in (1, 2)
+    ]
+    fused = {"model.embed_tokens.weight": models[1]["model.embed_tokens.weight"]}
+    for i in range(2):
+        at = f"model.layers.{i}.self_attn."
+        fused[f"{at}qkv_proj.weight"] = torch.cat([models[1][f"{at}{part}_proj.weight"] for part in "qkv"])
+    for name, each in zip(
+        NAMES, (models[0], models[1], {f"language_model.{n}": t for n, t in fused.items()}), strict=True
+    ):
+        shutil.rmtree(root / name)
+        write_model(root / name, each, config=CONFIG | heads)
+    right = read_model(merge(recipe(0.3, 0.7)))
+    assert_equal(merge(recipe(0.3, 0.7, names=("one", "three"))), right)
+    assert ik.verify("out")
+    found = read_model(merge(recipe(0.7, 0.3, names=("three", "one"))))
+    name = "model.layers.1.self_attn."
+    parts = torch.cat([right[f"{name}{part}_proj.weight"] for part in "qkv"])
+    assert same(found[f"language_model.{name}qkv_proj.weight"], parts)
+
+
+def test_heads_that_are_embeddings(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The head of a tied model is its embedding; a tied first model has no place for the heads of others."""
+    two = read_model(root / "two")
+    shutil.rmtree("two")
+    tied = {name: t for name, t in two.items() if name != "lm_head.weight"}
+    write_model(root / "two", tied, config=CONFIG | {"tie_word_embeddings": True})
+    found = read_model(merge(recipe(0.5, 0.5)))
+    one = read_model(root / "one")["lm_head.weight"].float()
+    assert same(found["lm_head.weight"], (0.5 * one + 0.5 * two["model.embed_tokens.weight"].float()).bfloat16())
+    Path("recipe.yml").write_text(recipe(1, 1, names=("two", "one")))
+    assert main(["merge", "recipe.yml", "-o", "tied"]) == 2
+    assert "'lm_head.weight' is in model-2 and not in target, whose head is its embedding" in capsys.readouterr().err
+    assert "lm_head.weight" not in read_model(merge(recipe(1, 1, names=("two", "one"), more="skip: lm_head\n")))
+
+
 def test_strangers_are_warned_of(root: Path) -> None:
     shutil.rmtree("two")
     write_model(root / "two", tensors(99, SHAPES), config=CONFIG)
