@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ires_kernels.command_line import completions, operands, options, run
 from ires_kernels.command_line.streams import NotPrinted, fail, say
-from ires_kernels.planning.plan import VERSION
+from ires_kernels.version import VERSION
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite

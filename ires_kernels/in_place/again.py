@@ -17,11 +17,12 @@ from ires_kernels.in_place.cuts import Sizes, Window
 from ires_kernels.planning.ancestry import Ancestry
 from ires_kernels.planning.application import plan_apply
 from ires_kernels.planning.inputs import open_inputs
-from ires_kernels.planning.plan import VERSION, Plan
+from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Step
 from ires_kernels.records.operation import Operation, as_it_was, same_plan
 from ires_kernels.streaming.reader import all_file_ids
+from ires_kernels.version import VERSION
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ from ires_kernels.files.inplace import Workplace
 from ires_kernels.files.ownership import Access, StoreError, private_mode
 from ires_kernels.in_place import begun
 from ires_kernels.planning.inputs import absolute
-from ires_kernels.planning.plan import VERSION
 from ires_kernels.planning.rules import Rules
 from ires_kernels.records import provenance, repetition
 from ires_kernels.records.operation import MAPPED, Operation, stamps_of
 from ires_kernels.records.report import Report
 from ires_kernels.records.state import unclosed, way_out
+from ires_kernels.version import VERSION
 
 _COPIES = "copy"
 _ROOM, _OF_TENSOR = 1 << 16, 320  # bytes that are reserved for the manifest

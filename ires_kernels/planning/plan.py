@@ -32,7 +32,7 @@ from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.shards import OutputFile
 from ires_kernels.planning.share import Share
 from ires_kernels.planning.steps import Comparison, Operand, Step
-from ires_kernels.version import VERSION as VERSION
+from ires_kernels.version import VERSION
 
 MANIFESTS = {"apply": "ires.json", "extract": "residual.json"}
 """Name of the manifest that an operation leaves in its output."""

@@ -17,9 +17,10 @@ from ires_kernels.checkpoints import hub, roles
 from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files.opening import MAX_CONFIG, check_link, read_bytes
-from ires_kernels.planning.plan import VERSION, Plan
+from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import DTYPES, Rules
 from ires_kernels.records.report import Report
+from ires_kernels.version import VERSION
 
 NAME = "README.md"
 BESIDE = "README.ires.md"

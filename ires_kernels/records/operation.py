@@ -19,8 +19,9 @@ from ires_kernels.files.hidden import SEAL
 from ires_kernels.files.ownership import is_bare, is_inner, unproved
 from ires_kernels.planning.inputs import StrPath, absolute
 from ires_kernels.planning.layout import Layout
-from ires_kernels.planning.plan import VERSION, Plan
+from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import Rules
+from ires_kernels.version import VERSION
 
 MAPPED = "mapped"
 """The kind of operation in which nobody knows what is written: see writing.py."""

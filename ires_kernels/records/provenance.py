@@ -29,10 +29,11 @@ from ires_kernels.files import interrupts, trust
 from ires_kernels.files.samples import sample
 from ires_kernels.files.transfer import chunks
 from ires_kernels.planning.inputs import recorded
-from ires_kernels.planning.plan import VERSION, Plan
+from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.steps import Operand, Step, by_output, copied
 from ires_kernels.records.report import Report
 from ires_kernels.streaming.outcome import Outcome
+from ires_kernels.version import VERSION
 
 SUMS = "SHA256SUMS"
 """Name of the file with the sums of a folder, in the format of `sha256sum -c`."""
