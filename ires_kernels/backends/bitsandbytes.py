@@ -12,7 +12,7 @@ from ires_kernels.backends.reference import subnormals_kept
 from ires_kernels.formats import Format
 
 if TYPE_CHECKING:
-    from ires_kernels.backends.decoding import Weight
+    from ires_kernels.backends.weight import Weight
 
 _INT8 = torch.tensor(0.007874015718698502)
 """1 / 127 as bitsandbytes multiplies by it."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ires_kernels.backends.decoding import as_bytes, fields, floats
+from ires_kernels.backends.weight import as_bytes, fields, floats
 from ires_kernels.formats import Format, matrices
 
 _MAY_BE_ZERO = {"nvfp4", "gptq", "awq", "bnb-4bit", "bnb-int8"}

@@ -20,8 +20,8 @@ from torch import Tensor
 from ires_kernels.backends import decoding, native
 from ires_kernels.backends.call import Call, Coded
 from ires_kernels.backends.choice import choose
-from ires_kernels.backends.decoding import Grid, floats
 from ires_kernels.backends.reference import random_words, round_to, subnormals_kept
+from ires_kernels.backends.weight import Grid, as_bytes, floats
 from ires_kernels.formats import Format, matrices
 
 _LARGEST = {"F8_E4M3": 448.0, "I8": 127.0}
@@ -142,7 +142,7 @@ def store(
     if renewed:
         again = torch.empty(count)
         decoding.decode(format, full, first, count, parts, again)
-    _keep(values, again, decoding.as_bytes(parts["codes"]), codes)
+    _keep(values, again, as_bytes(parts["codes"]), codes)
     if call.tally is not None:
         update, stored = torch.empty(2, count)
         inputs = (torch.zeros(count), *call.inputs[0][1:])  # what is added to 0 is the update

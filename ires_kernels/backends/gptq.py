@@ -14,7 +14,7 @@ from ires_kernels.backends import native
 from ires_kernels.formats import matrices
 
 if TYPE_CHECKING:
-    from ires_kernels.backends.decoding import Weight
+    from ires_kernels.backends.weight import Weight
 
 AWQ_NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)
 """In which nibble of its word each of eight columns lies."""

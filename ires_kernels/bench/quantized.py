@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ires_kernels.backends import decoding, native, reference
+from ires_kernels.backends import decoding, definition, native, reference
 from ires_kernels.backends.call import Call, Coded
 from ires_kernels.backends.choice import backends
 from ires_kernels.bench.kernels import MEMORY, VerificationError, chosen, differing, fill, ours
@@ -86,7 +86,7 @@ def verify(case: Case, threads: Sequence[int]) -> int:
     count, compared = math.prod(full), 0
     numbers = [torch.empty(count) for _ in range(2)]
     for out, each in zip(numbers, coded, strict=True):
-        decoding.define(each.format, each.full, 0, count, each.parts, out)
+        definition.define(each.format, each.full, 0, count, each.parts, out)
     target = torch.empty(count, dtype=torch.bfloat16)
     fill(target, torch.Generator().manual_seed(2))
     wanted = torch.empty_like(target)

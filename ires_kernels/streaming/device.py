@@ -34,6 +34,7 @@ from torch import Tensor
 from ires_kernels.backends import counting, decoding, native
 from ires_kernels.backends.call import Coded, Tally
 from ires_kernels.backends.choice import choose
+from ires_kernels.backends.weight import as_bytes
 from ires_kernels.checkpoints.sources import IN_MEMORY, Read
 from ires_kernels.dtypes import FLOATS
 from ires_kernels.planning.rules import ArgumentError, Rules
@@ -390,7 +391,7 @@ class _GpuSlot:
         """
         format, full, first, parts = numbers
         there = self._device[slot][: 4 * count].view(torch.float32)
-        codes = decoding.as_bytes(parts["codes"]).to(there.device, non_blocking=True)
+        codes = as_bytes(parts["codes"]).to(there.device, non_blocking=True)
         others = {name: self._part(slot, name, view) for name, view in parts.items() if name != "codes"}
         if not decoding.decode_on_device(format, full, first, {"codes": codes, **others}, there):
             here = torch.empty(count)
@@ -402,7 +403,7 @@ class _GpuSlot:
         """A part of a weight other than its codes, on the device; as long as the weight is the same it stays there."""
         known = self._parts.get((slot, name))
         if known is None or known[0] is not view:
-            known = view, decoding.as_bytes(view).to(self._gpu.runtime.device)
+            known = view, as_bytes(view).to(self._gpu.runtime.device)
             self._parts[slot, name] = known
         return known[1]
 

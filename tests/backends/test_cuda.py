@@ -19,7 +19,7 @@ from oracle import STORAGE, assert_same, sample, short
 from torch import Tensor
 
 import ires_kernels as ik
-from ires_kernels.backends import decoding, native, reference
+from ires_kernels.backends import decoding, definition, native, reference
 from ires_kernels.backends.call import Call
 from ires_kernels.backends.choice import choose
 
@@ -345,7 +345,7 @@ def test_quantized_weights(backend: str, monkeypatch: pytest.MonkeyPatch) -> Non
         for first, size in ((0, count), (7, 1), (16, count // 2), (1, count - 1)):
             run = of_run(format, full, parts, first, size)
             wanted, got = torch.empty(size), torch.empty(size, device=DEVICE)
-            decoding.define(format, full, first, size, run, wanted)
+            definition.define(format, full, first, size, run, wanted)
             there = {name: torch.frombuffer(view, dtype=torch.uint8).to(DEVICE) for name, view in run.items()}
             if decoding.decode_on_device(format, full, first, there, got):
                 assert_same(got.cpu(), wanted, f"{format} of {full} from {first} on")

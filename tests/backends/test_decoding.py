@@ -13,7 +13,7 @@ from oracle import assert_same, sample
 from selection import COMPILED, use
 
 import ires_kernels as ik
-from ires_kernels.backends import coded, decoding, native, reference
+from ires_kernels.backends import coded, decoding, definition, native, reference
 from ires_kernels.backends.call import Call, Coded
 from ires_kernels.formats import Format
 
@@ -26,7 +26,7 @@ NATIVE = [each for each in COMPILED if each.startswith("native")]
 def check(format: Format, full: tuple[int, ...], parts: Mapping[str, memoryview], first: int, count: int) -> None:
     parts = of_run(format, full, parts, first, count)
     wanted, got = torch.empty(count), torch.full((count,), 7.0)
-    decoding.define(format, full, first, count, parts, wanted)
+    definition.define(format, full, first, count, parts, wanted)
     assert coded.layout(format, full) is not None
     decoding.decode(format, full, first, count, parts, got)
     assert_same(got, wanted, f"{format} of {full} from {first} on")
@@ -84,7 +84,7 @@ def test_operations_decode_their_operands(backend: str, stochastic: bool, monkey
         coded[2] = Coded(other, whole, 5, of_run(other, whole, others, 5, count))
         numbers = [torch.empty(count) for _ in range(2)]
         for out, each in zip(numbers, coded.values(), strict=True):
-            decoding.define(each.format, each.full, each.first, count, each.parts, out)
+            definition.define(each.format, each.full, each.first, count, each.parts, out)
         t, tallies, outs = sample(torch.bfloat16, count, i), [ik.Tally(), ik.Tally()], []
         for operands, tally in zip((numbers, [torch.empty(count) for _ in range(2)]), tallies, strict=True):
             outs.append(torch.empty_like(t))
@@ -141,7 +141,7 @@ def test_e4m3_goes_from_codes_to_results(backend: str, name: str, scales: str, m
                 run = of_run(format, full, each[place], first, count)
                 coded[place] = Coded(format, full, first, run)
                 numbers.append(torch.empty(count))
-                decoding.define(format, full, first, count, run, numbers[-1])
+                definition.define(format, full, first, count, run, numbers[-1])
             else:
                 numbers.append(sample(kind, count, place + first))
         for random in {False, stochastic}:
@@ -185,7 +185,7 @@ def test_bitsandbytes_by_the_loops_of_other_formats(backend: str, kind: str, mon
         if kind == "nested":
             more = {"nested_absmax": floats(-(-blocks // 4)), "nested_quant_map": floats(256)}
             parts = {**parts, "absmax": any_bytes(blocks), **more}
-    define = decoding.define
+    define = definition.define
     monkeypatch.setattr(decoding, "define", None)
     for first, size in ((0, count), (1, 500), (63, 2), (64, 64), (65, 777), (1001, count - 1001), (count - 1, 1)):
         run = of_run(format, full, parts, first, size)
@@ -214,7 +214,7 @@ def test_gptq_and_awq_by_the_loops_of_other_formats(
         "scale": raw(random.normal(size=groups * height).astype(np.float16)),
         "zero_point": any_bytes(groups * height * bits // 8),
     }
-    define = decoding.define
+    define = definition.define
     monkeypatch.setattr(decoding, "define", None)
     orders = (None, np.arange(width) // size, random.integers(0, groups, width))
     for order in orders if name == "gptq" else orders[:1]:

@@ -21,7 +21,7 @@ from emulation import WORDS, Emulated, Emulator
 from oracle import NARROW, STORAGE, assert_same, sample, short
 from torch import Tensor
 
-from ires_kernels.backends import coded, decoding, native, reference
+from ires_kernels.backends import coded, definition, native, reference
 from ires_kernels.backends.call import Call
 
 pytestmark = pytest.mark.xdist_group("emulation")  # what is built is built once
@@ -357,6 +357,6 @@ def test_quantized_weights(emulator: Emulator) -> None:
         ):
             run = of_run(format, full, parts, first, size)
             wanted, got = torch.empty(size), place(torch.full((size,), 7.0), shift)
-            decoding.define(format, full, first, size, run, wanted)
+            definition.define(format, full, first, size, run, wanted)
             assert emulator.decode(layout, coded.stored(format, full, first, size, run), first, got) == 4 * size
             assert_same(got, wanted, f"{format} of {full} from {first} on")

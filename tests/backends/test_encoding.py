@@ -10,7 +10,7 @@ from selection import use
 from torch import Tensor
 
 import ires_kernels as ik
-from ires_kernels.backends import decoding, encoding
+from ires_kernels.backends import decoding, encoding, weight
 from ires_kernels.backends.call import Call, Coded
 from ires_kernels.formats import Format
 
@@ -125,7 +125,7 @@ def test_scales_of_float16_stay_finite(before: list[float], wanted: float) -> No
     new, renewed = encoding.new_scales(format, torch.tensor([6e7, 1.0]), raw(stored))
     assert renewed is not None
     assert renewed.tolist() == [True, False]
-    assert decoding.floats(torch.frombuffer(new, dtype=torch.uint8), "F16").tolist() == [wanted, float(stored[1])]
+    assert weight.floats(torch.frombuffer(new, dtype=torch.uint8), "F16").tolist() == [wanted, float(stored[1])]
     codes = torch.empty(128, dtype=torch.uint8)
     encoding.encode(format, (2, 64), 0, torch.full((128,), 6e7), new, codes)
     assert codes.view(torch.float8_e4m3fn).float().tolist() == [448.0] * 128

@@ -20,7 +20,7 @@ from coded_weights import CASES, of_run, stored
 from oracle import NARROW, STORAGE, assert_same, philox, rounds, sample, short
 from torch import Tensor
 
-from ires_kernels.backends import decoding, reference
+from ires_kernels.backends import definition, reference
 from ires_kernels.backends import triton as backend
 from ires_kernels.backends.call import Call, Tally
 from ires_kernels.formats import Format
@@ -225,7 +225,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
                 continue
             run = of_run(format, full, parts, first, size)
             wanted, got = torch.empty(size), torch.empty(size)
-            decoding.define(format, full, first, size, run, wanted)
+            definition.define(format, full, first, size, run, wanted)
             tensors = {name: torch.frombuffer(view, dtype=torch.uint8) for name, view in run.items()}
             if backend.decode_on_device(format, full, first, tensors, got):
                 assert_same(got, wanted, f"{format} of {full} from {first} on")

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from small_models import write_model
 
-from ires_kernels.backends import decoding
+from ires_kernels.backends import decoding, definition
 from ires_kernels.checkpoints.checkpoint import Checkpoint, TensorRef
 from ires_kernels.checkpoints.schemes import Quantized, quantized
 from ires_kernels.checkpoints.validation import open_checkpoint
@@ -481,7 +481,7 @@ def test_whatever_is_taken_for_a_weight_has_all_that_decoding_reads(which: str) 
                 assert begin == 0
                 assert size <= weight.codes.nbytes
                 parts["codes"] = parts["codes"][:size]
-                decoding.define(weight.format, weight.full, 0, weight.numel, parts, torch.empty(weight.numel))
+                definition.define(weight.format, weight.full, 0, weight.numel, parts, torch.empty(weight.numel))
                 decoding.decode(weight.format, weight.full, 0, weight.numel, parts, torch.empty(weight.numel))
 
 

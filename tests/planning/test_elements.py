@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from small_models import normal, write_model
 
 import ires_kernels as ik
-from ires_kernels.backends import decoding
+from ires_kernels.backends import definition
 from ires_kernels.checkpoints.quantized import QuantizedRef
 from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.dtypes import FLOATS, NUMBERS
@@ -83,7 +83,7 @@ def test_samples_of_quantized_weights_are_their_numbers(tmp_path: Path, format: 
     assert is_known(ref)
     raw = {part: (each.path.read_bytes()[each.offset :][: each.nbytes]) for part, each in ref.parts}
     wanted = torch.empty(full).flatten()
-    decoding.define(
+    definition.define(
         format, full, 0, len(wanted), {part: memoryview(bytearray(each)) for part, each in raw.items()}, wanted
     )
     checkpoint = open_checkpoint(tmp_path / "m")
