@@ -193,8 +193,13 @@ def write_triple(
     files = _layout(shape, shards or shape.shards)
     random = np.random.default_rng(seed)
     pool = torch.from_numpy(random.standard_normal(_POOL, dtype=np.float32))
-    for name, tensors in files.items():
-        _write_shard([path / name for path in folders], tensors, dtype, pool, random)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on busy CPUs more of them spend ten times as long waiting for each other as computing
+    try:
+        for name, tensors in files.items():
+            _write_shard([path / name for path in folders], tensors, dtype, pool, random)
+    finally:
+        torch.set_num_threads(threads)
     for role, path in zip(ROLES, folders, strict=True):
         for name, content in _documents(role, shape, dtype, files):
             text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
