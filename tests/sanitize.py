@@ -24,7 +24,7 @@ TESTS = (
     *(f"tests/backends/test_{name}.py" for name in ("decoding", "encoding", "packed_words", "companions", "schedule")),
     *(f"tests/tensors/test_{name}.py" for name in ("ops", "checks", "random_words")),
     *(f"tests/streaming/test_{name}.py" for name in ("load", "decoded", "parts", "fused", "device")),
-    *(f"tests/new_folder/test_{name}.py" for name in ("merge", "pairs", "quantized")),
+    *(f"tests/new_folder/test_{name}.py" for name in ("merge", "failures", "second_copies", "pairs", "quantized")),
     *(f"tests/in_place/test_{name}.py" for name in ("parts", "quantized")),
     "tests/live/test_update.py",
     "tests/cli/test_look.py",
