@@ -151,6 +151,15 @@ def test_dtypes_and_rules() -> None:
     assert any(not same(one[name], two[name]) for name in one)
 
 
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize("more", ["", "rounding: stochastic\n", "dtype: float32\n"], ids=str.strip)
+def test_reference_gives_the_same(more: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = recipe(0.5, "[0.3, 1]", -0.2, more=more)
+    right = read_model(merge(text))
+    monkeypatch.setenv("IRES_BACKEND", "reference")
+    assert_equal(merge(text), right)
+
+
 def test_what_is_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("recipe.yml").write_text(recipe("[{filter: mlp, value: 3}, {value: 1}]", 1))
     before = snapshot(root)
@@ -195,7 +204,7 @@ def re_split(line: str) -> tuple[str, str]:
 
 @pytest.mark.usefixtures("root")
 @pytest.mark.parametrize("format", ["fp8-block", "nvfp4"])
-def test_quantized_models(format: str) -> None:
+def test_quantized_models(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes are decoded first. The format of the first model is kept where there is an encoder for it."""
     make, settings = FORMATS[format]
     name = "model.layers.0.mlp.up_proj.weight"
@@ -213,6 +222,9 @@ def test_quantized_models(format: str) -> None:
             merge(recipe(0.5, 0.3, 0.2))
         return
     out = merge(recipe(0.5, 0.3, 0.2))
+    stored = read_model(out)
+    monkeypatch.setenv("IRES_BACKEND", "reference")
+    assert_equal(merge(recipe(0.5, 0.3, 0.2)), stored)
     found, right = numbers(out)[name], blend(weights, torch.float32)[name]
     assert found.sub(right).norm() < 0.03 * right.norm()
     assert json.loads((out / "config.json").read_text())["quantization_config"] == settings
