@@ -27,18 +27,17 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-import xxhash
-
 from ires_kernels.files.durable import fsync_folder, hidden_path, write_file
-from ires_kernels.files.locks import InUse, hold_together, is_held_alone, lock, lock_with_others
+from ires_kernels.files.locks import InUse, hold_together, is_held_alone, lock_with_others
 from ires_kernels.files.new_file import NewFile, Reserved, meddled
 from ires_kernels.files.new_folder import NewFolder
-from ires_kernels.files.opening import MAX_MANIFEST, read_open
 from ires_kernels.files.ownership import Access, Foreign, StoreError, is_same, open_own, private_mode
-from ires_kernels.files.transfer import named, read_into, write_all
+from ires_kernels.files.ranges import Range, Together, hash_of_ends
+from ires_kernels.files.transfer import named, write_all
 from ires_kernels.files.unfinished import (
-    FINISHING,
     MARKER,
+    PART,
+    TEMPORARY,
     WORKING,
     content_of_lock,
     is_unused,
@@ -47,11 +46,7 @@ from ires_kernels.files.unfinished import (
     records_in,
 )
 
-_TEMPORARY, _PART = ".tmp", ".part"
 _ATTEMPT = re.compile(r"\.ires-.+(\.[\w-]+-\d+-[0-9a-f]{8})(?:-(\d+)-(\d+))?\.(tmp|part)")
-_END = 1 << 16
-"""Bytes at both ends of a range that are read again before the file gets its name: on NFS two machines may write to
-one page of a file, each its own bytes, and this is where one could have undone what the other did."""
 
 
 class SharedFolder(NewFolder):
@@ -104,7 +99,7 @@ class SharedFolder(NewFolder):
                 os.fsync(self._lock)
                 break
             if not self._locked:  # two may do so at once, for the same operation with the same right
-                temporary = hidden_path(marker, f"{self._attempt}{_TEMPORARY}")
+                temporary = hidden_path(marker, f"{self._attempt}{TEMPORARY}")
                 write_file(temporary, [content], sync=True, mode=private_mode(0o660))
                 os.rename(temporary, marker)
             os.close(self._lock)
@@ -150,11 +145,11 @@ class SharedFolder(NewFolder):
     def share(self, name: str, head: bytes, size: int) -> None:
         """Have a file of `size` bytes, beginning with `head`, of which several processes write ranges."""
         path = self.partial / name
-        shared = hidden_path(path, _TEMPORARY)
+        shared = hidden_path(path, TEMPORARY)
         with named(path):
             if not os.path.lexists(shared):
                 self.reserve(name, head, size)
-                mine = hidden_path(path, f"{self._attempt}{_TEMPORARY}")
+                mine = hidden_path(path, f"{self._attempt}{TEMPORARY}")
                 try:
                     os.link(mine, shared)  # not rename, which would replace what another process has begun
                     os.unlink(mine)
@@ -186,7 +181,7 @@ class SharedFolder(NewFolder):
         """Of each range the record's path, what it says of the range, and what was recorded."""
         path = self.partial / name
         try:
-            fd = open_own(hidden_path(path, _TEMPORARY))
+            fd = open_own(hidden_path(path, TEMPORARY))
         except (FileNotFoundError, Foreign):
             return []
         try:
@@ -196,7 +191,7 @@ class SharedFolder(NewFolder):
         found = []
         begin = hidden_path(path, ".").name
         for hidden in sorted(os.listdir(self._at)):
-            if hidden.startswith(begin) and _ATTEMPT.fullmatch(hidden) and hidden.endswith(_PART):
+            if hidden.startswith(begin) and _ATTEMPT.fullmatch(hidden) and hidden.endswith(PART):
                 content = read_signed_record(self.partial / hidden, self._operation, name)
                 stamp, _, record = (content or b"").partition(b"\n")
                 about = stamp.decode().split()
@@ -210,7 +205,7 @@ class SharedFolder(NewFolder):
         Raises OSError where bytes at the end of a range are not those that were written.
         """
         path = self.partial / name
-        shared = hidden_path(path, _TEMPORARY)
+        shared = hidden_path(path, TEMPORARY)
         parts = self._parts(name)
         try:
             fd = open_own(shared, write=True)
@@ -219,7 +214,7 @@ class SharedFolder(NewFolder):
         try:
             status = os.fstat(fd)
             for hidden, (_, _, start, stop, ends), _ in parts:
-                if _ends(fd, int(start), int(stop), shared) != ends:
+                if hash_of_ends(fd, int(start), int(stop), shared) != ends:
                     os.unlink(hidden)
                     text = (
                         f"bytes [{start}, {stop}) are not those that were written: two machines have undone each "
@@ -229,7 +224,7 @@ class SharedFolder(NewFolder):
         finally:
             os.close(fd)
         made = Reserved(status.st_size, status.st_size, status.st_dev, status.st_ino)
-        file = _Shared(path, made, lambda: record, operation=self._operation, attempt=self._attempt, sync=True)
+        file = Together(path, made, lambda: record, operation=self._operation, attempt=self._attempt, sync=True)
         try:
             file.finish()
         except OSError:
@@ -243,7 +238,7 @@ class SharedFolder(NewFolder):
     def note(self, rank: str, content: bytes) -> None:
         """Say how far this process is. What cannot be said is not."""
         path = self.partial / f"{WORKING}{rank}"
-        temporary = hidden_path(path, f"{self._attempt}{_TEMPORARY}")
+        temporary = hidden_path(path, f"{self._attempt}{TEMPORARY}")
         with suppress(OSError):
             write_file(temporary, [content], sync=False, mode=private_mode(0o660))
             os.rename(temporary, path)
@@ -254,7 +249,7 @@ class SharedFolder(NewFolder):
         self._files.clear()
         with suppress(OSError):
             for name in os.listdir(self._at):
-                if name.endswith(f"{self._attempt}{_TEMPORARY}"):
+                if name.endswith(f"{self._attempt}{TEMPORARY}"):
                     os.unlink(name, dir_fd=self._at)
 
     def __exit__(
@@ -268,7 +263,7 @@ class SharedFolder(NewFolder):
 
     def _remove_if_nothing_is_in_it(self) -> None:
         names = os.listdir(self._at)
-        if not records_in(names) and not any(name.endswith(_PART) for name in names):
+        if not records_in(names) and not any(name.endswith(PART) for name in names):
             self.finished, self._records = {}, {}
             self._empty()
             os.unlink(MARKER, dir_fd=self._at)
@@ -278,122 +273,3 @@ class SharedFolder(NewFolder):
         if self._lock >= 0:
             os.close(self._lock)
         os.close(self._at)
-
-
-class Range(NewFile):
-    """The part of a file that one of several processes writes; it is recorded, and not renamed."""
-
-    def __init__(
-        self,
-        path: Path,
-        made: Reserved,
-        record: Callable[[], bytes],
-        start: int,
-        stop: int,
-        *,
-        operation: bytes,
-        attempt: str,
-    ) -> None:
-        super().__init__(path, made, record, operation=operation, sync=True)
-        self._attempt = f"{attempt}-{start}-{stop}"
-        self._left = stop - start
-        self._start, self._stop = start, stop
-        size = min(_END, stop - start)
-        self._ends = {start: bytearray(size), stop - size: bytearray(size)}
-
-    def write(self, data: bytes | memoryview, offset: int) -> None:
-        for place, end in self._ends.items():
-            low, high = max(offset, place), min(offset + len(data), place + len(end))
-            if low < high:
-                end[low - place : high - place] = data[low - offset : high - offset]
-        super().write(data, offset)
-
-    def _check(self) -> None:
-        super()._check()
-        if not is_same(self._fd, self._temporary):  # it has its name by now, or is gone
-            raise meddled(self._temporary)
-
-    def _conclude(self, status: os.stat_result) -> None:
-        hasher = xxhash.xxh3_128()
-        for place in dict.fromkeys((self._start, self._stop - min(_END, self._stop - self._start))):
-            hasher.update(self._ends[place])
-        about = f"{status.st_size} {status.st_ino} {self._start} {self._stop} {hasher.hexdigest()}\n"
-        self._write_record(self._attempt + _PART, about.encode() + self._record())
-
-
-class _Shared(NewFile):
-    """A file of which all ranges are written."""
-
-    def __init__(
-        self, path: Path, made: Reserved, record: Callable[[], bytes], *, operation: bytes, attempt: str, sync: bool
-    ) -> None:
-        super().__init__(path, made, record, operation=operation, sync=sync)
-        self._attempt = attempt
-
-
-class FinishedFolder(NewFolder):
-    """A folder whose files are all complete, to be finished by one process: others may not have ended yet.
-
-    Leaving without `commit` keeps all that is complete.
-    """
-
-    def __init__(self, out: Path, identity: str, keep: bytes, *, locked: bool = True, access: Access | None = None):
-        super().__init__(out, identity, keep, locked=locked, access=access)
-        self._locks |= {FINISHING}
-        self._stays = True
-        self._finishing = -1
-
-    def _make(self) -> None:
-        """It is there, or another process has finished it."""
-
-    def _take(self, _: bool, /) -> int:
-        if self._locked:
-            place = self.partial / FINISHING
-            self._finishing = lock(place, make=not os.path.lexists(place))
-        marker = self.partial / MARKER
-        try:
-            fd, alone = lock_with_others(marker, wanted=self._locked)
-            if alone:
-                hold_together(fd, marker)
-        except BaseException:
-            self._unlock()
-            raise
-        return fd
-
-    def _unlock(self) -> None:
-        fd, self._finishing = self._finishing, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def _close(self) -> None:
-        self._unlock()
-        super()._close()
-
-
-def _ends(fd: int, start: int, stop: int, path: Path) -> str:
-    """The hash of both ends of a range."""
-    size = min(_END, stop - start)
-    hasher = xxhash.xxh3_128()
-    for place in dict.fromkeys((start, stop - size)):
-        os.posix_fadvise(fd, place, size, os.POSIX_FADV_DONTNEED)  # to see what the server has, where there is one
-        view = memoryview(bytearray(size))
-        read_into(fd, view, place, path)
-        hasher.update(view)
-    return hasher.hexdigest()
-
-
-def notes(partial: Path) -> dict[str, bytes]:
-    """What processes have said of how far they are, by rank."""
-    found = {}
-    names: list[str] = []
-    with suppress(FileNotFoundError):  # it has its name by now
-        names = sorted(os.listdir(partial))
-    for name in names:
-        if name.startswith(WORKING) and "." not in name.removeprefix(WORKING):
-            with suppress(OSError, ValueError):
-                fd = open_own(partial / name)
-                try:
-                    found[name.removeprefix(WORKING)] = read_open(fd, MAX_MANIFEST, partial / name)
-                finally:
-                    os.close(fd)
-    return found

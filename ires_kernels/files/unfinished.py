@@ -30,7 +30,7 @@ FINISHING = ".ires-finishing"
 WORKING = ".ires-working-"
 """What the names of notes begin with, of how far one of several processes is."""
 _SUFFIX = ".partial"
-TEMPORARY, RECORD, _PART = ".tmp", ".done", ".part"
+TEMPORARY, RECORD, PART = ".tmp", ".done", ".part"
 
 
 def partial_path(out: Path) -> Path:
@@ -175,7 +175,7 @@ def tidy(out: Path) -> None:
     finally:
         os.close(fd)
     for name in sorted(os.listdir(out), key=MARKER.__eq__):
-        ours = name.endswith((RECORD, TEMPORARY, _PART)) or name.startswith(WORKING)
+        ours = name.endswith((RECORD, TEMPORARY, PART)) or name.startswith(WORKING)
         if name in (MARKER, FINISHING) or (name.startswith(HIDDEN) and ours):
             with suppress(FileNotFoundError):  # another process does the same
                 os.unlink(out / name)
@@ -193,3 +193,20 @@ def _ours(partial: Path) -> Iterator[int]:
         yield at
     finally:
         os.close(at)
+
+
+def notes(partial: Path) -> dict[str, bytes]:
+    """What processes have said of how far they are, by rank."""
+    found = {}
+    names: list[str] = []
+    with suppress(FileNotFoundError):  # it has its name by now
+        names = sorted(os.listdir(partial))
+    for name in names:
+        if name.startswith(WORKING) and "." not in name.removeprefix(WORKING):
+            with suppress(OSError, ValueError):
+                fd = open_own(partial / name)
+                try:
+                    found[name.removeprefix(WORKING)] = read_open(fd, MAX_MANIFEST, partial / name)
+                finally:
+                    os.close(fd)
+    return found

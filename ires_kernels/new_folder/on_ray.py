@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files import interrupts, trust
 from ires_kernels.files.ownership import StoreError
-from ires_kernels.files.shared import SharedFolder, notes
+from ires_kernels.files.shared import SharedFolder
+from ires_kernels.files.unfinished import notes
 from ires_kernels.new_folder.workers import Joined, finished, recorded_or_free, settled, write_items
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import ArgumentError

@@ -21,10 +21,11 @@ from ires_kernels.checking import guards
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files import interrupts
 from ires_kernels.files.destination import check_destination
+from ires_kernels.files.finished import FinishedFolder
 from ires_kernels.files.locks import InUse
 from ires_kernels.files.new_file import NewFile
 from ires_kernels.files.ownership import StoreError
-from ires_kernels.files.shared import FinishedFolder, SharedFolder
+from ires_kernels.files.shared import SharedFolder
 from ires_kernels.files.unfinished import partial_path
 from ires_kernels.new_folder import before
 from ires_kernels.new_folder.run import Begun, finish, identity, learnt, prepared, record, write_parts

@@ -18,8 +18,7 @@ from ires_kernels.files.locks import holder, holders
 from ires_kernels.files.log import count_records, is_broken_off
 from ires_kernels.files.ownership import Foreign
 from ires_kernels.files.plain import plain_lines
-from ires_kernels.files.shared import notes
-from ires_kernels.files.unfinished import MARKER, is_unfinished, partial_path, read_kept
+from ires_kernels.files.unfinished import MARKER, is_unfinished, notes, partial_path, read_kept
 from ires_kernels.planning.inputs import StrPath
 from ires_kernels.records import headway, provenance
 from ires_kernels.records.headway import Headway

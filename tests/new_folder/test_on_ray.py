@@ -16,7 +16,7 @@ from small_models import triple
 
 import ires_kernels as ik
 from ires_kernels.files import trust
-from ires_kernels.files.shared import notes
+from ires_kernels.files.unfinished import notes
 from ires_kernels.merging.planned import planned_again
 from ires_kernels.new_folder import on_ray
 from ires_kernels.new_folder.on_ray import Failure, Task, write_item

@@ -20,7 +20,7 @@ from small_models import triple
 
 import ires_kernels as ik
 from ires_kernels import cli
-from ires_kernels.files import new_file, new_folder, shared
+from ires_kernels.files import new_file, new_folder, unfinished
 from ires_kernels.files.ownership import StoreError
 from ires_kernels.records.report import Report
 from ires_kernels.records.workers import WorkerReport
@@ -325,7 +325,7 @@ def test_status_tells_of_each_worker(merge: Merge) -> None:
     (merge.partial / ".ires-working-2-of-3").write_text('{"done": "x"}')
     (merge.partial / ".ires-working-\x1b").write_text("[]")
     assert len(ik.status(merge.out).details) == len(found.details)
-    assert shared.notes(merge.out) == {}, "which is not there yet"
+    assert unfinished.notes(merge.out) == {}, "which is not there yet"
 
 
 def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
