@@ -344,6 +344,8 @@ def explained(error: BaseException, where: object, to: str = "read") -> BaseExce
         return error
     if isinstance(error, known.PreconditionError) or " 412 " in text:
         return Changed(where)
+    if to == "write" and "NoSuchUpload" in text:
+        return Unreachable(where, "its upload is not known to the store any more. The same command sends it again")
     if isinstance(error, FileNotFoundError) or " 404 " in text:
         return Missing(where, "nothing is there" if to == "read" else "there is no such bucket")
     if isinstance(error, (known.PermissionDeniedError, known.UnauthenticatedError)) or " 403 " in text:

@@ -17,6 +17,10 @@ from ires_kernels.files.opening import MAX_MANIFEST
 T = TypeVar("T")
 
 
+_MANY = 100_000
+"""Files, far more than an output has."""
+
+
 class Taken(Unreachable):
     """What was to be new is there already."""
 
@@ -30,7 +34,7 @@ class Prefix:
         self.store = store_at(address, writes=True)
 
     def names(self) -> set[str]:
-        """All there are. Raises Unreachable."""
+        """All there are; of very many the first ones. Raises Unreachable."""
         return wait_for(self._names())
 
     async def _names(self) -> set[str]:
@@ -38,6 +42,8 @@ class Prefix:
         try:
             async for chunk in library(self.address).list(self.store):
                 found.update(entry["path"] for entry in chunk)
+                if len(found) > _MANY:
+                    break
         except BaseException as error:
             raise explained(error, self.address, "write") from None
         return found

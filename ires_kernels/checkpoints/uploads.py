@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
@@ -36,6 +37,8 @@ AT_ONCE = 16
 """Parts of a file that are on their way."""
 ROOM = 24
 """Parts in memory, on their way or being filled: of usual files 384 MiB."""
+_RETURNS = 5.0
+"""Seconds to wait at the end for memory that the client still holds."""
 _PATIENCE = 30.0
 """Seconds that who gives up waits for a file that is about to be complete, or for the store to know of it."""
 
@@ -103,7 +106,7 @@ class Uploads:
         self._hashed = hashed
         self._files: list[Upload] = []
         self._turn = threading.Condition()  # of an RLock: memory may come back in a thread that holds it
-        self._room = ROOM
+        self._room = self._all = ROOM
         self._coming: Iterator[tuple[Upload, int]] | None = None
         self._error: BaseException | None = None
         self._stopped = False
@@ -174,14 +177,15 @@ class Uploads:
         )
         try:
             for _ in range(file.count):
-                part = await file.full.get()
+                part: Any = await file.full.get()
                 if hasher is not None:
                     await aside(partial(hasher.update, part))
                 await asyncio.shield(writer.write(part))  # who is cancelled as an upload begins would not know of it
-                del part
+                part = None
             file.is_closing = True
             await writer.close()
         except BaseException as error:
+            part = None  # which the error would hold
             if not file.is_closing:
                 with suppress(Exception):  # the first error tells more
                     await writer.__aexit__(type(error), None, None)
@@ -227,7 +231,15 @@ class Uploads:
             interrupts.check()
             wait(futures.values(), 0.1)
         self._check()
+        self._wait_for_memory()
         return {name: future.result() for name, future in futures.items()}
+
+    def _wait_for_memory(self) -> None:
+        """Until the client holds none: its threads would give it back to an interpreter that may be ending."""
+        end = time.monotonic() + _RETURNS
+        with self._turn:
+            while self._room < self._all and time.monotonic() < end:
+                self._turn.wait(0.1)
 
     def abandon(self) -> None:
         """Abort what is not complete, and wait until the store knows of that."""
@@ -236,7 +248,11 @@ class Uploads:
         for file in running:
             begin(self._cancel(file))
         wait([file.future for file in running if file.future is not None], _PATIENCE)
+        for file in self._files:
+            file.parts.clear()
+            file.full = asyncio.Queue()
         self._files.clear()
+        self._wait_for_memory()
 
     async def _cancel(self, file: Upload) -> None:
         if file.task is not None and not file.is_closing:  # that takes but a moment, and cannot be taken back

@@ -10,7 +10,7 @@ from ires_kernels.planning.rules import DTYPES, VOCABULARIES
 
 def destination(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("-o", "--out", metavar="OUT", help="the new folder to write")
+    where.add_argument("-o", "--out", metavar="OUT", help="the new folder to write, here or at s3://bucket/folder")
     where.add_argument("--in-place", action="store_true", help="change the files of TARGET, with no second copy")
     undo = parser.add_mutually_exclusive_group()
     undo.add_argument(

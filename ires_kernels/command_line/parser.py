@@ -66,7 +66,9 @@ def _extract(commands: Commands) -> None:
     parser = commands.add_parser("extract", help="write instruct - base as a residual folder")
     parser.add_argument("base", metavar="BASE", help="folder or .safetensors file of the base model")
     parser.add_argument("instruct", metavar="INSTRUCT", help="the instruct model made from it")
-    parser.add_argument("-o", "--out", required=True, metavar="OUT", help="the new folder to write")
+    parser.add_argument(
+        "-o", "--out", required=True, metavar="OUT", help="the new folder to write, here or at s3://bucket/folder"
+    )
     options.merging(parser, dtype="f32", kept="of the residual (default: f32)")
     options.stream(parser)
     parser.set_defaults(run=run.extract)

@@ -52,6 +52,7 @@ def extract(
     >>> report.tensors, report.counts.lost
     (7, 0)
 
+    out            also in a store, "s3://bucket/folder", gs:// or az://, with nothing of it on this disk
     dtype          of the residual: f32 loses nothing of a bf16 or f16 pair beyond one rounding; bf16 and f16 are half
                    the size; f64. It may be spelt otherwise: "float32", torch.float32
     skip           regular expressions found in the names of tensors to leave out

@@ -89,7 +89,10 @@ class FolderElsewhere:
 
     def _take_over(self) -> None:
         """Keep what an interrupted run of the same operation has completed."""
-        identity, kept = told_by_lock(self._prefix.read(MARKER) or b"", self.out)
+        lock = self._prefix.read(MARKER)
+        if lock is None:  # another run has ended just now
+            raise not_empty(self.out)
+        identity, kept = told_by_lock(lock, self.out)
         if identity != self._identity:
             raise StoreError(
                 f"{self.out}: holds the files of another operation. Finish that one with `ires resume {self.out}`, or "

@@ -73,8 +73,8 @@ def status(address: Address) -> state.Status | None:
         "unfinished",
         f"{found.operation.kind}, {done}; or it is just being written, which a store does not tell",
         (
-            "`ires resume`, or the same command, goes on. It does no harm to one that is at work.",
-            "`ires rollback` removes it: only where none is at work.",
+            f"`ires resume {address}`, or the same command, goes on; one that is at work comes to no harm by it.",
+            f"`ires rollback {address}` removes it, where none is at work.",
         ),
         (f"It is {found.operation}.",),
         done,
