@@ -297,8 +297,8 @@ void fit(const FitRun& run, const std::string& isa, Fit* found) {
 }
 
 int64_t most_packed(DType type, int64_t n) {
-    const int64_t blocks = (n + kBlockPacked - 1) / kBlockPacked;
-    return (n + std::min(n, kBlockPacked)) * item_size(type) + 64 * (blocks + 1);
+    // What there is before it is known that a block is better left as it is, with the zeros at its end; and the heads.
+    return (n + std::min(n, kBlockPacked) + 64) * item_size(type) + 32 * (n / kLeastPacked + 4);
 }
 
 int64_t pack(DType type, const void* old, const void* now, int64_t n, char* out, const std::string& isa) {
@@ -307,6 +307,10 @@ int64_t pack(DType type, const void* old, const void* now, int64_t n, char* out,
 
 void unpack(DType type, const char* record, void* now, int64_t n, const std::string& isa) {
     find_loops(isa).unpack(type, record, now, n);
+}
+
+bool fits(DType type, const char* record, const void* now, int64_t n, const std::string& isa) {
+    return find_loops(isa).fits(type, record, now, n);
 }
 
 void run_memory(const Item& item, int threads, const std::string& isa) {

@@ -97,6 +97,7 @@ struct Loops {
     // Of bf16, f16 and f32, see pack.h: the bytes of a record, of others 0; and what makes the old elements of the new ones.
     int64_t (*pack)(DType, const void* old, const void* now, int64_t n, char* out);
     void (*unpack)(DType, const char* record, void* now, int64_t n);
+    bool (*fits)(DType, const char* record, const void* now, int64_t n);
 };
 
 #if defined(__x86_64__)
@@ -137,8 +138,10 @@ void run_memory(const Item& item, int threads, const std::string& isa);
 
 // A record of the old elements, given the new ones, on the calling thread; returns its bytes, or 0 for a dtype that has none.
 constexpr int64_t kBlockPacked = int64_t(1) << 15;
-int64_t most_packed(DType type, int64_t n);  // room that `pack` wants
+constexpr int64_t kLeastPacked = 1024;       // elements, if a record is made in several calls; of the last one less
+int64_t most_packed(DType type, int64_t n);  // room that these want
 int64_t pack(DType type, const void* old, const void* now, int64_t n, char* out, const std::string& isa);
 void unpack(DType type, const char* record, void* now, int64_t n, const std::string& isa);
+bool fits(DType type, const char* record, const void* now, int64_t n, const std::string& isa);  // whether these are the new ones
 
 }  // namespace ires

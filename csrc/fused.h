@@ -20,6 +20,7 @@ namespace ires {
 // Of all operands of a piece together, in bytes.
 constexpr int64_t kPieceBytes = int64_t(1) << 18;
 constexpr int64_t kPieceStep = 1024;  // elements, of which a piece has a multiple
+static_assert(kPieceStep >= kLeastPacked);
 
 // An operand: runs, or without them the bytes at `constant`, which each piece begins with again.
 struct Source {
@@ -41,11 +42,13 @@ inline Unread run_fused(const Operation& op, const Item& item, std::vector<Sourc
     static thread_local std::unique_ptr<char[]> memory;  // its pages are not fresh next time
     static thread_local size_t size = 0;
     const int64_t piece = piece_of(item, most);
-    std::vector<size_t> begins;
+    std::vector<size_t> begins, olds;
     size_t needed = 0;
-    for (const DType type : item.in_types) {
+    for (size_t k = 0; k < sources.size(); ++k) {
+        const size_t bytes = size_t(piece * item_size(item.in_types[k]));
         begins.push_back(needed);
-        needed += size_t(piece * item_size(type));
+        olds.push_back(needed += bytes);
+        if (sources[k].runs && sources[k].runs->packs()) needed += bytes;
     }
     if (needed > size) {
         size = 0;  // until there is as much
@@ -61,13 +64,15 @@ inline Unread run_fused(const Operation& op, const Item& item, std::vector<Sourc
             if (!sources[k].runs) continue;
             Unread unread;
             const size_t bytes = size_t(one[0].n * item_size(item.in_types[k]));
-            one[0].in[k] = sources[k].runs->next(bytes, memory.get() + begins[k], &unread);
+            one[0].in[k] = sources[k].runs->next(bytes, memory.get() + begins[k], &unread, memory.get() + olds[k]);
             if (unread.failed) {
                 *failed = int(k);
                 return unread;
             }
         }
         run(op, one, offset + uint64_t(i), 1, isa, nullptr);
+        for (Source& source : sources)
+            if (source.runs) source.runs->placed(isa);
     }
     return {};
 }

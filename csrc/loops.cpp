@@ -504,7 +504,7 @@ bool memory(const Run& run, int inputs) {
 
 extern const Loops loops;
 const Loops loops = {&run, &run_scaled, &memory, &decode, &encode, &measure, &keep, &count_stored, &fit,
-                     &pack, &unpack};
+                     &pack, &unpack, &fits};
 
 }  // namespace IRES_ISA
 }  // namespace ires

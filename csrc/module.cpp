@@ -337,6 +337,12 @@ void unpack(int type, uintptr_t record, uintptr_t now, int64_t n, const std::str
     ires::unpack(known, reinterpret_cast<const char*>(record), reinterpret_cast<void*>(now), n, isa);
 }
 
+bool fits(int type, uintptr_t record, uintptr_t now, int64_t n, const std::string& isa) {
+    const ires::DType known = dtype(py::int_(type));
+    const py::gil_scoped_release release;
+    return ires::fits(known, reinterpret_cast<const char*>(record), reinterpret_cast<const void*>(now), n, isa);
+}
+
 // The largest of results; `largest` has one number for each of so many cells.
 void measure_results(int code, const py::tuple& t, const std::vector<double>& factors, const py::tuple& layout, int64_t first,
                      uintptr_t largest, int64_t cells, const std::string& isa) {
@@ -371,10 +377,11 @@ py::object store(int code, const py::tuple& t, const std::vector<double>& factor
                           stored.norm2, stored.noise);
 }
 
-// (descriptor, offset, bytes), or (-1, address, bytes, where they are kept or 0, address of the count of those that are).
+// (descriptor, offset, bytes), or (-1, address, bytes, where they are kept or 0, address of the count of those that are, the
+// type by which they are packed there or -1).
 ires::Stretch stretch(const py::handle& h) {
     const py::tuple t = h.cast<py::tuple>();
-    ires::Stretch found{t[0].cast<int>(), 0, nullptr, t[2].cast<size_t>(), nullptr, nullptr};
+    ires::Stretch found{t[0].cast<int>(), 0, nullptr, t[2].cast<size_t>(), nullptr, nullptr, {}};
     if (found.fd != ires::kMemory) {
         found.offset = t[1].cast<int64_t>();
         return found;
@@ -382,6 +389,7 @@ ires::Stretch stretch(const py::handle& h) {
     found.memory = static_cast<const char*>(pointer(t[1]));
     found.keep = reinterpret_cast<char*>(t[3].cast<uintptr_t>());
     found.kept = reinterpret_cast<int64_t*>(t[4].cast<uintptr_t>());
+    if (t[5].cast<int>() >= 0) found.packed = dtype(t[5]);
     return found;
 }
 
@@ -505,6 +513,7 @@ PYBIND11_MODULE(_native, m) {
           py::arg("n"));
     m.def("pack", &pack, py::arg("type"), py::arg("old"), py::arg("now"), py::arg("n"), py::arg("out"), py::arg("isa"));
     m.def("unpack", &unpack, py::arg("type"), py::arg("record"), py::arg("now"), py::arg("n"), py::arg("isa"));
+    m.def("fits", &fits, py::arg("type"), py::arg("record"), py::arg("now"), py::arg("n"), py::arg("isa"));
     m.def("store", &store, py::arg("op"), py::arg("item"), py::arg("factors"), py::arg("layout"), py::arg("parts"),
           py::arg("first"), py::arg("renewed"), py::arg("out"), py::arg("draw"), py::arg("isa"), py::arg("tally"));
     for (const auto& [name, found] : {std::pair("fit", &fit), std::pair("fit_files", &fit_files)})

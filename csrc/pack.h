@@ -8,10 +8,11 @@
 //   d 0: the bits are the same      all bits of the width set: the old bits stand among those kept as they are
 //
 // What does not give the old bits in this way is kept as it is, so nothing has to be known of -0, NaN, or rounding. A record
-// is a sequence of blocks of kBlockPacked elements, the last one of what is left:
+// is a sequence of blocks of kBlockPacked elements at most:
 //
 //   head | bits of the elements, from the lowest bit of 64-bit words on | old bits that are kept, in order, up to 8 bytes
 //
+// In the head is a sum of the new bits: only they give the old ones.
 // The bits of 4 or 2 elements are put together in vectors; per word of these, and not per element, they are appended.
 #pragma once
 
@@ -28,11 +29,49 @@ namespace {
 constexpr int kTogether = 32;  // elements at a time, at the end of a block with zeros: as many as any vectors have
 
 struct PackHead {
-    int32_t offset;  // or one of
-    uint32_t words, kept;
-    uint32_t unused;
+    int32_t offset;  // or one of the next two
+    uint32_t words, kept, n;
+    uint64_t sum;
 };
 constexpr int32_t kSame = -1, kPlain = -2;
+
+// Of each lane the low half times the high half.
+IRES_HD U64 product(U64 x) {
+#if IRES_LANES == 16
+    return bit_cast<U64>(_mm512_mul_epu32(bit_cast<__m512i>(x), bit_cast<__m512i>(U64(x >> 32))));
+#elif IRES_LANES == 8
+    return bit_cast<U64>(_mm256_mul_epu32(bit_cast<__m256i>(x), bit_cast<__m256i>(U64(x >> 32))));
+#elif defined(__SSE2__)
+    return bit_cast<U64>(_mm_mul_epu32(bit_cast<__m128i>(x), bit_cast<__m128i>(U64(x >> 32))));
+#else
+    return (x & 0xffffffffu) * (x >> 32);
+#endif
+}
+
+// Of 64-bit words, each with a key of its place: the halves of what that makes of it multiplied, and itself. As NH of UMAC,
+// it is the same by chance for one in 2^32 of what differs.
+inline uint64_t sum_of(const void* p, int64_t bytes) {
+    constexpr int kLanes = W / 2;
+    constexpr uint64_t kKey = 0x9e3779b97f4a7c15u;
+    U64 keys, sums{};
+    for (int k = 0; k < kLanes; ++k) keys[k] = kKey * uint64_t(k + 1);
+    const char* at = static_cast<const char*>(p);
+    const auto add = [&](U64 x) {
+        sums += product(x ^ keys) + (x >> 32 | x << 32);
+        keys += kKey * kLanes;
+    };
+    int64_t i = 0;
+    for (; i + int64_t(sizeof(U64)) <= bytes; i += sizeof(U64)) add(load_raw<U64>(at + i));
+    uint64_t sum = uint64_t(bytes);
+    for (; i < bytes; i += 8) {
+        uint64_t x = 0;
+        memcpy(&x, at + i, size_t(std::min<int64_t>(8, bytes - i)));
+        const uint64_t key = kKey * uint64_t(i / 8 + 1), y = x ^ key;
+        sum += (y & 0xffffffffu) * (y >> 32) + (x >> 32 | x << 32);
+    }
+    for (int k = 0; k < kLanes; ++k) sum += sums[k];
+    return sum;
+}
 
 // Vectors of its lanes: they are computed with as unsigned numbers, which may wrap around.
 template <class T> struct Vectors;
@@ -177,7 +216,7 @@ template <class T, int kMantissa> struct Packing {
 
     // Of n elements, with room for 2 sizeof(T) n + 64 bytes. Returns how many it takes.
     static int64_t pack(const T* old, const T* now, int64_t n, char* out) {
-        PackHead head{kSame, 0, 0, 0};
+        PackHead head{kSame, 0, 0, uint32_t(n), sum_of(now, n * int64_t(sizeof(T)))};
         if (memcmp(old, now, size_t(n) * sizeof(T)) == 0) {
             memcpy(out, &head, sizeof head);
             return sizeof head;
@@ -220,24 +259,25 @@ template <class T, int kMantissa> struct Packing {
         memcpy(to, last, 16);
         to += 16;
         head.words = uint32_t((to - out - int64_t(sizeof head)) / 8);
-        if (used(head, n) >= int64_t(sizeof head) + whole(n)) {
-            head = {kPlain, 0, 0, 0};
+        if (used(head) >= int64_t(sizeof head) + whole(n)) {
+            head = {kPlain, 0, 0, head.n, head.sum};
             memcpy(out + sizeof head, old, size_t(n) * sizeof(T));
         } else {
             memcpy(to, kept.get(), head.kept * sizeof(T));
         }
         memcpy(out, &head, sizeof head);
-        return used(head, n);
+        return used(head);
     }
 
     static int64_t whole(int64_t bytes_or_n) { return (bytes_or_n * int64_t(sizeof(T)) + 7) / 8 * 8; }
-    static int64_t used(const PackHead& head, int64_t n) {
+    static int64_t used(const PackHead& head) {
         if (head.offset == kSame) return sizeof head;
-        return int64_t(sizeof head) + (head.offset == kPlain ? whole(n) : 8 * int64_t(head.words) + whole(head.kept));
+        return int64_t(sizeof head) + (head.offset == kPlain ? whole(head.n) : 8 * int64_t(head.words) + whole(head.kept));
     }
 
     // Makes old elements of new ones, in their place.
-    static void unpack(const PackHead& head, const char* body, T* now, int64_t n) {
+    static void unpack(const PackHead& head, const char* body, T* now) {
+        const int64_t n = head.n;
         if (head.offset == kSame) return;
         if (head.offset == kPlain) {
             memcpy(now, body, size_t(n) * sizeof(T));
@@ -287,15 +327,30 @@ template <class T, int kMantissa> int64_t pack_all(const void* old, const void* 
     return to - out;
 }
 
-template <class T, int kMantissa> void unpack_all(const char* record, void* now, int64_t n) {
-    using P = Packing<T, kMantissa>;
-    for (int64_t i = 0; i < n; i += kBlockPacked) {
-        const int64_t m = std::min(kBlockPacked, n - i);
+// Calls `take` with the head of each block, what follows it, and where its elements begin, until one is false.
+template <class T, int kMantissa, class Take> bool for_blocks(const char* record, const void* now, int64_t n, const Take& take) {
+    T* at = static_cast<T*>(const_cast<void*>(now));
+    for (T* const end = at + n; at < end;) {
         PackHead head;
         memcpy(&head, record, sizeof head);
-        P::unpack(head, record + sizeof head, static_cast<T*>(now) + i, m);
-        record += P::used(head, m);
+        if (!take(head, record + sizeof head, at)) return false;
+        record += Packing<T, kMantissa>::used(head);
+        at += head.n;
     }
+    return true;
+}
+
+template <class T, int kMantissa> void unpack_all(const char* record, void* now, int64_t n) {
+    for_blocks<T, kMantissa>(record, now, n, [](const PackHead& head, const char* body, T* at) {
+        Packing<T, kMantissa>::unpack(head, body, at);
+        return true;
+    });
+}
+
+template <class T, int kMantissa> bool fits_all(const char* record, const void* now, int64_t n) {
+    return for_blocks<T, kMantissa>(record, now, n, [](const PackHead& head, const char*, const T* at) {
+        return sum_of(at, int64_t(head.n) * int64_t(sizeof(T))) == head.sum;
+    });
 }
 
 int64_t pack(DType type, const void* old, const void* now, int64_t n, char* out) {
@@ -313,6 +368,15 @@ void unpack(DType type, const char* record, void* now, int64_t n) {
         case DType::f16: return unpack_all<int16_t, 10>(record, now, n);
         case DType::f32: return unpack_all<int32_t, 23>(record, now, n);
         default: return;
+    }
+}
+
+bool fits(DType type, const char* record, const void* now, int64_t n) {
+    switch (type) {
+        case DType::bf16: return fits_all<int16_t, 7>(record, now, n);
+        case DType::f16: return fits_all<int16_t, 10>(record, now, n);
+        case DType::f32: return fits_all<int32_t, 23>(record, now, n);
+        default: return false;
     }
 }
 

@@ -4,12 +4,15 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <optional>
+#include <string>
 #include <vector>
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
 
+#include "cpu.h"
 #include "tile.h"
 
 namespace ires {
@@ -33,7 +36,8 @@ inline void copy_past_cache(char* to, const char* from, size_t bytes) {
 }
 
 // Bytes of a file from `offset` on, or of memory. What is in memory may be about to be changed: then `keep` is where its
-// bytes go before, and `kept` counts those that are there.
+// bytes go before, and `kept` counts those that are there. Or, of a type that is packed, where a record of them goes after:
+// then `kept` counts the bytes that it is of, and behind that those of the record.
 struct Stretch {
     int fd;  // kMemory: `memory` has them
     int64_t offset;
@@ -41,6 +45,7 @@ struct Stretch {
     size_t bytes;
     char* keep;
     int64_t* kept;
+    std::optional<DType> packed;
 };
 constexpr int kMemory = -1;
 
@@ -57,9 +62,16 @@ public:
         for (const Stretch& each : stretches_) sum += int64_t(each.bytes);
         return sum;
     }
+    bool packs() const {
+        for (const Stretch& each : stretches_)
+            if (each.packed) return true;
+        return false;
+    }
     // The next bytes, of which there are so many: in memory where they lie there as they follow each other, else in
-    // `scratch`. What went wrong has the number of the stretch.
-    const char* next(size_t bytes, char* scratch, Unread* unread) {
+    // `scratch`. What went wrong has the number of the stretch. Those that will be packed are copied to `old` as well.
+    const char* next(size_t bytes, char* scratch, Unread* unread, char* old = nullptr) {
+        old_ = old;
+        waiting_.clear();
         Stretch& first = stretches_[at_];
         if (!to_ && first.fd == kMemory && first.bytes >= bytes) {
             const char* const here = first.memory;
@@ -76,11 +88,31 @@ public:
         return begin;
     }
 
+    // What was taken last is what the operation makes of it by now.
+    void placed(const std::string& isa) {
+        for (const Waiting& each : waiting_) {
+            Stretch& from = stretches_[each.stretch];
+            const int64_t n = int64_t(each.bytes) / item_size(*from.packed);
+            from.kept[1] += pack(*from.packed, each.old, each.now, n, from.keep + from.kept[1], isa);
+            from.kept[0] += int64_t(each.bytes);
+        }
+        waiting_.clear();
+    }
+
 private:
+    struct Waiting {
+        size_t stretch, bytes;
+        const char *old, *now;
+    };
+
     // Goes on by some bytes of a stretch, which are put to `to` where there is one.
     void take(Stretch& from, char* to, size_t bytes, Unread* unread) {
         if (from.fd == kMemory) {
-            if (from.keep) {
+            if (from.packed) {
+                memcpy(old_, from.memory, bytes);
+                waiting_.push_back({at_, bytes, old_, from.memory});
+                old_ += bytes;
+            } else if (from.keep) {
                 copy_past_cache(from.keep, from.memory, bytes);
                 from.keep += bytes, *from.kept += int64_t(bytes);
             }
@@ -94,6 +126,8 @@ private:
     }
 
     std::vector<Stretch> stretches_;
+    std::vector<Waiting> waiting_;
+    char* old_ = nullptr;
     size_t at_ = 0;
     char* to_;
 };

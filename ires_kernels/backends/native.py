@@ -129,7 +129,7 @@ def load(
     return _native.load_tile(reads, op, items, factors, stochastic, seed, offset, device, stream)
 
 
-Operand: TypeAlias = "int | tuple[list[tuple[int, int, int, int, int]], int]"
+Operand: TypeAlias = "int | tuple[list[tuple[int, int, int, int, int, int]], int]"
 """Of `run_fused`: where numbers are that are the same for each piece; or stretches, and where all of it is to stay."""
 CONSTANT = 1 << 16
 """Elements that an operand of `run_fused` has to have which is the same for each piece."""
@@ -148,9 +148,10 @@ def run_fused(
     """Compute on the CPU by pieces that stay in the cache, out of files and memory, on the calling thread and without
     Python's lock.
 
-    `item` has no pointers but that of the output. An operand's stretches are (descriptor, offset, bytes, 0, 0), or
+    `item` has no pointers but that of the output. An operand's stretches are (descriptor, offset, bytes, 0, 0, -1), or
     (-1, address, bytes, where these bytes are to be copied before they change or 0, address of an int64 that counts
-    those which are there); with an address beside them all of the operand stays there as well.
+    those which are there, -1), or in place of the -1 a dtype: then a record of them as of `pack` goes there when they
+    have changed, whose bytes a second int64 counts; with an address beside them all of the operand stays there as well.
 
     Returns None, or where reading ended, with the pieces before in place: (which operand, which of its stretches, errno
     or 0 for the end of the file, position).
@@ -332,3 +333,8 @@ def pack(dtype: int, old: int, new: int, count: int, into: int) -> int:
 def unpack(dtype: int, record: int, new: int, count: int) -> None:
     """`packing.unpack`, likewise."""
     _native.unpack(dtype, record, new, count, os.environ.get("IRES_ISA", ""))
+
+
+def fits(dtype: int, record: int, new: int, count: int) -> bool:
+    """`packing.fits`, likewise."""
+    return _native.fits(dtype, record, new, count, os.environ.get("IRES_ISA", ""))

@@ -18,6 +18,11 @@ def packs(dtype: str) -> bool:
     return dtype in _PACKED and bool(native.isas())
 
 
+def number(dtype: str) -> int:
+    """What csrc calls a dtype that is packed; -1 without one."""
+    return _PACKED[dtype] if dtype else -1
+
+
 def room(dtype: str, count: int) -> int:
     """Bytes that `pack` may write for so many elements; what it leaves is less."""
     return native.most_packed(_PACKED[dtype], count)
@@ -29,5 +34,11 @@ def pack(dtype: str, old: int, new: int, count: int, into: int) -> int:
 
 
 def unpack(dtype: str, record: int, new: int, count: int) -> None:
-    """Put the old elements into the place of the new ones, which are those that `pack` had."""
+    """Put the old elements into the place of the new ones, which are those that `pack` had: who may doubt it asks
+    `fits` before."""
     native.unpack(_PACKED[dtype], record, new, count)
+
+
+def fits(dtype: str, record: int, new: int, count: int) -> bool:
+    """Whether the new elements are those that `pack` had."""
+    return native.fits(_PACKED[dtype], record, new, count)

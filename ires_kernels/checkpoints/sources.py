@@ -39,6 +39,8 @@ class Read(NamedTuple):
     """Where bytes of memory are to be copied that will be changed, before they are."""
     kept: int = 0
     """The address of a count of 64 bits of those of them that are there: who copies adds to it."""
+    packed: str = ""
+    """Or the dtype by which they are packed there once they have changed: behind the count is that of the record."""
 
 
 class Source(Protocol):

@@ -8,8 +8,6 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-import xxhash
-
 from ires_kernels.backends import packing
 from ires_kernels.dtypes import STORAGE
 from ires_kernels.streaming.stream import default_threads
@@ -22,52 +20,65 @@ _CHUNK = 16 << 20
 class Run:
     """Old bytes of a tensor, from some byte of it on."""
 
-    __slots__ = ("_digest", "_packed", "address", "dtype", "size")
+    __slots__ = ("_counts", "address", "dtype", "is_packed")
 
-    def __init__(self, dtype: str, address: int, size: int) -> None:
+    def __init__(self, dtype: str, address: int, size: int, *, packed: bool = False) -> None:
         self.dtype = dtype
         self.address = address
-        """Where they are, or what is packed of them."""
-        self.size = ctypes.c_int64(size)
-        """How many bytes are there. Who copies them elsewhere than here adds to it, by its address."""
-        self._packed = self._digest = 0
+        """Where they are, or the record of them."""
+        self.is_packed = packed
+        # Of how many bytes this is, and how many the record has. Who fills the room at the address adds to them.
+        self._counts = (ctypes.c_int64 * 2)(size, 0)
+
+    @property
+    def counts(self) -> int:
+        """The address of how many bytes this is of, and behind that of how many the record has, of 64 bits each."""
+        return ctypes.addressof(self._counts)
+
+    @property
+    def size(self) -> int:
+        """Of how many old bytes this is, up to now."""
+        return self._counts[0]
 
     @property
     def nbytes(self) -> int:
-        """How many are held."""
-        return self._packed or self.size.value
+        """How many it takes to hold them."""
+        return self._counts[1] if self.is_packed else self._counts[0]
 
     @property
     def copied(self) -> int:
-        """The address of the bytes themselves, which are read once, before they are packed."""
-        assert not self._packed, "read again after it was changed"
+        """The address of the bytes themselves, which are read once, before they are changed."""
+        assert not self.is_packed, "read again after it was changed"
         return self.address
 
-    def pack(self, new: int, room: int, shelf: Shelf) -> None:
-        """Hold what was done to these bytes instead of them, as the new ones are at the address `new`."""
-        size = packing.pack(self.dtype, self.address, new, self._count, room)
-        at = shelf.put(room, size)
-        self._digest = _digest(new, self.size.value)
-        self.address, self._packed = at, size
+    def copy(self, old: int, size: int) -> None:
+        """Fill its room with bytes that will be changed."""
+        ctypes.memmove(self.address, old, size)
+        self._counts[0] = size
+
+    def pack(self, new: int, room: int) -> None:
+        """Hold in other room what was done to these bytes instead of them, as the new ones are at the address `new`."""
+        self._counts[1] = packing.pack(self.dtype, self.address, new, self._count, room)
+        self.address, self.is_packed = room, True
+
+    def move(self, shelf: Shelf) -> None:
+        """Have the record there."""
+        self.address = shelf.put(self.address, self.nbytes)
 
     def fits(self, new: int) -> bool:
         """Whether the bytes at `new` are those which it was packed by, or it does not matter."""
-        return not self._packed or _digest(new, self.size.value) == self._digest
+        return not self.is_packed or packing.fits(self.dtype, self.address, new, self._count)
 
     def restore(self, to: int) -> None:
         """Put the bytes where they were; if they are packed, those that it was packed by are there."""
-        if self._packed:
+        if self.is_packed:
             packing.unpack(self.dtype, self.address, to, self._count)
         else:
-            ctypes.memmove(to, self.address, self.size.value)
+            ctypes.memmove(to, self.address, self.size)
 
     @property
     def _count(self) -> int:
-        return self.size.value * 8 // STORAGE[self.dtype].bits
-
-
-def _digest(address: int, size: int) -> int:
-    return xxhash.xxh3_64_intdigest((ctypes.c_char * size).from_address(address))
+        return self.size * 8 // STORAGE[self.dtype].bits
 
 
 class Rooms:

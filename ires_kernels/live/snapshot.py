@@ -27,8 +27,8 @@ class Snapshot:
 
     What lies in the memory of a CPU is read there until it is to be changed. Then it is copied before (`keep`), or by
     the threads that change it, tile by tile as they read it (`keep_as_read`): so no pass over the module is spent. Of
-    each such tile a copy is there until the new bits are (`placed`); then it can be packed by what the update did to
-    it, and takes a fifth to a half of its room. That needs no file: what was read of a residual may be gone.
+    each piece a copy is there until the new bits are; then it can be packed by what the update did to it, and takes a
+    fifth to a half of its room. That needs no file: what was read of a residual may be gone.
 
     A copy of all takes as long, where its memory is fresh: the system clears a page of 4 KiB in 1.4 µs (of a virtual
     machine), 8 times what it takes to write one again. Pages of 2 MiB (MADV_HUGEPAGE) were 4 times as fast where there
@@ -98,22 +98,26 @@ class Snapshot:
             runs = self._runs[name]
             at, end = self.infos[name].begin + begin, self.infos[name].begin + begin + size
             while at < end and at in runs:
-                room, count = runs[at].copied, runs[at].size.value
-                runs[at].pack(self._live[name] + at, room + _aligned(count), self._shelf)
+                run = runs[at]
+                room = run.address
+                if not run.is_packed:
+                    run.pack(self._live[name] + at, room + _aligned(run.size))
+                run.move(self._shelf)
                 self._rooms.give(room)
-                at += count
+                at += run.size
 
     def settle(self) -> None:
         """No more of it will change: let go of what that took."""
         self._rooms.clear()
 
-    def _run(self, name: str, begin: int, size: int) -> Run:
-        """Where a run is to be copied, which is begun here."""
+    def _run(self, name: str, begin: int, size: int, *, by_reader: bool) -> Run:
+        """Room for a run, which begins here: for a copy; or, if its reader packs it, for a record alone."""
         dtype, address = self.infos[name].dtype, self._address + begin
-        if name in self._packed:
+        packed = name in self._packed
+        if packed:
             count = size // (self.infos[name].nbytes // self.infos[name].numel)
-            address = self._rooms.take(_aligned(size) + packing.room(dtype, count))
-        run = self._runs[name][begin] = Run(dtype, address, 0)
+            address = self._rooms.take((0 if by_reader else _aligned(size)) + packing.room(dtype, count))
+        run = self._runs[name][begin] = Run(dtype, address, 0, packed=packed and by_reader)
         return run
 
     def _copy(self, tensors: Mapping[str, Tensor]) -> None:
@@ -200,9 +204,7 @@ class Snapshot:
         runs = self._runs.get(name)
         if runs is not None:
             if begin not in runs:
-                run = self._run(name, begin, end - begin)
-                ctypes.memmove(run.address, source, end - begin)
-                run.size.value = end - begin
+                self._run(name, begin, end - begin, by_reader=False).copy(source, end - begin)
             source = runs[begin].copied
         ctypes.memmove(to, source, end - begin)
 
@@ -227,8 +229,9 @@ class Snapshot:
             return Read(IN_MEMORY, (self._address if live is None else live) + begin, size, self.path)
         if begin in runs:
             return Read(IN_MEMORY, runs[begin].copied, size, self.path)
-        run = self._run(name, begin, size)
-        return Read(IN_MEMORY, live + begin, size, self.path, run.address, ctypes.addressof(run.size))
+        run = self._run(name, begin, size, by_reader=True)
+        packed = run.dtype if run.is_packed else ""
+        return Read(IN_MEMORY, live + begin, size, self.path, run.address, run.counts, packed)
 
     def will_need(self, offset: int, size: int) -> None:
         """It is here."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ires_kernels.backends import decoding, encoding, native
+from ires_kernels.backends import decoding, encoding, native, packing
 from ires_kernels.backends.call import Call, Coded, Tally
 from ires_kernels.backends.choice import choose
 from ires_kernels.checkpoints.sources import IN_MEMORY, Read
@@ -92,7 +92,7 @@ class _CpuSlot:
     def _fuse(self, portion: Portion, out: Tensor, views: Sequence[memoryview]) -> None:
         step, first, count, _, reads, _ = portion
         operands: list[native.Operand] = [
-            ([(fd, offset, nbytes, keep, kept) for fd, offset, nbytes, _, keep, kept in each], _address(view))
+            ([(*read[:3], read.keep, read.kept, packing.number(read.packed)) for read in each], _address(view))
             for each, view in zip(reads, views, strict=True)
         ]
         dtypes = [TORCH_DTYPES[operand.dtype] for operand in step.operands]

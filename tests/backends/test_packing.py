@@ -14,7 +14,7 @@ from ires_kernels.dtypes import NUMBERS
 
 pytestmark = pytest.mark.skipif(not native.isas(), reason="the extension was not built")
 PACKED = ("BF16", "F16", "F32")
-BLOCK = 1 << 15
+BLOCK, HEAD = 1 << 15, 24
 
 
 def pack(dtype: str, old: Tensor, new: Tensor) -> bytearray:
@@ -47,8 +47,9 @@ def by_definition(dtype: str, record: bytearray, new: Tensor) -> list[int]:
     size, at, old = 8 * width, 0, []
     bits = [int(x) & ((1 << size) - 1) for x in bits_of(new)]
     for block in (bits[i : i + BLOCK] for i in range(0, len(bits), BLOCK)):
-        offset, words, kept, _ = np.frombuffer(record, np.int32, 4, at).tolist()
-        at += 16
+        offset, words, kept, count = np.frombuffer(record, np.int32, 4, at).tolist()
+        assert count == len(block)
+        at += HEAD
         if offset == -1:
             old += block
         elif offset == -2:
@@ -125,7 +126,7 @@ def test_any_bits_come_back(dtype: str, pairs: list[tuple[int, int]], isa: str) 
         patched.setenv("IRES_ISA", isa)
         record = pack(dtype, old, new)
         assert same(unpack(dtype, record, new), old)
-    assert len(record) <= 16 + old.nbytes + 8
+    assert len(record) <= HEAD + old.nbytes + 8
 
 
 @pytest.mark.parametrize(
@@ -140,10 +141,29 @@ def test_what_it_takes(dtype: str, update: float, most: float) -> None:
 def test_what_stays_takes_nothing_and_what_has_nothing_to_do_with_it_no_more_than_a_copy() -> None:
     old, new = weights("BF16", 4 * BLOCK, 5e-4)
     new[: 2 * BLOCK] = old[: 2 * BLOCK]
-    assert len(pack("BF16", old, old)) == 4 * 16
+    assert len(pack("BF16", old, old)) == 4 * HEAD
     assert len(pack("BF16", old, new)) < old.nbytes * 0.22
     others = torch.randint(-(2**15), 2**15, (2 * BLOCK,), dtype=torch.int16)
-    assert len(pack("BF16", others, torch.flip(others, [0]))) <= others.nbytes + 2 * 16
+    assert len(pack("BF16", others, torch.flip(others, [0]))) <= others.nbytes + 2 * HEAD
+
+
+@pytest.mark.parametrize("dtype", PACKED)
+@pytest.mark.parametrize("count", [1, 3, 8, 33, BLOCK + 5])
+def test_only_the_new_bits_fit(dtype: str, count: int) -> None:
+    old, new = weights(dtype, count, 5e-4)
+    record = torch.frombuffer(pack(dtype, old, new), dtype=torch.uint8)
+
+    def fits(tensor: Tensor) -> bool:
+        return packing.fits(dtype, record.data_ptr(), tensor.data_ptr(), count)
+
+    assert fits(new)
+    for place in {0, count // 2, count - 1}:
+        for bit in (0, 3, 14):
+            other = new.clone()
+            bits_of(other)[place] ^= 1 << bit
+            assert not fits(other)
+    if count > 1 and not same(new, new.flip(0)):
+        assert not fits(new.flip(0).contiguous())
 
 
 def test_other_dtypes_are_not_packed() -> None:
