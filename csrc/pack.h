@@ -178,37 +178,37 @@ template <class T, int kMantissa> struct Packing {
 
     // The offset that takes the fewest bits for some of the elements.
     static int32_t offset(const T* old, const T* now, int64_t n) {
-        constexpr int kMostSamples = 128;
-        int64_t from[kMostSamples], to[kMostSamples];
+        constexpr int kMostSamples = 64;
+        C from[kMostSamples], to[kMostSamples];
         int32_t exponent[kMostSamples], wanted[kMostSamples];
         int samples = 0, moved = 0;
-        for (int64_t i = 0, step = n / kMostSamples + 1; i < n; i += step, ++samples) {
+        for (int64_t i = 0, step = (n - 1) / kMostSamples + 1; i < n; i += step, ++samples) {
             from[samples] = signed_place(old[i]), to[samples] = signed_place(now[i]);
             exponent[samples] = int32_t((now[i] & kMagnitude) >> kMantissa);
-            int bits = 0;
-            for (int64_t d = std::abs(from[samples] - to[samples]); d; d >>= 1) ++bits;
-            if (bits) wanted[moved++] = exponent[samples] + bits + 1;
+            const uint64_t d = uint64_t(std::abs(from[samples] - to[samples]));
+            if (d != 0) wanted[moved++] = exponent[samples] + 65 - __builtin_clzll(d);
         }
         int32_t best = 1;
         if (moved == 0) return best;
         std::nth_element(wanted, wanted + moved * 7 / 10, wanted + moved);
         const int32_t middle = wanted[moved * 7 / 10];
-        int64_t least = cost(best, from, to, exponent, samples);
+        C least = cost(best, from, to, exponent, samples);
         for (int32_t offset = std::max(1, middle - 3); offset <= middle + 4; ++offset) {
-            const int64_t bits = cost(offset, from, to, exponent, samples);
+            const C bits = cost(offset, from, to, exponent, samples);
             if (bits < least) least = bits, best = offset;
         }
         return best;
     }
-    static int64_t signed_place(T bits) { return bits < 0 ? -int64_t(bits & kMagnitude) : int64_t(bits); }
-    static int64_t cost(int32_t offset, const int64_t* from, const int64_t* to, const int32_t* exponent, int n) {
-        const int64_t f = floor(offset);
-        int64_t bits = 0;
+    using C = std::conditional_t<sizeof(T) == 2, int32_t, int64_t>;
+    static C signed_place(T bits) { return bits < 0 ? -C(bits & kMagnitude) : C(bits); }
+    static C cost(int32_t offset, const C* from, const C* to, const int32_t* exponent, int n) {
+        const C f = C(floor(offset));
+        C bits = 0;
         for (int i = 0; i < n; ++i) {
-            const int64_t a = std::max<int64_t>(std::abs(from[i]) - f, 0), b = std::max<int64_t>(std::abs(to[i]) - f, 0);
-            const int64_t d = (from[i] < 0 ? -a : a) - (to[i] < 0 ? -b : b);
+            const C a = std::max<C>(std::abs(from[i]) - f, 0), b = std::max<C>(std::abs(to[i]) - f, 0);
+            const C d = (from[i] < 0 ? -a : a) - (to[i] < 0 ? -b : b);
             const int width = std::min(std::max(offset - exponent[i], 1), kMost);
-            const bool fits = from[i] == to[i] || (a > 0 && d != 0 && 2 * std::abs(d) < (int64_t(1) << width) - 1);
+            const bool fits = from[i] == to[i] || (a > 0 && d != 0 && 2 * std::abs(d) < (C(1) << width) - 1);
             bits += width + (fits ? 0 : kBits);
         }
         return bits;

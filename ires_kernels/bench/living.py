@@ -1,8 +1,8 @@
 """`ik.apply_` to a module in memory, beside a memory loop over the same numbers, which computes nothing.
 
-The loop finds all of it in memory, where `apply_` reads the pair of models from the page cache and keeps the bits from
-before. So there are three of them: the first in a process, whose memory for these bits is fresh; those that follow it,
-as of a sweep over alpha; and one that keeps nothing.
+The loop finds all of it in memory, where `apply_` reads the pair of models from the page cache and keeps what it takes
+to undo it. So there are four of them: the first in a process, whose memory for that is fresh; those that follow it, as
+of a sweep over alpha; one that keeps a copy, which follows another; and one that keeps nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ires_kernels.live import snapshot
 from ires_kernels.streaming.cpu import TORCH_DTYPES
 
 KERNEL = "the kernel, in memory"
-FIRST, AGAIN, UNKEPT = "apply_, first", "apply_, again", "apply_, undo=False"
+FIRST, AGAIN, COPY, UNKEPT = "apply_, first", "apply_, again", 'apply_, undo="copy"', "apply_, undo=False"
 WANTED = 0.8
 
 
@@ -48,7 +48,7 @@ class Live:
             at.register_parameter(last, nn.Parameter(values, requires_grad=False))
         self.module.eval()
 
-    def apply(self, threads: int, *, undo: bool = True) -> ik.Applied:
+    def apply(self, threads: int, *, undo: bool | str = True) -> ik.Applied:
         """All of it, with half of the residual."""
         return ik.apply_(self.module, self.pair, 0.5, threads=threads, undo=undo)
 
@@ -80,10 +80,10 @@ def _read(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def verify(live: Live, triple: Triple, threads: int) -> int:
-    """Apply, undo, and compare with what `load` makes and what was there; returns how many elements.
+def verify(live: Live, triple: Triple, threads: int) -> tuple[int, int]:
+    """Apply, undo, and compare with what `load` makes and what was there.
 
-    Raises VerificationError.
+    Returns how many elements, and how many bytes were kept of them. Raises VerificationError.
     """
     wanted = ik.load(triple.target, live.pair, alpha=0.5, threads=threads)
     applied = live.apply(threads)
@@ -94,7 +94,7 @@ def verify(live: Live, triple: Triple, threads: int) -> int:
         raise VerificationError(
             f"live: {wrong[0]!r} has not the bits of load, or not those from before. Nothing timed."
         )
-    return sum(values.numel() for values in live.before.values())
+    return sum(values.numel() for values in live.before.values()), applied.nbytes
 
 
 def measure(live: Live, triple: Triple, rounds: int, threads: int) -> Result:
@@ -102,15 +102,15 @@ def measure(live: Live, triple: Triple, rounds: int, threads: int) -> Result:
     ways: Ways = {MEMORY: partial(live.touch, threads)} if native.isas() else {}
     ways[KERNEL] = partial(live.compute, threads)
     applied: list[ik.Applied] = []
-    for name in (FIRST, AGAIN, UNKEPT):
-        ways[name] = lambda name=name: applied.append(live.apply(threads, undo=name != UNKEPT))  # type: ignore[misc]
+    for name, undo in ((FIRST, True), (AGAIN, True), (COPY, "copy"), (UNKEPT, False)):
+        ways[name] = lambda undo=undo: applied.append(live.apply(threads, undo=undo))  # type: ignore[misc]
 
     def before(name: str) -> None:
         if name == FIRST:
             snapshot.forget()
 
     def after(name: str) -> None:
-        if name in (FIRST, AGAIN):
+        if name in (FIRST, AGAIN, COPY):
             applied[0].undo()
         elif name == UNKEPT:
             live.restore()  # or the module would be another one soon
@@ -118,7 +118,7 @@ def measure(live: Live, triple: Triple, rounds: int, threads: int) -> Result:
 
     times = interleave(ways, rounds, before=before, after=after)
     traffic = dict.fromkeys(times, 4 * triple.nbytes)  # what is kept apart
-    goals = [Goal(AGAIN, MEMORY, WANTED), Goal(FIRST, MEMORY), Goal(UNKEPT, MEMORY)]
+    goals = [Goal(AGAIN, MEMORY, WANTED), *(Goal(name, MEMORY) for name in (FIRST, COPY, UNKEPT))]
     facts = {**triple.facts(), "threads": threads}
     what = f"apply_ to a module of {triple.nbytes / 1e9:.3g} GB"
     return Result(what, facts, times, traffic, by="speed", yardsticks=(MEMORY,), goals=goals)

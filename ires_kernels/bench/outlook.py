@@ -22,7 +22,7 @@ _MERGES, _BRIEF, _MAPPED, _THROUGH_GPU = 13.0, 5.0, 13.0, 2.1  # seconds of a ro
 _BY_HAND = 40.0  # seconds of a round for a GB of a model of 16 bits that is merged as one of fp8, and by hand
 _MODELS = 5.0  # seconds for a GB of a model: to write three of them, and to compare a merge
 _ON_GPU = 0.1  # seconds of a round for a GB that a workload reads and writes
-_LOOKED, _LIVE = 1.5, 3.0  # seconds of a round for a GB of a model
+_LOOKED, _LIVE = 1.5, 4.0  # seconds of a round for a GB of a model
 _START = 4.0  # seconds of a round of commands
 _BEHIND_LINKS = 75.0  # seconds of a run of processes behind links
 _SCALES = 4  # threads with which kernels still become faster, at least
@@ -95,7 +95,7 @@ def of_comparing(shapes: Sequence[Shape], rounds: int) -> Outlook:
 
 
 def of_living(shapes: Sequence[Shape], rounds: int) -> Outlook:
-    """`apply_` three times a round and undone: three models in memory, and while it is verified two more."""
+    """`apply_` four times a round and undone: three models in memory, and while it is verified two more."""
     sizes = [2e-9 * shape.parameters for shape in shapes]
     seconds = sum(sizes) * (rounds * _LIVE + _MODELS)
     return Outlook(f"live: {_models(shapes)}", seconds, 5e9 * max(sizes), 3e9 * max(sizes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -120,12 +121,13 @@ class Shelf:
         self._chunks: list[mmap.mmap] = []
         self._at = self._left = 0
         self._lock = threading.Lock()
+        weakref.finalize(self, _leave, self._chunks)
 
     def put(self, record: int, size: int) -> int:
         """Copy a record here; returns its address. Raises OSError where there is no room."""
         with self._lock:
             if size > self._left:
-                chunk = mmap.mmap(-1, max(size, _CHUNK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                chunk = _chunk(size)
                 self._chunks.append(chunk)
                 self._at, self._left = _address(chunk), len(chunk)
             at = self._at
@@ -133,6 +135,35 @@ class Shelf:
             self._at, self._left = at + used, self._left - used
         ctypes.memmove(at, record, size)
         return at
+
+
+_spare: list[mmap.mmap] = []
+"""Chunks of the shelf that nobody needs any more and had most. The system may take their pages whenever it needs them
+(MADV_FREE): until then the next one, as of a sweep over alpha, has pages that are not fresh."""
+
+
+def _chunk(size: int) -> mmap.mmap:
+    """Memory for records. Raises OSError."""
+    try:
+        spare = _spare.pop() if size <= _CHUNK else None
+    except IndexError:
+        spare = None
+    if spare is not None and len(spare) >= size:
+        return spare
+    return mmap.mmap(-1, max(size, _CHUNK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def _leave(chunks: list[mmap.mmap]) -> None:
+    """For the next one, unless more are there."""
+    if hasattr(mmap, "MADV_FREE") and len(chunks) > len(_spare):
+        for chunk in chunks:
+            chunk.madvise(mmap.MADV_FREE)
+        _spare[:] = chunks
+
+
+def forget() -> None:
+    """Let go of memory that is there for the next one."""
+    _spare.clear()
 
 
 def _address(memory: mmap.mmap) -> int:

@@ -18,6 +18,7 @@ from ires_kernels.checkpoints.checkpoint import Checkpoint, FileId, Shard, Tenso
 from ires_kernels.checkpoints.header import Header, TensorInfo
 from ires_kernels.checkpoints.sources import IN_MEMORY, Read
 from ires_kernels.files.plain import size
+from ires_kernels.live import kept
 from ires_kernels.live.kept import Rooms, Run, Shelf, for_each
 from ires_kernels.live.tensors import DTYPES
 
@@ -284,8 +285,9 @@ def _room(nbytes: int) -> mmap.mmap:
 
 
 def forget() -> None:
-    """Let go of memory that is there for the next copy."""
+    """Let go of memory that is there for the next copy, or the next records."""
     _spare.clear()
+    kept.forget()
 
 
 def _leave(memory: mmap.mmap) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 
 import ires_kernels as ik
 from ires_kernels.backends import native
+from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.live import kept
 from ires_kernels.planning.rules import ArgumentError
+from ires_kernels.streaming import stream
 
 native_only = pytest.mark.skipif(not native.isas(), reason="the extension was not built")
 
@@ -276,4 +279,23 @@ def test_any_numbers_come_back(
     options: dict[str, Any] = {"rounding": rounding, "seed": seed}
     with tiles(elements=16), ik.apply_(model, [pair] * len(alphas), alphas, **options):
         pass
+    assert_same(bits(model), before)
+
+
+@pytest.mark.parametrize("cut", [0.02, 0.3, 0.6, 0.9])
+def test_a_file_that_ends_within_a_tile_leaves_the_module_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: float
+) -> None:
+    """Of the tile some pieces are changed by then, and packed."""
+    model, (instruct, base) = weights(tmp_path)
+    before, fill = bits(model), stream.fill
+
+    def cut_off(*arguments: Any, **options: Any) -> Any:
+        (path,) = instruct.glob("*.safetensors")
+        os.truncate(path, int(path.stat().st_size * cut))
+        return fill(*arguments, **options)
+
+    monkeypatch.setattr(stream, "fill", cut_off)
+    with pytest.raises((OSError, CheckpointError)):
+        ik.apply_(model, (instruct, base))
     assert_same(bits(model), before)
