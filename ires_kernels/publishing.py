@@ -9,7 +9,7 @@ from ires_kernels.pictures import profile
 from ires_kernels.planning.inputs import StrPath
 from ires_kernels.records import publication
 from ires_kernels.records.publication import Publication
-from ires_kernels.streaming.stream import Progress
+from ires_kernels.streaming.asked import Progress
 
 
 def publish(

@@ -15,7 +15,7 @@ from ires_kernels.files.samples import sample
 from ires_kernels.records import sums
 from ires_kernels.records.operation import MAPPED
 from ires_kernels.streaming import stream
-from ires_kernels.streaming.stream import Progress
+from ires_kernels.streaming.asked import Progress
 
 
 def other_names(out: Checkpoint, recorded: Mapping[str, Tensor]) -> list[str]:

@@ -26,8 +26,8 @@ from ires_kernels.planning.summing import plan_residual
 from ires_kernels.records import provenance
 from ires_kernels.records.operation import MAPPED
 from ires_kernels.streaming import stream
+from ires_kernels.streaming.asked import Progress
 from ires_kernels.streaming.reader import all_file_ids, second_copies
-from ires_kernels.streaming.stream import Progress
 from ires_kernels.streaming.tiles import Processors, processors_on
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from ires_kernels.files.ownership import StoreError
 from ires_kernels.files.plain import plain
 from ires_kernels.files.unfinished import is_unfinished, partial_path
 from ires_kernels.planning.rules import ArgumentError
-from ires_kernels.streaming.tiles import ComputeError
+from ires_kernels.streaming.failures import ComputeError
 
 _WRITING = (run.extract, run.apply, run.merge, run.resume, run.finish, run.rollback)
 

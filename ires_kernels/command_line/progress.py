@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ires_kernels.streaming.stream import Progress
+    from ires_kernels.streaming.asked import Progress
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from ires_kernels.planning.inputs import check_model
 from ires_kernels.planning.rules import ArgumentError
 
 if TYPE_CHECKING:
-    from ires_kernels.streaming.stream import Progress
+    from ires_kernels.streaming.asked import Progress
 
 
 def _stream(arguments: argparse.Namespace, *names: str) -> None:

@@ -18,9 +18,9 @@ from ires_kernels.in_place.again import Update
 from ires_kernels.in_place.cuts import Window
 from ires_kernels.planning.steps import Step, by_output
 from ires_kernels.streaming import fitting, stream
+from ires_kernels.streaming.asked import Done
 from ires_kernels.streaming.options import Options
 from ires_kernels.streaming.outcome import Outcome, tally_of
-from ires_kernels.streaming.stream import Done
 
 
 def work(update: Update, options: Options) -> Outcome:

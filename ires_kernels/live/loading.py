@@ -26,11 +26,11 @@ from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.steps import Step, by_output
 from ires_kernels.streaming import device as devices
 from ires_kernels.streaming import statedict, together
+from ires_kernels.streaming.asked import Progress
 from ires_kernels.streaming.cpu import TORCH_DTYPES
 from ires_kernels.streaming.options import Options
 from ires_kernels.streaming.outcome import Outcome
 from ires_kernels.streaming.reader import second_copies
-from ires_kernels.streaming.stream import Progress
 from ires_kernels.streaming.together import Part
 
 BATCH = 256 << 20

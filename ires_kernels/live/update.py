@@ -30,10 +30,10 @@ from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.steps import Step
 from ires_kernels.planning.sums import Sum, written_out
 from ires_kernels.streaming import together
+from ires_kernels.streaming.asked import Progress
 from ires_kernels.streaming.options import Options
 from ires_kernels.streaming.outcome import Outcome
 from ires_kernels.streaming.reader import second_copies
-from ires_kernels.streaming.stream import Progress
 from ires_kernels.streaming.together import Part
 
 _newest: WeakKeyDictionary[nn.Module, weakref.ref[Applied]] = WeakKeyDictionary()

@@ -26,8 +26,8 @@ from ires_kernels.records.operation import UNDO
 from ires_kernels.records.report import Report
 from ires_kernels.records.state import unclosed, way_out
 from ires_kernels.records.workers import WorkerReport
+from ires_kernels.streaming.asked import Progress
 from ires_kernels.streaming.reader import second_copies
-from ires_kernels.streaming.stream import Progress
 
 if TYPE_CHECKING:
     import torch

@@ -14,9 +14,9 @@ from ires_kernels.planning.application import plan_apply
 from ires_kernels.planning.evidence import Looks
 from ires_kernels.planning.inputs import Pair, StrPath, check_flags, open_inputs, roles_of_apply
 from ires_kernels.planning.rules import ArgumentError, Rules
+from ires_kernels.streaming.asked import Progress
 from ires_kernels.streaming.options import Options
 from ires_kernels.streaming.reader import second_copies
-from ires_kernels.streaming.stream import Progress
 
 if TYPE_CHECKING:
     import torch

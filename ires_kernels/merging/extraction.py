@@ -16,8 +16,8 @@ from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.summing import plan_residual
 from ires_kernels.records.report import Report
 from ires_kernels.records.workers import WorkerReport
+from ires_kernels.streaming.asked import Progress
 from ires_kernels.streaming.reader import second_copies
-from ires_kernels.streaming.stream import Progress
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ires_kernels.merging.request import Added, Factors, Renames, wanted
 from ires_kernels.planning.inputs import StrPath, check_flags
-from ires_kernels.streaming.stream import Progress
+from ires_kernels.streaming.asked import Progress
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from ires_kernels.planning.plan import Plan
 from ires_kernels.records import repetition
 from ires_kernels.records.report import Report
 from ires_kernels.records.workers import WorkerReport
-from ires_kernels.streaming.stream import Progress
+from ires_kernels.streaming.asked import Progress
 
 if TYPE_CHECKING:
     import torch

@@ -13,8 +13,8 @@ from ires_kernels.planning.inputs import Pair, StrPath, check_flags, roles_of_ap
 from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.sums import Sum, written_out
 from ires_kernels.planning.workers import Cluster, Worker, asked
+from ires_kernels.streaming.asked import Progress
 from ires_kernels.streaming.options import Options
-from ires_kernels.streaming.stream import Progress
 
 if TYPE_CHECKING:
     import torch

@@ -20,8 +20,8 @@ from ires_kernels.planning.inputs import StrPath
 from ires_kernels.planning.rules import ArgumentError
 from ires_kernels.records import state
 from ires_kernels.records.report import Report
+from ires_kernels.streaming.asked import Progress
 from ires_kernels.streaming.options import Options
-from ires_kernels.streaming.stream import Progress
 
 if TYPE_CHECKING:
     import torch

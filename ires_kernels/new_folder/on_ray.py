@@ -35,9 +35,9 @@ from ires_kernels.records import state
 from ires_kernels.records.operation import Operation
 from ires_kernels.records.report import Report
 from ires_kernels.records.workers import Noted
+from ires_kernels.streaming.failures import ComputeError
 from ires_kernels.streaming.options import Options
 from ires_kernels.streaming.outcome import Outcome
-from ires_kernels.streaming.tiles import ComputeError
 
 _THREADS = 8
 """Of a task, as of a process alone; fewer where machines have fewer."""

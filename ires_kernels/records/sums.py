@@ -16,7 +16,7 @@ from ires_kernels.files.opening import MAX_CONFIG, read_bytes
 from ires_kernels.files.plain import plain_lines
 from ires_kernels.planning.inputs import StrPath
 from ires_kernels.records import provenance
-from ires_kernels.streaming.stream import Progress
+from ires_kernels.streaming.asked import Progress
 
 _LINE = re.compile(r"(?P<sum>[0-9a-f]{64}) [ *](?P<name>.+)")
 

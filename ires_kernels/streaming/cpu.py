@@ -18,7 +18,8 @@ from ires_kernels.files.transfer import read_into
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Step
 from ires_kernels.streaming.encoded import Coding
-from ires_kernels.streaming.tiles import Portion, Slot, buffer_sizes, cut, failed_read, memory, tiles
+from ires_kernels.streaming.failures import failed_read
+from ires_kernels.streaming.tiles import Portion, Slot, buffer_sizes, cut, memory, tiles
 from ires_kernels.tensors import checks, ops
 
 TORCH_DTYPES: dict[str, torch.dtype] = {

@@ -41,6 +41,7 @@ from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.steps import Step
 from ires_kernels.streaming.cpu import NOTHING, TORCH_DTYPES, Cpu, compute, zeros
 from ires_kernels.streaming.encoded import Coding
+from ires_kernels.streaming.failures import failed_read
 from ires_kernels.streaming.ring import Piece, Ring
 from ires_kernels.streaming.tiles import (
     Portion,
@@ -49,7 +50,6 @@ from ires_kernels.streaming.tiles import (
     Slot,
     buffer_sizes,
     cut,
-    failed_read,
     packed,
     tiles,
 )

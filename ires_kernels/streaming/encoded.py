@@ -13,8 +13,9 @@ from ires_kernels.backends import encoding
 from ires_kernels.checkpoints.quantized import QuantizedRef
 from ires_kernels.planning.steps import Step
 from ires_kernels.streaming.decoded import Decoded
+from ires_kernels.streaming.failures import ComputeError
 from ires_kernels.streaming.pieces import Reader, take
-from ires_kernels.streaming.tiles import ComputeError, Slot
+from ires_kernels.streaming.tiles import Slot
 
 
 class Scales(NamedTuple):

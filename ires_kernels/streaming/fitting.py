@@ -10,8 +10,9 @@ from ires_kernels.backends.fit import Fit
 from ires_kernels.checkpoints.checkpoint import FileId
 from ires_kernels.planning.steps import Operand, Output, Step
 from ires_kernels.streaming import stream
-from ires_kernels.streaming.stream import Progress
-from ires_kernels.streaming.tiles import Portion, Slot, buffer_sizes, cut, failed_read, memory, tiles
+from ires_kernels.streaming.asked import Progress
+from ires_kernels.streaming.failures import failed_read
+from ires_kernels.streaming.tiles import Portion, Slot, buffer_sizes, cut, memory, tiles
 
 
 def fits(

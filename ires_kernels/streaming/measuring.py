@@ -16,8 +16,8 @@ from ires_kernels.checkpoints.quantized import QuantizedRef
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Output, Step
 from ires_kernels.streaming import stream
+from ires_kernels.streaming.asked import Progress
 from ires_kernels.streaming.outcome import Outcome
-from ires_kernels.streaming.stream import Progress
 from ires_kernels.streaming.tiles import Processors, Slot
 
 Found = Callable[[QuantizedRef, Tensor], None]

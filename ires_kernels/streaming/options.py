@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ires_kernels.checkpoints.header import brief
 from ires_kernels.planning.rules import ArgumentError
-from ires_kernels.streaming.stream import Progress
+from ires_kernels.streaming.asked import Progress
 from ires_kernels.streaming.tiles import Processors, processors_on
 
 if TYPE_CHECKING:

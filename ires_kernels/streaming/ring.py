@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from torch import Tensor
 
 from ires_kernels.files.plain import size
-from ires_kernels.streaming.tiles import ComputeError
+from ires_kernels.streaming.failures import ComputeError
 
 PIECE = 8 << 20
 """Bytes of a piece: at 26 GB/s 3,000 tiles a second, each with a third of a millisecond for its calls."""

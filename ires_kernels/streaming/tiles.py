@@ -10,13 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from ires_kernels.backends.call import Tally
 from ires_kernels.checkpoints.sources import Read
 from ires_kernels.dtypes import FLOATS
-from ires_kernels.files.transfer import shrunk
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Step
 
@@ -47,24 +45,6 @@ tiles: ContextVar[Tiles] = ContextVar("tiles", default=TILES)
 """Of the runs that begin in this context."""
 
 Bytes = TypeVar("Bytes", memoryview, "Tensor")
-
-
-class ComputeError(RuntimeError):
-    """A processor failed on the way, as a GPU may that has no memory left."""
-
-
-class ReadError(Exception):
-    """An input of a tile could not be read: `reason`, in work on `step`."""
-
-    def __init__(self, step: Step, reason: OSError) -> None:
-        super().__init__(step, reason)
-        self.step = step
-        self.reason = reason
-
-
-def failed_read(step: Step, path: Path, error: int, at: int) -> ReadError:
-    """What to raise of a read of `path` that failed with `error`, an errno, or 0 at the end of the file."""
-    return ReadError(step, OSError(error, os.strerror(error), f"{path}") if error else shrunk(path, at))
 
 
 class Portion(NamedTuple):

@@ -18,8 +18,8 @@ from ires_kernels.files import interrupts
 from ires_kernels.planning.rules import Rules
 from ires_kernels.planning.steps import Step
 from ires_kernels.streaming import stream
+from ires_kernels.streaming.asked import Placed, Progress
 from ires_kernels.streaming.outcome import Outcome
-from ires_kernels.streaming.stream import Placed, Progress
 from ires_kernels.streaming.tiles import Processors
 
 if TYPE_CHECKING:

@@ -45,8 +45,9 @@ from ires_kernels.planning.rules import ArgumentError, Rules
 from ires_kernels.planning.steps import Operand, Output, Step
 from ires_kernels.records.report import Report
 from ires_kernels.streaming import device, statedict, stream
+from ires_kernels.streaming.failures import ComputeError
 from ires_kernels.streaming.ring import PIECE, PIECES, Ring
-from ires_kernels.streaming.tiles import TILES, ComputeError
+from ires_kernels.streaming.tiles import TILES
 
 Work = Callable[[], None]
 needs_native = pytest.mark.skipif(not native.status("cpu").available, reason="the extension is not there")
