@@ -20,7 +20,7 @@ from ires_kernels.planning.steps import Step
 from ires_kernels.streaming.encoded import Coding
 from ires_kernels.streaming.failures import failed_read
 from ires_kernels.streaming.tiles import Portion, Slot, buffer_sizes, cut, memory, tiles
-from ires_kernels.tensors import checks, ops
+from ires_kernels.tensors import ops, scalars
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     dtype.name: getattr(torch, dtype.torch) for dtype in STORAGE.values() if dtype.torch and hasattr(torch, dtype.torch)
@@ -49,7 +49,7 @@ class Cpu:
             return 0
         if step.op == "copy":
             return 0 if any(read.fd == IN_MEMORY for each in reads for read in each) else tiles.get().in_pieces
-        if any(abs(factor) >= checks.F32_OVERFLOW for factor in step.factors):
+        if any(abs(factor) >= scalars.F32_OVERFLOW for factor in step.factors):
             return 0  # which is checked where it is computed otherwise
         return self.tile if any(seen) else tiles.get().in_pieces
 
@@ -245,7 +245,7 @@ def call(step: Step, operands: Sequence[Tensor], out: Tensor, first: int, rules:
     """`compute` as what a backend takes."""
     op = "subtract" if step.op == "convert" else step.op
     factors = () if op == "subtract" else step.factors
-    checks.factors_in_range(op, factors, [out], [tuple(operands)])
+    scalars.factors_in_range(op, factors, [out], [tuple(operands)])
     random = rules.rounding == "stochastic", rules.seed, [step.stream]
     return Call(op, [out], [tuple(operands)], factors, *random, first, tally)
 

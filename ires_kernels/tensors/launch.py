@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ires_kernels.backends.call import Call, Tally
 from ires_kernels.backends.choice import choose, thread_count
-from ires_kernels.tensors import checks, regions
-from ires_kernels.tensors.checks import Names, Rounding
+from ires_kernels.tensors import checks, regions, scalars
+from ires_kernels.tensors.names import Names
+from ires_kernels.tensors.scalars import Rounding
 
 _PART = 256 << 20
 """Bytes of operands that have to be there at once where some are mapped files: what is populated long before it is used
@@ -59,16 +60,16 @@ def _call(
     tally: Tally | None,
 ) -> Call:
     op = names.op
-    checks.factors_in_range(op, factors, outs, inputs)
+    scalars.factors_in_range(op, factors, outs, inputs)
     return Call(
         op.rstrip("_"),
         outs,
         inputs,
         factors,
-        checks.stochastic(rounding.mode, op),
-        checks.unsigned(rounding.seed, op, "seed"),
-        checks.streams(rounding.stream, len(outs), op),
-        checks.unsigned(rounding.offset, op, "offset"),
+        scalars.stochastic(rounding.mode, op),
+        scalars.unsigned(rounding.seed, op, "seed"),
+        scalars.streams(rounding.stream, len(outs), op),
+        scalars.unsigned(rounding.offset, op, "offset"),
         tally,
     )
 

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from ires_kernels.backends.call import Tally
-from ires_kernels.tensors import checks, launch
-from ires_kernels.tensors.checks import Names, Rounding
+from ires_kernels.tensors import checks, launch, scalars
+from ires_kernels.tensors.names import Names
+from ires_kernels.tensors.scalars import Rounding
 
 _TENSORS = {
     "subtract": ("a", "b"),
@@ -94,11 +95,11 @@ def _pack(
     """The arguments of an operator. torch.compile traces this: plain Python that it can follow."""
     options = {
         "rounding": rounding.mode,
-        "seed": _signed(checks.unsigned(rounding.seed, op, "seed")),
-        "stream": [_signed(x) for x in checks.streams(rounding.stream, len(inputs), op)],
-        "offset": _signed(checks.unsigned(rounding.offset, op, "offset")),
+        "seed": _signed(scalars.unsigned(rounding.seed, op, "seed")),
+        "stream": [_signed(x) for x in scalars.streams(rounding.stream, len(inputs), op)],
+        "offset": _signed(scalars.unsigned(rounding.offset, op, "offset")),
     }
-    checks.stochastic(rounding.mode, op)
+    scalars.stochastic(rounding.mode, op)
     if op in {"add", "add_"}:
         return [[row[0] for row in inputs], [x for row in inputs for x in row[1:]], list(factors)], options
     if op in {"add_difference", "add_difference_"} and len(factors) > 1:
@@ -150,7 +151,7 @@ def _kernel(op: str, *, fake: bool) -> Callable[..., list[Tensor] | None]:
         if fake:
             factors = (1.0,) * len(factors)
         else:
-            factors = tuple(checks.factor(x, f"{op}: a factor") for x in factors)
+            factors = tuple(scalars.factor(x, f"{op}: a factor") for x in factors)
             how = Rounding(rounding, seed % 2**64, [x % 2**64 for x in stream] or 0, offset % 2**64)
         if op.endswith("_"):
             launch.in_place(names, inputs, factors, how)

@@ -21,8 +21,9 @@ from torch._C import _len_torch_dispatch_stack as dispatch_modes
 from torch.compiler import is_compiling
 
 from ires_kernels.backends.call import Tally
-from ires_kernels.tensors import checks, launch, library
-from ires_kernels.tensors.checks import Names, Rounding
+from ires_kernels.tensors import checks, launch, library, scalars
+from ires_kernels.tensors.names import Names
+from ires_kernels.tensors.scalars import Rounding
 
 Tensors: TypeAlias = Tensor | Sequence[Tensor]
 T = TypeVar("T", Tensor, Sequence[Tensor])
@@ -112,7 +113,7 @@ def add(
         tensor([0., 2.])
     """
     names, inputs = checks.residual_rows("add", t, residual)
-    alphas = checks.factors(alpha, _width(inputs), "add: alpha")
+    alphas = scalars.factors(alpha, _width(inputs), "add: alpha")
     return cast(T, _apart(names, inputs, alphas, out, dtype, Rounding(rounding, seed, stream, offset), tally))
 
 
@@ -137,7 +138,7 @@ def add_(
     [1.008, 1.008]
     """
     names, inputs = checks.residual_rows("add_", t, residual)
-    alphas = checks.factors(alpha, _width(inputs), "add_: alpha")
+    alphas = scalars.factors(alpha, _width(inputs), "add_: alpha")
     _in_place(names, inputs, alphas, Rounding(rounding, seed, stream, offset))
     return t
 
@@ -161,7 +162,7 @@ def scale(
     """
     names = Names("scale", ("t",), checks.is_listed(t, "scale: t"))
     inputs = checks.rows(names, t)
-    factors = (checks.factor(s, "scale: s"),)
+    factors = (scalars.factor(s, "scale: s"),)
     return cast(T, _apart(names, inputs, factors, out, dtype, Rounding(rounding, seed, stream, offset), None))
 
 
@@ -182,7 +183,7 @@ def scale_(
     """
     names = Names("scale_", ("t",), checks.is_listed(t, "scale_: t"))
     inputs = checks.rows(names, t)
-    _in_place(names, inputs, (checks.factor(s, "scale_: s"),), Rounding(rounding, seed, stream, offset))
+    _in_place(names, inputs, (scalars.factor(s, "scale_: s"),), Rounding(rounding, seed, stream, offset))
     return t
 
 
@@ -215,7 +216,7 @@ def add_difference(
         tensor([3.2500, 1.0000])
     """
     names, inputs = checks.pair_rows("add_difference", t, x, y)
-    factors = checks.factors(alpha, _pairs(inputs), "add_difference: alpha", "pairs")
+    factors = scalars.factors(alpha, _pairs(inputs), "add_difference: alpha", "pairs")
     return cast(T, _apart(names, inputs, factors, out, dtype, Rounding(rounding, seed, stream, offset), tally))
 
 
@@ -238,7 +239,7 @@ def add_difference_(
     tensor([3.2500, 3.0000])
     """
     names, inputs = checks.pair_rows("add_difference_", t, x, y)
-    factors = checks.factors(alpha, _pairs(inputs), "add_difference_: alpha", "pairs")
+    factors = scalars.factors(alpha, _pairs(inputs), "add_difference_: alpha", "pairs")
     _in_place(names, inputs, factors, Rounding(rounding, seed, stream, offset))
     return t
 
@@ -254,7 +255,7 @@ def _apart(
 ) -> Tensors:
     """Compute into out= or into new tensors: one, or a list as the first argument is."""
     if dtype is not None:
-        dtype = checks.storage_dtype(dtype, f"{names.op}: dtype")
+        dtype = scalars.storage_dtype(dtype, f"{names.op}: dtype")
     given = None if out is None else checks.outputs(names, out, dtype, len(inputs))
     run = library.apart if is_compiling() or dispatch_modes() else launch.apart
     outs = run(names, inputs, factors, given, dtype, rounding, tally)

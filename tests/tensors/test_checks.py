@@ -17,8 +17,8 @@ from oracle import STORAGE
 from torch import Tensor
 
 import ires_kernels as ik
-from ires_kernels.tensors import checks
-from ires_kernels.tensors.checks import _overlaps_itself, _share_memory
+from ires_kernels.tensors import overlap
+from ires_kernels.tensors.overlap import _share_memory, overlaps_itself
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -409,7 +409,7 @@ def test_a_list_of_many_tensors_is_checked_quickly(monkeypatch: pytest.MonkeyPat
         compared[0] += 1
         return _share_memory(a, b)
 
-    monkeypatch.setattr(checks, "_share_memory", counting)
+    monkeypatch.setattr(overlap, "_share_memory", counting)
     apart = [torch.zeros(8) for _ in range(2000)]
     ik.add_(apart, [torch.ones(8) for _ in apart])
     assert compared == [0]
@@ -437,7 +437,7 @@ def test_overlap_is_decided_exactly(data: st.DataObject) -> None:
     pool, numbers = torch.zeros(100, dtype=torch.float16), torch.arange(100)
     (a, in_a), (b, in_b) = view(), view()
     assert _share_memory(a, b) == bool(set(in_a) & set(in_b))
-    assert _overlaps_itself(a) == (len(set(in_a)) < len(in_a))
+    assert overlaps_itself(a) == (len(set(in_a)) < len(in_a))
 
 
 @settings(max_examples=200)
