@@ -70,6 +70,7 @@ def of_model(
     base = parents.get(roles.base_of((giver or donors[0]).role)) if donors else None
     if giver is None and base is not None and base.has("tokenizer") and not own.has("tokenizer"):
         said.append("neither instruct nor the target has a tokenizer, and that of base is not taken")
+    said += _lacking(own, others) if blended else []
     absent = "" if blended else f"not in {' and '.join(donor.role for donor in donors)}"
     holder, why = giver or own, "" if giver else absent
     if own_tokenizer:
@@ -116,6 +117,21 @@ def of_model(
             # What the target lives with is no fault of the merge.
             (said if key in before else problems).append(text)
     return Chosen(files, left, said, problems)
+
+
+def _lacking(first: Parent, others: Iterable[Parent]) -> list[str]:
+    """What to say where the first model of a blend, which gives all files, has not what another has."""
+    models = [first, *others]
+    owners = {
+        "tokenizer": [model for model in models if model.has("tokenizer")],
+        "chat template": [model for model in models if model.has_template],
+    }
+    return [
+        f"{first.role} has no {what}, and so the output has none: {those[0].role} has one. Where that model is "
+        "base_model, its files are taken"
+        for what, those in owners.items()
+        if those and first not in those
+    ]
 
 
 def of_residual(giver: Checkpoint, role: str = "instruct") -> list[SideFile]:

@@ -48,11 +48,20 @@ def recipe(*weights: Any, more: str = "", names: tuple[str, ...] = NAMES) -> str
     return f"merge_method: linear\nmodels:\n{listed}{more}"
 
 
+def write(text: str) -> Path:
+    path = Path("recipe.yml")
+    path.write_text(text)
+    return path
+
+
+def tokenizer(*words: str) -> str:
+    return json.dumps({"model": {"type": "BPE", "vocab": {w: i for i, w in enumerate(words)}, "merges": []}})
+
+
 def merge(text: str, **options: Any) -> Path:
     """The output of a recipe."""
-    Path("recipe.yml").write_text(text)
     shutil.rmtree("out", ignore_errors=True)
-    ik.merge("recipe.yml", out="out", sync=False, **options)
+    ik.merge(write(text), out="out", sync=False, **options)
     return Path("out")
 
 
@@ -329,11 +338,24 @@ def test_strangers_are_warned_of(root: Path) -> None:
     assert "have no mean that is one" in said
 
 
+def test_files_that_the_first_model_lacks(root: Path) -> None:
+    """A warning says whose they could be, and what to do for it."""
+    (root / "two/tokenizer.json").write_text(tokenizer("a", "b"))
+    (root / "three/chat_template.jinja").write_text("{{ chat }}")
+    report: Any = ik.merge(write(recipe(1, 1, 1)), out="out")
+    assert [text.partition(". ")[0] for text in report.warnings] == [
+        "target has no chat template, and so the output has none: model-3 has one",
+    ]
+    for folder in ("one", "three"):
+        (root / folder / "tokenizer_config.json").unlink()
+    report = ik.merge(write(recipe(1, 1, 1)), out="other")
+    assert "target has no tokenizer, and so the output has none: model-2 has one. Where" in report.warnings[0]
+    merge(recipe(1, 1, 1, more="base_model: three\n"))
+    assert (root / "out/chat_template.jinja").read_text() == "{{ chat }}"
+
+
 def test_other_tokens(root: Path) -> None:
     """Rows of one number that are of other tokens have no mean, unless rows are what is asked for."""
-
-    def tokenizer(*words: str) -> str:
-        return json.dumps({"model": {"type": "BPE", "vocab": {w: i for i, w in enumerate(words)}, "merges": []}})
 
     words = [f"w{i}" for i in range(40)]
     (root / "one/tokenizer.json").write_text(tokenizer(*words))
@@ -398,6 +420,28 @@ def test_not_in_place() -> None:
     Path("recipe.yml").write_text(recipe(1, 1))
     with pytest.raises(ArgumentError, match="merge_method linear makes a new model of several: write a new folder"):
         ik.merge("recipe.yml", in_place=True)
+
+
+def test_manifests_of_no_blend(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Roles with gaps, and factors for other numbers of models."""
+    merge(recipe(1, 1, 1))
+    right = json.loads((root / "out/ires.json").read_text())
+    rules = right["rules"]
+    for inputs, alpha, said in (
+        (["target", "model-3"], [0.5, 0.5], "inputs are ['target', 'model-3'], wanted"),
+        (["model-2", "model-3"], [0.5, 0.5], "inputs are"),
+        (["target", "model-2", "model-3"], [0.5, 0.5], "rules.alpha has not 3 factors"),
+    ):
+        table = {
+            **right,
+            "inputs": {role: right["inputs"][role] for role in inputs},
+            "rules": {**rules, "alpha": alpha},
+        }
+        (root / "out/ires.json").write_text(json.dumps(table))
+        for command in (["merge", "out/ires.json", "-o", "again"], ["verify", "out"]):
+            assert main([*command, "--trust-inputs"]) == 2
+            assert said in capsys.readouterr().err
+    assert not (root / "again").exists()
 
 
 def test_a_residual_is_no_model(root: Path) -> None:
