@@ -2,7 +2,7 @@
 
 The loop finds all of it in memory, where `apply_` reads the pair of models from the page cache and keeps what it takes
 to undo it. So there are four of them: the first in a process, whose memory for that is fresh; those that follow it, as
-of a sweep over alpha; one that keeps a copy, which follows another; and one that keeps nothing.
+of a sweep over alpha; one that keeps it packed, which follows another; and one that keeps nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ires_kernels.live import snapshot
 from ires_kernels.streaming.cpu import TORCH_DTYPES
 
 KERNEL = "the kernel, in memory"
-FIRST, AGAIN, COPY, UNKEPT = "apply_, first", "apply_, again", 'apply_, undo="copy"', "apply_, undo=False"
+FIRST, AGAIN, PACKED, UNKEPT = "apply_, first", "apply_, again", 'apply_, undo="packed"', "apply_, undo=False"
 WANTED = 0.8
 
 
@@ -86,7 +86,7 @@ def verify(live: Live, triple: Triple, threads: int) -> tuple[int, int]:
     Returns how many elements, and how many bytes were kept of them. Raises VerificationError.
     """
     wanted = ik.load(triple.target, live.pair, alpha=0.5, threads=threads)
-    applied = live.apply(threads)
+    applied = live.apply(threads, undo="packed")
     wrong = [name for name, values in live.target.items() if not torch.equal(values, wanted[name])]
     applied.undo()
     wrong += [name for name, values in live.target.items() if not torch.equal(values, live.before[name])]
@@ -102,7 +102,7 @@ def measure(live: Live, triple: Triple, rounds: int, threads: int) -> Result:
     ways: Ways = {MEMORY: partial(live.touch, threads)} if native.isas() else {}
     ways[KERNEL] = partial(live.compute, threads)
     applied: list[ik.Applied] = []
-    for name, undo in ((FIRST, True), (AGAIN, True), (COPY, "copy"), (UNKEPT, False)):
+    for name, undo in ((FIRST, True), (AGAIN, True), (PACKED, "packed"), (UNKEPT, False)):
         ways[name] = lambda undo=undo: applied.append(live.apply(threads, undo=undo))  # type: ignore[misc]
 
     def before(name: str) -> None:
@@ -110,7 +110,7 @@ def measure(live: Live, triple: Triple, rounds: int, threads: int) -> Result:
             snapshot.forget()
 
     def after(name: str) -> None:
-        if name in (FIRST, AGAIN, COPY):
+        if name in (FIRST, AGAIN, PACKED):
             applied[0].undo()
         elif name == UNKEPT:
             live.restore()  # or the module would be another one soon
@@ -118,7 +118,7 @@ def measure(live: Live, triple: Triple, rounds: int, threads: int) -> Result:
 
     times = interleave(ways, rounds, before=before, after=after)
     traffic = dict.fromkeys(times, 4 * triple.nbytes)  # what is kept apart
-    goals = [Goal(AGAIN, MEMORY, WANTED), *(Goal(name, MEMORY) for name in (FIRST, COPY, UNKEPT))]
+    goals = [Goal(AGAIN, MEMORY, WANTED), *(Goal(name, MEMORY) for name in (FIRST, PACKED, UNKEPT))]
     facts = {**triple.facts(), "threads": threads}
     what = f"apply_ to a module of {triple.nbytes / 1e9:.3g} GB"
     return Result(what, facts, times, traffic, by="speed", yardsticks=(MEMORY,), goals=goals)

@@ -168,7 +168,7 @@ def _living(arguments: argparse.Namespace, report: Report) -> None:
             live = living.Live(triple)
             compared, kept = living.verify(live, triple, threads)
             report.say_verified(f"apply_ and undo: {compared:,} elements have the bits of load, and those from before")
-            report.say_verified(f"undo keeps {8 * kept / compared:.2f} bits of each element")
+            report.say_verified(f'undo="packed" keeps {8 * kept / compared:.2f} bits of each element')
             with report.console.status(f"changing a module of {triple.nbytes / 1e9:.3g} GB"):
                 report.looked.append(living.measure(live, triple, arguments.rounds, threads))
     print_contenders(report.console, f"Live on the CPU, threads {threads}", report.looked)

@@ -41,15 +41,13 @@ _newest: WeakKeyDictionary[nn.Module, weakref.ref[Applied]] = WeakKeyDictionary(
 
 
 _OR_FORCE = ", or give force=True, with which it is lost"
-_PACKED = (
-    '; or call apply_(…, undo="copy") the next time, which keeps a copy, and give force=True, with which it is lost'
-)
+_PACKED = "; or keep a copy the next time, apply_(…, undo=True), and give force=True, with which it is lost"
 
 
 class Applied:
     """What `apply_` did to a module, and how to take it back. As a context manager it is taken back at the end.
 
-    It holds what the update did to the bits, from which those from before come again; that goes with it.
+    It holds the bits from before, as a copy or packed; they go with it.
     """
 
     def __init__(self, module: nn.Module, target: Target, changed: Sequence[str], *, undo: bool):
@@ -70,7 +68,7 @@ class Applied:
         """Give every parameter and buffer the bits that it had. Again it does nothing.
 
         force  also where they have changed since, by an optimiser or by another `apply_`: that is lost. Where the bits
-               are others by now, a copy has to be there (``apply_(…, undo="copy")``): from them nothing can be unpacked
+               are others by now, a copy has to be there: from them nothing comes again that was packed
 
         Of a sharded module each process gives back what it has, and asks nobody: all of them are to call it.
 
@@ -107,8 +105,8 @@ class Applied:
             if other is not None:
                 raise ArgumentError(
                     f"{brief(other)} has other bits than this update left there, and those from before were packed by "
-                    "these: nothing was taken back. Undo first what was done since, or call "
-                    'apply_(…, undo="copy") the next time, which keeps a copy, and undo(force=True).'
+                    "these: nothing was taken back. Undo first what was done since; or keep a copy the next time, "
+                    "apply_(…, undo=True), and give force=True."
                 )
             self._before.put_back(here, self.changed)
             self._before = None
@@ -175,17 +173,16 @@ def apply_(
     objects, with their requires_grad; their version counters tell autograd. Everything is checked first, and where
     something fails later, or is interrupted, the module gets back the bits that it had.
 
-    Returns what can take it back: ``with ik.apply_(model, residual, 0.7): …`` does so at the end. For that it is kept
-    what the update did to the bits, in a fifth to a half of the memory of bfloat16 weights, and no file is needed
-    again; without the returned object it is the system's at once. What an
+    Returns what can take it back: ``with ik.apply_(model, residual, 0.7): …`` does so at the end. For that a copy of
+    what is changed stays in the memory of the CPU; without the returned object it is the system's at once. What an
     optimiser has of the model, such as moments and float32 copies of its weights, does not know of the update: make it
     anew.
 
-    undo  True: keep what the update did to the bits, from which those before come again. Of tensors in the memory of a
-          GPU or of strides of their own, of other dtypes than bfloat16, float16 and float32, and where the extension is
-          missing, a copy is kept
-          "copy": keep a copy of all that is changed, which takes its memory. It can also be given back where others
-          have changed the module since: undo(force=True)
+    undo  True: keep a copy, which can also be given back where others have changed the module since: undo(force=True)
+          "packed": keep what the update did to the bits, from which those before come again: a fifth to a half of the
+          memory of a copy of bfloat16 weights, at no time more, and no file is needed again. It takes longer, about as
+          long again as the update. Of tensors in the memory of a GPU or of strides of their own, of other dtypes than
+          bfloat16, float16 and float32, and where the extension is missing, a copy is kept
           False: keep no bits, which saves that memory and half of the time. Nothing can be taken back then, and where
           something fails after the first tensor was changed, a warning says that the module is no longer whole. Of
           a module that several processes hold they are kept until all have succeeded
@@ -199,8 +196,8 @@ def apply_(
     device, quantized, or of torch.inference_mode, and for DTensors that are sums still to be made (Partial).
     """
     check_flags(follow_links=follow_links)
-    if not (isinstance(undo, bool) or undo == "copy"):
-        raise TypeError(f'undo is {type(undo).__name__} {brief(undo)}, wanted True, False or "copy"')
+    if not (isinstance(undo, bool) or undo == "packed"):
+        raise TypeError(f'undo is {type(undo).__name__} {brief(undo)}, wanted True, False or "packed"')
     module = held.inner(module)
     with sharding.peers(module) as peers:
         options = Options.of("cpu", threads, progress)
@@ -236,7 +233,7 @@ def apply_(
             here = target.local()
             try:
                 with interrupts.held():
-                    target.keep(plan, changed, undo=bool(undo), packed=undo is True)
+                    target.keep(plan, changed, undo=bool(undo), packed=undo == "packed")
                     _fill(plan, {name: here[name] for name in changed}, target, options)
                     applied = Applied(module, target, changed, undo=bool(undo))
                     peers.end()

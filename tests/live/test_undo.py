@@ -65,12 +65,12 @@ def weights(
 def test_it_takes_a_share_of_the_memory(tmp_path: Path, dtype: torch.dtype, share: float) -> None:
     model, pair = weights(tmp_path, dtype)
     before, size = bits(model), sum(tensor.nbytes for tensor in model.state_dict().values())
-    with ik.apply_(model, pair) as applied:
+    with ik.apply_(model, pair, undo="packed") as applied:
         changed = bits(model)
         assert not torch.equal(changed["a"], before["a"])
         assert applied.nbytes <= share * size
     assert_same(bits(model), before)
-    with ik.apply_(model, pair, undo="copy") as applied:
+    with ik.apply_(model, pair, undo=True) as applied:
         assert applied.nbytes == size
         assert_same(bits(model), changed)
     assert_same(bits(model), before)
@@ -79,7 +79,7 @@ def test_it_takes_a_share_of_the_memory(tmp_path: Path, dtype: torch.dtype, shar
 def test_no_file_is_needed_to_take_it_back(tmp_path: Path) -> None:
     model, (instruct, base) = weights(tmp_path)
     before = bits(model)
-    applied = ik.apply_(model, (instruct, base))
+    applied = ik.apply_(model, (instruct, base), undo="packed")
     for path in (*instruct.iterdir(), *base.iterdir()):
         path.write_bytes(b"")
         path.unlink()
@@ -92,9 +92,9 @@ def test_a_sweep_and_one_within_another(tmp_path: Path) -> None:
     model, pair = weights(tmp_path)
     before = bits(model)
     for alpha in (0, 0.5, -3.0, 1000.0):
-        with ik.apply_(model, pair, alpha) as one:
+        with ik.apply_(model, pair, alpha, undo="packed") as one:
             between = bits(model)
-            with ik.apply_(model, [pair, pair[::-1]], [alpha, 0.25], rounding="stochastic") as two:
+            with ik.apply_(model, [pair, pair[::-1]], [alpha, 0.25], rounding="stochastic", undo="packed") as two:
                 assert two.nbytes > 0
                 assert (one.nbytes > 0) == (alpha != 0)
             assert_same(bits(model), between)
@@ -106,7 +106,7 @@ def test_where_the_extension_is_missing_it_is_a_copy(tmp_path: Path, monkeypatch
     monkeypatch.setenv("IRES_BACKEND", "reference")
     model, pair = weights(tmp_path)
     before = bits(model)
-    with ik.apply_(model, pair) as applied:
+    with ik.apply_(model, pair, undo="packed") as applied:
         assert applied.nbytes == sum(tensor.nbytes for tensor in before.values())
     assert_same(bits(model), before)
 
@@ -115,12 +115,12 @@ def test_where_the_extension_is_missing_it_is_a_copy(tmp_path: Path, monkeypatch
 def test_bits_that_are_others_by_now_are_noticed_whoever_changed_them(tmp_path: Path) -> None:
     """Also what torch does not count, as changes of `data` are."""
     model, pair = weights(tmp_path)
-    applied = ik.apply_(model, pair)
+    applied = ik.apply_(model, pair, undo="packed")
     changed = bits(model)
     model.get_parameter("b").data[17] = 3
     others = bits(model)
     for force in (False, True):
-        with pytest.raises(ArgumentError, match=r"'b' has other bits than this update left there.*undo=\"copy\""):
+        with pytest.raises(ArgumentError, match=r"'b' has other bits than this update left there.*undo=True"):
             applied.undo(force=force)
         assert_same(bits(model), others)
     model.get_parameter("b").data[17] = changed["b"][17]
@@ -132,9 +132,9 @@ def test_bits_that_are_others_by_now_are_noticed_whoever_changed_them(tmp_path: 
 def test_force_takes_back_what_has_the_same_bits_still(tmp_path: Path) -> None:
     model, pair = weights(tmp_path)
     before = bits(model)
-    applied = ik.apply_(model, pair)
+    applied = ik.apply_(model, pair, undo="packed")
     model.get_parameter("a").add_(0)
-    with pytest.raises(ArgumentError, match=r"Undo that first; or call apply_\(…, undo=\"copy\"\) the next time"):
+    with pytest.raises(ArgumentError, match=r"Undo that first; or keep a copy the next time, apply_\(…, undo=True\)"):
         applied.undo()
     applied.undo(force=True)
     assert_same(bits(model), before)
@@ -143,7 +143,7 @@ def test_force_takes_back_what_has_the_same_bits_still(tmp_path: Path) -> None:
 def test_a_copy_is_there_whatever_was_done_since(tmp_path: Path) -> None:
     model, pair = weights(tmp_path)
     before = bits(model)
-    applied = ik.apply_(model, pair, undo="copy")
+    applied = ik.apply_(model, pair, undo=True)
     model.get_parameter("a").mul_(2)
     with pytest.raises(ArgumentError, match="or give force=True"):
         applied.undo()
@@ -155,7 +155,7 @@ def test_tensors_that_lie_elsewhere_by_now(tmp_path: Path) -> None:
     """As after `to` another device and back, or to other strides."""
     model, pair = weights(tmp_path)
     before = bits(model)
-    applied = ik.apply_(model, pair)
+    applied = ik.apply_(model, pair, undo="packed")
     weight = model.get_parameter("a")
     weight.data = weight.data.t().contiguous().t()
     model.get_parameter("b").data = model.get_parameter("b").data.clone()
@@ -166,8 +166,8 @@ def test_tensors_that_lie_elsewhere_by_now(tmp_path: Path) -> None:
 
 def test_what_undo_may_be(tmp_path: Path) -> None:
     model, pair = weights(tmp_path)
-    for wrong in ("all", 1, None):
-        with pytest.raises(TypeError, match='wanted True, False or "copy"'):
+    for wrong in ("copy", 1, None):
+        with pytest.raises(TypeError, match='wanted True, False or "packed"'):
             ik.apply_(model, pair, undo=wrong)  # type: ignore[arg-type]
 
 
@@ -188,14 +188,14 @@ def test_no_room_for_what_is_kept_leaves_the_module_as_it_was(
 
     monkeypatch.setattr(kept.Shelf, "put", fail_later)
     with tiles(elements=1 << 14), pytest.raises(OSError, match="Cannot allocate memory"):
-        ik.apply_(model, pair, threads=2)
+        ik.apply_(model, pair, threads=2, undo="packed")
     assert_same(bits(model), before)
 
 
 def test_without_threads_it_is_taken_back_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, pair = weights(tmp_path)
     before = bits(model)
-    applied = ik.apply_(model, pair)
+    applied = ik.apply_(model, pair, undo="packed")
 
     def refuse(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -211,11 +211,11 @@ def test_what_is_kept_goes_with_the_handle(tmp_path: Path) -> None:
         return sum(line.startswith("Size:") for line in Path("/proc/self/smaps").read_text().splitlines())
 
     model, pair = weights(tmp_path)
-    ik.apply_(model, pair).undo()
+    ik.apply_(model, pair, undo="packed").undo()
     gc.collect()
     first = maps()
     for _ in range(12):
-        ik.apply_(model, pair).undo()
+        ik.apply_(model, pair, undo="packed").undo()
     gc.collect()
     assert maps() < first + 12
 
@@ -277,16 +277,17 @@ def test_any_numbers_come_back(
     before = bits(model)
     pair = (folder / "instruct", folder / "base")
     options: dict[str, Any] = {"rounding": rounding, "seed": seed}
-    with tiles(elements=16), ik.apply_(model, [pair] * len(alphas), alphas, **options):
+    with tiles(elements=16), ik.apply_(model, [pair] * len(alphas), alphas, **options, undo="packed"):
         pass
     assert_same(bits(model), before)
 
 
+@pytest.mark.parametrize("undo", [True, "packed"])
 @pytest.mark.parametrize("cut", [0.02, 0.3, 0.6, 0.9])
 def test_a_file_that_ends_within_a_tile_leaves_the_module_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: float, undo: bool | str
 ) -> None:
-    """Of the tile some pieces are changed by then, and packed."""
+    """Of the tile some pieces are changed by then, and may be packed."""
     model, (instruct, base) = weights(tmp_path)
     before, fill = bits(model), stream.fill
 
@@ -297,5 +298,5 @@ def test_a_file_that_ends_within_a_tile_leaves_the_module_as_it_was(
 
     monkeypatch.setattr(stream, "fill", cut_off)
     with pytest.raises((OSError, CheckpointError)):
-        ik.apply_(model, (instruct, base))
+        ik.apply_(model, (instruct, base), undo=undo)
     assert_same(bits(model), before)

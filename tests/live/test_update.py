@@ -148,7 +148,7 @@ def test_one_within_another_is_undone_first(tmp_path: Path) -> None:
 def test_what_an_optimiser_did_is_not_lost_by_mistake(tmp_path: Path) -> None:
     model, instruct, base = small(tmp_path)
     before = bits(model)
-    applied = ik.apply_(model, (instruct, base), undo="copy")
+    applied = ik.apply_(model, (instruct, base))
     with torch.no_grad():
         model[0].weight.add_(1)  # type: ignore[index, union-attr, operator]
     with pytest.raises(ArgumentError, match="force=True"):
@@ -374,7 +374,7 @@ def test_what_is_around_a_module_is_looked_through(tmp_path: Path) -> None:
 
 def test_the_old_bits_are_held_as_long_as_they_may_be_wanted(tmp_path: Path) -> None:
     model, instruct, base = small(tmp_path)
-    applied = ik.apply_(model, (instruct, base), undo="copy")
+    applied = ik.apply_(model, (instruct, base))
     assert applied.nbytes == sum(model.state_dict()[name].nbytes for name in applied.changed)
     assert "bytes kept" in repr(applied)
     memory = applied._before
