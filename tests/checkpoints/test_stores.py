@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
+import os
+import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +14,7 @@ import pytest
 from small_models import triple
 
 import ires_kernels as ik
-from ires_kernels.checkpoints import hub
+from ires_kernels.checkpoints import hub, objects
 from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.cli import main
 from ires_kernels.streaming import stream
@@ -96,3 +100,19 @@ def test_what_is_not_there(
     assert said in told
     assert address.partition("?")[0] in told
     assert "s3cr3t" not in told
+
+
+def test_the_end_waits_for_threads_of_the_client() -> None:
+    begun, ended = threading.Event(), []
+
+    def tell() -> None:
+        begun.set()
+        time.sleep(0.2)
+        ended.append(time.monotonic())
+
+    _thread.start_new_thread(tell, ())  # as threads of Rust are, it is none that `threading` knows
+    assert begun.wait(10)
+    objects._let_end(os.getpid() + 1)  # of a fork, to which they do not belong
+    assert not ended
+    objects._let_end(os.getpid())
+    assert ended

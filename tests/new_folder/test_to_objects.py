@@ -303,7 +303,7 @@ def started(bucket: Bucket, models: Path, *more: str) -> subprocess.Popen[bytes]
     return subprocess.Popen([sys.executable, "-c", _RUN, *map(str, command)], env=environment, stderr=subprocess.PIPE)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGINT])
 def test_killed_and_run_again(bucket: Bucket, models: Path, number: signal.Signals) -> None:
     merge(models, models / "here")
     reached, goes_on = threading.Event(), threading.Event()
