@@ -362,7 +362,7 @@ def explained(error: BaseException, where: object, to: str = "read") -> BaseExce
     text = f"{error}"
     if isinstance(error, (CheckpointError, Unreachable, _Cut)):
         return error
-    if isinstance(error, known.PreconditionError) or " 412 " in text:
+    if to == "read" and (isinstance(error, known.PreconditionError) or " 412 " in text):
         return Changed(where)
     if to == "write" and "NoSuchUpload" in text:
         return Unreachable(where, "its upload is not known to the store any more. The same command sends it again")

@@ -80,9 +80,9 @@ class Prefix:
             await obstore.put_async(
                 self.store, name, content, mode="create" if new else "overwrite", use_multipart=False
             )
-        except obstore.exceptions.AlreadyExistsError:
-            raise Taken(where, "is there already") from None
         except BaseException as error:
+            if new and isinstance(error, obstore.exceptions.AlreadyExistsError):
+                raise Taken(where, "is there already") from None
             if not new or not _is_unknown(error):
                 raise explained(error, where, "write") from None
             if await self._read(name) is not None:  # what can be told by such a store
