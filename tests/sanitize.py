@@ -21,12 +21,16 @@ TESTS = (
         f"tests/backends/test_{name}.py"
         for name in ("numerics", "stochastic", "stats", "counting", "fit", "small_cases")
     ),
-    *(f"tests/backends/test_{name}.py" for name in ("decoding", "encoding", "packed_words", "companions", "schedule")),
+    *(
+        f"tests/backends/test_{name}.py"
+        for name in ("decoding", "encoding", "packed_words", "companions", "schedule", "packing")
+    ),
     *(f"tests/tensors/test_{name}.py" for name in ("ops", "checks", "random_words")),
     *(f"tests/streaming/test_{name}.py" for name in ("load", "decoded", "parts", "fused", "device")),
     *(f"tests/new_folder/test_{name}.py" for name in ("merge", "failures", "second_copies", "pairs", "quantized")),
     *(f"tests/in_place/test_{name}.py" for name in ("parts", "quantized")),
     "tests/live/test_update.py",
+    "tests/live/test_undo.py",
     "tests/cli/test_look.py",
 )
 MEASURED = ("new_folder/test_merge.py::test_memory_does_not_grow", "streaming/test_load.py::test_there_is_one_copy")
