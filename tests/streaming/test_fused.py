@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import ires_kernels as ik
-from ires_kernels.backends import native
+from ires_kernels.backends import native, packing
 from ires_kernels.backends.native import Operand
 from ires_kernels.checkpoints.sources import IN_MEMORY, LocalFile, Read
 from ires_kernels.live.snapshot import Snapshot
@@ -45,7 +45,7 @@ def raw(t: Tensor) -> bytes:
 
 def stretches(
     fd: int, operand: Tensor, parts: int, seed: int
-) -> tuple[list[tuple[int, int, int, int, int]], list[Tensor]]:
+) -> tuple[list[tuple[int, int, int, int, int, int]], list[Tensor]]:
     """An operand cut at random bytes, every other part of which lies at the end of the file; and those in memory."""
     chance = random.Random(seed)
     data = torch.frombuffer(bytearray(raw(operand)) or bytearray(1), dtype=torch.uint8)[: operand.nbytes]
@@ -55,11 +55,11 @@ def stretches(
         part = data[cuts[i] : cuts[i + 1]].clone()
         if i % 2:
             kept.append(part)
-            found.append((IN_MEMORY, part.data_ptr(), part.nbytes, 0, 0))
+            found.append((IN_MEMORY, part.data_ptr(), part.nbytes, 0, 0, -1))
         else:
             at = os.lseek(fd, 3, os.SEEK_END)
             os.pwrite(fd, part.numpy().data, at)
-            found.append((fd, at, part.nbytes, 0, 0))
+            found.append((fd, at, part.nbytes, 0, 0, -1))
     return found, kept
 
 
@@ -123,8 +123,8 @@ def test_what_is_kept_when_a_file_ends(file: int, aligned: bool) -> None:
     os.pwrite(file, raw(residual), at)
     keep, kept = torch.zeros(count + 8, dtype=BF16)[at:][:count], ctypes.c_int64(0)
     operands: tuple[Operand, ...] = (
-        ([(IN_MEMORY, target.data_ptr(), target.nbytes, keep.data_ptr(), ctypes.addressof(kept))], 0),
-        ([(file, at, target.nbytes, 0, 0)], 0),
+        ([(IN_MEMORY, target.data_ptr(), target.nbytes, keep.data_ptr(), ctypes.addressof(kept), -1)], 0),
+        ([(file, at, target.nbytes, 0, 0, -1)], 0),
     )
     item = native.item(count, 0, (target.data_ptr(), 0, 0), (BF16, BF16, BF16))
     unread = native.run_fused("add", item, operands, (0.5,), stochastic=False, seed=0, offset=0)
@@ -141,10 +141,36 @@ def test_what_is_kept_when_a_file_ends(file: int, aligned: bool) -> None:
     assert raw(target) == raw(before)
 
 
+def test_what_is_packed_when_a_file_ends(file: int) -> None:
+    """In place: what has changed comes back from the record, which is of that alone."""
+    count, there = 200_000, 100_000
+    target, residual = numbers(BF16, count, 1), numbers(BF16, there, 2)
+    before = target.clone()
+    os.pwrite(file, raw(residual), 0)
+    room, counts = torch.zeros(packing.room("BF16", count), dtype=torch.uint8), (ctypes.c_int64 * 2)()
+    number, place = packing.number("BF16"), ctypes.addressof(counts)
+    operands: tuple[Operand, ...] = (
+        ([(IN_MEMORY, target.data_ptr(), target.nbytes, room.data_ptr(), place, number)], 0),
+        ([(file, 0, target.nbytes, 0, 0, -1)], 0),
+    )
+    item = native.item(count, 0, (target.data_ptr(), 0, 0), (BF16, BF16, BF16))
+    unread = native.run_fused("add", item, operands, (0.01,), stochastic=False, seed=0, offset=0)
+    assert unread == (1, 0, 0, 2 * there)
+    done = counts[0] // 2
+    assert 60_000 < done <= there
+    assert 0 < counts[1] < 0.6 * counts[0]
+    wanted = before[:done] + 0.01 * residual[:done].float()
+    assert raw(target[:done]) == raw(wanted.to(BF16))
+    assert raw(target[done:]) == raw(before[done:])
+    assert packing.fits("BF16", room.data_ptr(), target.data_ptr(), done)
+    packing.unpack("BF16", room.data_ptr(), target.data_ptr(), done)
+    assert raw(target) == raw(before)
+
+
 def test_operands_that_are_too_short_are_refused() -> None:
     out = torch.zeros(8)
     item = native.item(8, 0, (out.data_ptr(), 0, 0), (F32, F32, F32))
-    short: Operand = [(IN_MEMORY, out.data_ptr(), 28, 0, 0)], 0
+    short: Operand = [(IN_MEMORY, out.data_ptr(), 28, 0, 0, -1)], 0
     with pytest.raises(ValueError, match="as many bytes as elements"):
         native.run_fused("add", item, (short, short), (1.0,), stochastic=False, seed=0, offset=0)
     with pytest.raises(ValueError, match="number of operands"):
