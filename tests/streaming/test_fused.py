@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import random
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -204,3 +206,20 @@ def test_a_file_that_ends_in_the_middle_of_a_tensor(tmp_path: Path, monkeypatch:
         ik.apply_(model, (tmp_path / "instruct", tmp_path / "base"), threads=1)
     assert 1 << 18 < changed < 1 << 20
     assert raw(weight) == raw(before)
+
+
+def test_nothing_holds_what_was_loaded(tmp_path: Path) -> None:
+    """Memory of a model is free when its tensors are, and not when the collector has come by."""
+    values = numbers(BF16, 1 << 16, 1).view(256, 256)
+    for name, factor in (("base", 1.0), ("instruct", 1.01), ("target", 1.02)):
+        (tmp_path / name).mkdir()
+        save_file({"0.weight": values * factor}, tmp_path / name / "model.safetensors", {"format": "pt"})
+    gc.disable()
+    try:
+        loaded = ik.load(tmp_path / "target", (tmp_path / "instruct", tmp_path / "base"))
+        left = weakref.ref(loaded["0.weight"].untyped_storage())
+        assert left() is not None
+        del loaded
+        assert left() is None
+    finally:
+        gc.enable()
