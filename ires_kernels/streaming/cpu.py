@@ -69,9 +69,8 @@ class _CpuSlot:
         self._numbers: dict[int, Tensor] = {}
         self._tensors: dict[tuple[int, str], Tensor] = {}
         self._tally: Tally | None = None
-        self.load = self._load
 
-    def _load(self, portions: Sequence[Portion]) -> list[list[memoryview]]:
+    def load(self, portions: Sequence[Portion]) -> list[list[memoryview]]:
         """One call each, in which nothing of a tile is read into memory as a whole but what is wanted as bytes."""
         return [self._load_one(portion) for portion in portions]
 

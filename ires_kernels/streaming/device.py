@@ -9,7 +9,7 @@ different slots overlap, so that copies in, kernels and copies out of all thread
 
 Weights that are quantized go there as their codes and scales, and are decoded where they are computed.
 
-Results that stay on an NVIDIA GPU take a shorter way (`_GpuSlot._load`): one call of the extension reads, copies and
+Results that stay on an NVIDIA GPU take a shorter way (`_GpuSlot.load`): one call of the extension reads, copies and
 computes a tile, without Python's lock, and small tensors that follow each other share one.
 
 Pinned host memory is dear to make (ring.py), so the slots of all runs borrow it from one ring of the device, piece by
@@ -263,7 +263,6 @@ class _GpuSlot:
         self.piece = piece
         self._gpu = gpu
         self._queue = gpu.runtime.queue()
-        self.load = self._load if gpu.runtime.native else None
         self._host: Sequence[Tensor] = ()
         self._views: list[memoryview] = []
         self._device: Sequence[Tensor] = ()
@@ -290,7 +289,7 @@ class _GpuSlot:
         """The host memory. To pin it is a call of CUDA, which would wake another device that is the current one."""
         return self._queue.call(lambda *_: self.piece.memory)
 
-    def _load(self, portions: Sequence[Portion]) -> list[list[memoryview]]:
+    def load(self, portions: Sequence[Portion]) -> list[list[memoryview]]:
         """Inputs one after the other, at the same places of the host's memory and of the device's."""
         memory = self.piece.memory if self.piece.is_pinned else self._pinned()
         if self._whole is None:

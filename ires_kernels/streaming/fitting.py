@@ -96,10 +96,9 @@ class _FittingSlot:
 
     def __init__(self, asked: _Fitting) -> None:
         self.buffers = cut(memory(sum(asked.sizes)), asked.sizes)
-        self.load = self._load if asked.reads else None
         self._asked = asked
 
-    def _load(self, portions: Sequence[Portion]) -> list[list[memoryview]]:
+    def load(self, portions: Sequence[Portion]) -> list[list[memoryview]]:
         """Files are read where they are counted: of what was seen no more than sums are left."""
         for step, first, count, _, operands, _ in portions:
             runs = [[(piece.fd, piece.offset, piece.nbytes) for piece in pieces] for pieces in operands]
