@@ -37,6 +37,7 @@ atexit.register(shutil.rmtree, _STATE, ignore_errors=True)
 os.environ["XDG_STATE_HOME"] = _STATE
 os.environ.pop("IRES_KEY", None)
 os.environ.pop("COLUMNS", None)  # lines are as long as what they say, where no terminal or test asks for less
+os.unsetenv("COLUMNS")  # which pytest has loaded readline for, whose C code tells children of 80
 os.environ["HF_HUB_OFFLINE"] = "1"  # a path that leads nowhere may be a name on the Hub
 trust.sign("tests", b"")  # made now, and not among the calls that a test counts
 
