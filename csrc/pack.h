@@ -84,7 +84,8 @@ template <class T, int kMantissa> struct Packing {
     using S = typename Vectors<T>::Signed;
     using N = std::make_unsigned_t<T>;
     static constexpr int kBits = 8 * sizeof(T), kLanes = sizeof(V) / sizeof(T), kGroup = 8 / sizeof(T), kGroups = kTogether / kGroup;
-    static constexpr int kMost = kMantissa + 4, kFloor = kMantissa + 6;  // see below
+    // With these bf16 weights of std .02 take the fewest bits after updates of 7e-5 to 1.4e-3; 1 more or less is 1 % at most.
+    static constexpr int kMost = kMantissa + 4, kFloor = kMantissa + 6;
     static constexpr T kMagnitude = std::numeric_limits<T>::max(), kSign = std::numeric_limits<T>::min();
 
     static N floor(int32_t offset) { return N(std::min<int64_t>(int64_t(std::max(0, offset - kFloor)) << kMantissa, kMagnitude)); }
