@@ -1,11 +1,13 @@
 // The threaded loops under ThreadSanitizer, with no Python in the process: every operation on many threads, called from
 // several threads at once, on contiguous and strided tensors, with and without a tally, into tensors of their own and
 // into parts of one; quantized tensors decoded, on the way into an operation too, and encoded; models that are only
-// looked at; and operands that are read piece by piece, from files and from memory that is kept aside. Each result is compared with that of one thread. Built and run by
-// tests/sanitize.py; prints the number of failures last.
+// looked at; operands that are read piece by piece, from files and from memory that is kept aside; and bits that are
+// packed. Each result is compared with that of one thread. Built and run by tests/sanitize.py; prints the number of
+// failures last.
+#include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstring>
-#include <functional>
 #include <thread>
 #include <vector>
 
@@ -251,6 +253,25 @@ int check_fused(bool stochastic, const std::string& isa) {
     return failures;
 }
 
+// What an update did to the bits, packed and unpacked: nothing, a few steps, and anything.
+int check_packed(DType type, const std::string& isa) {
+    const std::vector<char> now = bytes(kElements, type, 1), any = bytes(kElements, type, 2);
+    std::vector<char> old = now;
+    for (size_t i = old.size() / 4; i < old.size() / 2; i += size_t(item_size(type))) old[i] = char(old[i] ^ 1);
+    std::copy(any.begin() + int64_t(any.size() / 2), any.end(), old.begin() + int64_t(old.size() / 2));
+    std::atomic<bool> gives_back{true};
+    int failures = !same<char>(size_t(most_packed(type, kElements)), [&](char* out, int) {
+        const int64_t used = pack(type, old.data(), now.data(), kElements, out, isa);
+        std::vector<char> again = now;
+        unpack(type, out, again.data(), kElements, isa);
+        if (again != old) out[0] ^= 1, gives_back = false;
+        std::fill(out + used, out + most_packed(type, kElements), 0);
+    });
+    failures += !gives_back;
+    printf("%s, packed, type %d: %d failures\n", isa.c_str(), int(type), failures);
+    return failures;
+}
+
 }  // namespace
 
 int main() {
@@ -260,6 +281,7 @@ int main() {
         for (const Coding& k : kCodings) failures += check_coded(k, isa);
         for (const DType type : {DType::f32, DType::f16, DType::bf16, DType::e4m3}) failures += check_looked_at(type, isa);
         for (const bool stochastic : {false, true}) failures += check_fused(stochastic, isa);
+        for (const DType type : {DType::f32, DType::f16, DType::bf16}) failures += check_packed(type, isa);
         std::vector<char> out(size_t(4 * kElements));
         const std::vector<std::vector<char>> in(2, out);
         run_memory(item(kCases[0], kElements, out.data(), in, 0), kThreads, isa);
