@@ -66,7 +66,7 @@ def foreign(target: Path) -> dict[Path, str]:
 
 def unfinished_files(folder: Path) -> list[Path]:
     """The files in a folder that are updated each on its own, and are hidden there."""
-    names = (path.name for path in folder.glob(f".?*{WORK}"))
+    names = (path.name for path in folder.glob(f".?*{WORK}")) if os.path.isdir(folder) else ()
     found = (folder / name.removeprefix(".").removesuffix(WORK) for name in names)
     return sorted(path for path in found if unfinished(path))
 

@@ -169,6 +169,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(root: Path, capsys: pytest
         ("apply nowhere residual -o out", "nowhere: no such file or folder"),
         ("extract base residual -o out", "is a residual, wanted a model as instruct"),
         ("inspect nowhere", "nowhere: no such file or folder"),
+        ("status " + 300 * "n", "cannot read: File name too long"),
         ("verify base", "wanted the output of a merge"),
         ("verify residual --target base", "was not made of target but of base, instruct"),
     ],
