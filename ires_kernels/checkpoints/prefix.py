@@ -31,7 +31,9 @@ class Prefix:
     def __init__(self, address: Address) -> None:
         """Raises CheckpointError where nothing here can ask the store."""
         self.address = address
-        self.store = store_at(address, writes=True)
+        self.writer = store_at(address, writes=True)
+        """What sends, which may take long; what asks is given up earlier."""
+        self._store = store_at(address)
 
     def names(self) -> set[str]:
         """All there are; of very many the first ones. Raises Unreachable."""
@@ -40,7 +42,7 @@ class Prefix:
     async def _names(self) -> set[str]:
         found: set[str] = set()
         try:
-            async for chunk in library(self.address).list(self.store):
+            async for chunk in library(self.address).list(self._store):
                 found.update(entry["path"] for entry in chunk)
                 if len(found) > _MANY:
                     break
@@ -55,7 +57,7 @@ class Prefix:
     async def _read(self, name: str) -> bytes | None:
         where = self.address.child(name)
         try:
-            answer = await library(where).get_async(self.store, name)
+            answer = await library(where).get_async(self._store, name)
             if answer.meta["size"] > MAX_MANIFEST:
                 raise Unreachable(where, f"has {answer.meta['size']} bytes, wanted {MAX_MANIFEST} at most")
             return bytes(await answer.bytes_async())
@@ -78,7 +80,7 @@ class Prefix:
         obstore = library(where)
         try:
             await obstore.put_async(
-                self.store, name, content, mode="create" if new else "overwrite", use_multipart=False
+                self.writer, name, content, mode="create" if new else "overwrite", use_multipart=False
             )
         except BaseException as error:
             if new and isinstance(error, obstore.exceptions.AlreadyExistsError):
@@ -96,7 +98,7 @@ class Prefix:
     async def pin_later(self, name: str) -> Pin | None:
         where = self.address.child(name)
         try:
-            return told(await library(where).head_async(self.store, name))
+            return told(await library(where).head_async(self._store, name))
         except BaseException as error:
             reason = explained(error, where)
             if isinstance(reason, Missing) and isinstance(error, FileNotFoundError):
@@ -111,7 +113,7 @@ class Prefix:
         where = self.address.child(name)
         try:
             with suppress(FileNotFoundError):
-                await library(where).delete_async(self.store, name)
+                await library(where).delete_async(self._store, name)
         except BaseException as error:
             raise explained(error, where, "remove") from None
 

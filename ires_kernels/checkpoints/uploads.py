@@ -173,7 +173,7 @@ class Uploads:
         hasher = hashlib.sha256() if self._hashed else None
         file.task = asyncio.current_task()
         writer = library(where).open_writer_async(
-            self._prefix.store, name, buffer_size=file.length, max_concurrency=AT_ONCE
+            self._prefix.writer, name, buffer_size=file.length, max_concurrency=AT_ONCE
         )
         try:
             for _ in range(file.count):
