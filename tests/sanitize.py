@@ -33,7 +33,10 @@ TESTS = (
     "tests/live/test_undo.py",
     "tests/cli/test_look.py",
 )
-MEASURED = ("new_folder/test_merge.py::test_memory_does_not_grow", "streaming/test_load.py::test_there_is_one_copy")
+MEASURED = (
+    "new_folder/test_merge.py::test_memory_does_not_grow_with_the_model",
+    "streaming/test_load.py::test_there_is_one_copy_of_the_model",
+)
 """Tests of how much memory the process has, which is the sanitizer's here."""
 ISAS = {"v4": ["-march=x86-64-v4"], "v3": ["-march=x86-64-v3"], "v2": ["-march=x86-64-v2"]}
 if platform.machine() != "x86_64":

@@ -1,7 +1,7 @@
 """An update in place: which bytes of the target change, in which order, cut into windows; and what forbids it.
 
-Pure, like plan.py: the same Plan gives the same windows, so an interrupted update is taken up where it was. A window is
-what is saved, computed, written and made durable at a time (journal.py). It begins and ends where the processors'
+Pure, as planning is: the same Plan gives the same windows, so an interrupted update is taken up where it was. A window
+is what is saved, computed, written and made durable at a time (journal.py). It begins and ends where the processors'
 tiles do, so none of these has a part in two of it.
 
 Of a tensor that changes in part, the rest is read for its hash, and neither saved nor written. It belongs to a window

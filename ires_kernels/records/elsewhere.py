@@ -6,14 +6,11 @@ import json
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from ires_kernels.checkpoints.addresses import Address
-from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.checkpoints.prefix import Prefix
 from ires_kernels.checkpoints.uploads import note_of
-from ires_kernels.files.ownership import Foreign, StoreError
+from ires_kernels.files.ownership import StoreError
 from ires_kernels.files.unfinished import MARKER, told_by_lock
 from ires_kernels.planning.plan import MANIFESTS
-from ires_kernels.records import state
 from ires_kernels.records.headway import Headway
 from ires_kernels.records.operation import Operation
 
@@ -53,32 +50,6 @@ def wanted(prefix: Prefix) -> Unfinished:
     if found is None:
         raise StoreError(f"{prefix.address}: nothing is unfinished there. Is the name right?")
     return found
-
-
-def status(address: Address) -> state.Status | None:
-    """What is unfinished under an address; None where nothing is."""
-    if not address.is_store or address.is_file:
-        return None
-    try:
-        found = find(Prefix(address))
-    except Foreign as error:
-        return state.Status(f"{address}", "foreign", f"{error}")
-    except CheckpointError as error:
-        return state.Status(f"{address}", "unfinished", f"{error}")
-    if found is None:
-        return None
-    done = found.headway
-    return state.Status(
-        f"{address}",
-        "unfinished",
-        f"{found.operation.kind}, {done}; or it is just being written, which a store does not tell",
-        (
-            f"`ires resume {address}`, or the same command, goes on; one that is at work comes to no harm by it.",
-            f"`ires rollback {address}` removes it, where none is at work.",
-        ),
-        (f"It is {found.operation}.",),
-        done,
-    )
 
 
 def as_kept(names: Iterable[str], keep: bytes) -> bytes:

@@ -122,10 +122,8 @@ def status(path: StrPath) -> Status:
     target: none: nothing is unfinished, and no merge made it
     """
     if is_address(path):
-        from ires_kernels.records.elsewhere import status as elsewhere
-
         address = Address.of(path)
-        return elsewhere(address) or replace(_of_model(Path(hub.local(path))), path=f"{address}")
+        return _of_store(address) or replace(_of_model(Path(hub.local(path))), path=f"{address}")
     path = Path(path)
     try:
         return _told(find(path))
@@ -188,6 +186,35 @@ def _of_new_folder(found: Found) -> Status:
         return Status(f"{out}", "running", f"{what}, by {', '.join(together)}", ("Wait for all.",), details, done)
     steps.append(f"`ires rollback {out}` removes {partial}.")
     return Status(f"{out}", "unfinished", what, tuple(steps), details, done)
+
+
+def _of_store(address: Address) -> Status | None:
+    """Of an output that is unfinished under an address; None where none is."""
+    from ires_kernels.checkpoints.prefix import Prefix  # with what asks stores, which takes a while to load
+    from ires_kernels.records import elsewhere
+
+    if not address.is_store or address.is_file:
+        return None
+    try:
+        found = elsewhere.find(Prefix(address))
+    except Foreign as error:
+        return Status(f"{address}", "foreign", f"{error}")
+    except CheckpointError as error:
+        return Status(f"{address}", "unfinished", f"{error}")
+    if found is None:
+        return None
+    done = found.headway
+    return Status(
+        f"{address}",
+        "unfinished",
+        f"{found.operation.kind}, {done}; or it is just being written, which a store does not tell",
+        (
+            f"`ires resume {address}`, or the same command, goes on; one that is at work comes to no harm by it.",
+            f"`ires rollback {address}` removes it, where none is at work.",
+        ),
+        (f"It is {found.operation}.",),
+        done,
+    )
 
 
 def _of_update(found: Found) -> Status:

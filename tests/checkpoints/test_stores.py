@@ -5,7 +5,6 @@ from __future__ import annotations
 import _thread
 import os
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,16 +102,17 @@ def test_what_is_not_there(
 
 
 def test_the_end_waits_for_threads_of_the_client() -> None:
-    begun, ended = threading.Event(), []
+    begun, may_end, ended = threading.Event(), threading.Event(), []
 
     def tell() -> None:
         begun.set()
-        time.sleep(0.2)
-        ended.append(time.monotonic())
+        may_end.wait(10)
+        ended.append(True)
 
     _thread.start_new_thread(tell, ())  # as threads of Rust are, it is none that `threading` knows
     assert begun.wait(10)
     objects._let_end(os.getpid() + 1)  # of a fork, to which they do not belong
     assert not ended
+    threading.Timer(0.05, may_end.set).start()
     objects._let_end(os.getpid())
     assert ended
