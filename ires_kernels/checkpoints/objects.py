@@ -396,5 +396,5 @@ _SIGNS = {
     "error sending request": "nobody answers there",
     "timed out": "nobody answered in time",
     "Timeout": "nobody answered in time",
-    "416": "it is empty, or shorter than it was",
+    " 416 ": "it is empty, or shorter than it was",
 }
