@@ -65,7 +65,7 @@ def fitting_generation(
         if giver is not None and not _agree(special, own, giver):
             return own.files("generation", f"that of {donor.role} has ids of other tokens")
         return [side]
-    return own.files("generation", f"not in {' and '.join(donor.role for donor in donors)}")
+    return own.files("generation", f"not in {' and '.join(donor.role for donor in donors)}" if donors else "")
 
 
 def _with_ids_of(generation: Mapping[str, Any], own: Parent, giver: Parent) -> dict[str, Any] | None:

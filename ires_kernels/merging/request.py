@@ -56,7 +56,8 @@ class Running:
         )
         if self.worker is not None and not self.sync:
             raise ArgumentError(
-                "workers wait for the disk: of what others wrote a machine that restarts knows nothing."
+                "workers wait for the disk: of what others wrote a machine that restarts knows nothing. "
+                "Leave --no-sync (sync=False) out."
             )
 
     def check_out(self, out: StrPath) -> None:

@@ -171,6 +171,7 @@ def test_reference_gives_the_same(more: str, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_is_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("recipe.yml").write_text(recipe("[{filter: mlp, value: 3}, {value: 1}]", 1))
+    Path("one/generation_config.json").write_text('{"eos_token_id": 2}')
     before = snapshot(root)
     assert main(["merge", "recipe.yml", "-o", "out", "--dry-run"]) == 0
     said = capsys.readouterr().out
@@ -184,6 +185,7 @@ def test_what_is_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["weights 0.5, 0.5"] == "6 other tensors"
     assert rows["weights 0.75, 0.25"] == r"3 tensors that match '^model\\.layers\\.\\d+\\.mlp\\.weight$'"
     assert rows["ancestry"].startswith("model-2 is related to target: ")
+    assert rows["from target"] == "config.json, generation_config.json, tokenizer_config.json"
     assert "alpha" not in said
     assert "lost to rounding" not in said
     card = (root / "out/README.md").read_text()
