@@ -122,8 +122,8 @@ void measure(const Coded& coded, int64_t first, int64_t n, const float* values, 
 // Results of an operation that become codes of a tensor: on the calling thread, by pieces whose numbers stay in the L1
 // cache. The output of `item` is not used. `offset` counts within the tensor, as well.
 struct Recoded {
-    const Coded* coded;   // the scales that there are now, and the codes of the target, its operand 0, before
-    bool renewed;         // whether those scales are others than operand 0 was decoded by
+    const Coded* coded;   // the scales that there are now, and the codes of the target before
+    bool renewed;         // whether operand 0 is not what these are decoded to: by other scales, or another operand
     const Draw* draw;     // null: to nearest
     uint8_t* out;
 };

@@ -126,9 +126,9 @@ def store(
 ) -> None:
     """Make codes, as bytes, of what a call gives for one item, with operands that are decoded as in `decoding.run`.
 
-    Its output, float32, is memory for that. `to` has the codes of the target, its operand 0, until now, and the scales
-    that there are now, of which `renewed` says whether they are others than before. A number that is what it was keeps
-    its code. The call's tally counts what is stored.
+    Its output, float32, is memory for that. `to` has the codes of the target until now, and the scales that there are
+    now; `renewed` says that its numbers by these are not operand 0, as the scales are others than before, or it is
+    another operand. A number that is what it was keeps its code. The call's tally counts what is stored.
     """
     fused = decoding.settle(call, coded)
     if choose(codes.device) is native:

@@ -166,7 +166,7 @@ class _CpuSlot:
         exact, coded = self._exact(step, first, count, coded, self._tally)
         random = (rules.seed, step.stream) if rules.rounding == "stochastic" else None
         to = Coded(weight.format, weight.full, first, {"codes": coding.before, "scale": scales.stored})
-        encoding.store(exact, coded, to, bool(scales.new), random, codes)
+        encoding.store(exact, coded, to, bool(scales.new) or step.is_from_zero, random, codes)
         if out is not None:
             out.copy_(codes.view(out.dtype))
 

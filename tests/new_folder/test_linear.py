@@ -242,6 +242,28 @@ def test_quantized_models(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ik.verify(out)
 
 
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("format", ["fp8-block", "int8-channel"])
+def test_what_cancels_is_zero_in_codes(
+    format: str, rounding: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the weights are those of the first model with the other sign: none of them keeps the code that it had."""
+    monkeypatch.setenv("IRES_BACKEND", backend)
+    make, settings = FORMATS[format]
+    name, config = "model.layers.0.mlp.up_proj.weight", CONFIG | {"quantization_config": settings}
+    embedding = {"model.embed_tokens.weight": normal((40, 64), 8).bfloat16()}
+    stored = make(name, normal((64, 64), 7, torch.float32))
+    for folder in ("one", "two"):
+        shutil.rmtree(folder)
+    one = numbers(write_model(Path("one"), stored | embedding, config=config))[name]
+    other = torch.where(torch.arange(64) < 32, -one, one)
+    write_model(Path("two"), {name: other} | embedding, config=CONFIG)
+    found = numbers(merge(recipe(0.5, 0.5, more=f"rounding: {rounding}\ntrust_names: true\n")))[name]
+    assert torch.equal(found, torch.where(torch.arange(64) < 32, 0.0, one))
+
+
 def test_gone_on_with_and_by_workers(root: Path) -> None:
     def give_up(done: int, _: int) -> None:
         if done:
