@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,12 @@ os.environ.pop("COLUMNS", None)  # lines are as long as what they say, where no 
 os.unsetenv("COLUMNS")  # which pytest has loaded readline for, whose C code tells children of 80
 os.environ["HF_HUB_OFFLINE"] = "1"  # a path that leads nowhere may be a name on the Hub
 trust.sign("tests", b"")  # made now, and not among the calls that a test counts
+
+# What is started behind `&` by a shell without jobs, or by nohup, ignores these, and so would all that tests start. A
+# handler is none of theirs; this one leaves it to what waits for the tests whether they end.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else lambda *_: None)
 
 # Small tensors gain nothing from torch's threads, and lose much on a machine that is busy with something else. Tests of
 # threads ask for them.

@@ -17,6 +17,7 @@ from torch import nn
 import ires_kernels as ik
 from ires_kernels.bench import scale
 from ires_kernels.cli import main
+from ires_kernels.command_line import parser
 
 ROOT = Path(__file__).parent.parent
 
@@ -163,6 +164,20 @@ def commands_of(text: str) -> list[list[str]]:
     """What is given to ires in a block, whatever stands before it."""
     lines = (shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines())
     return [words[words.index("ires") + 1 :] for words in lines if "ires" in words]
+
+
+def test_what_is_shown_can_be_asked() -> None:
+    """Every command has a command line that is understood, and every name of ours is there."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/*.md")]
+    shown = 0
+    for page in pages:
+        name = f"{page.relative_to(ROOT)}"
+        for block in blocks_of(name, "sh"):
+            for words in commands_of(block.replace(" · ", "\n")):
+                parser.parse(words)
+                shown += 1
+        assert [each for each in re.findall(r"\bik\.(\w+)", page.read_text()) if not hasattr(ik, each)] == []
+    assert shown > 50
 
 
 @pytest.fixture

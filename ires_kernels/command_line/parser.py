@@ -158,7 +158,7 @@ def _inspect(commands: Commands) -> None:
 
 def _verify(commands: Commands) -> None:
     parser = commands.add_parser("verify", help="compute a finished merge again and compare every bit")
-    parser.add_argument("out", metavar="OUT", help="the output folder of extract or apply")
+    parser.add_argument("out", metavar="OUT", help="the output of extract, apply or merge")
     parser.add_argument("--hashes-only", action="store_true", help="compare with recorded hashes; needs no inputs")
     for role in ("target", "instruct", "base"):
         parser.add_argument(f"--{role}", metavar="PATH", help=f"where the {role} model is now, if it was moved")
@@ -178,7 +178,7 @@ def _verify(commands: Commands) -> None:
 
 
 def _resume(commands: Commands) -> None:
-    parser = commands.add_parser("resume", help="finish an interrupted extract or apply")
+    parser = commands.add_parser("resume", help="finish an interrupted extract, apply or merge")
     parser.add_argument("path", metavar="PATH", help="its OUT, or its TARGET if it was in place")
     options.adopt(parser)
     options.lock(parser)

@@ -221,9 +221,8 @@ def finish(begun: Begun, outcome: Outcome, options: Options) -> None:
         unsynced="" if operation.sync else operation.boot,
         sketch=_sketch(plan) if plan.operation == "extract" else None,
     )
-    if (
-        plan.operation == "apply" and plan.inputs["target"].path.is_dir()
-    ):  # in no record, as who publishes the model goes on writing it
+    if plan.operation == "apply" and plan.inputs["target"].path.is_dir():
+        # In no record, as who publishes the model goes on writing it.
         digests = {role: entry["digest"] for role, entry in json.loads(manifest)["inputs"].items()}
         folder.add(card.name(plan), [card.build(plan, report, digests)])
     folder.add(MANIFESTS[plan.operation], [manifest])
