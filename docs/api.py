@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 from collections.abc import Iterator
 from types import FunctionType
 from typing import Any
@@ -66,7 +67,7 @@ def _page(heading: str, thing: Any) -> Iterator[str]:
         yield _signature(heading, thing)
         yield "```\n"
     for paragraph in inspect.cleandoc(thing.__doc__ or "").split("\n\n"):
-        lines = inspect.cleandoc(paragraph).splitlines()
+        lines = textwrap.dedent(paragraph).splitlines()
         if lines and lines[0].startswith(">>>"):
             yield "\n".join(["```pycon", *lines, "```\n"])
         elif any(re.match(r"[\w.]+ {2,}\S", line) for line in lines):

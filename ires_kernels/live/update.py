@@ -178,11 +178,11 @@ def apply_(
     optimiser has of the model, such as moments and float32 copies of its weights, does not know of the update: make it
     anew.
 
-    undo  True: keep a copy, which can also be given back where others have changed the module since: undo(force=True)
+    undo  True: keep a copy, which can also be given back where others have changed the module since: undo(force=True).
           "packed": keep what the update did to the bits, from which those before come again: a fifth to a half of the
           memory of a copy of bfloat16 weights, at no time more, and no file is needed again. It takes longer, about as
           long again as the update. Of tensors in the memory of a GPU or of strides of their own, of other dtypes than
-          bfloat16, float16 and float32, and where the extension is missing, a copy is kept
+          bfloat16, float16 and float32, and where the extension is missing, a copy is kept.
           False: keep no bits, which saves that memory and half of the time. Nothing can be taken back then, and where
           something fails after the first tensor was changed, a warning says that the module is no longer whole. Of
           a module that several processes hold they are kept until all have succeeded
