@@ -83,7 +83,7 @@ def companion_steps(ref: TensorRef, made: Iterable[Step], found: Findings) -> li
 def _apply_step(ref: Ref, match: Match, found: Findings) -> Step:
     """What becomes of a run of the elements of `ref`."""
     rules, name, absent = found.rules, ref.name, match.absent
-    if len(match.refs) == 1:
+    if len(match.refs) == 1 and not found.is_blend:  # of a blend all models have all tensors
         return _keep(ref, match, ONLY_TARGET, found)
     if absent and names.is_recomputed(ref):
         return _keep(ref, match, f"a buffer that loaders compute again, not in {' and '.join(absent)}", found)
