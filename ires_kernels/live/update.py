@@ -70,6 +70,9 @@ class Applied:
         force  also where they have changed since, by an optimiser or by another `apply_`: that is lost. Where the bits
                are others by now, a copy has to be there: from them nothing comes again that was packed
 
+        What torch does not count, as changes through `data`, is noticed of what was packed, by its bits; of what was
+        copied it is lost.
+
         Of a sharded module each process gives back what it has, and asks nobody: all of them are to call it.
 
         Raises ArgumentError where they have, where the module has other tensors in their places (as load_state_dict has
@@ -181,8 +184,8 @@ def apply_(
     undo  True: keep a copy, which can also be given back where others have changed the module since: undo(force=True).
           "packed": keep what the update did to the bits, from which those before come again: a fifth to a half of the
           memory of a copy of bfloat16 weights, at no time more, and no file is needed again. It takes longer, about as
-          long again as the update. Of tensors in the memory of a GPU or of strides of their own, of other dtypes than
-          bfloat16, float16 and float32, and where the extension is missing, a copy is kept.
+          long again as the update. Of a sharded module, of tensors in the memory of a GPU or of strides of their own,
+          of other dtypes than bfloat16, float16 and float32, and where the extension is missing, a copy is kept.
           False: keep no bits, which saves that memory and half of the time. Nothing can be taken back then, and where
           something fails after the first tensor was changed, a warning says that the module is no longer whole. Of
           a module that several processes hold they are kept until all have succeeded

@@ -7,16 +7,15 @@ import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from threading import current_thread
 from typing import Any
 
 import pytest
 import torch
+from merges import before_window
 from safetensors.torch import save_file
 from small_models import read_model, snapshot, tensors, triple, write_model
 
 import ires_kernels as ik
-from ires_kernels.checkpoints import sources
 from ires_kernels.checkpoints.checkpoint import FileId
 from ires_kernels.checkpoints.header import CheckpointError, read_header
 from ires_kernels.checkpoints.validation import open_checkpoint
@@ -25,18 +24,6 @@ from ires_kernels.files.ownership import StoreError
 from ires_kernels.files.samples import sample
 from ires_kernels.planning.plan import Plan
 from ires_kernels.planning.rules import ArgumentError
-
-
-def before_window(monkeypatch: pytest.MonkeyPatch, at: int, action: Callable[[], object]) -> None:
-    """Do something before the window with this number is read."""
-    read, calls = sources.read_into, iter(range(10**6))
-
-    def read_into(*arguments: Any) -> None:
-        if current_thread().name.startswith("ires-") and next(calls) == at:  # of the engine
-            action()
-        read(*arguments)
-
-    monkeypatch.setattr(sources, "read_into", read_into)
 
 
 def flip(file: Path, at: int = -1) -> None:

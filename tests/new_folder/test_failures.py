@@ -6,34 +6,19 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from threading import current_thread
 from typing import Any
 
 import pytest
-from merges import merge
+from merges import before_window, merge
 from small_models import triple
 
 import ires_kernels as ik
-from ires_kernels.checkpoints import sources
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.files.new_folder import NewFolder
 from ires_kernels.files.ownership import StoreError
 from ires_kernels.streaming import cpu
 from ires_kernels.tensors import ops
-
-
-def failing(monkeypatch: pytest.MonkeyPatch, at: int, action: Callable[[], object]) -> None:
-    """Do something before the window with this number is read."""
-    read, calls = sources.read_into, iter(range(10**6))
-
-    def read_into(*arguments: Any) -> None:
-        if current_thread().name.startswith("ires-") and next(calls) == at:  # of the engine
-            action()
-        read(*arguments)
-
-    monkeypatch.setattr(sources, "read_into", read_into)
 
 
 def assert_nothing_is_left(root: Path) -> None:
@@ -43,7 +28,7 @@ def assert_nothing_is_left(root: Path) -> None:
 def test_a_file_that_shrinks_under_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, instruct, target = triple(tmp_path)
     file = instruct / "model.safetensors"
-    failing(monkeypatch, 1, lambda: os.truncate(file, 100))
+    before_window(monkeypatch, 1, lambda: os.truncate(file, 100))
     with pytest.raises(OSError, match="it shrank while it was read") as caught:
         merge(target, (instruct, base), out=tmp_path / "out", threads=1)
     assert caught.value.filename == str(file)
@@ -54,11 +39,11 @@ def test_a_file_that_shrinks_under_the_run(tmp_path: Path, monkeypatch: pytest.M
 def test_a_file_that_changes_before_or_during_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, instruct, target = triple(tmp_path, shards=2)
     files = sorted(base.glob("*.safetensors"))
-    failing(monkeypatch, 1, lambda: os.utime(files[1], ns=(5, 5)))
+    before_window(monkeypatch, 1, lambda: os.utime(files[1], ns=(5, 5)))
     with pytest.raises(CheckpointError, match=f"{files[1]}: changed after it was validated"):
         merge(target, (instruct, base), out=tmp_path / "out", threads=1)
     assert_nothing_is_left(tmp_path)
-    failing(monkeypatch, 20, lambda: os.utime(files[1], ns=(6, 6)))
+    before_window(monkeypatch, 20, lambda: os.utime(files[1], ns=(6, 6)))
     with pytest.raises(CheckpointError, match=f"{files[1]}: changed while it was read"):
         merge(target, (instruct, base), out=tmp_path / "out", threads=1)
     assert_nothing_is_left(tmp_path)
@@ -113,7 +98,7 @@ def test_an_interrupt_from_the_progress(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small_tiles")
 def test_an_interrupt_does_not_wait_for_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, instruct, target = triple(tmp_path)
-    failing(monkeypatch, 3, lambda: time.sleep(0.3))
+    before_window(monkeypatch, 3, lambda: time.sleep(0.3))
     computed: list[int] = []
     compute = cpu.compute
     monkeypatch.setattr(cpu, "compute", lambda *args: (computed.append(1), compute(*args)))

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from merges import assert_same
 from selection import tiles
 from small_models import Tensors, normal, read_model, snapshot, triple, write_model
-from torch import Tensor
 
 import ires_kernels as ik
 from ires_kernels.checkpoints.header import CheckpointError, build_header
@@ -32,17 +32,6 @@ SMALL = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-
-
-def bits(t: Tensor) -> bytes:
-    return t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def assert_same(found: Tensors, wanted: Tensors) -> None:
-    assert found.keys() == wanted.keys()
-    for name, t in wanted.items():
-        assert (found[name].dtype, found[name].shape) == (t.dtype, t.shape), name
-        assert bits(found[name]) == bits(t), name
 
 
 @pytest.fixture
