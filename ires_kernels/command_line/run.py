@@ -261,6 +261,9 @@ def sha256(arguments: argparse.Namespace) -> int:
         say(json.dumps(sums.to_dict(), indent=2))
     elif not arguments.quiet:
         say(f"{sums}")  # for `sha256sum -c`: whole lines, however long
+    if sums.unrecorded:
+        names = ", ".join(sums.unrecorded)
+        fail(0, f"{sums.path}: SHA256SUMS has no sum of {names}, or none that can be read: nothing was compared.")
     for name in sums.differ:
         fail(1, f"{sums.path}: {name} has another sum than SHA256SUMS says: {sums.recorded[name]}.")
     return 0 if sums.ok else 1

@@ -30,6 +30,8 @@ class Sums:
     """sha256 of each file of weights, by name."""
     recorded: dict[str, str] = field(default_factory=dict)
     """What SHA256SUMS says of them; empty where there is none."""
+    unrecorded: list[str] = field(default_factory=list)
+    """Those of which SHA256SUMS is there and says nothing that can be read: they were not compared."""
 
     @property
     def differ(self) -> list[str]:
@@ -78,15 +80,18 @@ def sha256(
     place = place_of(checkpoint)
     size = sum(shard.header.file_size for shard in checkpoint.shards)
     tell = None if progress is None else lambda done: progress(done, size)
-    found = Sums(checkpoint.path, provenance.sha256(files, threads, tell), recorded(place))
+    known = recorded(place)
+    unknown = [name for name in files if name not in known] if place.exists() and not write else []
+    found = Sums(checkpoint.path, provenance.sha256(files, threads, tell), known, unknown)
     if write and not found.ok:
         raise CheckpointError(
             f"{place}: has other sums of {', '.join(found.differ)}. If that is right, delete it, and write it anew."
         )
     if write and hub.repo_of(checkpoint.path):
         raise CheckpointError(f"{path}: is in the Hub's cache, which is never written. Leave --write out.")
-    if write and found.recorded.keys() != found.sums.keys():
-        replace_file(place, provenance.sums_file(found.sums))
+    if write and not found.sums.keys() <= known.keys():
+        others = {name: known[name] for name in known.keys() - files.keys() if (place.parent / name).exists()}
+        replace_file(place, provenance.sums_file(found.sums | dict(sorted(others.items()))))
     return found
 
 

@@ -254,6 +254,12 @@ def test_sums(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert Path("out/SHA256SUMS").read_text() == wanted
     merge(out="two", sha256=True)
     assert Path("two/SHA256SUMS").read_text() == wanted
+    other = "0" * 64 + "  config.json\n"
+    Path("two/SHA256SUMS").write_text("x" + wanted[1:] + other)
+    assert main(["sha256", "two"]) == 0
+    assert f"no sum of {names[0]}, or none that can be read" in " ".join(capsys.readouterr().err.split())
+    assert ik.sha256("two", write=True)
+    assert Path("two/SHA256SUMS").read_text() == wanted + other, "what is said of others stays"
     weights = Path("out") / names[0]
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     assert main(["sha256", "out", "--quiet"]) == 1
