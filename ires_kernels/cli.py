@@ -33,9 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = arguments.run(arguments)
         except BaseException as error:
             code = explain(error, arguments)
+        once.pass_over()
     except Stopped as error:  # before the command, or as another error was told of
         code = explain(error, arguments)
     except SystemExit as error:
+        once.pass_over()
         raise SystemExit(flush(int(error.code or 0))) from None
     finally:
         if argv is not None:  # else the process ends, and a late signal is to change nothing about that

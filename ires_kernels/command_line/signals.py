@@ -46,6 +46,10 @@ class Once:
                     self._before[number] = before
                     signal.signal(number, self)
 
+    def pass_over(self) -> None:
+        """Raise nothing any more: the command has ended, and what it has told is how."""
+        self._raised = True
+
     def _keep(self, what: UnraisableHookArgs, /) -> None:
         """The signal came while a finaliser ran: it is not to be lost with what that raised."""
         if isinstance(what.exc_value, Stopped):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import random
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,26 @@ def ask(world: World, rng: random.Random, command: tuple[str, ...], uninterrupte
 def test_signals(scenario: Scenario, warm: Warm, models: Path, scratch: Path) -> None:
     world = World(warm, models, scratch / "world", scenario, small=True)
     rounds(world, 1, 0, [2], functools.partial(ask, world))
+
+
+LATE = """
+import os, sys
+from ires_kernels import cli
+flush = cli.flush
+cli.flush = lambda code: (os.kill(os.getpid(), NUMBER), flush(code))[1]
+sys.exit(cli.main())
+"""
+"""A command that gets a signal when it has told how it ended."""
+
+
+@pytest.mark.parametrize("number", ASKING)
+def test_a_signal_after_the_end_changes_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    program = LATE.replace("NUMBER", f"{int(number)}")
+    for command, code in ((["status", "nowhere"], 2), (["--version"], 0)):
+        asked = [sys.executable, "-c", program, *command]
+        done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
 
 
 @pytest.mark.torture
