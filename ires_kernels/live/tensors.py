@@ -95,8 +95,26 @@ def _check(name: str, tensor: Tensor) -> None:
             f"{brief(name)} was made in torch.inference_mode, and must not be changed outside of it. Load the model "
             "outside, or under torch.no_grad."
         )
-    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
-        raise ArgumentError(f"{brief(name)} is expanded: its elements share memory. Give it memory of its own (clone).")
+    if _overlaps(tensor):
+        raise ArgumentError(
+            f"{brief(name)} is a view in which elements share memory, as in one that is expanded. Give it memory of its "
+            "own (clone)."
+        )
+    if tensor.is_neg() or tensor.is_conj():
+        raise ArgumentError(
+            f"{brief(name)} is a view of numbers with another sign (is_neg, is_conj). Give it memory of its own (clone)."
+        )
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two elements may be in one place: a dimension steps over less than the smaller ones reach."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return tensor.numel() > 0
+            reach += (size - 1) * stride
+    return False
 
 
 def _place(tensor: Tensor) -> object:

@@ -328,6 +328,11 @@ def cut_of_one(model: Any) -> None:
 BAD: dict[str, tuple[Callable[[Any], Any], str]] = {
     "meta": (lambda model: model.to("meta"), "on the meta device"),
     "expanded": (lambda model: setattr(model[0].weight, "data", torch.zeros(1, 1).expand(32, 64)), "expanded"),
+    "sliding": (
+        lambda model: setattr(model[0].weight, "data", torch.randn(95).as_strided((32, 64), (1, 1))),
+        "'0.weight' is a view in which elements share memory",
+    ),
+    "negative": (lambda model: setattr(model[0].weight, "data", torch.randn(32, 64)._neg_view()), "another sign"),
     "overlapping": (cut_of_one, "share some of their memory"),
     "sparse": (lambda model: setattr(model[0], "weight", nn.Parameter(torch.eye(4).to_sparse())), "sparse_coo"),
     "quantized": (lambda model: setattr(model, "is_quantized", True), "Sequential is quantized"),
