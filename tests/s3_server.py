@@ -70,7 +70,11 @@ class Bucket:
 
     def objects(self, folder: str) -> dict[str, bytes]:
         """Of a folder, by name."""
-        return {name: bytes(obstore.get(self._client(folder), name).bytes()) for name in self.names(folder)}
+        return {name: self.read(f"{folder}/{name}") for name in self.names(folder)}
+
+    def read(self, name: str) -> bytes:
+        """One object."""
+        return bytes(obstore.get(self._client(), name).bytes())
 
     def _client(self, folder: str = "") -> Any:
         """What clients have put may be read by them alone."""
@@ -91,8 +95,8 @@ class Bucket:
     def clear(self) -> None:
         """Have it as it was at first."""
         self.fault = lambda _: None
-        for name in self.names():
-            obstore.delete(self._client(), name)
+        for backends in moto.s3.models.s3_backends.values():
+            backends["aws"].buckets[BUCKET].keys.clear()
         self.abort()
         self.asked.clear()
 

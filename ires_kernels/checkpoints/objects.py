@@ -79,7 +79,8 @@ class Place:
             found = library(self.address).list_with_delimiter(self._store, folder or None)
         except BaseException as error:
             raise explained(error, self.address) from None
-        return [entry["path"] for entry in found["objects"]]
+        # An object of no bytes with the folder's own name and a slash: some consoles put it to show an empty folder.
+        return [entry["path"] for entry in found["objects"] if entry["path"] != folder]
 
 
 class Object:
@@ -355,7 +356,7 @@ def explained(error: BaseException, where: object, to: str = "read") -> BaseExce
     """What went wrong, in words without secrets, as somebody wanted `to` do something."""
     from obstore import exceptions as known
 
-    if type(error).__name__ == "PanicException":  # of Rust, and no Exception
+    if type(error).__name__ in ("PanicException", "RustPanic"):  # the first one is no Exception
         return CheckpointError(f"{where}: cannot be asked for with the settings of its store. Check its endpoint.")
     if not isinstance(error, Exception):
         return error
@@ -379,6 +380,8 @@ def explained(error: BaseException, where: object, to: str = "read") -> BaseExce
         if sign in text:
             return (_Cut if sign in _BODY else lambda why: Unreachable(where, why))(why)
     said = re.sub(r"\w+://\S+", "it", (text.strip() or type(error).__name__).splitlines()[0])
+    if code := re.search(r"<Code>(\w+)</Code>", text):  # of what a store answers, on lines below
+        said = f"{said.partition('<')[0]}{code[1]}"
     return Unreachable(where, f"cannot be {'read' if to == 'read' else 'written'} ({said})")
 
 
@@ -396,5 +399,7 @@ _SIGNS = {
     "error sending request": "nobody answers there",
     "timed out": "nobody answered in time",
     "Timeout": "nobody answered in time",
+    "<Code>ExpiredToken": "its credentials have expired. Give newer ones",
+    " 400 Bad Request: \n": "its server refuses to tell of it (400), as S3 does where credentials have expired",
     " 416 ": "it is empty, or shorter than it was",
 }

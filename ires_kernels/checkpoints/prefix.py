@@ -43,7 +43,7 @@ class Prefix:
         found: set[str] = set()
         try:
             async for chunk in library(self.address).list(self._store):
-                found.update(entry["path"] for entry in chunk)
+                found.update(entry["path"] for entry in chunk if entry["path"])  # but for the mark of an empty folder
                 if len(found) > _MANY:
                     break
         except BaseException as error:

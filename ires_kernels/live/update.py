@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -59,6 +60,7 @@ class Applied:
         self._module = module
         self._tensors = {name: target.tensors[name] for name in changed}
         self._before: Snapshot | None = target.before if undo else None
+        self._turn = threading.RLock()
         self._versions = self._seen()
         known = _newest.get(module)
         self._under = known() if known is not None else None
@@ -80,12 +82,15 @@ class Applied:
         """
         if not self._kept:
             raise ArgumentError("apply_ was called with undo=False: no bits were kept that could be given back.")
-        if self._before is None:
-            return
+        with self._turn:  # of threads that undo it at a time one does
+            if self._before is not None:
+                self._take_back(self._before, force=force)
+
+    def _take_back(self, before: Snapshot, *, force: bool) -> None:
         sharding.reshard(self._module)
         here = {name: sharding.local(tensor) for name, tensor in self._tensors.items()}
         for name, tensor in here.items():
-            info = self._before.infos[name]
+            info = before.infos[name]
             if (held.DTYPES.get(tensor.dtype), tuple(tensor.shape)) != (info.dtype, info.shape):
                 raise ArgumentError(
                     f"{brief(name)} is {tensor.dtype} of shape {list(tensor.shape)} now, and was {info.dtype} of shape "
@@ -101,17 +106,17 @@ class Applied:
         if self._versions != self._seen() and not force:
             raise ArgumentError(
                 f"{type(self._module).__name__} has changed since this was applied, by an optimiser or another apply_. "
-                f"Undo that first{_OR_FORCE if not self._before.is_packed else _PACKED}."
+                f"Undo that first{_OR_FORCE if not before.is_packed else _PACKED}."
             )
         with interrupts.held():
-            other = self._before.differing(here, self.changed)
+            other = before.differing(here, self.changed)
             if other is not None:
                 raise ArgumentError(
                     f"{brief(other)} has other bits than this update left there, and those from before were packed by "
                     "these: nothing was taken back. Undo first what was done since; or keep a copy the next time, "
                     "apply_(…, undo=True), and give force=True."
                 )
-            self._before.put_back(here, self.changed)
+            before.put_back(here, self.changed)
             self._before = None
             known = _newest.get(self._module)
             if known is not None and known() is self:

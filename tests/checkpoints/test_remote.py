@@ -443,7 +443,8 @@ def test_what_is_not_there(path: str, said: str, server: Files) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["https://", "s3:///a", "https://host/a#b", "s3://b/a?x=1", "https://h:port/a", "https://host/../a"]
+    "text",
+    ["https://", "s3:///a", "https://host/a#b", "s3://b/a?x=1", "https://h:port/a", "https://host/../a", "s3://b/a\nb"],
 )
 def test_what_is_no_address(text: str) -> None:
     with pytest.raises(CheckpointError, match="is no address"):

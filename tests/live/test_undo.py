@@ -111,6 +111,29 @@ def test_where_the_extension_is_missing_it_is_a_copy(tmp_path: Path, monkeypatch
     assert_same(bits(model), before)
 
 
+def test_threads_that_undo_the_same(tmp_path: Path) -> None:
+    model, pair = weights(tmp_path)
+    before = bits(model)
+    failed: list[BaseException] = []
+
+    def undo() -> None:
+        start.wait()
+        try:
+            applied.undo()
+        except BaseException as error:
+            failed.append(error)
+
+    for _ in range(10):
+        applied, start = ik.apply_(model, pair, undo="packed"), threading.Barrier(4)
+        threads = [threading.Thread(target=undo) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert_same(bits(model), before)
+    assert not failed
+
+
 @native_only
 def test_bits_that_are_others_by_now_are_noticed_whoever_changed_them(tmp_path: Path) -> None:
     """Also what torch does not count, as changes of `data` are."""

@@ -391,6 +391,37 @@ def test_where_nothing_is_written(
     assert bucket.names() == ["there/a"]
 
 
+def test_the_mark_of_an_empty_folder(bucket: Bucket, models: Path) -> None:
+    """Consoles put an object of no bytes with the name of the folder and a slash."""
+    merge(models, models / "here")
+    for folder in ("out", "target", "target/additional_chat_templates"):
+        bucket.put(f"{folder}/", b"")
+    for path in (models / "target").rglob("*"):
+        if path.is_file():
+            bucket.put(f"target/{path.relative_to(models / 'target')}", path.read_bytes())
+    ik.apply("s3://models/target", (models / "instruct", models / "base"), out="s3://models/out")
+    assert ik.verify("s3://models/out").ok
+    assert {"out/"} <= {*bucket.names()}
+    for path in (models / "here").glob("*.safetensors"):
+        assert bucket.read(f"out/{path.name}") == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("Error performing PUT https://h/a in 1ms - 400 Bad Request: <?xml ?>\n<Code>ExpiredToken</Code>", "expired"),
+        ("Error performing HEAD https://h/a in 1ms - 400 Bad Request: \n\nDebug source:\n…", "expired"),
+        ("Server returned error response: <?xml ?>\n<Error><Code>InvalidPart</Code>s3cr3t", "InvalidPart"),
+        ("rust future panicked: unknown error", "Check its endpoint"),
+    ],
+)
+def test_what_stores_answer_is_told(text: str, said: str) -> None:
+    kind = type("RustPanic" if "panicked" in text else "GenericError", (Exception,), {})
+    told = f"{objects.explained(kind(text), 's3://models/out', 'write')}"
+    assert said in told
+    assert not {"<", "s3cr3t", "https"} & {*told.split()}
+
+
 def test_workers_are_refused(bucket: Bucket, models: Path) -> None:
     with pytest.raises(ArgumentError, match="workers write one folder on a disk"):
         merge(models, "s3://models/out", workers=(0, 2))
