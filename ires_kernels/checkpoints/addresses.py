@@ -65,8 +65,8 @@ class Address(NamedTuple):
         scheme, user, host = parts.scheme.lower(), *_split_user(parts)
         wanted = _PLACES.get(scheme, "https://host/folder")
         bad = not host or parts.fragment or (scheme in _PLACES and (parts.query or user))
-        bad = bad or re.search(r"[\t\r\n]", f"{text}")  # which urlsplit leaves out
-        if bad or not parts.path.isprintable() or ".." in unquote(parts.path).split("/"):
+        left_out = re.search(r"[\t\r\n]", f"{text}")  # by urlsplit
+        if bad or left_out or not parts.path.isprintable() or ".." in unquote(parts.path).split("/"):
             raise CheckpointError(f"{said}: is no address of a model, wanted {wanted} or a .safetensors file there.")
         return cls(scheme, host, parts.path.rstrip("/"), parts.query, user)
 
