@@ -86,12 +86,15 @@ def same(bucket: Bucket, folder: str, wanted: Path) -> None:
     assert not bucket.uploads()
 
 
-def test_the_objects_are_the_files(bucket: Bucket, models: Path) -> None:
+def test_the_objects_are_the_files(bucket: Bucket, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     merge(models, models / "here", sha256=True)
-    temporary = set(os.listdir(tempfile.gettempdir()))
-    report = merge(models, "s3://models/a/out", sha256=True, threads=3)
+    temporary = models / "temporary"
+    temporary.mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(tempfile, "tempdir", f"{temporary}")
+        report = merge(models, "s3://models/a/out", sha256=True, threads=3)
+    assert os.listdir(temporary) == []
     assert f"{report.out}" == report.to_dict()["out"] == "s3://models/a/out"
-    assert {name for name in os.listdir(tempfile.gettempdir()) if "ires" in name} <= temporary
     same(bucket, "a/out", models / "here")
     assert any(asked.is_part for asked in bucket.asked)
     last = [asked.path for asked in bucket.asked if asked.method == "PUT" and not asked.is_part][-2:]
