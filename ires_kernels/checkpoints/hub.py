@@ -97,12 +97,12 @@ def is_remote(path: object) -> bool:
     return bool(_ID.fullmatch(text)) and not os.path.lexists(text) and not os.path.isdir(text.partition("/")[0])
 
 
-def check_local(path: StrPath) -> None:
-    """Refuse a model that is elsewhere as one to be changed."""
+def check_local(path: StrPath, instead: str = "Write a new folder: -o OUT.") -> None:
+    """Refuse a model that is elsewhere as one to be changed; `instead` is what can be done."""
     if isinstance(path, (str, os.PathLike)) and is_address(path):
-        raise CheckpointError(f"{Address.of(path)}: is not on this disk, and is only read. Write a new folder: -o OUT.")
+        raise CheckpointError(f"{Address.of(path)}: is not on this disk, and is only read. {instead}")
     if isinstance(path, (str, os.PathLike)) and is_remote(path):
-        raise CheckpointError(f"{path}: is on the Hub, whose cache is never written. Write a new folder with -o OUT.")
+        raise CheckpointError(f"{path}: is on the Hub, whose cache is never written. {instead}")
 
 
 def check_out(path: StrPath) -> None:

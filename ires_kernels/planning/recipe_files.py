@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ires_kernels.checkpoints import hub, manifest, roles
+from ires_kernels.checkpoints.addresses import Address, is_address
 from ires_kernels.dtypes import number_of
 from ires_kernels.files.opening import read_bytes
 from ires_kernels.files.plain import without_secrets
@@ -68,6 +69,8 @@ def read(
 
     Raises ArgumentError with file, line and key; CheckpointError for models that cannot be read; and OSError.
     """
+    if is_address(path):
+        raise ArgumentError(f"{Address.of(path)}: recipes are read on this disk. Have a copy of that file here.")
     if Path(path).suffix == ".json":
         return _again(Path(path), trust_inputs, stream)
     try:

@@ -81,7 +81,7 @@ def publish(
 
     Raises CheckpointError where there is none, or where the output is not complete.
     """
-    hub.check_local(out)
+    hub.check_local(out, "Have a copy of it on this disk, and publish that.")
     checkpoint = open_checkpoint(out, follow_links=follow_links)
     if hub.repo_of(checkpoint.path) is not None:
         raise CheckpointError(f"{out}: is in the Hub's cache, which is never written. It is published already.")

@@ -74,7 +74,7 @@ def sha256(
     Raises CheckpointError for what is no model, and where `write` would change what is recorded.
     """
     if write:
-        hub.check_local(path)
+        hub.check_local(path, "Without --write (write=True) the sums are said all the same.")
     checkpoint = open_checkpoint(hub.local(path), follow_links=follow_links)
     files = {shard.path.name: shard.path for shard in checkpoint.shards}
     place = place_of(checkpoint)

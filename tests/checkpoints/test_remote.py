@@ -589,8 +589,10 @@ def test_a_server_that_is_not_ours(models: Path, plain: dict[str, bytes], tmp_pa
 def test_sums_are_of_all_bytes(models: Path, addresses: dict[str, str]) -> None:
     """Not of what stands in for a file."""
     assert ik.sha256(addresses["base"]).sums == ik.sha256(models / "base").sums
-    with pytest.raises(CheckpointError, match="is only read"):
+    with pytest.raises(CheckpointError, match=r"is only read\. Without --write"):
         ik.sha256(addresses["base"], write=True)
+    with pytest.raises(CheckpointError, match=r"is only read\. Have a copy of it on this disk, and publish that"):
+        ik.publish(addresses["base"])
 
 
 def test_in_place_and_interrupted(models: Path, addresses: dict[str, str], tmp_path: Path) -> None:

@@ -422,6 +422,10 @@ def test_what_is_no_recipe(root: Path, capsys: pytest.CaptureFixture[str]) -> No
     for nowhere in ("nowhere.yml", "recipe.yml/recipe.yml"):
         assert main(["merge", nowhere, "-o", "out"]) == 2
         assert f"{nowhere}: no such file. Check the path." in capsys.readouterr().err
+    for elsewhere in ("https://u:s3cr3t@host/recipe.yml", "s3://models/out/ires.json"):
+        assert main(["merge", elsewhere, "-o", "out"]) == 2
+        said = capsys.readouterr().err
+        assert f"{elsewhere.replace('u:s3cr3t@', '')}: recipes are read on this disk." in said
     assert main(["merge", "base", "-o", "out"]) == 2
     assert main(["merge", "nowhere.json", "-o", "out"]) == 2
     ik.extract("base", "chat", "r", sync=False)
