@@ -97,12 +97,13 @@ def _check(name: str, tensor: Tensor) -> None:
         )
     if _overlaps(tensor):
         raise ArgumentError(
-            f"{brief(name)} is a view in which elements share memory, as in one that is expanded. Give it memory of its "
-            "own (clone)."
+            f"{brief(name)} is a view in which elements share memory, as in one that is expanded. Give it memory of "
+            "its own (clone)."
         )
     if tensor.is_neg() or tensor.is_conj():
         raise ArgumentError(
-            f"{brief(name)} is a view of numbers with another sign (is_neg, is_conj). Give it memory of its own (clone)."
+            f"{brief(name)} is a view of numbers with another sign (is_neg, is_conj). Give it memory of its own "
+            "(clone)."
         )
 
 
