@@ -39,7 +39,7 @@ ARROWS: dict[str, set[str]] = {
         "version",
     },
     "memory": {"checkpoints", "dtypes", "files", "in_place", "planning", "records", "tensors", "version"},
-    "live": {"backends", "checking", "checkpoints", "dtypes", "files", "planning", "streaming"},
+    "live": {"backends", "checking", "checkpoints", "dtypes", "files", "planning", "streaming", "tensors"},
     "merging": {
         "checking",
         "checkpoints",

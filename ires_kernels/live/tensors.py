@@ -14,6 +14,7 @@ from ires_kernels.checkpoints.header import brief
 from ires_kernels.live import sharding
 from ires_kernels.planning.rules import ArgumentError
 from ires_kernels.streaming.cpu import TORCH_DTYPES
+from ires_kernels.tensors.overlap import overlaps_itself
 
 DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 """The names of safetensors."""
@@ -95,27 +96,26 @@ def _check(name: str, tensor: Tensor) -> None:
             f"{brief(name)} was made in torch.inference_mode, and must not be changed outside of it. Load the model "
             "outside, or under torch.no_grad."
         )
-    if _overlaps(tensor):
+    if not has_memory(tensor):
         raise ArgumentError(
-            f"{brief(name)} is a view in which elements share memory, as in one that is expanded. Give it memory of "
-            "its own (clone)."
+            f"{brief(name)} has no memory under all of its elements: its storage was freed or resized. Bring its "
+            "numbers back first."
+        )
+    if overlaps_itself(tensor):
+        raise ArgumentError(
+            f"{brief(name)} is expanded, or a view whose elements share memory. Give it memory of its own (clone)."
         )
     if tensor.is_neg() or tensor.is_conj():
-        raise ArgumentError(
-            f"{brief(name)} is a view of numbers with another sign (is_neg, is_conj). Give it memory of its own "
-            "(clone)."
-        )
+        raise ArgumentError(f"{brief(name)} is a view of numbers of other signs. Give it memory of its own (clone).")
 
 
-def _overlaps(tensor: Tensor) -> bool:
-    """Whether two elements may be in one place: a dimension steps over less than the smaller ones reach."""
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return tensor.numel() > 0
-            reach += (size - 1) * stride
-    return False
+def has_memory(tensor: Tensor) -> bool:
+    """Whether all elements are in memory that is there; of what was freed for a while the shape stays."""
+    if not tensor.numel():
+        return True
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    return bool(tensor.data_ptr()) and end <= tensor.untyped_storage().nbytes()
 
 
 def _place(tensor: Tensor) -> object:

@@ -96,6 +96,10 @@ class Applied:
                     f"{brief(name)} is {tensor.dtype} of shape {list(tensor.shape)} now, and was {info.dtype} of shape "
                     f"{list(info.shape)}: no bits can be given back. Undo before the model is converted."
                 )
+            if not held.has_memory(tensor):
+                raise ArgumentError(
+                    f"{brief(name)} has no memory now: its storage was freed or resized. Undo when it is back."
+                )
         there = {id(tensor) for _, tensor in held.named(self._module)}
         for name, tensor in self._tensors.items():
             if id(tensor) not in there and not force:

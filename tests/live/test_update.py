@@ -330,9 +330,11 @@ BAD: dict[str, tuple[Callable[[Any], Any], str]] = {
     "expanded": (lambda model: setattr(model[0].weight, "data", torch.zeros(1, 1).expand(32, 64)), "expanded"),
     "sliding": (
         lambda model: setattr(model[0].weight, "data", torch.randn(95).as_strided((32, 64), (1, 1))),
-        "'0.weight' is a view in which elements share memory",
+        "'0.weight' is .* view whose elements share memory",
     ),
-    "negative": (lambda model: setattr(model[0].weight, "data", torch.randn(32, 64)._neg_view()), "another sign"),
+    "negative": (lambda model: setattr(model[0].weight, "data", torch.randn(32, 64)._neg_view()), "other signs"),
+    "freed": (lambda model: model[0].weight.untyped_storage().resize_(0), "'0.weight' has no memory"),
+    "cut off": (lambda model: model[0].weight.untyped_storage().resize_(100), "'0.weight' has no memory"),
     "overlapping": (cut_of_one, "share some of their memory"),
     "sparse": (lambda model: setattr(model[0], "weight", nn.Parameter(torch.eye(4).to_sparse())), "sparse_coo"),
     "quantized": (lambda model: setattr(model, "is_quantized", True), "Sequential is quantized"),
@@ -346,6 +348,22 @@ def test_modules_that_cannot_be_changed(tmp_path: Path, kind: str) -> None:
     make(model)
     with pytest.raises(ArgumentError, match=message):
         ik.apply_(model, (instruct, base))
+
+
+def test_what_was_freed_is_taken_back_when_it_is_there_again(tmp_path: Path) -> None:
+    model, instruct, base = small(tmp_path)
+    before = bits(model)
+    applied = ik.apply_(model, (instruct, base))
+    storage, size = model[0].weight.untyped_storage(), model[0].weight.nbytes  # type: ignore[index, union-attr, operator]
+    kept = model[0].weight.detach().clone()  # type: ignore[index, union-attr, operator]
+    storage.resize_(0)
+    with pytest.raises(ArgumentError, match=r"'0.weight' has no memory now"):
+        applied.undo()
+    storage.resize_(size)
+    with torch.no_grad():
+        model[0].weight.copy_(kept)  # type: ignore[index, union-attr, operator]
+    applied.undo(force=True)
+    assert_same(bits(model), before)
 
 
 def test_tensors_of_inference_mode(tmp_path: Path) -> None:
