@@ -16,7 +16,7 @@ from ires_kernels.checkpoints.folders import listed
 from ires_kernels.checkpoints.header import CheckpointError
 from ires_kernels.checkpoints.validation import open_checkpoint
 from ires_kernels.files.opening import check_link
-from ires_kernels.files.plain import plain_lines, size
+from ires_kernels.files.plain import plain_lines, several, size
 from ires_kernels.planning.application import plan_apply
 from ires_kernels.planning.inputs import StrPath, open_inputs
 from ires_kernels.planning.plan import Plan
@@ -67,7 +67,7 @@ class VerifyReport:
         how = "have the recorded hashes" if self.hashes_only else "are what the inputs give, bit for bit"
         found = [f"{mismatch}" for mismatch in self.mismatches] + self.problems
         if found:
-            head = f"{self.out}: {len(found)} differences:"
+            head = f"{self.out}: {several(len(found), 'difference')}:"
             more = [f"  and {len(found) - 20} more"] if len(found) > 20 else []
             return plain_lines(head, *(f"  {line}" for line in found[:20]), *more, *self.notes)
         rate = self.bytes_read / self.seconds / 1e9 if self.seconds else 0.0

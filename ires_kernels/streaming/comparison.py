@@ -11,6 +11,7 @@ from torch import Tensor
 from ires_kernels.checkpoints.checkpoint import Checkpoint
 from ires_kernels.checkpoints.sources import Files
 from ires_kernels.dtypes import FLOATS, STORAGE
+from ires_kernels.files.plain import several
 from ires_kernels.planning.steps import Step
 from ires_kernels.streaming.cpu import TORCH_DTYPES
 
@@ -29,10 +30,9 @@ class Mismatch:
     wanted: str
 
     def __str__(self) -> str:
-        return (
-            f"{self.tensor} in {self.file}: {self.count:,} elements differ, the first at {self.index}: "
-            f"got {self.got}, wanted {self.wanted}"
-        )
+        differ = f"{several(self.count, 'element')} differ{'s' * (self.count == 1)}"
+        where = f"{self.tensor} in {self.file}: {differ}, the first at {self.index}"
+        return f"{where}: got {self.got}, wanted {self.wanted}"
 
 
 class Comparer:

@@ -193,7 +193,8 @@ def test_a_difference_exits_with_1(root: Path, capsys: pytest.CaptureFixture[str
     (root / "residual" / "residual.safetensors").write_bytes(raw)
     code, out, err = run(capsys, "verify", "residual")
     assert (code, err) == (1, "")
-    assert "1 elements differ" in out
+    assert "1 element differs, the first at " in out
+    assert ": 1 difference:" in out
     code, out, _ = run(capsys, "verify", "residual", "--json", "--hashes-only")
     assert code == 1
     assert json.loads(out)["ok"] is False
