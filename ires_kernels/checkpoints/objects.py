@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import errno
+import math
 import os
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -199,12 +201,28 @@ class _Cut(Exception):
     """The body was not all that the answer said it would be."""
 
 
+_ends = threading.local()
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Let this thread wait so long at most, for all that it asks together; then it has TimeoutError, an OSError."""
+    before = getattr(_ends, "at", math.inf)
+    _ends.at = min(before, time.monotonic() + seconds)
+    try:
+        yield
+    finally:
+        _ends.at = before
+
+
 def wait_for(work: Coroutine[Any, Any, T]) -> T:
-    """The result of something that is waited for here; an interrupt ends it."""
+    """The result of something that is waited for here; an interrupt ends it, and what `within` says."""
     future = begin(work)
     try:
         while not future.done():
             interrupts.check()
+            if time.monotonic() > getattr(_ends, "at", math.inf):
+                raise TimeoutError(errno.ETIMEDOUT, "nobody answered in time")
             wait([future], 0.1)
         return future.result()
     except BaseException:

@@ -25,6 +25,8 @@ from ires_kernels.planning.rules import ArgumentError
 from ires_kernels.streaming.failures import ComputeError
 
 _WRITING = (run.extract, run.apply, run.merge, run.resume, run.finish, run.rollback)
+_PATIENCE = 5.0
+"""Seconds for a store to say what a command has left there: who has interrupted it is waiting."""
 
 
 def explain(error: BaseException, arguments: argparse.Namespace | None) -> int:
@@ -83,8 +85,11 @@ def _elsewhere(arguments: argparse.Namespace | None) -> str:
 def _state_elsewhere(where: str, answers: bool) -> str:
     """What a failed merge has left in a store, and the next step."""
     if answers:
+        from ires_kernels.checkpoints.objects import within  # which takes long to load, and is there by now
+
         try:
-            return f"{ik.status(where)}"
+            with within(_PATIENCE):
+                return f"{ik.status(where)}"
         except CheckpointError:
             return f"{where} was not written and nothing is left of it."
         except (OSError, ValueError):

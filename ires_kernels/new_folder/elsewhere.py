@@ -21,7 +21,7 @@ from contextlib import suppress
 from types import TracebackType
 
 from ires_kernels.checkpoints.addresses import Address
-from ires_kernels.checkpoints.objects import Pin
+from ires_kernels.checkpoints.objects import Pin, within
 from ires_kernels.checkpoints.prefix import Prefix, Taken
 from ires_kernels.checkpoints.uploads import Complete, Upload, Uploads, note_of
 from ires_kernels.files.ownership import Access, StoreError
@@ -29,6 +29,8 @@ from ires_kernels.files.unfinished import MARKER, content_of_lock, signed_record
 from ires_kernels.records.elsewhere import as_kept, names_and_kept
 
 _HIDDEN = ".ires-"
+_PATIENCE = 10.0
+"""Seconds for a store to have removed, after a failure, what is of no use: perhaps it is what fails."""
 
 
 class FolderElsewhere:
@@ -165,7 +167,7 @@ class FolderElsewhere:
     ) -> None:
         self.abandon_files()
         if not self._is_done:
-            with suppress(OSError, StoreError):  # the error that brought us here matters more
+            with suppress(OSError, StoreError), within(_PATIENCE):  # the error that brought us here matters more
                 there = self._prefix.names()
                 is_nothing = self._began and not any(note_of(name) in there for name in self._names)
                 is_useless = isinstance(error, ValueError) and not isinstance(error, StoreError)

@@ -26,7 +26,9 @@ from ires_kernels.checkpoints import objects, uploads
 from ires_kernels.checkpoints.addresses import Address, Unreachable
 from ires_kernels.checkpoints.prefix import Prefix
 from ires_kernels.cli import main
+from ires_kernels.command_line import failures
 from ires_kernels.files.ownership import StoreError
+from ires_kernels.new_folder import elsewhere
 from ires_kernels.planning.rules import ArgumentError
 from ires_kernels.records.report import Report
 
@@ -296,6 +298,7 @@ import sys
 from ires_kernels.checkpoints import uploads
 uploads.PART, uploads.ROOM, uploads.AT_ONCE = 1 << 8, 4, 2
 from ires_kernels.cli import main
+from ires_kernels.command_line import failures
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -488,3 +491,36 @@ def test_who_waits_is_told_that_it_is_over(bucket: Bucket) -> None:
     run.abandon()
     assert not bucket.uploads()
     assert not bucket.names()
+
+
+@pytest.mark.parametrize("silent_from", [1, 9])
+def test_ctrl_c_where_the_store_is_silent(
+    bucket: Bucket,
+    models: Path,
+    silent_from: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for module in (failures, elsewhere, uploads):
+        monkeypatch.setattr(module, "_PATIENCE", 0.3)
+    monkeypatch.setattr(uploads, "_RETURNS", 0.3)
+    goes_on, asked = threading.Event(), []
+
+    def fault(each: Asked) -> int | None:
+        asked.append(each)
+        if len(asked) < silent_from:
+            return None
+        if len(asked) == silent_from:
+            os.kill(os.getpid(), signal.SIGINT)
+        goes_on.wait(30)
+        return 0
+
+    bucket.fault = fault
+    started = time.monotonic()
+    pair = ["--instruct", f"{models / 'instruct'}", "--base", f"{models / 'base'}"]
+    try:
+        assert main(["apply", f"{models / 'target'}", *pair, "-o", "s3://models/out", "--quiet"]) == 130
+    finally:
+        goes_on.set()
+    assert time.monotonic() - started < 20
+    assert "`ires status s3://models/out` says what is left of it" in capsys.readouterr().err.replace("\n", " ")
