@@ -27,7 +27,10 @@ def _roll_back(place: Workplace) -> str:
     """Give the target the bytes that it had before; returns what was done."""
     if place.phase() is None:
         place.remove()
-        return f"{place.target}: nothing had been changed."
+        return (
+            f"{place.target}: nothing was taken back, as no update in place was under way; what was left of one is "
+            f"removed. `ires status {place.target}` says what the model is."
+        )
     operation = begun.read_operation(place)
     place.sync = operation.sync
     if place.phase() in ("installing", "finished") and operation.undo != "all":

@@ -59,7 +59,7 @@ class Found:
 
     path: Path
     what: Literal["nothing", "new folder", "update", "left over", "foreign"]
-    """Unfinished: an output, or an update in place or through `mapped`; what is left of one that never began."""
+    """Unfinished: an output, or an update in place or through `mapped`; what is left of one that is not under way."""
     where: Path
     """The folder of that."""
     phase: str | None = None
@@ -225,8 +225,9 @@ def _of_update(found: Found) -> Status:
         what = "the first pass of an update in place, which has changed nothing yet" if first else _AT_WORK
         return Status(f"{target}", "running", f"{what}, by {who}", ("Wait for it to end.",))
     if phase is None:
-        return Status(f"{target}", "none", f"no update in place is under way; {work} is left of one",
-                      (f"`ires rollback {target}` removes that.",))  # fmt: skip
+        model = _of_model(target)
+        what = f"{model.what}; {work} is left of an update in place that never began, or has ended"
+        return replace(model, what=what, next=(f"`ires rollback {target}` removes that.",))
     operation = found.operation
     if operation.kind == MAPPED:
         return _of_mapped(target, work, phase, operation)

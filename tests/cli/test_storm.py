@@ -97,7 +97,8 @@ class Storm:
 
     def settle(self, path: str) -> tuple[bool, bool]:
         """Let what is unfinished at a path end; whether it was taken back, and whether it was lost."""
-        state = json.loads(self.one(("status", path, "--json"), codes={0, 2}).out or '{"state": "none"}')["state"]
+        found = json.loads(self.one(("status", path, "--json"), codes={0, 2}).out or '{"state": "none"}')
+        state = found["state"]
         if state == "rolling back":
             self.one(("rollback", path), codes={0})
             return True, False
@@ -108,6 +109,8 @@ class Storm:
                 self.one(("rollback", path), codes={0})
             return done.code == 2, done.code == 3
         assert state in ("none", "finished"), state
+        if "is left of an update" in found.get("what", ""):  # it was killed before it began, or as its end was cleared
+            self.one(("rollback", path), codes={0})
         return False, False
 
     def round(self, rng: random.Random) -> str:

@@ -340,8 +340,36 @@ def test_what_had_not_begun_is_begun_anew(models: tuple[Path, Path, Path]) -> No
         other = copy(target, "other")
         apply(other, (instruct, base))
         shutil.rmtree(other)
-        assert ik.rollback(target) == f"{target}: nothing had been changed."
+        assert f"{target}: nothing was taken back" in ik.rollback(target)
         assert not work.exists()
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("ends", ["finished", "none"])
+def test_cut_off_with_nothing_but_the_lock_left(models: tuple[Path, Path, Path], ends: str) -> None:
+    """What is left does not say whether the model is old or new; the model does."""
+    base, instruct, target = models
+    unlink = os.unlink
+
+    def cut(name: Any, *arguments: Any, **options: Any) -> None:
+        if name == ".ires-lock":
+            raise Cut
+        unlink(name, *arguments, **options)
+
+    if ends == "none":
+        unfinished(models, undo="all")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "unlink", cut)
+        with pytest.raises(Cut):
+            _ = ik.rollback(target) if ends == "none" else apply(target, (instruct, base))
+    assert os.listdir(target / ".ires-unfinished") == [".ires-lock"]
+    found, files = ik.status(target), files_of(target)
+    assert found.state == ends
+    assert f"{target / '.ires-unfinished'} is left of an update in place" in found.what
+    assert found.next == (f"`ires rollback {target}` removes that.",)
+    assert f"{target}: nothing was taken back" in ik.rollback(target)
+    assert files_of(target) == files
+    assert ik.status(target).state == ends
 
 
 @pytest.mark.usefixtures("small")
