@@ -195,9 +195,10 @@ def apply_(
           memory of a copy of bfloat16 weights, at no time more, and no file is needed again. It takes longer, about as
           long again as the update. Of a sharded module, of tensors in the memory of a GPU or of strides of their own,
           of other dtypes than bfloat16, float16 and float32, and where the extension is missing, a copy is kept.
-          False: keep no bits, which saves that memory, and of the first update, whose copy goes to fresh memory, half of
-          the time. Nothing can be taken back then, and where something fails after the first tensor was changed, a warning says that the module is no longer whole. Of
-          a module that several processes hold they are kept until all have succeeded
+          False: keep no bits, which saves that memory, and of the first update, whose copy goes to fresh memory, half
+          of the time. Nothing can be taken back then, and where something fails after the first tensor was changed, a
+          warning says that the module is no longer whole. Of a module that several processes hold
+          they are kept until all have succeeded
 
     Of a module that several processes hold, as fully_shard and parallelize_module make it of DTensors, each of them
     calls this, reads what belongs to its own blocks, and has the bits that the whole module would have there; and the
